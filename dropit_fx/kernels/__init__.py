@@ -1,0 +1,39 @@
+"""The packed format and its kernels; importing this registers the ops of namespace `dropit`."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from dropit_fx.kernels import ops as ops
+from dropit_fx.kernels.layout import FULL, codes_nbytes, kept, mask_nbytes
+
+__all__ = ["FULL", "VERSION", "kept", "packed_nbytes"]
+
+
+def packed_nbytes(numel: int, keep: int, block: int, bits: int, affine: bool, itemsize: int) -> int:
+    """Bytes of the three buffers of `dropit::sparsify`, all metadata included; exact, symbolic where `numel` is.
+
+    Args:
+        numel: elements of the input.
+        keep: kept elements per 10000.
+        block: elements per block; 0: the whole tensor is one.
+        bits: 1..8, or 0 for values as they are.
+        affine: levels between the least and the greatest value, not around zero.
+        itemsize: bytes per element of the input's dtype; read only where `bits` is 0.
+    """
+    if bits == 0:
+        return kept(numel, keep, block) * itemsize + mask_nbytes(numel, keep)
+    raise NotImplementedError("bits > 0")
+
+
+def _version() -> str:
+    """Hash of every source file here: a changed kernel or formula must not meet a stale compile cache."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.py"), *folder.glob("*.c")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+VERSION = _version()

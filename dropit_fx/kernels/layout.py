@@ -1,0 +1,78 @@
+"""Sizes of the packed format: pure integer arithmetic, safe for symbolic sizes.
+
+A flat tensor of `numel` elements is cut into blocks of `block` consecutive elements; the last one (the tail)
+may be shorter. `block = 0` makes the whole tensor one block, which is the selection DropIT was published with.
+Of a block of n elements exactly k are kept, so every size below follows from shapes alone:
+
+    k = (n * keep + 5000) // 10000     rounded; `keep` is a ratio in units of 1/10000
+    k = n * keep // 10000              floored, where the whole tensor is one block (block = 0)
+
+A packed tensor is three buffers:
+
+* `mask`: one bit an element, least significant bit first, over the flat tensor; empty when `keep` is 10000.
+* `values`: the kept values in index order. With `bits = 0` in the dtype of the input; otherwise codes of `bits` bits,
+  each block a little-endian bit stream of its own (see `pack_uint`) that starts at a byte.
+* `scale`: `SCALE_COLUMNS` numbers per block; empty when `bits` is 0.
+
+Nothing here branches on a size, so that a `torch.SymInt` stays symbolic.
+"""
+
+from __future__ import annotations
+
+FULL = 10_000  # `keep` of a format that drops nothing
+
+
+def check_format(keep: int, block: int, bits: int = 0) -> None:
+    """Raises ValueError for a format that no kernel can make.
+
+    Args:
+        keep: kept elements per 10000, in 0..10000.
+        block: elements per block: 0 (the whole tensor) or a multiple of 8, so that each block's mask is whole bytes.
+        bits: 0 (values as they are) or 1..8.
+    """
+    if not 0 <= keep <= FULL:
+        raise ValueError(f"keep={keep}: must be in 0..{FULL} (kept elements per {FULL})")
+    if block < 0 or block % 8:
+        raise ValueError(f"block={block}: must be 0 (whole tensor) or a positive multiple of 8")
+    if not 0 <= bits <= 8:
+        raise ValueError(f"bits={bits}: must be 0 (values as they are) or 1..8")
+
+
+def kept_in_block(length: int, keep: int, block: int) -> int:
+    """Kept elements of one block of `length` elements, for a tensor cut into blocks of `block`."""
+    return length * keep // FULL if block == 0 else (length * keep + FULL // 2) // FULL
+
+
+def split_blocks(numel: int, block: int) -> tuple[int, int, int]:
+    """(number of full blocks, their length, length of the tail); with `block = 0` everything is tail."""
+    if block == 0:
+        return 0, 0, numel
+    return numel // block, block, numel % block
+
+
+def block_count(numel: int, block: int) -> int:
+    """Number of blocks, the tail included; 1 for `block = 0`, also for an empty tensor."""
+    return 1 if block == 0 else (numel + block - 1) // block
+
+
+def kept(numel: int, keep: int, block: int) -> int:
+    """Number of elements kept of a tensor of `numel`; exact, and symbolic where `numel` is."""
+    full, length, tail = split_blocks(numel, block)
+    return full * kept_in_block(length, keep, block) + kept_in_block(tail, keep, block)
+
+
+def mask_nbytes(numel: int, keep: int) -> int:
+    """Bytes of the mask."""
+    return 0 if keep == FULL else (numel + 7) // 8
+
+
+def uint_nbytes(count: int, bits: int) -> int:
+    """Bytes of `count` codes of `bits` bits in one bit stream."""
+    return (count * bits + 7) // 8
+
+
+def codes_nbytes(numel: int, keep: int, block: int, bits: int) -> int:
+    """Bytes of `values` for `bits` in 1..8: each block's stream starts at a byte."""
+    full, length, tail = split_blocks(numel, block)
+    of_full = uint_nbytes(kept_in_block(length, keep, block), bits)
+    return full * of_full + uint_nbytes(kept_in_block(tail, keep, block), bits)

@@ -1,0 +1,85 @@
+"""The custom ops of namespace `dropit`: schemas, fake kernels, and which implementation runs where.
+
+    dropit::sparsify(Tensor x, int keep, int block, int bits, bool affine, bool stochastic)
+        -> (Tensor values, Tensor scale, Tensor mask)
+    dropit::unsparsify(Tensor values, Tensor scale, Tensor mask, SymInt numel, ScalarType dtype,
+                       int keep, int block, int bits, bool affine) -> Tensor
+    dropit::sample(Tensor x, int keep, int block) -> (Tensor values, Tensor mask)
+    dropit::pack_uint(Tensor x, int bits) -> Tensor
+    dropit::unpack_uint(Tensor packed, int bits, SymInt numel) -> Tensor
+
+`x` is 1-D. `keep` counts kept elements per 10000, `block` is in elements (0: the whole tensor), `bits` is 0 (values
+as they are) or 1..8. Output shapes follow from input shapes and these integers alone: see `layout`. No op has a
+gradient: they are called inside an `autograd.Function`, which does the differentiation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dropit_fx.kernels import reference
+from dropit_fx.kernels.layout import check_format, codes_nbytes, kept, mask_nbytes, uint_nbytes
+
+_SCHEMAS = {
+    "sparsify": "(Tensor x, int keep, int block, int bits, bool affine, bool stochastic)"
+    " -> (Tensor values, Tensor scale, Tensor mask)",
+    "unsparsify": "(Tensor values, Tensor scale, Tensor mask, SymInt numel, ScalarType dtype,"
+    " int keep, int block, int bits, bool affine) -> Tensor",
+    "sample": "(Tensor x, int keep, int block) -> (Tensor values, Tensor mask)",
+    "pack_uint": "(Tensor x, int bits) -> Tensor",
+    "unpack_uint": "(Tensor packed, int bits, SymInt numel) -> Tensor",
+}
+_TAGS = {"sample": (torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded)}
+
+for _name, _schema in _SCHEMAS.items():
+    _tags = _TAGS.get(_name, (torch.Tag.pt2_compliant_tag,))
+    torch.library.define(f"dropit::{_name}", _schema, tags=_tags)
+    torch.library.impl(f"dropit::{_name}", "CompositeExplicitAutograd", getattr(reference, _name))
+
+
+@torch.library.register_fake("dropit::sparsify")
+def _(
+    x: Tensor, keep: int, block: int, bits: int, affine: bool, stochastic: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_format(keep, block, bits)
+    n = x.numel()
+    if bits:
+        values = x.new_empty(codes_nbytes(n, keep, block, bits), dtype=torch.uint8)
+    else:
+        values = x.new_empty(kept(n, keep, block))
+    scale = x.new_empty(0, dtype=torch.float16)
+    return values, scale, x.new_empty(mask_nbytes(n, keep), dtype=torch.uint8)
+
+
+@torch.library.register_fake("dropit::unsparsify")
+def _(
+    values: Tensor,
+    scale: Tensor,
+    mask: Tensor,
+    numel: int,
+    dtype: torch.dtype,
+    keep: int,
+    block: int,
+    bits: int,
+    affine: bool,
+) -> Tensor:
+    check_format(keep, block, bits)
+    return values.new_empty(numel, dtype=dtype)
+
+
+@torch.library.register_fake("dropit::sample")
+def _(x: Tensor, keep: int, block: int) -> tuple[Tensor, Tensor]:
+    check_format(keep, block)
+    n = x.numel()
+    return x.new_empty(kept(n, keep, block)), x.new_empty(mask_nbytes(n, keep), dtype=torch.uint8)
+
+
+@torch.library.register_fake("dropit::pack_uint")
+def _(x: Tensor, bits: int) -> Tensor:
+    return x.new_empty(uint_nbytes(x.numel(), bits), dtype=torch.uint8)
+
+
+@torch.library.register_fake("dropit::unpack_uint")
+def _(packed: Tensor, bits: int, numel: int) -> Tensor:
+    return packed.new_empty(numel, dtype=torch.uint8)
