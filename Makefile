@@ -1,0 +1,47 @@
+# make demo and make test need only Python >= 3.11; each makes .venv on its first run and reuses it afterwards.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test lint format wheel clean
+
+help:
+	@echo "make demo    train on scikit-learn's digits, dense and packed; prints and saves a table"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff (rules and format) and mypy"
+	@echo "make format  let ruff rewrite the files"
+	@echo "make wheel   build a wheel and a source distribution into dist/"
+	@echo "make clean   remove what the other targets made, .venv too"
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/python examples/digits.py
+
+# The models of the tests are built from configs or installed as packages: nothing is downloaded.
+test: $(VENV)/.installed-test
+	HF_HUB_OFFLINE=1 $(BIN)/pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(VENV)/.installed-dev
+	$(BIN)/python -m build
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	"dropit_fx needs Python 3.11 or newer, this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+# The order-only prerequisite: the interpreter's own time stamp says nothing about what is installed.
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

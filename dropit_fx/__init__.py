@@ -1,0 +1,1 @@
+"""Keeps the tensors that a PyTorch model saves for backward packed."""

@@ -1,0 +1,1 @@
+"""The graph passes, imported as dropit_fx.passes."""
