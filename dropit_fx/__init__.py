@@ -1,1 +1,19 @@
-"""Keeps the tensors that a PyTorch model saves for backward packed."""
+"""Train neural networks in less memory, by rewriting their graph."""
+
+# measure
+from dropit_fx.api import transform
+from dropit_fx.capture import CaptureError
+from dropit_fx.config import Config, ConfigError, load_config
+from dropit_fx.report import Report, report
+
+__version__ = "0.1.0"
+__all__ = [
+    "CaptureError",
+    "Config",
+    "ConfigError",
+    "Report",
+    "load_config",
+#m
+    "report",
+    "transform",
+]

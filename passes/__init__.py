@@ -1,1 +1,33 @@
-"""The graph passes, imported as dropit_fx.passes."""
+"""The pipeline: each pass is a function from a plan to a plan, and the verifier runs after every one."""
+
+from __future__ import annotations
+
+if __name__ == "passes":
+    raise ImportError("import dropit_fx.passes: this folder is that package, not a top-level one")
+
+from collections.abc import Callable
+
+from dropit_fx.core_types import Plan
+from dropit_fx.passes.choose_codecs import choose_codecs
+from dropit_fx.passes.find_saved import find_saved
+from dropit_fx.passes.insert_packing import insert_packing
+from dropit_fx.passes.share_packed import share_packed
+from dropit_fx.passes.verify import VerifyError, verify
+
+PIPELINE: tuple[Callable[[Plan], Plan], ...] = (
+    find_saved,
+    choose_codecs,
+    share_packed,
+    insert_packing,
+)
+
+
+def run_pipeline(plan: Plan) -> Plan:
+    """Runs every pass over ``plan`` and over the plans of nested graphs, verifying each result."""
+    for step in PIPELINE:
+        plan = step(plan)
+        verify(plan)
+    return plan
+
+
+__all__ = ["PIPELINE", "VerifyError", "run_pipeline", "verify"]

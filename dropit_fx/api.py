@@ -1,0 +1,111 @@
+"""``transform``: a model in, a rewritten ``GraphModule`` out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from os import PathLike
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dropit_fx import example_inputs
+from dropit_fx.capture import CaptureError, capture
+from dropit_fx.config import Config, ConfigError, make_config
+from dropit_fx.core_types import Plan
+from dropit_fx.expand import expand, opaque_nodes
+from dropit_fx.fake import propagate
+from dropit_fx.passes import run_pipeline
+from dropit_fx.passes.choose_codecs import check_rules_matched
+from dropit_fx.report import attach
+
+
+def transform(
+    model: nn.Module,
+    config: str | PathLike[str] | Mapping[str, Any] | Config | None = None,
+    *,
+    example_args: tuple[Any, ...] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    modules: str | None = None,
+    preset: str | None = None,
+    strategy: str | None = None,
+    gamma: float | None = None,
+    bits: int | None = None,
+) -> fx.GraphModule:
+    """Rewrites a model so that what its training step saves is kept packed.
+
+    The forward result has the same bits; parameters and buffers are the model's own tensors, under the same
+    state-dict keys. The result trains as it is and compiles with ``torch.compile``.
+
+    Args:
+        model: Any module that ``torch.fx.symbolic_trace`` or ``torch.export`` takes.
+        config: A YAML path, a mapping or a Config: rules that say which saved tensor gets which codec.
+        example_args: Positional inputs of the usual shapes, on the model's device; only their shapes and
+            dtypes are read. Without them, shapes are taken from the model where it tells them
+            (``example_inputs.guess``).
+        example_kwargs: Keyword inputs.
+        modules: A glob on qualified names: rewrites each matching submodule in place, leaves the rest of the
+            model alone, and returns ``model``.
+        preset: Name of a preset; its rules come after the config's own.
+        strategy: Codec of linear and convolution inputs: ``"mink"``, ``"random"``, ``"quant"``.
+        gamma: Dropping rate in [0, 1) of the preset's rules.
+        bits: Bits of a kept value, 1 to 8, of the preset's rules.
+
+    Returns:
+        The rewritten GraphModule; ``dropit_fx.report`` tells what became of each saved tensor.
+
+    Raises:
+        CaptureError: No tracer takes the model, or shapes are needed and cannot be guessed.
+        ConfigError: The config cannot mean anything, or a rule of it matches nothing.
+    """
+    settled = make_config(config, preset=preset, strategy=strategy, gamma=gamma, bits=bits)
+    if modules is not None:
+        return _transform_submodules(model, settled, modules, example_args, example_kwargs)
+    args, kwargs = example_inputs.settle(model, example_args, example_kwargs)
+    graph_module = capture(model, args, kwargs)
+    plan = rewrite(graph_module, settled, args, kwargs)
+    check_rules_matched((plan,), settled)
+    attach(graph_module, plan)
+    return graph_module
+
+
+def rewrite(
+    graph_module: fx.GraphModule,
+    config: Config,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Plan:
+    """Runs the pipeline over a captured graph, in place."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    inputs = example_inputs.placeholder_values(graph_module, args, kwargs)
+    fakes = tuple(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in inputs)
+    if opaque_nodes(graph_module):
+        expand(graph_module, propagate(graph_module, fakes))
+    return run_pipeline(Plan(module=graph_module, inputs=fakes, config=config))
+
+
+def _transform_submodules(
+    model: nn.Module,
+    config: Config,
+    glob: str,
+    example_args: tuple[Any, ...] | None,
+    example_kwargs: Mapping[str, Any] | None,
+) -> nn.Module:
+    names = [n for n, _ in model.named_modules() if n and fnmatchcase(n, glob)]
+    names = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
+    if not names:
+        known = ", ".join(n for n, _ in model.named_children())
+        raise ConfigError(f"modules={glob!r} matches no submodule. Direct children: {known}.")
+    args, kwargs = example_inputs.settle(model, example_args, example_kwargs)
+    seen = example_inputs.record(model, names, args, kwargs)
+    plans = []
+    for name in names:
+        if name not in seen:
+            raise CaptureError(f"submodule '{name}' is not called with the example inputs")
+        inner = capture(model.get_submodule(name), *seen[name])
+        plans.append(rewrite(inner, config, *seen[name]))
+        attach(inner, plans[-1], prefix=name)
+        model.set_submodule(name, inner)
+    check_rules_matched(tuple(plans), config)
+    return model

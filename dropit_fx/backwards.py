@@ -1,0 +1,241 @@
+"""The backward formulas that rows of the op table name.
+
+With ``y = run(*args)`` and ``grad = dL/dy``, each formula has the signature
+``(grad, saved, call) -> {argument: dL/dargument}``: ``saved[operand]`` unpacks a saved tensor when it
+is first read, ``call`` holds the other arguments and what is asked for. They follow the products and
+reductions of PyTorch's own formulas one for one, so that with a lossless codec every gradient has
+the same bits:
+
+* GEMM, ``Y = A B``:          ``dA = dY B^T``,  ``dB = A^T dY``
+* linear, ``Y = X W^T + b``:  ``dX = dY W``,    ``dW = dY^T X``,  ``db = sum(dY)``
+* convolution:                ``aten.convolution_backward``
+* pointwise ``y = f(x)``:     ``dX = dY * f'(x)``
+
+Where only X is packed, dX and db do not touch it: they are exact (DropIT, arXiv 2202.13808, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropit_fx.core_types import OpRule
+
+Grads = dict[str, Tensor | None]
+Saved = Mapping[str, Tensor]
+aten = torch.ops.aten
+
+
+class Call:
+    """The arguments of one call that are not saved tensors, and which gradients are asked for.
+
+    Attributes:
+        rule: The row.
+        args: Argument name -> value, with None in the place of each tensor.
+        shapes: Argument name -> shape, for tensor arguments.
+        strides: Argument name -> strides, for tensor arguments.
+        needs: The arguments whose gradients are wanted.
+    """
+
+    def __init__(
+        self,
+        rule: OpRule,
+        args: dict[str, Any],
+        shapes: dict[str, Any],
+        strides: dict[str, Any],
+        needs: frozenset[str],
+    ) -> None:
+        self.rule = rule
+        self.args = args
+        self.shapes = shapes
+        self.strides = strides
+        self.needs = needs
+
+
+def vjp(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """The generic backward: ``torch.func.vjp`` of the row's ``run``. It repeats the forward."""
+    wanted = tuple(n for n in call.shapes if n in call.needs)
+    fixed = {n: call.args[n] for n in call.args if n not in call.shapes}
+    fixed |= {n: saved[n] for n in call.shapes if n not in wanted}
+
+    def run(*tensors: Tensor) -> Any:
+        given = dict(zip(wanted, tensors, strict=True))
+        # positional, in signature order: some builtins take no keywords
+        return call.rule.run(*[given[n] if n in given else fixed[n] for n in call.args])
+
+    _, pull = torch.func.vjp(run, *[saved[n] for n in wanted])
+    return dict(zip(wanted, pull(grad), strict=True))
+
+
+def _column_major(shape: Any, strides: Any) -> bool:
+    return strides[0] == 1 and strides[1] == shape[0]
+
+
+def _left(grad: Tensor, b: Tensor, a_is_column_major: bool) -> Tensor:
+    """``dA = dY B^T`` of a 2-D product; a column-major A gets a column-major gradient, as in autograd."""
+    return b.mm(grad.t()).t() if a_is_column_major else grad.mm(b.t())
+
+
+def _right(grad: Tensor, a: Tensor, b_is_column_major: bool) -> Tensor:
+    """``dB = A^T dY`` of a 2-D product; a column-major B gets a column-major gradient."""
+    return grad.t().mm(a).t() if b_is_column_major else a.t().mm(grad)
+
+
+def linear(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """``input: (*, in)``, ``weight: (out, in)``, ``bias: (out,)``, ``grad: (*, out)``."""
+    if grad.dim() < 2 or len(call.shapes["weight"]) != 2:
+        return vjp(grad, saved, call)
+    out: Grads = {}
+    flat = grad.reshape(-1, grad.shape[-1])  # (rows, out)
+    if "input" in call.needs:
+        shape, strides = call.shapes["input"], call.strides["input"]
+        columns = grad.dim() == 2 and _column_major(shape, strides)
+        out["input"] = _left(flat, saved["weight"].t(), columns).reshape(shape)
+    if "weight" in call.needs:
+        rows = saved["input"].reshape(-1, call.shapes["input"][-1])  # (rows, in)
+        out["weight"] = flat.t().mm(rows)
+    if "bias" in call.needs:
+        # 3-D inputs go through addmm on the flat view, others through a broadcast add
+        out["bias"] = (flat if grad.dim() <= 3 else grad).sum_to_size(call.shapes["bias"])
+    return out
+
+
+def mm(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """``input: (m, k)``, ``mat2: (k, n)``."""
+    out: Grads = {}
+    if "input" in call.needs:
+        columns = _column_major(call.shapes["input"], call.strides["input"])
+        out["input"] = _left(grad, saved["mat2"], columns)
+    if "mat2" in call.needs:
+        columns = _column_major(call.shapes["mat2"], call.strides["mat2"])
+        out["mat2"] = _right(grad, saved["input"], columns)
+    return out
+
+
+def addmm(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """``beta * input + alpha * (mat1: (m, k)) @ (mat2: (k, n))``; ``input`` broadcasts."""
+    out: Grads = {}
+    alpha, beta = call.args["alpha"], call.args["beta"]
+    if "input" in call.needs:
+        out["input"] = _scaled(grad, beta).sum_to_size(call.shapes["input"])
+    if "mat1" in call.needs:
+        columns = _column_major(call.shapes["mat1"], call.strides["mat1"])
+        out["mat1"] = _scaled(_left(grad, saved["mat2"], columns), alpha)
+    if "mat2" in call.needs:
+        columns = _column_major(call.shapes["mat2"], call.strides["mat2"])
+        out["mat2"] = _scaled(_right(grad, saved["mat1"], columns), alpha)
+    return out
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x * factor
+
+
+def bmm(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """``input: (b, m, k)``, ``mat2: (b, k, n)``."""
+    out: Grads = {}
+    if "input" in call.needs:
+        out["input"] = grad.bmm(saved["mat2"].transpose(1, 2))
+    if "mat2" in call.needs:
+        out["mat2"] = saved["input"].transpose(1, 2).bmm(grad)
+    return out
+
+
+def baddbmm(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """``beta * input + alpha * (batch1: (b, m, k)) @ (batch2: (b, k, n))``; ``input`` broadcasts."""
+    out: Grads = {}
+    alpha, beta = call.args["alpha"], call.args["beta"]
+    if "input" in call.needs:
+        out["input"] = _scaled(grad, beta).sum_to_size(call.shapes["input"])
+    if "batch1" in call.needs:
+        out["batch1"] = _scaled(grad.bmm(saved["batch2"].transpose(1, 2)), alpha)
+    if "batch2" in call.needs:
+        out["batch2"] = _scaled(saved["batch1"].transpose(1, 2).bmm(grad), alpha)
+    return out
+
+
+def matmul(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """``input: (*, m, k)``, ``other: (*, k, n)``, batch dimensions broadcast.
+
+    As ``torch.matmul`` does it: folded into one ``mm`` where ``other`` is a matrix, else expanded to ``bmm``.
+    """
+    a_shape, b_shape = call.shapes["input"], call.shapes["other"]
+    if len(a_shape) < 2 or len(b_shape) < 2 or (len(a_shape) == 2 < len(b_shape)):
+        return vjp(grad, saved, call)
+    out: Grads = {}
+    k, n = b_shape[-2], b_shape[-1]
+    if len(b_shape) == 2:
+        flat = grad.reshape(-1, n)
+        if "input" in call.needs:
+            columns = len(a_shape) == 2 and _column_major(a_shape, call.strides["input"])
+            out["input"] = _left(flat, saved["other"], columns).reshape(a_shape)
+        if "other" in call.needs:
+            columns = _column_major(b_shape, call.strides["other"])
+            out["other"] = _right(flat, saved["input"].reshape(-1, k), columns)
+        return out
+    batch = grad.shape[:-2]
+    flat = grad.reshape(-1, grad.shape[-2], n)  # (b, m, n)
+    if "input" in call.needs:
+        b = saved["other"].expand(*batch, k, n).reshape(-1, k, n)
+        full = flat.bmm(b.transpose(1, 2)).reshape(*batch, a_shape[-2], k)
+        out["input"] = full.sum_to_size(a_shape)
+    if "other" in call.needs:
+        a = saved["input"].expand(*batch, a_shape[-2], k).reshape(-1, a_shape[-2], k)
+        full = a.transpose(1, 2).bmm(flat).reshape(*batch, k, n)
+        out["other"] = full.sum_to_size(b_shape)
+    return out
+
+
+def per_dimension(value: Any, dims: int) -> list[int]:
+    """``3`` or ``(3,)`` or ``(3, 3)`` as one int for each dimension."""
+    return [value] * dims if isinstance(value, int) else list(value) * (dims // len(value))
+
+
+def convolution(dims: int, transposed: bool) -> Callable[[Tensor, Saved, Call], Grads]:
+    """The backward of ``conv{dims}d``: ``input: (b, in, *)``, ``weight: (out, in / groups, *)``."""
+
+    def ints(value: Any) -> list[int]:
+        return per_dimension(value, dims)
+
+    def backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+        args = call.args
+        if isinstance(args["padding"], str) or grad.dim() != dims + 2:
+            return vjp(grad, saved, call)
+        bias = call.shapes.get("bias")
+        names = ("input", "weight", "bias")
+        grads = aten.convolution_backward(
+            grad,
+            saved["input"],
+            saved["weight"],
+            list(bias) if bias is not None else None,
+            ints(args["stride"]),
+            ints(args["padding"]),
+            ints(args["dilation"]),
+            transposed,
+            ints(args["output_padding"]) if transposed else [0] * dims,
+            args["groups"],
+            [n in call.needs for n in names],
+        )
+        return dict(zip(names, grads, strict=True))
+
+    return backward
+
+
+def masked(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """relu, relu6, hardtanh: the gradient where the bit is set (NaN counts as set), 0 elsewhere."""
+    return {"input": torch.where(saved["result"], grad, 0)}
+
+
+def leaky_relu(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """The gradient where the bit is set, ``negative_slope`` times it elsewhere."""
+    slope = call.args["negative_slope"]
+    return {"input": torch.where(saved["input"], grad, grad * slope)}
+
+
+def dropout(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """``dX = dY * mask / (1 - p)``."""
+    p = call.args["p"]
+    return {"input": aten.native_dropout_backward(grad, saved["mask"], 0.0 if p == 1 else 1 / (1 - p))}

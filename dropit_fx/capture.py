@@ -1,0 +1,295 @@
+"""nn.Module -> fx.GraphModule: symbolic tracing first, ``torch.export`` where that fails.
+
+Both tracers evaluate Python, so a graph knows one mode only: ``if self.training`` is decided while it is
+traced. A model is therefore traced in both modes and the two graphs are laid over each other: where they
+differ in constants alone (a dropout's rate), the constant becomes a choice made at run time
+(``by_mode``), and ``.train()`` and ``.eval()`` work on the result as on the model. Modules whose graphs
+differ in more (BatchNorm counts its batches) stay whole, as leaves.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from dropit_fx.packed_call import by_mode, require_mode
+
+log = logging.getLogger(__name__)
+
+TRAINING_FLAG = "training_flag"
+
+
+class CaptureError(RuntimeError):
+    """No tracer takes the model; the message says which line stopped each of them."""
+
+
+class TrainingFlag(nn.Module):
+    """Returns its own ``training`` attribute, so that a graph can read the mode at run time."""
+
+    def forward(self) -> bool:
+        """True in training mode."""
+        return self.training
+
+
+class Tracer(fx.Tracer):
+    """Symbolic tracer that sees through ``torch.nn`` modules, down to functions.
+
+    A module stays a leaf where its forward reads ``self.training`` to do more than pass it on: normalisation with
+    running statistics, and any module without children whose own code names ``training`` (DropPath).
+    """
+
+    record_stack_traces = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether ``m`` becomes one ``call_module`` node."""
+        if isinstance(m, (nn.modules.batchnorm._NormBase, nn.MultiheadAttention, nn.RNNBase)):
+            return True
+        if type(m).__module__.startswith("torch.nn"):
+            return isinstance(m, fx.GraphModule)
+        reads_mode = "training" in _names(type(m).forward)
+        return reads_mode and not any(True for _ in m.children())
+
+
+def _names(function: Callable[..., Any]) -> tuple[str, ...]:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return code.co_names if code is not None else ()
+
+
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> fx.GraphModule:
+    """Traces ``model``; parameters and buffers are shared with it, not copied.
+
+    Args:
+        model: Any module; its mode on return is what it was.
+        args: Example inputs; only ``torch.export`` needs them.
+        kwargs: Example keyword inputs.
+
+    Returns:
+        A graph of functions and leaf modules whose state-dict keys are the model's.
+
+    Raises:
+        CaptureError: Neither tracer takes the model.
+    """
+    if isinstance(model, fx.GraphModule):
+        graph_module = fx.GraphModule(model, copy.deepcopy(model.graph), type(model).__name__)
+    else:
+        try:
+            graph_module = _both_modes(model, _symbolic)
+        except Exception as error:  # a tracer runs the user's code: anything can be raised
+            log.info("symbolic_trace: %s", error)
+            graph_module = _exported(model, args, kwargs, error)
+    missing = set(model.state_dict()) ^ set(graph_module.state_dict())
+    if missing:
+        _adopt(model, graph_module, missing)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return graph_module
+
+
+def _exported(
+    model: nn.Module,
+    args: tuple[Any, ...] | None,
+    kwargs: Mapping[str, Any] | None,
+    first: Exception,
+) -> fx.GraphModule:
+    if args is None and kwargs is None:
+        raise CaptureError(
+            f"torch.fx.symbolic_trace cannot take {type(model).__name__}, stopped at {_user_line(first)}:\n"
+            f"  {_first_line(first)}\nGive example_args or example_kwargs, and torch.export is tried; or use"
+            ' torch.compile(model, backend="dropit"), which needs neither.'
+        ) from first
+    try:
+        return _both_modes(model, lambda m: _export(m, args or (), dict(kwargs or {})))
+    except Exception as error:
+        raise CaptureError(
+            f"no tracer takes {type(model).__name__}.\n"
+            f"  torch.fx.symbolic_trace stopped at {_user_line(first)}:\n    {_first_line(first)}\n"
+            f"  torch.export stopped at {_user_line(error)}:\n    {_first_line(error)}\n"
+            'Use torch.compile(model, backend="dropit"), which takes such models piece by piece, or'
+            " transform(model, modules=...) for the submodules that can be traced."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"
+
+
+def _user_line(error: BaseException) -> str:
+    """``file:line: code`` of the innermost frame that is the user's: not of torch, not ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = (torch.__path__[0], __file__.rsplit("/", 1)[0])
+    theirs = [f for f in frames if not f.filename.startswith(ours) and "<" not in f.filename]
+    for line in str(error).splitlines():  # torch.export tells the user's line in its message
+        line = line.strip()
+        if line.startswith("File ") and not any(o in line for o in ours):
+            name, _, rest = line.removeprefix("File ").partition(", line ")
+            return f"{name.strip(chr(34))}:{rest.split(',')[0].split()[0]}"
+    if not theirs:
+        return "no line of the model"
+    frame = theirs[-1]
+    return f"{frame.filename}:{frame.lineno}: {frame.line}"
+
+
+def _symbolic(model: nn.Module) -> fx.GraphModule:
+    tracer = Tracer()
+    graph = tracer.trace(model)
+    return fx.GraphModule(model, graph, type(model).__name__)
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    auto = torch.export.Dim.AUTO
+
+    def every_dimension(x: Any) -> Any:
+        return {d: auto for d in range(x.dim())} if isinstance(x, Tensor) else None
+
+    shapes = pytree.tree_map(every_dimension, (args, kwargs))
+    names = list(inspect.signature(model.forward).parameters)
+    dynamic = {**dict(zip(names, shapes[0], strict=False)), **shapes[1]}
+    try:
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
+    except Exception as error:
+        log.info("torch.export with dynamic shapes: %s; retrying with the example's", error)
+        program = torch.export.export(model, args, kwargs, strict=False)
+    exported = program.module()
+    # a plain GraphModule: the exported one refuses train() and eval()
+    graph_module = fx.GraphModule(exported, exported.graph, type(model).__name__)
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        parent, _, leaf = name.rpartition(".")
+        try:
+            owner = graph_module.get_submodule(parent)
+        except AttributeError:
+            continue
+        if hasattr(owner, leaf):
+            setattr(owner, leaf, value)
+    return graph_module
+
+
+def _both_modes(
+    model: nn.Module, trace: Callable[[nn.Module], fx.GraphModule]
+) -> fx.GraphModule:
+    modes = {name: m.training for name, m in model.named_modules()}
+    training = model.training
+    try:
+        graph_module = trace(model)
+        model.train(not training)
+        try:
+            other = trace(model)
+        except Exception as error:
+            log.info("tracing in the other mode: %s", error)
+            other = None
+    finally:
+        for name, m in model.named_modules():
+            m.training = modes[name]
+    differs = "it cannot be traced" if other is None else _overlay(graph_module, other, training)
+    if differs:
+        log.warning("%s: training and eval differ in more than constants: %s", type(model).__name__, differs)
+        with graph_module.graph.inserting_before(_first(graph_module)):
+            flag = _flag(graph_module, training)
+            graph_module.graph.call_function(require_mode, (flag, training, differs))
+    return graph_module
+
+
+def _first(graph_module: fx.GraphModule) -> fx.Node:
+    return next(n for n in graph_module.graph.nodes if n.op != "placeholder")
+
+
+def _flag(graph_module: fx.GraphModule, training: bool) -> fx.Node:
+    graph_module.add_submodule(TRAINING_FLAG, TrainingFlag().train(training))
+    return graph_module.graph.call_module(TRAINING_FLAG)
+
+
+def _overlay(mine: fx.GraphModule, other: fx.GraphModule, training: bool) -> str:
+    """Makes ``mine`` serve both modes. Returns where the graphs differ in more than constants, or ``""``."""
+    ours, theirs = list(mine.graph.nodes), list(other.graph.nodes)
+    for a, b in zip(ours, theirs, strict=False):
+        same = (a.op, a.name, str(a.target)) == (b.op, b.name, str(b.target))
+        if not same or pytree.tree_structure((a.args, a.kwargs)) != pytree.tree_structure(
+            (b.args, b.kwargs)
+        ):
+            return f"'{a.name}' ({node_where(a) or node_module(a) or a.target})"
+    if len(ours) != len(theirs):
+        return f"'{ours[-1].name}'"
+    flag: list[fx.Node] = []
+
+    def choice(mine_value: Any, other_value: Any, before: fx.Node) -> Any:
+        if isinstance(mine_value, fx.Node) or mine_value == other_value:
+            return mine_value
+        if not flag:
+            with mine.graph.inserting_before(_first(mine)):
+                flag.append(_flag(mine, training))
+        in_training, in_eval = (
+            (mine_value, other_value) if training else (other_value, mine_value)
+        )
+        if in_training is True and in_eval is False:
+            return flag[0]
+        with mine.graph.inserting_before(before):
+            return mine.graph.call_function(by_mode, (flag[0], in_training, in_eval))
+
+    for a, b in zip(ours, theirs, strict=True):
+        flat, spec = pytree.tree_flatten((a.args, a.kwargs))
+        others = pytree.tree_leaves((b.args, b.kwargs))
+        chosen = [choice(x, y, a) for x, y in zip(flat, others, strict=True)]
+        a.args, a.kwargs = pytree.tree_unflatten(chosen, spec)
+    return ""
+
+
+def _adopt(model: nn.Module, graph_module: fx.GraphModule, names: set[str]) -> None:
+    """Gives the graph module the parameters that no node reads, so that state dicts stay equal."""
+    owned = dict(model.named_parameters(remove_duplicate=False)) | dict(
+        model.named_buffers(remove_duplicate=False)
+    )
+    for name in sorted(names):
+        if name not in owned:
+            continue
+        *path, leaf = name.split(".")
+        owner: nn.Module = graph_module
+        for part in path:
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = getattr(owner, part)
+        if isinstance(owned[name], nn.Parameter):
+            owner.register_parameter(leaf, owned[name])
+        else:
+            owner.register_buffer(leaf, owned[name])
+
+
+def node_where(node: fx.Node) -> str:
+    """``file:line`` of the user's code that made the node, ``""`` where the tracer did not say."""
+    trace = node.meta.get("stack_trace") or node.stack_trace or ""
+    best = ""
+    for line in trace.splitlines():
+        line = line.strip()
+        if line.startswith("File "):
+            name, _, rest = line.removeprefix("File ").partition(", line ")
+            name, number = name.strip('"'), rest.split(",")[0]
+            if "/torch/" not in name:
+                best = f"{name}:{number}"
+    return best
+
+
+def node_module(node: fx.Node) -> str:
+    """Qualified name of the module that the node belongs to, ``""`` for the root.
+
+    The tracers write it differently: ``blocks.0.attn``, ``L['self'].blocks.0.attn``,
+    ``L['self']._modules['blocks']._modules['0']``.
+    """
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return node.target if node.op == "call_module" else ""
+    name = str(list(stack.values())[-1][0])
+    if name.startswith(("L[", "G[")):
+        name = name.split("]", 1)[1]
+    name = name.replace("._modules['", ".").replace("']", "").replace("['", ".")
+    return name.removeprefix("L__self__").strip(".").split("@")[0]

@@ -1,0 +1,27 @@
+"""``bitmask``: masks and other small integers, in the fewest bits that lose nothing.
+
+The row of the op says how many: 1 for the slope of a piecewise-linear function or a dropout mask,
+4 for the maximum's place in a 3 x 3 pooling window.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropit_fx.core_types import Codec, Options, Use
+
+
+def _unpack(parts: tuple[Tensor, ...], options: Options, numel: Any, dtype: torch.dtype) -> Tensor:
+    codes = torch.ops.dropit.unpack_uint(parts[0], options["bits"], numel)
+    return codes.to(torch.bool) if options["bits"] == 1 else codes
+
+
+BITMASK = Codec(
+    name="bitmask",
+    serves=frozenset({Use.SLOPE}),
+    pack=lambda flat, options: (torch.ops.dropit.pack_uint(flat, options["bits"]),),
+    unpack=_unpack,
+    nbytes=lambda numel, dtype, options: (numel * options["bits"] + 7) // 8,
+    lossless=lambda options: True,
+)

@@ -1,0 +1,25 @@
+"""``keep``: the tensor as it is. ``drop``: nothing at all, where only its shape is read."""
+
+from dropit_fx.core_types import Codec, Use
+
+KEEP = Codec(
+    name="keep",
+    serves=frozenset(Use),
+    pack=lambda flat, options: (flat,),
+    unpack=lambda parts, options, numel, dtype: parts[0],
+    nbytes=lambda numel, dtype, options: numel * dtype.itemsize,
+    lossless=lambda options: True,
+)
+
+DROP = Codec(
+    name="drop",
+    serves=frozenset({Use.SHAPE}),
+    pack=lambda flat, options: (),
+    unpack=lambda parts, options, numel, dtype: _never(),
+    nbytes=lambda numel, dtype, options: 0,
+    lossless=lambda options: True,
+)
+
+
+def _never() -> None:
+    raise AssertionError("a dropped tensor has no values to read")

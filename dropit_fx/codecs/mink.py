@@ -1,0 +1,166 @@
+"""``mink``, ``random`` and ``quant``: three corners of one packed format.
+
+Of each block of ``block`` consecutive elements, k = (1 - gamma) * block are kept as a bitmask and their
+values; ``bits`` codes the values in that many bits with a scale for each block.
+
+* ``mink`` keeps the k largest magnitudes: DropIT (arXiv 2202.13808, section 3.2). With
+  ``scope: tensor`` the whole tensor is one block, which is the paper's own selection.
+* ``random`` keeps k at random and scales them by block / k: unbiased, with more variance.
+* ``quant`` keeps all of them (no mask), in few bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropit_fx.core_types import Codec, Option, Options, Use
+from dropit_fx.kernels import FULL, packed_nbytes
+
+
+def keep_ratio(gamma: float) -> int:
+    """Kept elements in 10 000: an integer, so that sizes stay exact and symbolic."""
+    return round((1 - gamma) * FULL)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _legal_gamma(value: Any) -> bool:
+    return _number(value) and math.isfinite(value) and 0 <= value < 1 and keep_ratio(value) > 0
+
+
+GAMMA = Option(
+    name="gamma",
+    default=0.9,
+    legal=_legal_gamma,
+    meaning="the dropping rate, a number in [0, 0.9999]; 0 keeps every element",
+)
+BITS = Option(
+    name="bits",
+    default=None,
+    legal=lambda v: v is None or (_whole(v) and 1 <= v <= 8),
+    meaning="bits of a kept value, 1 to 8, or null for the tensor's own dtype",
+)
+QUANT_BITS = Option(
+    name="bits",
+    default=4,
+    legal=lambda v: _whole(v) and 1 <= v <= 8,
+    meaning="bits of a value, 1 to 8",
+)
+BLOCK = Option(
+    name="block",
+    default=1024,
+    legal=lambda v: _whole(v) and v >= 8 and v % 8 == 0,
+    meaning="elements of a block, a multiple of 8",
+)
+SCOPE = Option(
+    name="scope",
+    default="block",
+    legal=lambda v: v in ("block", "tensor"),
+    meaning="'block' selects inside each block, 'tensor' in the whole tensor at once (the paper)",
+)
+ROUNDING = Option(
+    name="rounding",
+    default="nearest",
+    legal=lambda v: v in ("nearest", "stochastic"),
+    meaning="'nearest', or 'stochastic' (unbiased over the kept values, more variance)",
+)
+RANGE = Option(
+    name="range",
+    default="symmetric",
+    legal=lambda v: v in ("symmetric", "affine"),
+    meaning="'symmetric' levels around zero, or 'affine' between the least and the greatest value",
+)
+
+Format = Callable[[Options], tuple[int, int, int, bool, bool]]  # keep, block, bits, affine, stochastic
+
+
+def _mink_format(options: Options) -> tuple[int, int, int, bool, bool]:
+    block = 0 if options["scope"] == "tensor" else options["block"]
+    stochastic = options["rounding"] == "stochastic"
+    return keep_ratio(options["gamma"]), block, options["bits"] or 0, False, stochastic
+
+
+def _random_format(options: Options) -> tuple[int, int, int, bool, bool]:
+    block = 0 if options["scope"] == "tensor" else options["block"]
+    return keep_ratio(options["gamma"]), block, 0, False, False
+
+
+def _quant_format(options: Options) -> tuple[int, int, int, bool, bool]:
+    affine, stochastic = options["range"] == "affine", options["rounding"] == "stochastic"
+    return FULL, options["block"], options["bits"], affine, stochastic
+
+
+def _pack(format_of: Format) -> Callable[[Tensor, Options], tuple[Tensor, ...]]:
+    def pack(flat: Tensor, options: Options) -> tuple[Tensor, ...]:
+        parts: tuple[Tensor, ...] = torch.ops.dropit.sparsify(flat, *format_of(options))
+        return parts
+
+    return pack
+
+
+def _sample(flat: Tensor, options: Options) -> tuple[Tensor, ...]:
+    keep, block, *_ = _random_format(options)
+    values, mask = torch.ops.dropit.sample(flat, keep, block)
+    return values, values.new_empty(0), mask
+
+
+def _unpack(format_of: Format) -> Callable[[tuple[Tensor, ...], Options, Any, torch.dtype], Tensor]:
+    def unpack(parts: tuple[Tensor, ...], options: Options, numel: Any, dtype: torch.dtype) -> Tensor:
+        keep, block, bits, affine, _ = format_of(options)
+        out: Tensor = torch.ops.dropit.unsparsify(*parts, numel, dtype, keep, block, bits, affine)
+        return out
+
+    return unpack
+
+
+def _nbytes(format_of: Format) -> Callable[[int, torch.dtype, Options], int]:
+    def nbytes(numel: int, dtype: torch.dtype, options: Options) -> int:
+        keep, block, bits, affine, _ = format_of(options)
+        return packed_nbytes(numel, keep, block, bits, affine, dtype.itemsize)
+
+    return nbytes
+
+
+def _keeps_all(options: Options) -> bool:
+    return keep_ratio(options["gamma"]) == FULL and options.get("bits") is None
+
+
+MINK = Codec(
+    name="mink",
+    serves=frozenset({Use.CONTRACT}),
+    options=(GAMMA, BITS, BLOCK, SCOPE, ROUNDING),
+    pack=_pack(_mink_format),
+    unpack=_unpack(_mink_format),
+    nbytes=_nbytes(_mink_format),
+    lossless=_keeps_all,
+)
+
+RANDOM = Codec(
+    name="random",
+    serves=frozenset({Use.CONTRACT}),
+    options=(GAMMA, BLOCK, SCOPE),
+    pack=_sample,
+    unpack=_unpack(_random_format),
+    nbytes=_nbytes(_random_format),
+    lossless=_keeps_all,
+)
+
+QUANT = Codec(
+    name="quant",
+    serves=frozenset({Use.CONTRACT}),
+    options=(QUANT_BITS, BLOCK, RANGE, ROUNDING),
+    pack=_pack(_quant_format),
+    unpack=_unpack(_quant_format),
+    nbytes=_nbytes(_quant_format),
+)

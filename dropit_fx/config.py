@@ -1,0 +1,258 @@
+"""YAML, mappings and sugar -> :class:`Config`. Every config error is raised here, with the rule it comes from."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib import resources
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dropit_fx.codecs import CODEC
+from dropit_fx.core_types import Codec, Options, Read, Use
+from dropit_fx.op_table import RULES
+
+DEFAULT_PRESET = "dropit"
+
+
+class ConfigError(ValueError):
+    """A config that cannot mean anything; the message prints the rule and what would be legal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One rule: the first that matches a read decides its codec."""
+
+    # globs on the qualified module name, `*` crosses dots; any of them may match
+    module: tuple[str, ...] = ("*",)
+    # globs on names of the op table; any of them may match
+    op: tuple[str, ...] = ("*",)
+    # name of a codec
+    codec: str
+    # the codec's options that differ from their defaults
+    options: tuple[tuple[str, Any], ...] = ()
+    # True for rules of a preset: these may match nothing
+    preset: bool = False
+
+    def __str__(self) -> str:
+        parts = [] if self.module == ("*",) else [f"module: {_joined(self.module)}"]
+        parts += [] if self.op == ("*",) else [f"op: {_joined(self.op)}"]
+        parts += [f"codec: {self.codec}", *(f"{k}: {v}" for k, v in self.options)]
+        return "{" + ", ".join(parts) + "}"
+
+    def matches(self, module: str, op: str, read: Read) -> bool:
+        """Whether the rule speaks of ``read`` of ``op`` in ``module``."""
+        return (
+            any(fnmatchcase(module, glob) for glob in self.module)
+            and any(fnmatchcase(op, glob) for glob in self.op)
+            and serves(CODEC[self.codec], read)
+        )
+
+    def full_options(self) -> Options:
+        """Every option of the codec, defaults included."""
+        return CODEC[self.codec].defaults() | dict(self.options)
+
+
+def _joined(globs: tuple[str, ...]) -> str:
+    return globs[0] if len(globs) == 1 else "[" + ", ".join(globs) + "]"
+
+
+def serves(codec: Codec, read: Read) -> bool:
+    """Whether the backward may read what ``codec`` gives back."""
+    if codec.name == "keep" or read.use is Use.SHAPE:
+        return True  # a tensor of which only the shape is read goes with the rest of its op
+    if read.bits is not None:
+        return codec.name == "bitmask"
+    return read.use in codec.serves and codec.name != "bitmask"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """An ordered list of rules.
+
+    Attributes:
+        rules: The config's own rules, then the preset's; the first match wins.
+        preset: The preset that the last of them come from, or None.
+        force: Pack also where that frees nothing or takes more room: for tests of the formulas.
+    """
+
+    rules: tuple[Rule, ...] = ()
+    preset: str | None = DEFAULT_PRESET
+    force: bool = False
+
+    def rule_for(self, module: str, op: str, read: Read) -> Rule | None:
+        """The first rule that speaks of ``read``."""
+        return next((r for r in self.rules if r.matches(module, op, read)), None)
+
+
+def presets() -> tuple[str, ...]:
+    """Names of the presets that come with the package."""
+    folder = resources.files("dropit_fx") / "presets"
+    return tuple(sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")))
+
+
+@cache
+def _preset_rules(name: str) -> tuple[Rule, ...]:
+    if name not in presets():
+        raise ConfigError(f"no preset {name!r}.{_did_you_mean(name, presets())}")
+    text = (resources.files("dropit_fx") / "presets" / f"{name}.yaml").read_text()
+    return tuple(_rule(r, f"preset {name}", preset=True) for r in yaml.safe_load(text)["rules"])
+
+
+def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None = None) -> Config:
+    """Reads and checks a config.
+
+    Args:
+        source: Path of a YAML file, a mapping of the same shape, a Config (returned as it is), or None for
+            the default preset. Keys: ``preset`` (a name, or null for none), ``rules`` (a list of
+            ``{module, op, codec, <options of the codec>}``), ``force``.
+
+    Raises:
+        ConfigError: An unknown key, preset, codec, op or option, or a value out of range.
+        FileNotFoundError: There is no such file.
+    """
+    if isinstance(source, Config):
+        return source
+    if source is None:
+        source = {}
+    origin = "config"
+    if isinstance(source, (str, PathLike)):
+        origin = str(source)
+        try:
+            loaded = yaml.safe_load(Path(source).read_text())
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{origin} is not YAML: {error}") from error
+        source = {} if loaded is None else loaded
+    if not isinstance(source, Mapping):
+        raise ConfigError(f"{origin}: a mapping was expected, not {type(source).__name__}")
+    _known(source, ("preset", "rules", "force"), origin)
+    rules = source.get("rules") or []
+    if not isinstance(rules, list | tuple):
+        raise ConfigError(f"{origin}: 'rules' is a list of rules, not {type(rules).__name__}")
+    preset = source.get("preset", DEFAULT_PRESET)
+    force = source.get("force", False)
+    if not isinstance(force, bool):
+        raise ConfigError(f"{origin}: 'force' is true or false, not {force!r}")
+    own = tuple(_rule(r, f"{origin}, rule {i + 1}") for i, r in enumerate(rules))
+    given = () if preset is None else _preset_rules(preset)
+    return Config(rules=own + given, preset=preset, force=force)
+
+
+def make_config(
+    config: str | PathLike[str] | Mapping[str, Any] | Config | None = None,
+    *,
+    preset: str | None = None,
+    strategy: str | None = None,
+    gamma: float | None = None,
+    bits: int | None = None,
+) -> Config:
+    """A config with the sugar of ``transform`` and of the backend's options applied.
+
+    ``strategy``, ``gamma`` and ``bits`` override the preset's rules for matmul and convolution inputs: the call of
+    the published code, ``transform(model, strategy="mink", gamma=0.9)``.
+    """
+    if preset is not None and config is not None:
+        named = load_config(config)
+        own = tuple(r for r in named.rules if not r.preset)
+        loaded = replace(named, rules=own + _preset_rules(preset), preset=preset)
+    else:
+        loaded = load_config({"preset": preset} if preset is not None else config)
+    changes = {k: v for k, v in (("gamma", gamma), ("bits", bits)) if v is not None}
+    if strategy is None and not changes:
+        return loaded
+    contract = tuple(n for n, c in CODEC.items() if Use.CONTRACT in c.serves and c.name != "keep")
+    if strategy is not None and strategy not in contract:
+        raise ConfigError(f"no strategy {strategy!r}.{_did_you_mean(strategy, contract)}")
+
+    def sweetened(rule: Rule) -> Rule:
+        if not rule.preset or rule.codec not in contract:
+            return rule
+        codec = strategy or rule.codec
+        names = {o.name for o in CODEC[codec].options}
+        options = {k: v for k, v in rule.options if k in names} | changes
+        _check_options(CODEC[codec], options, "strategy")
+        return replace(rule, codec=codec, options=tuple(options.items()))
+
+    rules = tuple(sweetened(r) for r in loaded.rules)
+    if not any(r.preset and r.codec in contract for r in rules):
+        raise ConfigError(
+            f"strategy, gamma and bits change the preset's rules, and preset {loaded.preset!r} has none for"
+            " matmul and convolution inputs"
+        )
+    return replace(loaded, rules=rules)
+
+
+def _rule(source: Any, where: str, preset: bool = False) -> Rule:
+    if not isinstance(source, Mapping):
+        raise ConfigError(f"{where}: a rule is a mapping, not {source!r}")
+    if "codec" not in source:
+        raise ConfigError(f"{where} {dict(source)}: no 'codec'. Choose one of: {', '.join(_named())}.")
+    name = source["codec"]
+    if name not in _named():
+        raise ConfigError(f"{where}: no codec {name!r}.{_did_you_mean(name, _named())}")
+    codec = CODEC[name]
+    legal = tuple(o.name for o in codec.options)
+    _known(source, ("module", "op", "codec", *legal), where, f" for codec {name!r}")
+    options = {k: v for k, v in source.items() if k in legal}
+    _check_options(codec, options, where)
+    rule = Rule(
+        module=_globs(source.get("module", "*"), "module", where),
+        op=_globs(source.get("op", "*"), "op", where),
+        codec=name,
+        options=tuple(options.items()),
+        preset=preset,
+    )
+    for glob in rule.op:
+        named = [r for r in RULES.values() if fnmatchcase(r.name, glob)]
+        if not named:
+            raise ConfigError(f"{where} {rule}: no op {glob!r} in the op table.{_did_you_mean(glob, RULES)}")
+        if not any(serves(codec, read) for row in named for read in row.reads if read.use is not Use.SHAPE):
+            read = named[0].reads[0]
+            able = [c for c in _named() if serves(CODEC[c], read)]
+            raise ConfigError(
+                f"{where} {rule}: {named[0].name}.{read.operand} cannot be saved as {name!r}: the backward of"
+                f" {named[0].name} uses it as '{read.use}'. Choose one of: {', '.join(able)}."
+            )
+    return rule
+
+
+def _named() -> tuple[str, ...]:
+    """The codecs that a config may name."""
+    return tuple(n for n in CODEC if n != "drop")
+
+
+def _globs(value: Any, key: str, where: str) -> tuple[str, ...]:
+    globs = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else ()
+    if not globs or not all(isinstance(g, str) and g for g in globs):
+        raise ConfigError(f"{where}: '{key}' is a glob or a list of globs, not {value!r}")
+    return globs
+
+
+def _check_options(codec: Codec, options: Mapping[str, Any], where: str) -> None:
+    known = {o.name: o for o in codec.options}
+    for name, value in options.items():
+        if name not in known:
+            raise ConfigError(
+                f"{where}: codec {codec.name!r} has no option {name!r}.{_did_you_mean(name, known)}"
+            )
+        if not known[name].legal(value):
+            raise ConfigError(f"{where}: {name} = {value!r} for codec {codec.name!r}: {known[name].meaning}")
+
+
+def _known(source: Mapping[str, Any], keys: Iterable[str], where: str, what: str = "") -> None:
+    for key in source:
+        if key not in keys:
+            raise ConfigError(f"{where}: no key {key!r}{what}.{_did_you_mean(str(key), keys)}")
+
+
+def _did_you_mean(word: Any, legal: Iterable[str]) -> str:
+    legal = tuple(legal)
+    close = difflib.get_close_matches(str(word), legal, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{hint} Choose one of: {', '.join(legal)}."

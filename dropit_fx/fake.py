@@ -1,0 +1,81 @@
+"""Fake tensors: graphs run on them for shapes and for what autograd keeps, without memory or time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.utils.stateless import _reparametrize_module
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Identifies a storage for as long as something holds it."""
+    return tensor.untyped_storage()._cdata
+
+
+def fake_mode_of(values: Iterable[Any]) -> FakeTensorMode:
+    """The mode of the first fake tensor among ``values``, or a new one."""
+    found = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+    return found or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def concrete_fakes(values: Iterable[Any]) -> tuple[Any, ...]:
+    """Fresh fake tensors of the same layout, with hints in the place of symbolic sizes.
+
+    What runs on them leaves no guards in the compiler's shape environment, and every size is a number.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def hint(size: Any) -> Any:
+        return size if isinstance(size, int) or size.node.hint is None else size.node.hint
+
+    def concrete(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            with mode:
+                fake = torch.empty_strided(
+                    [hint(s) for s in value.shape],
+                    [hint(s) for s in value.stride()],
+                    dtype=value.dtype,
+                    device=value.device,
+                )
+            return fake.requires_grad_(value.requires_grad)
+        return hint(value) if isinstance(value, torch.SymInt) else value
+
+    return tuple(concrete(v) for v in values)
+
+
+@contextmanager
+def fake_state(module: nn.Module, mode: FakeTensorMode) -> Iterator[dict[int, str]]:
+    """Fake parameters and buffers for the time of a run; yields storage -> what it is."""
+    fakes: dict[str, Tensor] = {}
+    kinds: dict[int, str] = {}
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        fakes[name] = tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor)
+        kind = "a parameter" if isinstance(tensor, nn.Parameter) else "a buffer"
+        kinds[storage_id(fakes[name])] = kind
+    with _reparametrize_module(module, fakes, tie_weights=True):
+        yield kinds
+
+
+class _Values(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.extra_traceback = False
+        self.values: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.values[n.name] = super().run_node(n)
+        return self.values[n.name]
+
+
+def propagate(graph_module: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """Node name -> its value, for fake inputs in the order of the placeholders."""
+    mode = fake_mode_of(inputs)
+    with mode, torch.no_grad(), fake_state(graph_module, mode):
+        run = _Values(graph_module)
+        run.run(*inputs)
+    return run.values

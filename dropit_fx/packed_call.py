@@ -1,0 +1,295 @@
+"""How a row runs with packed saved tensors: the functions that appear in rewritten graphs.
+
+Two kinds of node::
+
+    %p = dropit_fx.packed_call.pack(%x, (%w,), 'mink', {'gamma': 0.9, ...})       -> Packed or None
+    %y = dropit_fx.packed_call.packed_linear(%x, %w, %b, packed={'input': %p})    -> the op's result
+
+``pack`` makes the copy that is kept (once for all readers of a value); ``packed_<row>`` runs the op exactly
+and keeps the packed form in the place of the dense tensor. Reads that the op makes itself (masks,
+indices) name only their codec: ``packed={'result': 'bitmask'}``. One ``torch.autograd.Function`` runs
+every row; packed tensors go through ``save_for_backward``, so hooks, offloading and fake tensors see them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from dropit_fx import backwards
+from dropit_fx.codecs import CODEC
+from dropit_fx.core_types import OpRule
+from dropit_fx.op_table import OP_RULES, RULES, bind
+
+
+class Packed(NamedTuple):
+    """One packed tensor: what the codec kept, and how to read it back."""
+
+    parts: tuple[Tensor, ...]
+    codec: str
+    options: tuple[tuple[str, Any], ...]
+    dtype: torch.dtype
+
+
+def memory_order(x: Tensor) -> list[int] | None:
+    """The permutation of dimensions that makes ``x`` contiguous, None where there is none.
+
+    Packing in memory order costs no copy for channels_last and transposed tensors.
+    """
+    if x.is_contiguous():
+        return list(range(x.dim()))
+    order = sorted(range(x.dim()), key=lambda d: (-x.stride(d), d))
+    return order if x.permute(order).is_contiguous() else None
+
+
+def flatten(x: Tensor) -> Tensor:
+    """The elements of ``x`` as a 1-D contiguous tensor, in memory order where ``x`` is dense."""
+    order = memory_order(x)
+    return x.reshape(-1) if order is None else x.permute(order).reshape(-1)
+
+
+def unflatten(flat: Tensor, shape: Any, order: list[int] | None) -> Tensor:
+    """The inverse of :func:`flatten` for a tensor of ``shape`` and ``order``."""
+    if order is None:
+        return flat.reshape(shape)
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return flat.reshape([shape[d] for d in order]).permute(inverse)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """``x`` as autocast would hand it to a GEMM: in the lower precision where autocast is on."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype not in (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+def pack(
+    x: Tensor,
+    needed_by: tuple[Tensor, ...],
+    codec: str,
+    options: Mapping[str, Any],
+    autocast: bool = False,
+) -> Packed | None:
+    """Packs ``x`` for its readers' backward.
+
+    Args:
+        x: Any shape and strides; float32, bfloat16, float16 or float64.
+        needed_by: The tensors whose gradients will read it.
+        codec: Name of the codec.
+        options: All its options.
+        autocast: Pack it in autocast's dtype, since that is what its readers compute with.
+
+    Returns:
+        None where nothing will read it: grad mode is off, or nothing in ``needed_by`` requires grad.
+    """
+    if has_torch_function((x, *needed_by)):
+        return handle_torch_function(
+            pack, (x, *needed_by), x, needed_by, codec, options, autocast=autocast
+        )
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in needed_by):
+        return None
+    with torch.no_grad():
+        x = _autocast(x) if autocast else x
+        parts = CODEC[codec].pack(flatten(x), dict(options))
+    return Packed(parts, codec, tuple(options.items()), x.dtype)
+
+
+def by_mode(training: bool, in_training: Any, in_eval: Any) -> Any:
+    """One of two constants: what a traced model's own ``if self.training`` chose between."""
+    if has_torch_function((training,)):
+        return handle_torch_function(by_mode, (training,), training, in_training, in_eval)
+    return in_training if training else in_eval
+
+
+def require_mode(training: bool, traced: bool, where: str) -> None:
+    """Raises RuntimeError where a graph that knows one mode is run in the other."""
+    if has_torch_function((training,)):
+        return handle_torch_function(require_mode, (training,), training, traced, where)
+    if training != traced:
+        names = ("eval", "training")
+        raise RuntimeError(
+            f"this graph was captured in {names[traced]} mode and differs in {names[training]} mode from {where}"
+            f" on. Call .{('eval', 'train')[traced]}() first, or transform the model in {names[training]} mode."
+        )
+    return None
+
+
+class _Entry(NamedTuple):
+    """How one operand is held between forward and backward. Plain values, so that Dynamo can follow."""
+
+    operand: str
+    codec: str  # 'keep': the dense tensor
+    options: tuple[tuple[str, Any], ...]
+    dtype: torch.dtype
+    count: int  # tensors in save_for_backward
+
+
+class _SavedTensors(Mapping[str, Tensor]):
+    """Operand -> dense tensor, unpacked when read; operands that nobody saved are blank memory."""
+
+    def __init__(self, ctx: Any, call: backwards.Call) -> None:
+        self._call = call
+        self._slots: dict[str, tuple[_Entry, tuple[Tensor, ...]]] = {}
+        tensors, at = ctx.saved_tensors, 0
+        self._like = tensors[0] if tensors else None
+        for entry in ctx.entries:
+            self._slots[entry.operand] = entry, tensors[at : at + entry.count]
+            at += entry.count
+        self._layouts = ctx.layouts
+
+    def __getitem__(self, operand: str) -> Tensor:
+        shape, strides, order, dtype, device = self._layouts[operand]
+        if operand not in self._slots:
+            # a formula asks for its shape only: the gradients that read its values are not wanted
+            return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        entry, parts = self._slots[operand]
+        if entry.codec == "keep":
+            return parts[0]
+        numel = 1
+        for size in shape:
+            numel = numel * size
+        flat = CODEC[entry.codec].unpack(parts, dict(entry.options), numel, entry.dtype)
+        return unflatten(flat, shape, order)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slots)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+
+def _layout(x: Tensor) -> tuple[Any, ...]:
+    return tuple(x.shape), tuple(x.stride()), memory_order(x), x.dtype, x.device
+
+
+class PackedFunction(torch.autograd.Function):
+    """Runs a row: its own forward, its formula in the backward, packed tensors in between.
+
+    ``apply(rule, needs, held, given, nargs, *args, *parts)``: ``held`` maps each operand that the op makes itself
+    to its codec, ``given`` lists how the trailing ``parts`` belong to operands.
+    """
+
+    @staticmethod
+    def forward(
+        rule_name: str,
+        needs: tuple[str, ...],
+        held: tuple[tuple[str, str, int], ...],
+        given: tuple[_Entry, ...],
+        *flat: Any,
+    ) -> Any:
+        rule = RULES[rule_name]
+        args = flat[: len(flat) - sum(e.count for e in given)]
+        if rule.run_saving is None:
+            return rule.run(*args)
+        out, made = rule.run_saving(*args)
+        extra: list[Tensor] = []
+        for operand, codec, bits in held:
+            extra += CODEC[codec].pack(flatten(made[operand]), {"bits": bits})
+        return (out, *extra)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        rule_name, needs, held, given, *flat = inputs
+        rule = RULES[rule_name]
+        count = sum(e.count for e in given)
+        args, parts = flat[: len(flat) - count], flat[len(flat) - count :]
+        out, made = (output[0], output[1:]) if isinstance(output, tuple) else (output, ())
+        if made:
+            ctx.mark_non_differentiable(*made)
+        named = dict(zip(rule.run.__annotations__, args, strict=False))
+        tensors = {n: a for n, a in named.items() if isinstance(a, Tensor)}
+        entries, saved = [], []
+        layouts = {n: _layout(a) for n, a in tensors.items()}
+        at = 0
+        for entry in given:
+            entries.append(entry)
+            saved += parts[at : at + entry.count]
+            at += entry.count
+        for (operand, codec, bits), tensor in zip(held, made, strict=True):
+            entries.append(_Entry(operand, codec, (("bits", bits),), tensor.dtype, 1))
+            saved.append(tensor)
+            layouts[operand] = _layout(out)
+        covered = {e.operand for e in entries}
+        for read in rule.reads:
+            if read.operand in covered or read.operand not in tensors:
+                continue
+            if read.use != "shape" and any(n in needs for n in read.needed_by):
+                tensor = tensors[read.operand]
+                entries.append(_Entry(read.operand, "keep", (), tensor.dtype, 1))
+                saved.append(tensor)
+        ctx.save_for_backward(*saved)
+        ctx.rule_name, ctx.needs, ctx.entries, ctx.layouts = rule_name, needs, entries, layouts
+        ctx.plain = {n: None if n in tensors else a for n, a in named.items()}
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *unused: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"packed_{ctx.rule_name}: double backward (create_graph=True) is not supported, since the"
+                " packed tensors are constants to autograd. Train the dense model where a loss"
+                " differentiates a gradient."
+            )
+        rule = RULES[ctx.rule_name]
+        call = backwards.Call(
+            rule,
+            ctx.plain,
+            {n: lay[0] for n, lay in ctx.layouts.items() if n in ctx.plain},
+            {n: lay[1] for n, lay in ctx.layouts.items() if n in ctx.plain},
+            frozenset(ctx.needs),
+        )
+        formula = rule.backward or backwards.vjp
+        with torch.autocast(grad.device.type, enabled=False):
+            grads = formula(grad, _SavedTensors(ctx, call), call)
+        count = sum(e.count for e in ctx.entries if e.codec != "keep" and rule.run_saving is None)
+        by_argument = [grads.get(n) if n in ctx.needs else None for n in ctx.plain]
+        return (None, None, None, None, *by_argument, *[None] * count)
+
+
+def _packed_op(rule: OpRule) -> Callable[..., Tensor]:
+    def packed_op(*args: Any, packed: Mapping[str, Any], **kwargs: Any) -> Any:
+        bound = bind(rule, args, kwargs)
+        assert bound is not None, f"packed_{rule.name}: {args} {kwargs}"
+        if has_torch_function(tuple(bound.values())):
+            return handle_torch_function(
+                packed_op, tuple(bound.values()), *args, packed=packed, **kwargs
+            )
+        needs = tuple(n for n, a in bound.items() if isinstance(a, Tensor) and a.requires_grad)
+        if not torch.is_grad_enabled() or not needs or not rule.applies(bound):
+            return rule.run(*bound.values())
+        if rule.autocast:
+            bound = {n: _autocast(a) if isinstance(a, Tensor) else a for n, a in bound.items()}
+        held: list[tuple[str, str, int]] = []
+        given: list[_Entry] = []
+        parts: list[Tensor] = []
+        for operand, how in packed.items():
+            read = rule.read(operand)
+            assert read is not None, f"packed_{rule.name}: no read {operand!r}"
+            if read.bits is not None:
+                held.append((operand, how, read.bits(bound)))
+            elif isinstance(how, Packed):
+                given.append(_Entry(operand, how.codec, how.options, how.dtype, len(how.parts)))
+                parts += how.parts
+        device = next(a.device.type for a in bound.values() if isinstance(a, Tensor))
+        with torch.autocast(device, enabled=False):
+            out = PackedFunction.apply(
+                rule.name, needs, tuple(held), tuple(given), *bound.values(), *parts
+            )
+        return out[0] if isinstance(out, tuple) else out
+
+    packed_op.__name__ = packed_op.__qualname__ = f"packed_{rule.name}"
+    packed_op.__doc__ = f"``{rule.name}``, exact in the forward, with the operands in ``packed`` kept packed."
+    return packed_op
+
+
+# One function for each row, under the name that graphs print: packed_linear, packed_relu, ...
+PACKED_OPS: dict[str, Callable[..., Tensor]] = {rule.name: _packed_op(rule) for rule in OP_RULES}
+globals().update({f"packed_{name}": op for name, op in PACKED_OPS.items()})

@@ -1,0 +1,186 @@
+"""What becomes of every saved tensor: one line each, totals, JSON and a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from io import StringIO
+from os import PathLike
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import fx, nn
+
+from dropit_fx.core_types import Decision, Plan
+from dropit_fx.passes.share_packed import by_site
+
+_ATTRIBUTE = "dropit_report"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One storage that autograd keeps.
+
+    Attributes:
+        name: The fx node that made it.
+        module: Qualified module name of its first reader.
+        op: The ops that read it, joined by ``+``.
+        where: The user's ``file:line``.
+        shape: Shape as its first reader saves it.
+        dtype: Its dtype.
+        dense_bytes: Bytes of the whole storage.
+        kept_bytes: Bytes after packing (dense bytes where it is kept; a copy shared with an earlier row is 0).
+        codec: Codecs of its readers, joined by ``+``.
+        reason: Why it is kept, or ``""``.
+        region: The checkpointed region that it belongs to (kept only while that is recomputed), or ``""``.
+    """
+
+    name: str
+    module: str
+    op: str
+    where: str
+    shape: tuple[int, ...]
+    dtype: str
+    dense_bytes: int
+    kept_bytes: int
+    codec: str
+    reason: str
+    region: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rows for every saved tensor of one model, in graph order."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def dense_bytes(self) -> int:
+        """Saved bytes of the untouched model; parameters, buffers and inputs are not counted."""
+        return sum(r.dense_bytes for r in self.rows if not r.region)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Saved bytes of the rewritten model."""
+        return sum(r.kept_bytes for r in self.rows if not r.region)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: totals in bytes and the rows."""
+        return {
+            "dense_bytes": self.dense_bytes,
+            "kept_bytes": self.kept_bytes,
+            "ratio": self.kept_bytes / self.dense_bytes if self.dense_bytes else 1.0,
+            "rows": [asdict(r) for r in self.rows],
+        }
+
+    def to_json(self) -> str:
+        """``to_dict`` as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def table(self) -> Table:
+        """The rows as a rich table, with totals below."""
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for name in ("saved tensor", "module", "op", "where"):
+            table.add_column(name, overflow="fold")
+        for name in ("dense", "kept"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("codec, or why it is kept", overflow="fold")
+        for r in self.rows:
+            cells = (r.name, r.module, r.op, _short(r.where), mib(r.dense_bytes), mib(r.kept_bytes))
+            text = r.codec if not r.reason else f"kept: {r.reason}"
+            table.add_row(*cells, text + (f" [in {r.region}]" if r.region else ""))
+        share = self.kept_bytes / self.dense_bytes if self.dense_bytes else 1.0
+        table.add_section()
+        table.add_row(
+            "total", "", "", "", mib(self.dense_bytes), mib(self.kept_bytes), f"{share:.1%} of dense"
+        )
+        return table
+
+    def __str__(self) -> str:
+        out = StringIO()
+        Console(file=out, width=160).print(self.table())
+        return out.getvalue()
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Draws dense and kept bytes of each saved tensor, in graph order, as a picture (PNG, SVG or PDF).
+
+        Raises:
+            ModuleNotFoundError: matplotlib is missing (``pip install 'dropit-fx[plot]'``).
+        """
+        from dropit_fx.plot import report_picture
+
+        report_picture(self, path)
+
+
+def mib(count: int) -> str:
+    """Bytes for reading: ``12.3 MiB``."""
+    return f"{count / 2**20:.2f} MiB"
+
+
+def _short(where: str) -> str:
+    return "/".join(where.split("/")[-2:])
+
+
+def report(rewritten: nn.Module) -> Report:
+    """The report of a model that ``transform`` returned (or holds submodules that it rewrote).
+
+    Raises:
+        ValueError: Nothing in it was rewritten by dropit_fx.
+    """
+    rewritten = getattr(rewritten, "_orig_mod", rewritten)  # torch.compile's wrapper
+    found = [getattr(m, _ATTRIBUTE) for m in rewritten.modules() if hasattr(m, _ATTRIBUTE)]
+    if not found:
+        raise ValueError(
+            f"{type(rewritten).__name__} was not rewritten by dropit_fx.transform; for torch.compile(model,"
+            ' backend="dropit") see dropit_fx.backend.compiled_graphs()'
+        )
+    return Report(tuple(row for one in found for row in one.rows))
+
+
+def attach(graph_module: fx.GraphModule, plan: Plan, prefix: str = "") -> None:
+    """Leaves the report on the module, so that it survives deepcopy and pickle."""
+    made = Report(tuple(rows(plan, prefix)))
+    setattr(graph_module, _ATTRIBUTE, made)
+    graph_module.meta["_user_preserved_attributes"] = {_ATTRIBUTE: made}
+
+
+def rows(plan: Plan, prefix: str = "", region: str = "") -> Iterator[Row]:
+    """The rows of a finished plan."""
+    counted: set[str] = set()
+    for site, decisions in by_site(plan.sites, plan.decisions):
+        first = decisions[0].read
+        packed = [d for d in decisions if d.packed]
+        kept = [d for d in decisions if not d.packed]
+        size = site.nbytes if kept else _fresh_bytes(packed, counted)
+        yield Row(
+            name=site.name,
+            module=".".join(p for p in (prefix, first.module) if p),
+            op="+".join(dict.fromkeys(d.read.op for d in decisions)),
+            where=first.where,
+            shape=first.shape,
+            dtype=str(first.dtype).removeprefix("torch."),
+            dense_bytes=site.nbytes,
+            kept_bytes=size,
+            codec="keep" if kept else "+".join(dict.fromkeys(_spelled(d) for d in packed)),
+            reason=kept[0].reason if kept else "",
+            region=region,
+        )
+    for name, body in plan.bodies.items():
+        yield from rows(body, prefix, region=name)
+
+
+def _fresh_bytes(packed: list[Decision], counted: set[str]) -> int:
+    """Bytes of the packed parts that no earlier row has counted."""
+    total = 0
+    for d in packed:
+        if d.pack is None or d.pack not in counted:
+            total += d.nbytes
+            counted |= {d.pack} if d.pack else set()
+    return total
+
+
+def _spelled(d: Decision) -> str:
+    shown = {k: v for k, v in d.options.items() if k in ("gamma", "bits") and v is not None}
+    return d.codec + (f"({', '.join(f'{k}={v}' for k, v in shown.items())})" if shown else "")

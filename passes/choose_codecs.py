@@ -1,0 +1,91 @@
+"""Pass 2: what becomes of each read - a codec with its options, or ``keep`` with the reason.
+
+Requires: ``plan.sites``. Ensures: one decision for each read, and no storage of which some reads are packed
+and others kept: a tensor that one reader keeps whole is not freed by packing it for another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from dropit_fx.codecs import CODEC
+from dropit_fx.config import Config, ConfigError
+from dropit_fx.core_types import Decision, Plan, SavedRead, Site, Use
+
+PACKABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def choose_codecs(plan: Plan) -> Plan:
+    """Fills ``plan.decisions`` from the config's rules."""
+    decisions: list[Decision] = []
+    for site in plan.sites:
+        decisions += _whole_or_none(site, [_choose(r, plan.config) for r in site.reads], plan.config)
+    bodies = {name: choose_codecs(body) for name, body in plan.bodies.items()}
+    return replace(plan, decisions=tuple(decisions), bodies=bodies)
+
+
+def check_rules_matched(plans: tuple[Plan, ...], config: Config) -> None:
+    """Raises ConfigError where a rule of the user's own matched no saved tensor of any plan."""
+    reads = [r for plan in plans for p in plan.everything() for s in p.sites for r in s.reads]
+    for rule in config.rules:
+        if rule.preset:
+            continue
+        if not any(r.read and rule.matches(r.module, r.op, r.read) for r in reads):
+            seen = sorted({f"{r.module or '<root>'} ({r.op})" for r in reads if r.rule})
+            shown = ", ".join(seen[:12]) + (", ..." if len(seen) > 12 else "")
+            raise ConfigError(
+                f"rule {rule} matched no saved tensor. Modules with packable ones: {shown or 'none'}."
+            )
+
+
+def _choose(read: SavedRead, config: Config) -> Decision:
+    def kept(reason: str) -> Decision:
+        return Decision(read=read, codec="keep", nbytes=0, reason=reason)
+
+    if read.rule is None:
+        return kept(f"no row for {read.op} in the op table")
+    if read.obstacle:
+        return kept(read.obstacle)
+    if read.read is None:
+        return kept(f"{read.rule.name} keeps it inside, its row does not know it")
+    rule = config.rule_for(read.module, read.op, read.read)
+    if rule is None:
+        return kept("no rule of the config names it")
+    if rule.codec == "keep":
+        return kept(f"the config says so: {rule}")
+    if read.read.use is Use.SHAPE:
+        return Decision(read=read, codec="drop")
+    codec = CODEC[rule.codec]
+    options = {"bits": read.bits} if read.bits is not None else rule.full_options()
+    if not read.read.lossy and not codec.lossless(options):
+        return kept(f"the gradient of {read.read.needed_by[0]} depends on it, and stays exact")
+    if read.bits is None and read.dtype not in PACKABLE_DTYPES:
+        return kept(f"its dtype is {str(read.dtype).removeprefix('torch.')}")
+    return Decision(
+        read=read,
+        codec=rule.codec,
+        options=options,
+        nbytes=codec.nbytes(read.numel, read.dtype, options),
+    )
+
+
+def _whole_or_none(site: Site, decisions: list[Decision], config: Config) -> list[Decision]:
+    """House rule 1: all readers of a storage are packed, or none."""
+    packed = [d for d in decisions if d.packed]
+    if not packed or config.force:
+        return decisions
+    keeper = next((d for d in decisions if not d.packed), None)
+    if site.alive:
+        reason = f"stays in memory anyway: '{site.name}' is {site.alive}"
+    elif keeper is not None:
+        reason = f"'{site.name}' is also kept whole by {keeper.read.label} ({keeper.reason})"
+    else:
+        return decisions
+    return [keep(d, reason) if d.packed else d for d in decisions]
+
+
+def keep(decision: Decision, reason: str) -> Decision:
+    """The same read, kept dense."""
+    return Decision(read=decision.read, codec="keep", reason=reason)

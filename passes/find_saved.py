@@ -1,0 +1,269 @@
+"""Pass 1: which tensors will autograd keep, for whom, and how large are they?
+
+Autograd itself is asked: the graph runs once on fake tensors, with gradients on, and
+``saved_tensors_hooks`` notes what each node keeps. That is exact for every op of every dialect, with a row
+or without: the bytes found here equal what the same hooks count in a real step. The op table then says
+what each kept tensor is to the node that keeps it (its input, its result, a mask inside it).
+
+Requires: a graph and fake inputs. Ensures: ``plan.sites`` covers every saved storage that is not a
+parameter, a buffer or an input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from dropit_fx.capture import node_module, node_where
+from dropit_fx.core_types import OpRule, Plan, Read, SavedRead, Site
+from dropit_fx.op_table import bind, is_inplace, rule_of
+from dropit_fx.fake import fake_mode_of, fake_state, storage_id
+from dropit_fx.packed_call import memory_order
+
+
+class FakeRunError(RuntimeError):
+    """The graph does not run on fake tensors; the message names the node and the user's line."""
+
+
+def find_saved(plan: Plan) -> Plan:
+    """Fills ``plan.sites`` and, for checkpointed regions, ``plan.bodies``.
+
+    Raises:
+        FakeRunError: A node cannot run on fake tensors of the example's shapes.
+    """
+    mode = fake_mode_of(plan.inputs)
+    with mode, torch.enable_grad(), fake_state(plan.module, mode) as state:
+        probe = _Probe(plan, state)
+        probe.run(*plan.inputs)
+        return replace(plan, sites=tuple(probe.sites()), bodies=probe.bodies)
+
+
+@dataclass
+class _Kept:
+    """One tensor as the hook saw it. Holding it keeps its storage's id from being used again."""
+
+    node: fx.Node
+    tensor: Tensor
+
+
+@dataclass
+class _Story:
+    """All that is known of one storage while the graph runs."""
+
+    owner: str
+    nodes: list[fx.Node] = field(default_factory=list)  # whose outputs live in it
+    alive: str = ""
+
+
+class _Probe(fx.Interpreter):
+    """Runs the graph on fake tensors and notes what autograd keeps at each node."""
+
+    def __init__(self, plan: Plan, state: dict[int, str]) -> None:
+        super().__init__(plan.module, garbage_collect_values=False)
+        self.plan = plan
+        self.extra_traceback = False
+        self.kept: list[_Kept] = []
+        self.stories: dict[int, _Story] = {
+            storage: _Story(owner=kind, alive=kind) for storage, kind in state.items()
+        }
+        self.reads: dict[int, list[SavedRead]] = {}
+        self.bodies: dict[str, Plan] = {}
+        self._before: dict[str, Any] = {}
+        self._order = {n: i for i, n in enumerate(plan.module.graph.nodes)}
+
+    def run_node(self, n: fx.Node) -> Any:
+        mine: list[_Kept] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            mine.append(_Kept(n, tensor))
+            return tensor
+
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        versions = [t._version for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+                if _is_checkpoint(n):
+                    result = self._run_body(n, args)
+                    mine.clear()  # recomputed: between forward and backward only the inputs stay
+                else:
+                    result = super().run_node(n)
+        except Exception as error:
+            raise FakeRunError(
+                f"node '{n.name}' ({n.target}) of module '{node_module(n)}' does not run on fake tensors of the"
+                f" example's shapes ({node_where(n) or 'no source line'}): {type(error).__name__}: {error}"
+            ) from error
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                story = self.stories.setdefault(storage_id(tensor), _Story(owner=n.name))
+                story.nodes.append(n)
+                if n.op == "placeholder" and not story.alive:
+                    story.alive = "a parameter" if _is_parameter(n, tensor) else "a model input"
+                if n.op == "get_attr" and not story.alive:
+                    story.alive = "a constant of the graph"
+        if n.op == "output":
+            for tensor in pytree.tree_leaves(result):
+                if isinstance(tensor, Tensor) and not self.stories[storage_id(tensor)].alive:
+                    self.stories[storage_id(tensor)].alive = "a model output"
+        self._explain(n, args, kwargs, result, mine, sum(versions))
+        return result
+
+    def _run_body(self, n: fx.Node, args: tuple[Any, ...]) -> Any:
+        body = args[0]
+        plan = Plan(module=body, inputs=tuple(args[1:]), config=self.plan.config)
+        with fake_state(body, fake_mode_of(args)) as state:
+            probe = _Probe(plan, state)
+            result = probe.run(*args[1:])
+        self.bodies[str(n.args[0].target)] = replace(  # type: ignore[union-attr]
+            plan, sites=tuple(probe.sites()), bodies=probe.bodies
+        )
+        return result
+
+    def _explain(
+        self, n: fx.Node, args: Any, kwargs: Any, result: Any, mine: list[_Kept], version: int
+    ) -> None:
+        """Turns what a node keeps into reads: which operand is each tensor?"""
+        mine = [k for k in mine if not self._is_free(k.tensor)]
+        if not mine:
+            return
+        rule, obstacle = rule_of(n), ""
+        values = bind(rule, args, kwargs) if rule is not None else None
+        nodes = bind(rule, n.args, n.kwargs) if rule is not None else None
+        if rule is not None and values is None:
+            obstacle = f"called with arguments that the row of {rule.name} does not know"
+        elif rule is not None and values is not None and not rule.applies(values):
+            obstacle = f"this call of {rule.name} is of a kind that its row does not cover"
+        if values is not None and is_inplace(n, values):
+            obstacle = obstacle or self._seen_by_others(n, args)
+        operands = {} if rule is None or values is None else dict(values) | {"result": result}
+        taken: set[str] = set()
+        for kept in mine:
+            read = _match(kept.tensor, rule, operands, taken) if operands else None
+            if read is not None:
+                taken.add(read.operand)
+            self._add(n, kept.tensor, rule, read, operands, nodes or {}, obstacle, version)
+        if rule is not None and values is not None and taken:
+            for read in rule.reads:  # autograd may keep one tensor for two reads, or a read's shape only
+                operand = operands.get(read.operand)
+                if read.operand not in taken and isinstance(operand, Tensor) and any(
+                    storage_id(k.tensor) == storage_id(operand) for k in mine
+                ):
+                    self._add(n, operand, rule, read, operands, nodes or {}, obstacle, version)
+
+    def _is_free(self, tensor: Tensor) -> bool:
+        story = self.stories.get(storage_id(tensor))
+        return story is not None and story.alive in ("a parameter", "a buffer", "a model input")
+
+    def _seen_by_others(self, n: fx.Node, args: Any) -> str:
+        """Why an in-place call cannot be made out of place: somebody else sees the tensor that it writes."""
+        story = self.stories[storage_id(args[0])]
+        if story.alive in ("a parameter", "a buffer", "a model input"):
+            return f"it writes into {story.alive}"
+        at = self._order[n]
+        for other in story.nodes:
+            if other is n or other is n.args[0]:
+                continue
+            late = next((u for u in other.users if self._order[u] > at), None)
+            if late is not None:
+                return f"it writes into a tensor that '{late.name}' sees through '{other.name}'"
+        return ""
+
+    def _add(
+        self,
+        n: fx.Node,
+        tensor: Tensor,
+        rule: OpRule | None,
+        read: Read | None,
+        operands: dict[str, Any],
+        nodes: dict[str, Any],
+        obstacle: str,
+        version: int,
+    ) -> None:
+        operand = read.operand if read else "?"
+        source = nodes.get(operand) if read else None
+        identity: tuple[Any, ...] = ()
+        if isinstance(source, fx.Node):
+            x = operands[operand]
+            layout = None if memory_order(x) is not None else tuple(x.stride())
+            identity = (storage_id(x), int(x.storage_offset()), x.numel(), layout, x._version)
+        storage = storage_id(tensor)
+        if storage not in self.stories:
+            self.stories[storage] = _Story(owner=f"{n.name}.{operand}")
+        self.kept.append(_Kept(n, tensor))
+        known = self.reads.setdefault(storage, [])
+        if any(r.node == n.name and r.operand == operand for r in known):
+            return
+        known.append(
+            SavedRead(
+                node=n.name,
+                op=rule.name if rule else _target_name(self.module, n),
+                operand=operand,
+                rule=rule,
+                read=read,
+                module=node_module(n),
+                where=node_where(n),
+                numel=tensor.numel(),
+                dtype=tensor.dtype,
+                shape=tuple(tensor.shape),
+                source=source.name if isinstance(source, fx.Node) else None,
+                identity=identity,
+                bits=read.bits(operands) if read and read.bits else None,
+                obstacle=obstacle,
+            )
+        )
+
+    def sites(self) -> Iterator[Site]:
+        """Every storage that stays, in the order in which it was first kept."""
+        done: set[int] = set()
+        for kept in self.kept:
+            storage = storage_id(kept.tensor)
+            if storage in done:
+                continue
+            done.add(storage)
+            story = self.stories[storage]
+            yield Site(
+                name=story.owner,
+                nbytes=kept.tensor.untyped_storage().nbytes(),
+                reads=tuple(self.reads[storage]),
+                alive=story.alive,
+            )
+
+
+def _is_checkpoint(n: fx.Node) -> bool:
+    return getattr(n.target, "__name__", "") == "tag_activation_checkpoint"
+
+
+def _is_parameter(n: fx.Node, tensor: Tensor) -> bool:
+    return isinstance(n.meta.get("example_value", tensor), nn.Parameter)
+
+
+def _match(
+    tensor: Tensor, rule: OpRule | None, operands: dict[str, Any], taken: set[str]
+) -> Read | None:
+    """The row's read that ``tensor`` is: the same storage, a tensor made inside the op, or a copy of an operand."""
+    assert rule is not None
+    open_reads = [r for r in rule.reads if r.operand not in taken]
+    for read in open_reads:
+        operand = operands.get(read.operand)
+        if isinstance(operand, Tensor) and storage_id(operand) == storage_id(tensor):
+            return read
+    for read in open_reads:
+        if read.operand not in operands:
+            return read
+    for read in open_reads:  # a contiguous copy, or autocast's copy in the lower precision
+        operand = operands[read.operand]
+        if isinstance(operand, Tensor) and operand.numel() == tensor.numel():
+            same = sorted(operand.shape) == sorted(tensor.shape)
+            if same or operand.shape[-1:] == tensor.shape[-1:]:
+                return read
+    return None
+
+
+def _target_name(module: fx.GraphModule | nn.Module, n: fx.Node) -> str:
+    if n.op == "call_module":
+        return type(module.get_submodule(str(n.target))).__name__
+    return getattr(n.target, "__name__", str(n.target))
