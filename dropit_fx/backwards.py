@@ -74,6 +74,15 @@ def _column_major(shape: Any, strides: Any) -> bool:
     return strides[0] == 1 and strides[1] == shape[0]
 
 
+def _contiguous(shape: Any, strides: Any) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected = expected * size
+    return True
+
+
 def _left(grad: Tensor, b: Tensor, a_is_column_major: bool) -> Tensor:
     """``dA = dY B^T`` of a 2-D product; a column-major A gets a column-major gradient, as in autograd."""
     return b.mm(grad.t()).t() if a_is_column_major else grad.mm(b.t())
@@ -98,8 +107,9 @@ def linear(grad: Tensor, saved: Saved, call: Call) -> Grads:
         rows = saved["input"].reshape(-1, call.shapes["input"][-1])  # (rows, in)
         out["weight"] = flat.t().mm(rows)
     if "bias" in call.needs:
-        # 3-D inputs go through addmm on the flat view, others through a broadcast add
-        out["bias"] = (flat if grad.dim() <= 3 else grad).sum_to_size(call.shapes["bias"])
+        # contiguous inputs go through addmm on the flat view, others through a broadcast add
+        whole = _contiguous(call.shapes["input"], call.strides["input"])
+        out["bias"] = (flat if whole else grad).sum_to_size(call.shapes["bias"])
     return out
 
 

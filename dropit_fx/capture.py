@@ -143,9 +143,13 @@ def _user_line(error: BaseException) -> str:
 
 
 def _symbolic(model: nn.Module) -> fx.GraphModule:
-    tracer = Tracer()
-    graph = tracer.trace(model)
-    return fx.GraphModule(model, graph, type(model).__name__)
+    own = set(vars(model))
+    try:
+        graph = Tracer().trace(model)
+        return fx.GraphModule(model, graph, type(model).__name__)
+    finally:
+        for name in set(vars(model)) - own:  # the tracer leaves tensor constants on the model
+            delattr(model, name)
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
@@ -213,36 +217,63 @@ def _flag(graph_module: fx.GraphModule, training: bool) -> fx.Node:
 def _overlay(mine: fx.GraphModule, other: fx.GraphModule, training: bool) -> str:
     """Makes ``mine`` serve both modes. Returns where the graphs differ in more than constants, or ``""``."""
     ours, theirs = list(mine.graph.nodes), list(other.graph.nodes)
+    twin = dict(zip(theirs, ours, strict=False))
     for a, b in zip(ours, theirs, strict=False):
         same = (a.op, a.name, str(a.target)) == (b.op, b.name, str(b.target))
-        if not same or pytree.tree_structure((a.args, a.kwargs)) != pytree.tree_structure(
-            (b.args, b.kwargs)
-        ):
+        if not same or not _same_but_constants((a.args, a.kwargs), (b.args, b.kwargs), twin):
             return f"'{a.name}' ({node_where(a) or node_module(a) or a.target})"
     if len(ours) != len(theirs):
         return f"'{ours[-1].name}'"
     flag: list[fx.Node] = []
 
-    def choice(mine_value: Any, other_value: Any, before: fx.Node) -> Any:
-        if isinstance(mine_value, fx.Node) or mine_value == other_value:
-            return mine_value
+    def lay(x: Any, y: Any, before: fx.Node) -> Any:
+        if isinstance(x, fx.Node) or _equal(x, y):
+            return x
+        if isinstance(x, slice):
+            parts = zip((x.start, x.stop, x.step), (y.start, y.stop, y.step), strict=True)
+            return slice(*[lay(p, q, before) for p, q in parts])
+        if isinstance(x, tuple | list):
+            return type(x)(lay(p, q, before) for p, q in zip(x, y, strict=True))
+        if isinstance(x, dict):
+            return {k: lay(v, y[k], before) for k, v in x.items()}
         if not flag:
             with mine.graph.inserting_before(_first(mine)):
                 flag.append(_flag(mine, training))
-        in_training, in_eval = (
-            (mine_value, other_value) if training else (other_value, mine_value)
-        )
+        in_training, in_eval = (x, y) if training else (y, x)
         if in_training is True and in_eval is False:
             return flag[0]
         with mine.graph.inserting_before(before):
             return mine.graph.call_function(by_mode, (flag[0], in_training, in_eval))
 
     for a, b in zip(ours, theirs, strict=True):
-        flat, spec = pytree.tree_flatten((a.args, a.kwargs))
-        others = pytree.tree_leaves((b.args, b.kwargs))
-        chosen = [choice(x, y, a) for x, y in zip(flat, others, strict=True)]
-        a.args, a.kwargs = pytree.tree_unflatten(chosen, spec)
+        a.args, a.kwargs = lay(tuple(a.args), tuple(b.args), a), lay(dict(a.kwargs), dict(b.kwargs), a)
     return ""
+
+
+def _equal(x: Any, y: Any) -> bool:
+    """Equal constants; containers are taken apart by the caller, so that nodes inside are never compared."""
+    return not isinstance(x, tuple | list | dict | slice) and type(x) is type(y) and bool(x == y)
+
+
+def _same_but_constants(x: Any, y: Any, twin: dict[fx.Node, fx.Node]) -> bool:
+    """Whether two arguments name the same nodes in the same places."""
+    if isinstance(x, fx.Node) or isinstance(y, fx.Node):
+        return isinstance(y, fx.Node) and twin.get(y) is x
+    if isinstance(x, slice):
+        x, y = (x.start, x.stop, x.step), (y.start, y.stop, y.step) if isinstance(y, slice) else None
+    if isinstance(x, tuple | list):
+        return (
+            isinstance(y, tuple | list)
+            and len(x) == len(y)
+            and all(_same_but_constants(p, q, twin) for p, q in zip(x, y, strict=True))
+        )
+    if isinstance(x, dict):
+        return (
+            isinstance(y, dict)
+            and list(x) == list(y)
+            and all(_same_but_constants(v, y[k], twin) for k, v in x.items())
+        )
+    return True
 
 
 def _adopt(model: nn.Module, graph_module: fx.GraphModule, names: set[str]) -> None:

@@ -13,7 +13,9 @@ every row; packed tensors go through ``save_for_backward``, so hooks, offloading
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -293,3 +295,18 @@ def _packed_op(rule: OpRule) -> Callable[..., Tensor]:
 # One function for each row, under the name that graphs print: packed_linear, packed_relu, ...
 PACKED_OPS: dict[str, Callable[..., Tensor]] = {rule.name: _packed_op(rule) for rule in OP_RULES}
 globals().update({f"packed_{name}": op for name, op in PACKED_OPS.items()})
+
+
+def _cache_version() -> str:
+    """Hash of every formula and kernel: compile caches key on it, since they do not look inside custom ops."""
+    here = Path(__file__).parent
+    files = [here / f"{n}.py" for n in ("backwards", "op_table", "packed_call", "pooling")]
+    files += sorted((here / "codecs").glob("*.py")) + sorted((here / "kernels").glob("*.[pc]*"))
+    digest = hashlib.sha256()
+    for file in files:
+        if file.is_file():
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+CACHE_VERSION = _cache_version()

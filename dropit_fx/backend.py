@@ -1,0 +1,248 @@
+"""The plug-in: ``torch.compile(model, backend="dropit", options={...})``.
+
+Dynamo hands over one forward graph at a time; the pipeline rewrites it, and inductor (or the backend named by
+``inner``) compiles what comes out, with the partitioner guard of ``partition.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from dropit_fx.config import Config, ConfigError, _did_you_mean, make_config
+from dropit_fx.core_types import Plan
+from dropit_fx.expand import expand, opaque_nodes
+from dropit_fx.fake import concrete_fakes, propagate
+from dropit_fx.packed_call import CACHE_VERSION, PACKED_OPS, pack
+from dropit_fx.partition import KeepPacked, Partition
+from dropit_fx.passes import run_pipeline
+from dropit_fx.passes.choose_codecs import check_rules_matched
+from dropit_fx.passes.find_saved import FakeRunError
+from dropit_fx.report import Report, rows
+
+log = logging.getLogger(__name__)
+
+OPTIONS = ("config", "preset", "strategy", "gamma", "bits", "inner")
+Compiled = Callable[..., Any]
+
+
+@dataclass
+class CompiledGraph:
+    """One graph that the plug-in compiled.
+
+    Attributes:
+        report: What the passes decided, with bytes as eager mode saves them.
+        partitions: What the compiled forward really saves, one for each time that it was partitioned; empty where
+            a compile cache had the result already.
+    """
+
+    report: Report
+    partitions: list[Partition] = field(default_factory=list)
+
+
+_compiled: list[CompiledGraph] = []
+
+
+def compiled_graphs() -> tuple[CompiledGraph, ...]:
+    """Every graph that the plug-in has rewritten in this process, in order."""
+    return tuple(_compiled)
+
+
+def dropit(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """The backend ``"dropit"``: rewrite, then inductor.
+
+    Args:
+        gm: Dynamo's graph; it is rewritten in place.
+        example_inputs: Its inputs, as fake tensors.
+        mode: One of inductor's modes.
+        options: ``config``, ``preset``, ``strategy``, ``gamma``, ``bits`` as for ``transform``; ``inner``: the backend
+            that compiles the rewritten graph; anything else goes to inductor. Each of ours has a default in
+            the environment (``DROPIT_PRESET=...``), for callers that cannot pass options.
+
+    Raises:
+        ConfigError: An unknown option, or a value that cannot mean anything.
+    """
+    return _compile(gm, example_inputs, "inductor", mode, dict(options or {}))
+
+
+def dropit_eager(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """The backend ``"dropit_eager"``: rewrite, then run the graph as it is. For debugging."""
+    return _compile(gm, example_inputs, "eager", mode, dict(options or {}))
+
+
+def _compile(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    inner: str,
+    mode: str | None,
+    options: dict[str, Any],
+) -> Compiled:
+    ours = {k: os.environ.get(f"DROPIT_{k.upper()}") for k in OPTIONS}
+    for key, convert in (("gamma", float), ("bits", int)):
+        value = ours[key]
+        try:
+            ours[key] = None if value is None else convert(value)  # type: ignore[assignment]
+        except ValueError as error:
+            raise ConfigError(f"DROPIT_{key.upper()}={value!r} is no number") from error
+    given = {k: options.pop(k) for k in OPTIONS if k in options}
+    ours |= {k: v for k, v in given.items() if v is not None}
+    if "config" in given and "preset" not in given:
+        ours["preset"] = None  # a config says its own preset: the environment's is for callers without one
+    inner = ours.pop("inner") or inner
+    _check_inductor_options(options)
+    config = make_config(ours.pop("config"), **ours)  # type: ignore[arg-type]
+    compiler = _inner(inner)
+    record = rewrite_dynamo_graph(gm, example_inputs, config)
+    return compiler(gm, example_inputs, mode, options, record)
+
+
+def _check_inductor_options(options: Mapping[str, Any]) -> None:
+    legal = torch._inductor.list_options()
+    for key in options:
+        if key.replace("-", "_") not in legal:
+            hint = _did_you_mean(key, (*OPTIONS, *legal)).split(" Choose one of")[0]
+            raise ConfigError(
+                f"backend 'dropit' has no option {key!r}.{hint} Its own are: {', '.join(OPTIONS)}; others go to"
+                " inductor (torch._inductor.list_options())."
+            )
+
+
+def rewrite_dynamo_graph(
+    gm: fx.GraphModule, example_inputs: list[Any], config: Config
+) -> CompiledGraph | None:
+    """Runs the pipeline over Dynamo's graph in place. None where there is no training to speak of."""
+    if not torch.is_grad_enabled():
+        return None
+    inputs = concrete_fakes(example_inputs)
+    try:
+        if opaque_nodes(gm):
+            expand(gm, propagate(gm, inputs))
+        plan = run_pipeline(Plan(module=gm, inputs=inputs, config=config))
+    except FakeRunError as error:
+        log.warning("this graph is compiled as it is, nothing is packed: %s", error)
+        return None
+    try:
+        check_rules_matched((plan,), config)
+    except ConfigError as error:  # a model may be compiled in several graphs: no error for one of them
+        log.warning("%s", error)
+    record = CompiledGraph(Report(tuple(rows(plan))))
+    _compiled.append(record)
+    return record
+
+
+Inner = Callable[[fx.GraphModule, list[Any], str | None, dict[str, Any], CompiledGraph | None], Compiled]
+
+
+def _inner(name: str) -> Inner:
+    if name in _INNER:
+        return _INNER[name]
+    known = (*_INNER, *torch._dynamo.list_backends(exclude_tags=()))
+    if name in ("dropit", "dropit_eager") or name not in known:
+        raise ConfigError(f"no inner backend {name!r}.{_did_you_mean(name, known)}")
+
+    def foreign(
+        gm: fx.GraphModule,
+        example_inputs: list[Any],
+        mode: str | None,
+        options: dict[str, Any],
+        record: CompiledGraph | None,
+    ) -> Compiled:
+        log.warning("inner backend %r partitions by itself: whether packed tensors are saved is not assured", name)
+        return torch._dynamo.lookup_backend(name)(gm, example_inputs)
+
+    return foreign
+
+
+def _note(record: CompiledGraph | None) -> Callable[[Partition], None] | None:
+    return record.partitions.append if record is not None else None
+
+
+def _inductor(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    mode: str | None,
+    options: dict[str, Any],
+    record: CompiledGraph | None,
+) -> Compiled:
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = dict(torch._inductor.list_mode_options(mode)) if mode else {}
+    patches |= {k.replace("-", "_"): v for k, v in options.items()}
+    patches["custom_partitioner_fn"] = KeepPacked(patches.get("custom_partitioner_fn"), _note(record))
+    # our functions are safe to cache under a version that changes with the formulas and kernels
+    ops = (pack, *PACKED_OPS.values())
+    names = {f"{op.__module__}.{op.__name__}": CACHE_VERSION for op in ops}
+    patches["unsafe_marked_cacheable_functions"] = names | dict(
+        patches.get("unsafe_marked_cacheable_functions") or {}
+    )
+    return compile_fx(gm, example_inputs, config_patches=patches)
+
+
+def _aot(decompose: bool) -> Inner:
+    def compile_aot(
+        gm: fx.GraphModule,
+        example_inputs: list[Any],
+        mode: str | None,
+        options: dict[str, Any],
+        record: CompiledGraph | None,
+    ) -> Compiled:
+        from functorch.compile import make_boxed_func
+        from torch._dynamo.backends.common import aot_autograd
+        from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+        def nop(graph: fx.GraphModule, inputs: list[Any]) -> Compiled:
+            return make_boxed_func(graph.forward)
+
+        extra: dict[str, Any] = {}
+        if decompose:
+            from torch._inductor.decomposition import select_decomp_table
+
+            import torch._inductor.lowering  # noqa: F401  the decomposition of max_pool2d needs it
+
+            extra["decompositions"] = select_decomp_table
+        base = None if decompose else min_cut_rematerialization_partition
+        return aot_autograd(
+            fw_compiler=nop,
+            bw_compiler=nop,
+            partition_fn=KeepPacked(base, _note(record)),
+            keep_inference_input_mutations=True,
+            **extra,
+        )(gm, example_inputs)
+
+    return compile_aot
+
+
+def _eager(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    mode: str | None,
+    options: dict[str, Any],
+    record: CompiledGraph | None,
+) -> Compiled:
+    return gm.forward
+
+
+_INNER: dict[str, Inner] = {
+    "inductor": _inductor,
+    "aot_eager": _aot(decompose=False),
+    "aot_eager_decomp_partition": _aot(decompose=True),
+    "eager": _eager,
+}

@@ -1,0 +1,148 @@
+"""Saved means saved: the partitioner guard for compiled models, and the reading of what it made.
+
+AOTAutograd traces forward and backward into one joint graph and cuts it where the least has to be saved.
+To that cut, packing and unpacking are ordinary ops: it may save the dense tensor and pack it in the
+backward, or unpack in the forward and save the result. :class:`KeepPacked` wraps the partitioner:
+packed tensors count as forward outputs while the cut is made, and unpacking is tied to the backward.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
+
+_dropit = torch.ops.dropit
+PACK_OPS = (_dropit.sparsify.default, _dropit.sample.default, _dropit.pack_uint.default)
+UNPACK_OPS = (_dropit.unsparsify.default, _dropit.unpack_uint.default)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedValue:
+    """One tensor that the compiled forward hands to the backward."""
+
+    name: str
+    nbytes: int  # of its whole storage
+    packed: bool  # made by a pack op
+    source: str  # the op that made it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """What a partition saves, as read from its two graphs.
+
+    Attributes:
+        saved: Every saved storage but parameters and inputs.
+        packs_in_backward: Pack ops that ended up in the backward: their dense input was saved.
+        unpacks_in_forward: Unpack ops that ended up in the forward: their dense result was saved.
+    """
+
+    saved: tuple[SavedValue, ...]
+    packs_in_backward: tuple[str, ...]
+    unpacks_in_forward: tuple[str, ...]
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes between forward and backward."""
+        return sum(v.nbytes for v in self.saved)
+
+
+class KeepPacked(CustomPartitionerFn):
+    """The partitioner guard; ``torch.compile(rewritten, options={"custom_partitioner_fn": KeepPacked()})``.
+
+    Args:
+        base: The partitioner to wrap.
+        note: Called with each :class:`Partition`.
+    """
+
+    def __init__(
+        self,
+        base: Callable[..., tuple[fx.GraphModule, fx.GraphModule]] | None = None,
+        note: Callable[[Partition], None] | None = None,
+    ) -> None:
+        self.base = base or functools.partial(
+            min_cut_rematerialization_partition, compiler="inductor"
+        )
+        self.note = note
+
+    def uuid(self) -> Any:
+        """Part of the compile caches' keys."""
+        inner = self.base.uuid() if isinstance(self.base, CustomPartitionerFn) else ""
+        return get_hash_for_files((__file__,)), inner
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """Partitions ``gm``, a joint graph, into forward and backward."""
+        count = kwargs.pop("num_fwd_outputs")
+        out = gm.graph.find_nodes(op="output")[0]
+        flat = list(out.args[0])
+        described = list(out.meta.get("desc", [None] * len(flat)))
+        packed = []
+        for node in gm.graph.nodes:
+            if node.target in UNPACK_OPS:
+                node.meta["partitioner_tag"] = "must_be_in_backward"
+            elif node.target in PACK_OPS and node.meta.get("recompute") is None:
+                # (a checkpointed region is recomputed whole, packing included)
+                packed += [node] if isinstance(node.meta.get("val"), Tensor) else list(node.users)
+        packed = [n for n in packed if n.users and n not in flat]
+        out.args = ((*flat[:count], *packed, *flat[count:]),)
+        out.meta["desc"] = described[:count] + [None] * len(packed) + described[count:]
+        forward, backward = self.base(
+            gm, joint_inputs, num_fwd_outputs=count + len(packed), **kwargs
+        )
+        made = forward.graph.find_nodes(op="output")[0]
+        extra = slice(count, count + len(packed))
+        for key in ("desc", "output_stack_traces"):
+            if key in made.meta:
+                kept = list(made.meta[key])
+                del kept[extra]
+                made.meta[key] = kept
+        results = list(made.args[0])
+        del results[extra]
+        made.args = (tuple(results),)
+        forward.recompile()
+        if self.note is not None:
+            static = kwargs.get("static_lifetime_input_indices") or ()
+            self.note(read_partition(forward, backward, count, static))
+        return forward, backward
+
+
+def read_partition(
+    forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outputs: int, static: Sequence[int] = ()
+) -> Partition:
+    """Reads what a partition saves. Graph inputs (parameters among them) are not counted."""
+    placeholders = set(forward.graph.find_nodes(op="placeholder"))
+    free = {_storage(n) for n in placeholders}
+    saved: dict[int, SavedValue] = {}
+    for node in forward.graph.find_nodes(op="output")[0].args[0][num_fwd_outputs:]:
+        value = node.meta.get("val") if isinstance(node, fx.Node) else None
+        if not isinstance(value, Tensor) or node in placeholders or _storage(node) in free:
+            continue
+        origin = node.args[0] if node.target.__name__ == "getitem" else node
+        saved[_storage(node)] = SavedValue(
+            name=node.name,
+            nbytes=int(value.untyped_storage().nbytes()),
+            packed=origin.target in PACK_OPS,
+            source=str(origin.target),
+        )
+    return Partition(
+        saved=tuple(saved.values()),
+        packs_in_backward=tuple(
+            n.name
+            for n in backward.graph.nodes
+            if n.target in PACK_OPS and n.meta.get("recompute") is None
+        ),
+        unpacks_in_forward=tuple(n.name for n in forward.graph.nodes if n.target in UNPACK_OPS),
+    )
+
+
+def _storage(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else -1
