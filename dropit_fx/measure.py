@@ -1,0 +1,406 @@
+"""What a training step really keeps and what it really allocates, in bytes.
+
+Two figures, measured and not predicted, of eager and compiled models alike:
+
+* :func:`saved_bytes`: what autograd keeps from the forward to the backward. Two saved tensors that
+  share a storage are counted once, and a view counts as the whole storage that it keeps alive.
+* :func:`peak_memory`: the most that a forward and its backward have allocated at one time.
+
+They differ: gradients, workspaces and temporary results are part of the peak and are not saved.
+Neither counts what existed before the call: parameters, buffers, inputs, and whatever else the
+caller holds.
+
+Measuring leaves no trace: random number generators, buffers (BatchNorm statistics) and ``.grad``
+are put back. The function is called twice, the first time so that compiled code is compiled and
+lazy modules are built; its other side effects happen twice.
+
+A compiled function runs *eagerly* under a user's ``TorchDispatchMode``; then the figures are the
+eager ones.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._autograd import DeviceType
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.autograd.graph import Node, saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["SavedTensor", "peak_memory", "saved_bytes", "saved_tensors"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedTensor:
+    """One storage that autograd keeps from forward to backward.
+
+    Attributes:
+        shape: Of the first tensor that was saved in this storage; a view of it may have been saved
+            as well.
+        dtype: Of the same tensor.
+        nbytes: The size of the whole storage.
+        saved_by: The autograd nodes that keep it, each with the name under which it does
+            (``"AddmmBackward0.mat1"``); only the node for Python functions and compiled graphs.
+            Empty for C++ extensions.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int
+    saved_by: tuple[str, ...]
+
+
+def saved_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+    """Counts the bytes that autograd keeps for the backward of ``fn(*args, **kwargs)``.
+
+    Args:
+        fn: A module, a compiled module or function, a closure. It is called with gradients enabled,
+            and its result is what would be differentiated; it may be any structure of tensors.
+        *args: Passed on to `fn`.
+        **kwargs: Passed on to `fn`.
+
+    Returns:
+        Bytes, 0 where nothing requires a gradient. Counted by storage. Not counted: whatever
+        existed before the call, leaf tensors that require a gradient, and what is freed before `fn`
+        returns.
+
+    Raises:
+        TypeError: `fn` cannot be called.
+    """
+    _check_callable(fn, "saved_bytes")
+    return sum(saved.nbytes for saved in saved_tensors(fn, *args, **kwargs))
+
+
+def saved_tensors(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[SavedTensor]:
+    """Lists what :func:`saved_bytes` counts, one entry per storage, in the order of saving.
+
+    Args:
+        fn: As in :func:`saved_bytes`.
+        *args: Passed on to `fn`.
+        **kwargs: Passed on to `fn`.
+
+    Raises:
+        TypeError: `fn` cannot be called.
+    """
+    _check_callable(fn, "saved_tensors")
+    held: list[weakref.ref[_Held]] = []
+
+    def pack(tensor: Tensor) -> _Held:
+        box = _Held(tensor.detach())
+        held.append(weakref.ref(box))
+        return box
+
+    with _leaving_no_trace():
+        # Not under the hooks: they would be there while Dynamo traces.
+        fn(*args, **kwargs)
+        before = _storages_alive()
+        start = _next_sequence_number()
+        with saved_tensors_hooks(pack, lambda box: box.tensor):
+            result = fn(*args, **kwargs)
+
+    nodes = _nodes_behind(result, start)
+    leaves = [node.variable for node in nodes if hasattr(node, "variable")]
+    excluded = {_key(part) for leaf in leaves for part in _plain(leaf)} | before.keys()
+
+    found: dict[int, Tensor] = {}  # by storage
+    readers: dict[int, dict[str, None]] = {}
+    # A box that is gone was freed with its graph, before `fn` returned.
+    boxes = [box for box in (ref() for ref in held) if box is not None]
+    for tensor in (part for box in boxes for part in _plain(box.tensor)):
+        found.setdefault(_key(tensor), tensor)
+    for node in nodes:
+        for name, tensor in _kept_by(node):
+            for part in _plain(tensor):
+                found.setdefault(_key(part), part)
+                readers.setdefault(_key(part), {})[name] = None
+    return [
+        SavedTensor(
+            shape=tuple(tensor.shape),
+            dtype=tensor.dtype,
+            nbytes=tensor.untyped_storage().nbytes(),
+            saved_by=tuple(readers.get(key, ())),
+        )
+        for key, tensor in found.items()
+        if key not in excluded
+    ]
+
+
+def peak_memory(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+    """Measures the peak of the memory that a forward and its backward allocate.
+
+    ``fn(*args, **kwargs)`` is called with gradients enabled, then its result is differentiated: its
+    ``loss`` if it has one (as Hugging Face outputs do), otherwise the sum of all its floating-point
+    tensors that require a gradient. Where there are none, only the forward is measured.
+
+    Args:
+        fn: A module, a compiled module or function, a closure. It must not call ``backward`` on
+            what it returns.
+        *args: Passed on to `fn`.
+        **kwargs: Passed on to `fn`.
+
+    Returns:
+        Bytes above the level at the call. The parameters' gradients are part of it, as they are
+        after ``zero_grad()``. On CUDA, the peak of PyTorch's allocator over all devices in use,
+        whose peak statistics are reset. On CPU, the peak of PyTorch's allocations, as the profiler
+        reports them: without the scratch memory that libraries such as oneDNN allocate for
+        themselves.
+
+    Raises:
+        TypeError: `fn` cannot be called.
+        ValueError: An argument has a history: the backward would run through it and free it.
+        NotImplementedError: The tensors are neither on CPU nor on CUDA.
+        RuntimeError: The profiler is already running, or the result cannot be differentiated.
+    """
+    _check_callable(fn, "peak_memory")
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+            raise ValueError(
+                f"peak_memory runs the backward, and an argument of shape {tuple(leaf.shape)} is "
+                f"itself the result of {leaf.grad_fn.name()}, whose graph the backward would free. "
+                "Pass `x.detach().requires_grad_()` in its place."
+            )
+
+    with _leaving_no_trace():
+        start = _next_sequence_number()
+        devices = _devices((fn, args, kwargs)) | _run_step(fn, args, kwargs, start)
+        if others := {d.type for d in devices} - {"cpu", "cuda", "meta"}:
+            raise NotImplementedError(
+                "peak_memory reads the allocators of CPU and CUDA; found tensors on "
+                + ", ".join(sorted(others))
+            )
+        gc.collect()  # what the first run left in cycles would be freed somewhere in the second
+        if cuda := [d for d in devices if d.type == "cuda"]:
+            return _peak_on_cuda(cuda, lambda: _run_step(fn, args, kwargs, start))
+        return _peak_on_cpu(lambda: _run_step(fn, args, kwargs, start))
+
+
+# Running ------------------------------------------------------------------------------------------
+
+
+def _check_callable(fn: object, caller: str) -> None:
+    if not callable(fn):
+        raise TypeError(
+            f"{caller} measures a function while it runs, and got a {type(fn).__name__}. Pass the "
+            f"function and its arguments: {caller}(model, x), or "
+            f"{caller}(lambda: loss(model(x), y))."
+        )
+
+
+@contextmanager
+def _leaving_no_trace() -> Iterator[None]:
+    """Runs a block with gradients enabled; puts back random states and the modules' buffers."""
+    with ExitStack() as stack:
+        cuda = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        buffers = [
+            (module, name, buffer, buffer.detach().clone())
+            for module in _alive(nn.Module)
+            for name, buffer in (module.__dict__.get("_buffers") or {}).items()
+            if buffer is not None
+            and not buffer.is_meta
+            and not buffer.is_inference()  # can only be written in inference mode
+            and not isinstance(buffer, FakeTensor)
+        ]
+        # With the values, their versions: graphs that have saved a buffer stay valid.
+        stack.enter_context(_unsafe_preserve_version_counter(tuple(b for _, _, b, _ in buffers)))
+        try:
+            yield
+        finally:
+            for module, name, buffer, value in buffers:
+                # Versions do not tell: batch_norm writes its statistics without counting them up.
+                if not torch.equal(buffer, value):
+                    with torch.no_grad():
+                        buffer.copy_(value)
+                module._buffers[name] = buffer
+
+
+def _run_step(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], start: int
+) -> set[torch.device]:
+    """Calls `fn`, differentiates its result, puts ``.grad`` back; gives the result's devices."""
+    result = fn(*args, **kwargs)
+    devices = _devices(result)
+    loss = getattr(result, "loss", None)
+    tensors = [
+        t
+        for t in ([loss] if isinstance(loss, Tensor) else tree_leaves(result))
+        if isinstance(t, Tensor) and t.requires_grad
+    ]
+    if not tensors:
+        return devices
+    nodes = _nodes_behind(tensors, start)
+    leaves = [n.variable for n in nodes if hasattr(n, "variable")]
+    leaves += [t for t in tensors if t.is_leaf]
+    grads = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    try:
+        torch.autograd.backward([(t.real if t.is_complex() else t).sum() for t in tensors])
+    except RuntimeError as error:
+        if "backward through the graph a second time" in str(error):
+            error.add_note(
+                "peak_memory differentiates what the function returns: it must return the loss, or "
+                "its outputs, without having called backward on them."
+            )
+        raise
+    finally:
+        for leaf, grad in zip(leaves, grads, strict=True):
+            leaf.grad = grad
+    return devices
+
+
+def _devices(tree: Any) -> set[torch.device]:
+    found = set()
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, nn.Module):
+            found |= {p.device for p in leaf.parameters()}
+        elif isinstance(leaf, Tensor):
+            found.add(leaf.device)
+    return found
+
+
+def _peak_on_cuda(devices: list[torch.device], step: Callable[[], object]) -> int:
+    level = {}
+    for device in devices:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        level[device] = torch.cuda.memory_allocated(device)
+    step()
+    for device in devices:
+        torch.cuda.synchronize(device)
+    return sum(torch.cuda.max_memory_allocated(d) - level[d] for d in devices)
+
+
+def _peak_on_cpu(step: Callable[[], object]) -> int:
+    # Kineto reads its log level when it is first used; at the default it reports each start and
+    # stop.
+    quiet = "KINETO_LOG_LEVEL" not in os.environ
+    if quiet:
+        os.environ["KINETO_LOG_LEVEL"] = "99"
+    try:
+        with profile(
+            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False
+        ) as profiler:
+            step()
+    finally:
+        if quiet:
+            del os.environ["KINETO_LOG_LEVEL"]
+    assert profiler.profiler is not None  # it has run
+    changes = [
+        (event.start_ns(), event.nbytes())  # negative where memory is freed
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU
+    ]
+    level = peak = 0
+    for _, nbytes in sorted(changes, key=lambda change: change[0]):
+        level += nbytes
+        peak = max(peak, level)
+    return peak
+
+
+# Finding what is kept -----------------------------------------------------------------------------
+
+
+class _Held:
+    """What autograd holds in a tensor's place; lives as long as the graph that saved the tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def _key(tensor: Tensor) -> int:
+    """Identifies a storage among those that are alive."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors with storage that a tensor consists of: itself, or a subclass' inner tensors."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain(getattr(tensor, name))
+    elif tensor.layout == torch.strided:
+        yield tensor
+    elif tensor.layout == torch.sparse_coo:
+        yield from (tensor._indices(), tensor._values())
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        yield from (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
+    else:  # oneDNN's own layouts show no storage; its size is that of the dense tensor
+        yield tensor.to_dense()
+
+
+def _alive(kind: type) -> list[Any]:
+    # By type(): isinstance() would ask lazy proxies for their __class__, which makes them import
+    # things.
+    return [o for o in gc.get_objects() if issubclass(type(o), kind)]
+
+
+def _storages_alive() -> dict[int, Tensor]:
+    """All storages that Python can reach, by key, each with a tensor that keeps the key its own.
+
+    That is how inputs are told from activations wherever `fn` finds them: arguments of any class,
+    closures, globals, attributes of objects.
+    """
+    storages: dict[int, Tensor] = {}
+    for tensor in _alive(Tensor):
+        try:
+            storages.update((_key(part), part) for part in _plain(tensor))
+        except (RuntimeError, NotImplementedError):
+            continue  # a tensor without storage, such as functorch leaves behind, saves nothing
+    return storages
+
+
+def _next_sequence_number() -> int:
+    """The number of this thread's next autograd node: older nodes have lower ones."""
+    with torch.enable_grad():
+        node = torch.ones((), requires_grad=True).clone().grad_fn
+    assert node is not None
+    return int(node._sequence_nr()) + 1
+
+
+def _nodes_behind(result: Any, start: int) -> list[Node]:
+    """The autograd nodes that lead to the tensors in `result` and are not older than `start`."""
+    stack = [t.grad_fn for t in tree_leaves(result) if isinstance(t, Tensor) and t.grad_fn]
+    found: dict[Node, None] = {}
+    while stack:
+        node = stack.pop()
+        # Leaves' nodes have the highest number there is: those of this and of an older graph alike.
+        if node not in found and node._sequence_nr() >= start:
+            found[node] = None
+            stack.extend(following for following, _ in node.next_functions if following)
+    return list(found)
+
+
+def _kept_by(node: Node) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that a node holds: saved, packed by hooks of `fn`'s own, or as an attribute."""
+    for attribute in dir(node):
+        if attribute.startswith("_raw_saved_"):
+            name = node.name()
+            if attribute != "_raw_saved_tensors":  # how Python functions call all of them
+                name += "." + attribute.removeprefix("_raw_saved_")
+            saved = getattr(node, attribute)
+            for one in saved if isinstance(saved, tuple | list) else (saved,):
+                yield from ((name, tensor) for tensor in _tensors_in(one.data))
+    # `ctx.x = x` of a Python function escapes every hook; compiled functions keep some tensors this
+    # way.
+    for value in getattr(node, "__dict__", {}).values():
+        yield from ((node.name(), tensor) for tensor in _tensors_in(value))
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    if isinstance(value, _Held):
+        return [value.tensor]
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
