@@ -38,7 +38,8 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The order-only prerequisite: the interpreter's own time stamp says nothing about what is installed.
-$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+# Python sources are read where they are; C sources are compiled when the package is installed.
+$(VENV)/.installed-%: pyproject.toml $(wildcard dropit_fx/kernels/*.c) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	@touch $@
 

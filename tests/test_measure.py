@@ -214,22 +214,21 @@ def test_second_order_functions_run_under_the_count() -> None:
         (grad,) = torch.autograd.grad(weight.exp().sum(), weight, create_graph=True)
         return (grad**2).sum()
 
-    saved = saved_bytes(penalty)
-    assert saved >= 64 * FLOAT
-    expected = torch.autograd.grad(penalty(), weight)[0]
-    torch.testing.assert_close(expected, 2 * (2 * weight).exp())
+    # exp's result, the gradient of sum (one number, expanded), and their product, which is squared
+    assert saved_bytes(penalty) == 64 * FLOAT + FLOAT + 64 * FLOAT
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
-def test_sparse_and_empty_tensors() -> None:
+def test_sparse_nested_and_empty_tensors() -> None:
     weight = nn.Parameter(torch.randn(8, 4))
     indices, values = torch.tensor([[0, 1, 1], [2, 0, 2]]), torch.randn(3)
 
     def sparse() -> Tensor:
         return torch.sparse.mm(torch.sparse_coo_tensor(indices, values * 2, (2, 8)), weight)
 
-    # 3 values, and 2 x 3 indices that mm coalesces or copies
-    assert saved_bytes(sparse) in (3 * FLOAT, 3 * FLOAT + 6 * 8)
+    assert saved_bytes(sparse) == 3 * FLOAT  # the values; the indices existed before
+    ragged = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=torch.jagged)
+    assert saved_bytes(lambda: nn.Linear(8, 4)(ragged * 2)) == 8 * 8 * FLOAT
     assert saved_bytes(mlp(), torch.randn(0, 8)) == 0
 
 
