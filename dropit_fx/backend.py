@@ -20,7 +20,7 @@ from dropit_fx.core_types import Plan
 from dropit_fx.expand import expand, opaque_nodes
 from dropit_fx.fake import concrete_fakes, propagate
 from dropit_fx.packed_call import CACHE_VERSION, PACKED_OPS, pack
-from dropit_fx.partition import KeepPacked, Partition
+from dropit_fx.partition import KeepPacked, Partition, ReturnInputsAsTheyAre
 from dropit_fx.passes import run_pipeline
 from dropit_fx.passes.choose_codecs import check_rules_matched
 from dropit_fx.passes.find_saved import FakeRunError
@@ -187,6 +187,9 @@ def _inductor(
     patches = dict(torch._inductor.list_mode_options(mode)) if mode else {}
     patches |= {k.replace("-", "_"): v for k, v in options.items()}
     patches["custom_partitioner_fn"] = KeepPacked(patches.get("custom_partitioner_fn"), _note(record))
+    passes = patches.get("post_grad_custom_post_pass") or []
+    passes = list(passes) if isinstance(passes, list | tuple) else [passes]
+    patches["post_grad_custom_post_pass"] = [*passes, ReturnInputsAsTheyAre()]
     # our functions are safe to cache under a version that changes with the formulas and kernels
     ops = (pack, *PACKED_OPS.values())
     names = {f"{op.__module__}.{op.__name__}": CACHE_VERSION for op in ops}

@@ -16,7 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
+from torch._inductor.custom_graph_pass import (
+    CustomGraphPass,
+    CustomPartitionerFn,
+    get_hash_for_files,
+)
 
 _dropit = torch.ops.dropit
 PACK_OPS = (_dropit.sparsify.default, _dropit.sample.default, _dropit.pack_uint.default)
@@ -112,6 +116,30 @@ class KeepPacked(CustomPartitionerFn):
             static = kwargs.get("static_lifetime_input_indices") or ()
             self.note(read_partition(forward, backward, count, static))
         return forward, backward
+
+
+class ReturnInputsAsTheyAre(CustomGraphPass):
+    """Keeps inductor from saving channels-last copies of weights.
+
+    Inductor lays out every ancestor of a convolution channels-last, saved weights and inputs among them: the
+    backward is then handed a copy of each, which stays in memory beside the original. Marked as outputs that
+    the user sees, they are returned as they are; the forward's own copy is freed when it is done.
+    """
+
+    def uuid(self) -> Any:
+        """Part of the compile caches' keys."""
+        return get_hash_for_files((__file__,))
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Marks the outputs of ``graph`` that are its inputs."""
+        out = graph.find_nodes(op="output")[0]
+        visible = out.meta.get("user_visible_output_idxs")
+        if visible is None or "original_output_strides" not in out.meta:
+            return
+        inputs = [
+            i for i, n in enumerate(out.args[0]) if isinstance(n, fx.Node) and n.op == "placeholder"
+        ]
+        out.meta["user_visible_output_idxs"] = sorted({*visible, *inputs})
 
 
 def read_partition(
