@@ -13,7 +13,7 @@ __all__ = [
     "ConfigError",
     "Report",
     "load_config",
-#m
+    # m
     "report",
     "transform",
 ]

@@ -35,18 +35,19 @@ def transform(
 ) -> fx.GraphModule:
     """Rewrites a model so that what its training step saves is kept packed.
 
-    The forward result has the same bits; parameters and buffers are the model's own tensors, under the same
-    state-dict keys. The result trains as it is and compiles with ``torch.compile``.
+    The forward result has the same bits; parameters and buffers are the model's own tensors, under
+    the same state-dict keys. The result trains as it is and compiles with ``torch.compile``.
 
     Args:
         model: Any module that ``torch.fx.symbolic_trace`` or ``torch.export`` takes.
-        config: A YAML path, a mapping or a Config: rules that say which saved tensor gets which codec.
-        example_args: Positional inputs of the usual shapes, on the model's device; only their shapes and
-            dtypes are read. Without them, shapes are taken from the model where it tells them
-            (``example_inputs.guess``).
+        config: A YAML path, a mapping or a Config: rules that say which saved tensor gets which
+            codec.
+        example_args: Positional inputs of the usual shapes, on the model's device; only their
+            shapes and dtypes are read. Without them, shapes are taken from the model where it tells
+            them (``example_inputs.guess``).
         example_kwargs: Keyword inputs.
-        modules: A glob on qualified names: rewrites each matching submodule in place, leaves the rest of the
-            model alone, and returns ``model``.
+        modules: A glob on qualified names: rewrites each matching submodule in place, leaves the
+            rest of the model alone, and returns ``model``.
         preset: Name of a preset; its rules come after the config's own.
         strategy: Codec of linear and convolution inputs: ``"mink"``, ``"random"``, ``"quant"``.
         gamma: Dropping rate in [0, 1) of the preset's rules.
@@ -91,7 +92,7 @@ def _transform_submodules(
     glob: str,
     example_args: tuple[Any, ...] | None,
     example_kwargs: Mapping[str, Any] | None,
-) -> nn.Module:
+) -> Any:  # the model, of whatever class it is
     names = [n for n, _ in model.named_modules() if n and fnmatchcase(n, glob)]
     names = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
     if not names:

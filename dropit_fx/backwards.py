@@ -1,17 +1,18 @@
 """The backward formulas that rows of the op table name.
 
 With ``y = run(*args)`` and ``grad = dL/dy``, each formula has the signature
-``(grad, saved, call) -> {argument: dL/dargument}``: ``saved[operand]`` unpacks a saved tensor when it
-is first read, ``call`` holds the other arguments and what is asked for. They follow the products and
-reductions of PyTorch's own formulas one for one, so that with a lossless codec every gradient has
-the same bits:
+``(grad, saved, call) -> {argument: dL/dargument}``: ``saved[operand]`` unpacks a saved tensor when
+it is first read, ``call`` holds the other arguments and what is asked for. They follow the products
+and reductions of PyTorch's own formulas one for one, so that with a lossless codec every gradient
+has the same bits:
 
 * GEMM, ``Y = A B``:          ``dA = dY B^T``,  ``dB = A^T dY``
 * linear, ``Y = X W^T + b``:  ``dX = dY W``,    ``dW = dY^T X``,  ``db = sum(dY)``
 * convolution:                ``aten.convolution_backward``
 * pointwise ``y = f(x)``:     ``dX = dY * f'(x)``
 
-Where only X is packed, dX and db do not touch it: they are exact (DropIT, arXiv 2202.13808, section 3).
+Where only X is packed, dX and db do not touch it: they are exact (DropIT, arXiv 2202.13808, section
+3).
 """
 
 from __future__ import annotations
@@ -66,12 +67,12 @@ def vjp(grad: Tensor, saved: Saved, call: Call) -> Grads:
         # positional, in signature order: some builtins take no keywords
         return call.rule.run(*[given[n] if n in given else fixed[n] for n in call.args])
 
-    _, pull = torch.func.vjp(run, *[saved[n] for n in wanted])
+    pull = torch.func.vjp(run, *[saved[n] for n in wanted])[1]
     return dict(zip(wanted, pull(grad), strict=True))
 
 
 def _column_major(shape: Any, strides: Any) -> bool:
-    return strides[0] == 1 and strides[1] == shape[0]
+    return bool(strides[0] == 1 and strides[1] == shape[0])
 
 
 def _contiguous(shape: Any, strides: Any) -> bool:
@@ -84,12 +85,12 @@ def _contiguous(shape: Any, strides: Any) -> bool:
 
 
 def _left(grad: Tensor, b: Tensor, a_is_column_major: bool) -> Tensor:
-    """``dA = dY B^T`` of a 2-D product; a column-major A gets a column-major gradient, as in autograd."""
+    """``dA = dY B^T`` of a 2-D product; column-major where A is, as in autograd."""
     return b.mm(grad.t()).t() if a_is_column_major else grad.mm(b.t())
 
 
 def _right(grad: Tensor, a: Tensor, b_is_column_major: bool) -> Tensor:
-    """``dB = A^T dY`` of a 2-D product; a column-major B gets a column-major gradient."""
+    """``dB = A^T dY`` of a 2-D product; column-major where B is."""
     return grad.t().mm(a).t() if b_is_column_major else a.t().mm(grad)
 
 
@@ -155,7 +156,7 @@ def bmm(grad: Tensor, saved: Saved, call: Call) -> Grads:
 
 
 def baddbmm(grad: Tensor, saved: Saved, call: Call) -> Grads:
-    """``beta * input + alpha * (batch1: (b, m, k)) @ (batch2: (b, k, n))``; ``input`` broadcasts."""
+    """``beta * input + alpha * (batch1: (b, m, k)) @ (batch2: (b, k, n))``."""
     out: Grads = {}
     alpha, beta = call.args["alpha"], call.args["beta"]
     if "input" in call.needs:
@@ -170,7 +171,8 @@ def baddbmm(grad: Tensor, saved: Saved, call: Call) -> Grads:
 def matmul(grad: Tensor, saved: Saved, call: Call) -> Grads:
     """``input: (*, m, k)``, ``other: (*, k, n)``, batch dimensions broadcast.
 
-    As ``torch.matmul`` does it: folded into one ``mm`` where ``other`` is a matrix, else expanded to ``bmm``.
+    As ``torch.matmul`` does it: folded into one ``mm`` where ``other`` is a matrix, else expanded
+    to ``bmm``.
     """
     a_shape, b_shape = call.shapes["input"], call.shapes["other"]
     if len(a_shape) < 2 or len(b_shape) < 2 or (len(a_shape) == 2 < len(b_shape)):
@@ -248,4 +250,6 @@ def leaky_relu(grad: Tensor, saved: Saved, call: Call) -> Grads:
 def dropout(grad: Tensor, saved: Saved, call: Call) -> Grads:
     """``dX = dY * mask / (1 - p)``."""
     p = call.args["p"]
-    return {"input": aten.native_dropout_backward(grad, saved["mask"], 0.0 if p == 1 else 1 / (1 - p))}
+    return {
+        "input": aten.native_dropout_backward(grad, saved["mask"], 0.0 if p == 1 else 1 / (1 - p))
+    }

@@ -1,4 +1,4 @@
-"""YAML, mappings and sugar -> :class:`Config`. Every config error is raised here, with the rule it comes from."""
+"""YAML, mappings and sugar -> :class:`Config`; every config error is raised here, with its rule."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ class Config:
 def presets() -> tuple[str, ...]:
     """Names of the presets that come with the package."""
     folder = resources.files("dropit_fx") / "presets"
-    return tuple(sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")))
+    return tuple(
+        sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+    )
 
 
 @cache
@@ -109,9 +111,9 @@ def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None 
     """Reads and checks a config.
 
     Args:
-        source: Path of a YAML file, a mapping of the same shape, a Config (returned as it is), or None for
-            the default preset. Keys: ``preset`` (a name, or null for none), ``rules`` (a list of
-            ``{module, op, codec, <options of the codec>}``), ``force``.
+        source: Path of a YAML file, a mapping of the same shape, a Config (returned as it is), or
+            None for the default preset. Keys: ``preset`` (a name, or null for none), ``rules`` (a
+            list of ``{module, op, codec, <options of the codec>}``), ``force``.
 
     Raises:
         ConfigError: An unknown key, preset, codec, op or option, or a value out of range.
@@ -154,8 +156,8 @@ def make_config(
 ) -> Config:
     """A config with the sugar of ``transform`` and of the backend's options applied.
 
-    ``strategy``, ``gamma`` and ``bits`` override the preset's rules for matmul and convolution inputs: the call of
-    the published code, ``transform(model, strategy="mink", gamma=0.9)``.
+    ``strategy``, ``gamma`` and ``bits`` override the preset's rules for matmul and convolution
+    inputs: the call of the published code, ``transform(model, strategy="mink", gamma=0.9)``.
     """
     if preset is not None and config is not None:
         named = load_config(config)
@@ -182,8 +184,8 @@ def make_config(
     rules = tuple(sweetened(r) for r in loaded.rules)
     if not any(r.preset and r.codec in contract for r in rules):
         raise ConfigError(
-            f"strategy, gamma and bits change the preset's rules, and preset {loaded.preset!r} has none for"
-            " matmul and convolution inputs"
+            "strategy, gamma and bits change the preset's rules, and preset"
+            f" {loaded.preset!r} has none for matmul and convolution inputs"
         )
     return replace(loaded, rules=rules)
 
@@ -192,7 +194,9 @@ def _rule(source: Any, where: str, preset: bool = False) -> Rule:
     if not isinstance(source, Mapping):
         raise ConfigError(f"{where}: a rule is a mapping, not {source!r}")
     if "codec" not in source:
-        raise ConfigError(f"{where} {dict(source)}: no 'codec'. Choose one of: {', '.join(_named())}.")
+        raise ConfigError(
+            f"{where} {dict(source)}: no 'codec'. Choose one of: {', '.join(_named())}."
+        )
     name = source["codec"]
     if name not in _named():
         raise ConfigError(f"{where}: no codec {name!r}.{_did_you_mean(name, _named())}")
@@ -211,13 +215,18 @@ def _rule(source: Any, where: str, preset: bool = False) -> Rule:
     for glob in rule.op:
         named = [r for r in RULES.values() if fnmatchcase(r.name, glob)]
         if not named:
-            raise ConfigError(f"{where} {rule}: no op {glob!r} in the op table.{_did_you_mean(glob, RULES)}")
-        if not any(serves(codec, read) for row in named for read in row.reads if read.use is not Use.SHAPE):
+            raise ConfigError(
+                f"{where} {rule}: no op {glob!r} in the op table.{_did_you_mean(glob, RULES)}"
+            )
+        if not any(
+            serves(codec, read) for row in named for read in row.reads if read.use is not Use.SHAPE
+        ):
             read = named[0].reads[0]
             able = [c for c in _named() if serves(CODEC[c], read)]
             raise ConfigError(
-                f"{where} {rule}: {named[0].name}.{read.operand} cannot be saved as {name!r}: the backward of"
-                f" {named[0].name} uses it as '{read.use}'. Choose one of: {', '.join(able)}."
+                f"{where} {rule}: {named[0].name}.{read.operand} cannot be saved as {name!r}: the"
+                f" backward of {named[0].name} uses it as '{read.use}'."
+                f" Choose one of: {', '.join(able)}."
             )
     return rule
 
@@ -228,7 +237,13 @@ def _named() -> tuple[str, ...]:
 
 
 def _globs(value: Any, key: str, where: str) -> tuple[str, ...]:
-    globs = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else ()
+    globs = (
+        (value,)
+        if isinstance(value, str)
+        else tuple(value)
+        if isinstance(value, list | tuple)
+        else ()
+    )
     if not globs or not all(isinstance(g, str) and g for g in globs):
         raise ConfigError(f"{where}: '{key}' is a glob or a list of globs, not {value!r}")
     return globs
@@ -242,7 +257,9 @@ def _check_options(codec: Codec, options: Mapping[str, Any], where: str) -> None
                 f"{where}: codec {codec.name!r} has no option {name!r}.{_did_you_mean(name, known)}"
             )
         if not known[name].legal(value):
-            raise ConfigError(f"{where}: {name} = {value!r} for codec {codec.name!r}: {known[name].meaning}")
+            raise ConfigError(
+                f"{where}: {name} = {value!r} for codec {codec.name!r}: {known[name].meaning}"
+            )
 
 
 def _known(source: Mapping[str, Any], keys: Iterable[str], where: str, what: str = "") -> None:

@@ -1,9 +1,9 @@
 """The data that flows through the passes: what a row says, what a pass knows. No behaviour.
 
-An :class:`OpRule` is one row of the op table, a :class:`Codec` one way of keeping a tensor. What joins
-them is :class:`Use`: how a backward formula reads the tensor. A :class:`Site` is one storage that
-autograd would keep from forward to backward, with every :class:`SavedRead` of it; a :class:`Decision`
-says what becomes of one read; the :class:`Plan` carries them from pass to pass.
+An :class:`OpRule` is one row of the op table, a :class:`Codec` one way of keeping a tensor. What
+joins them is :class:`Use`: how a backward formula reads the tensor. A :class:`Site` is one storage
+that autograd would keep from forward to backward, with every :class:`SavedRead` of it; a
+:class:`Decision` says what becomes of one read; the :class:`Plan` carries them from pass to pass.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Read:
     """One tensor that the backward of an op reads.
 
     Attributes:
-        operand: An argument of the row's ``run``, ``"result"``, or a name that ``run_saving`` returns.
+        operand: An argument of the row's ``run``, ``"result"``, or a name that ``run_saving``
+            returns.
         use: How it is read.
         needed_by: The arguments whose gradients need it; nothing is saved where none requires grad.
         lossy: False where an approximation would reach a gradient that the house keeps exact.
@@ -55,7 +56,8 @@ class OpRule:
 
     Attributes:
         name: The word in config files and reports.
-        targets: All spellings of the op in fx graphs: functions, ``OpOverload`` s, and for methods their name.
+        targets: All spellings of the op in fx graphs: functions, ``OpOverload`` s, and for methods
+            their name.
         reads: What its backward reads.
         run: The op itself, as a function of plain arguments; its signature names the operands.
         run_saving: For ops with reads that are neither argument nor result:
@@ -136,8 +138,8 @@ class SavedRead:
         dtype: Its dtype as saved (autocast saves the lower precision).
         shape: Its shape as saved.
         source: Name of the node whose output would be packed, None for tensors made inside the op.
-        identity: ``(storage, offset, numel, layout, version)`` of the operand; operands with equal identity are
-            the same values in memory order, whatever view each reader sees.
+        identity: ``(storage, offset, numel, layout, version)`` of the operand; operands with equal
+            identity are the same values in memory order, whatever view each reader sees.
         bits: The fewest bits, for reads stored as codes.
         obstacle: Why this very call cannot be packed, or ``""``.
     """

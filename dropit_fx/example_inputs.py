@@ -1,4 +1,7 @@
-"""Example inputs: as given, as the model tells them, or guessed from its first layer. Only shapes are read."""
+"""Example inputs: as given, as the model tells them, or guessed from its first layer.
+
+Only their shapes and dtypes are read.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ from dropit_fx.fake import fake_state
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def settle(model: nn.Module, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None) -> Inputs:
+def settle(
+    model: nn.Module, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None
+) -> Inputs:
     """The example inputs, guessed where none are given.
 
     Raises:
@@ -25,14 +30,18 @@ def settle(model: nn.Module, args: tuple[Any, ...] | None, kwargs: Mapping[str, 
         CaptureError: None are given and they cannot be guessed.
     """
     if args is not None and not isinstance(args, tuple | list):
-        raise TypeError(f"example_args is a tuple of inputs, not a {type(args).__name__}: write (x,)")
+        raise TypeError(
+            f"example_args is a tuple of inputs, not a {type(args).__name__}: write (x,)"
+        )
     if args is None and kwargs is None:
         return guess(model)
     return tuple(args or ()), dict(kwargs or {})
 
 
 def guess(model: nn.Module) -> Inputs:
-    """Inputs of a shape that the model tells (timm's config, Hugging Face's ``dummy_inputs``) or its first layer.
+    """Inputs of a shape that the model tells, or its first layer.
+
+    Models tell it by timm's config or by Hugging Face's ``dummy_inputs``.
 
     Raises:
         CaptureError: No shape makes the model run.
@@ -40,24 +49,26 @@ def guess(model: nn.Module) -> Inputs:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     tried = []
     for args, kwargs in _candidates(model):
-        place = pytree.tree_map_only(Tensor, lambda t: t.to(device), (args, kwargs))
+        place: Inputs = pytree.tree_map_only(Tensor, lambda t: t.to(device), (args, kwargs))
         try:
             _dry_run(model, *place)
         except Exception as error:  # the user's code ran: anything can be raised
-            tried.append(f"{_shapes(args, kwargs)}: {str(error).splitlines()[0] if str(error) else error!r}")
+            tried.append(
+                f"{_shapes(args, kwargs)}: {str(error).splitlines()[0] if str(error) else error!r}"
+            )
             continue
         return place
     detail = "\n  ".join(tried) or "no layer tells what the input looks like"
     raise CaptureError(
-        f"the shapes of {type(model).__name__}'s inputs are needed and could not be guessed; give example_args"
-        f" or example_kwargs. Tried:\n  {detail}"
+        f"the shapes of {type(model).__name__}'s inputs are needed and could not be guessed;"
+        f" give example_args or example_kwargs. Tried:\n  {detail}"
     )
 
 
 def record(
     model: nn.Module, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Inputs]:
-    """What each named submodule is called with, as blank tensors of those shapes, in one fake run of the model."""
+    """What each named submodule is called with in one fake run of the model, as blank tensors."""
     seen: dict[str, Inputs] = {}
 
     def note(name: str) -> Any:
@@ -137,8 +148,8 @@ def placeholder_values(
         if len(leaves) == len(placeholders):
             return tuple(leaves)
         raise CaptureError(
-            f"the graph takes {len(placeholders)} inputs, the example has {len(leaves)}; its example_kwargs must"
-            " be those that it was exported with, in their order"
+            f"the graph takes {len(placeholders)} inputs, the example has {len(leaves)}; its"
+            " example_kwargs must be those that it was exported with, in their order"
         )
     names = [str(n.target) for n in placeholders]
     values = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}

@@ -7,6 +7,7 @@ symbolic batch and sequence sizes, and the trace takes the place of the one opaq
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,9 @@ log = logging.getLogger(__name__)
 
 def opaque_nodes(graph_module: fx.GraphModule) -> list[fx.Node]:
     """The nodes that :func:`expand` would open."""
-    return [n for n in graph_module.graph.nodes if _attention_module(graph_module, n) or _is_call(n)]
+    return [
+        n for n in graph_module.graph.nodes if _attention_module(graph_module, n) or _is_call(n)
+    ]
 
 
 def _is_call(node: fx.Node) -> bool:
@@ -66,6 +69,7 @@ def _expand_node(graph_module: fx.GraphModule, node: fx.Node, values: dict[str, 
         given = dict(zip(sources, tensors, strict=False))
         args, kwargs = pytree.tree_map_only(fx.Node, given.__getitem__, (node.args, node.kwargs))
         if module is None:
+            assert callable(node.target)
             return node.target(*args, **kwargs)
         state = dict(zip(names, tensors[len(sources) :], strict=True))
         return torch.func.functional_call(module, state, args, kwargs)
@@ -86,11 +90,13 @@ def _expand_node(graph_module: fx.GraphModule, node: fx.Node, values: dict[str, 
             if other.op == "get_attr":
                 raise RuntimeError(f"a constant inside ({other.target})")
             new = graph.node_copy(other, copied.__getitem__)
-            new.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+            new.meta = {
+                k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")
+            }
             copied[other] = new
     result = inner.graph.find_nodes(op="output")[0].args[0]
     for user in list(node.users):
-        if user.op != "call_function" or user.target.__name__ != "getitem":
+        if user.target is not operator.getitem:
             raise RuntimeError("its result is not taken apart")
         chosen = result[user.args[1]]
         if chosen is not None:
@@ -109,6 +115,8 @@ def _trace(run: Callable[..., Any], tensors: list[Tensor]) -> fx.GraphModule:
         blank = torch.empty_strided(
             tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
         )
-        context = StatelessSymbolicContext(dynamic_sizes=[dynamic] * tensor.dim())
+        context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
+            dynamic_sizes=[dynamic] * tensor.dim()
+        )
         fakes.append(mode.from_tensor(blank, symbolic_context=context))
     return make_fx(run, tracing_mode="symbolic", pre_dispatch=True)(*fakes)

@@ -1,4 +1,4 @@
-"""Fake tensors: graphs run on them for shapes and for what autograd keeps, without memory or time."""
+"""Fake tensors: graphs run on them to tell shapes and what autograd keeps, at no cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 def storage_id(tensor: Tensor) -> int:
     """Identifies a storage for as long as something holds it."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def fake_mode_of(values: Iterable[Any]) -> FakeTensorMode:
@@ -26,7 +26,8 @@ def fake_mode_of(values: Iterable[Any]) -> FakeTensorMode:
 def concrete_fakes(values: Iterable[Any]) -> tuple[Any, ...]:
     """Fresh fake tensors of the same layout, with hints in the place of symbolic sizes.
 
-    What runs on them leaves no guards in the compiler's shape environment, and every size is a number.
+    What runs on them leaves no guards in the compiler's shape environment, and every size is a
+    number.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 

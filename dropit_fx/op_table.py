@@ -1,8 +1,8 @@
 """The op table: one row for each op that can be packed.
 
-What autograd saves for *every other* op is asked of autograd itself (``passes/find_saved.py``), so an
-op without a row is counted exactly and kept whole. To add an op, add a row: its spellings, what its
-backward reads, how to run it, and a formula from ``backwards.py`` (or none: the generic
+What autograd saves for *every other* op is asked of autograd itself (``passes/find_saved.py``), so
+an op without a row is counted exactly and kept whole. To add an op, add a row: its spellings, what
+its backward reads, how to run it, and a formula from ``backwards.py`` (or none: the generic
 ``torch.func.vjp`` then serves).
 """
 
@@ -47,7 +47,9 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, beta: Any = 1, alpha: Any 
     return torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha)
 
 
-def _baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, beta: Any = 1, alpha: Any = 1) -> Tensor:
+def _baddbmm(
+    input: Tensor, batch1: Tensor, batch2: Tensor, beta: Any = 1, alpha: Any = 1
+) -> Tensor:
     return torch.baddbmm(input, batch1, batch2, beta=beta, alpha=alpha)
 
 
@@ -301,7 +303,13 @@ OP_RULES: tuple[OpRule, ...] = (
     ),
     OpRule(
         name="dropout",
-        targets=(F.dropout, torch.dropout, torch.dropout_, aten.dropout.default, aten.dropout_.default),
+        targets=(
+            F.dropout,
+            torch.dropout,
+            torch.dropout_,
+            aten.dropout.default,
+            aten.dropout_.default,
+        ),
         reads=(Read(operand="mask", use=Use.SLOPE, needed_by=("input",), bits=_one_bit),),
         run=_dropout,
         run_saving=_dropout_saving,
@@ -317,9 +325,7 @@ OP_RULES: tuple[OpRule, ...] = (
                 getattr(aten, f"max_pool{d}d").default,
             ),
             reads=(
-                Read(
-                    operand="indices", use=Use.SLOPE, needed_by=("input",), bits=window_bits(d)
-                ),
+                Read(operand="indices", use=Use.SLOPE, needed_by=("input",), bits=window_bits(d)),
                 Read(operand="input", use=Use.SHAPE, needed_by=("input",)),
             ),
             run=_max_pool(d),
@@ -354,9 +360,7 @@ def bind(rule: OpRule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict
     None where the call has arguments that the row does not know (``out=``), which keeps it dense.
     """
     signature = inspect.signature(rule.run)
-    known = {
-        (k if k in signature.parameters else _ALIASES.get(k, k)): v for k, v in kwargs.items()
-    }
+    known = {(k if k in signature.parameters else _ALIASES.get(k, k)): v for k, v in kwargs.items()}
     try:
         bound = signature.bind(*args, **known)
     except TypeError:

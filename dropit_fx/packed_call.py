@@ -5,10 +5,11 @@ Two kinds of node::
     %p = dropit_fx.packed_call.pack(%x, (%w,), 'mink', {'gamma': 0.9, ...})       -> Packed or None
     %y = dropit_fx.packed_call.packed_linear(%x, %w, %b, packed={'input': %p})    -> the op's result
 
-``pack`` makes the copy that is kept (once for all readers of a value); ``packed_<row>`` runs the op exactly
-and keeps the packed form in the place of the dense tensor. Reads that the op makes itself (masks,
-indices) name only their codec: ``packed={'result': 'bitmask'}``. One ``torch.autograd.Function`` runs
-every row; packed tensors go through ``save_for_backward``, so hooks, offloading and fake tensors see them.
+``pack`` makes the copy that is kept (once for all readers of a value); ``packed_<row>`` runs the op
+exactly and keeps the packed form in the place of the dense tensor. Reads that the op makes itself
+(masks, indices) name only their codec: ``packed={'result': 'bitmask'}``. One
+``torch.autograd.Function`` runs every row; packed tensors go through ``save_for_backward``, so
+hooks, offloading and fake tensors see them.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def memory_order(x: Tensor) -> list[int] | None:
     """
     if x.is_contiguous():
         return list(range(x.dim()))
-    order = sorted(range(x.dim()), key=lambda d: (-x.stride(d), d))
+    strides = x.stride()
+    order = sorted(range(x.dim()), key=lambda d: (-strides[d], d))
     return order if x.permute(order).is_contiguous() else None
 
 
@@ -76,7 +78,7 @@ def _autocast(x: Tensor) -> Tensor:
 
 def pack(
     x: Tensor,
-    needed_by: tuple[Tensor, ...],
+    needed_by: tuple[Tensor | None, ...],
     codec: str,
     options: Mapping[str, Any],
     autocast: bool = False,
@@ -91,7 +93,8 @@ def pack(
         autocast: Pack it in autocast's dtype, since that is what its readers compute with.
 
     Returns:
-        None where nothing will read it: grad mode is off, or nothing in ``needed_by`` requires grad.
+        None where nothing will read it: grad mode is off, or nothing in ``needed_by`` requires
+        grad.
     """
     if has_torch_function((x, *needed_by)):
         return handle_torch_function(
@@ -119,20 +122,37 @@ def require_mode(training: bool, traced: bool, where: str) -> None:
     if training != traced:
         names = ("eval", "training")
         raise RuntimeError(
-            f"this graph was captured in {names[traced]} mode and differs in {names[training]} mode from {where}"
-            f" on. Call .{('eval', 'train')[traced]}() first, or transform the model in {names[training]} mode."
+            f"this graph was captured in {names[traced]} mode and differs in {names[training]}"
+            f" mode from {where} on. Call .{('eval', 'train')[traced]}() first, or transform the"
+            f" model in {names[training]} mode."
         )
     return None
 
 
+def require_shapes(inputs: tuple[Tensor, ...], shapes: tuple[tuple[int | None, ...], ...]) -> None:
+    """Raises ValueError where an input has not the sizes that a graph was exported for."""
+    if has_torch_function(inputs):
+        return handle_torch_function(require_shapes, inputs, inputs, shapes)
+    for i, (x, shape) in enumerate(zip(inputs, shapes, strict=True)):
+        if x.dim() != len(shape) or any(
+            s is not None and n != s for n, s in zip(x.shape, shape, strict=True)
+        ):
+            wanted = ", ".join("any" if s is None else str(s) for s in shape)
+            raise ValueError(
+                f"input {i} has shape {tuple(x.shape)}, and the graph was exported for ({wanted}):"
+                " transform the model with an example of the other shape"
+            )
+    return None
+
+
 class _Entry(NamedTuple):
-    """How one operand is held between forward and backward. Plain values, so that Dynamo can follow."""
+    """How one operand is held between forward and backward, in plain values for Dynamo's sake."""
 
     operand: str
     codec: str  # 'keep': the dense tensor
     options: tuple[tuple[str, Any], ...]
     dtype: torch.dtype
-    count: int  # tensors in save_for_backward
+    tensors: int  # in save_for_backward
 
 
 class _SavedTensors(Mapping[str, Tensor]):
@@ -144,8 +164,8 @@ class _SavedTensors(Mapping[str, Tensor]):
         tensors, at = ctx.saved_tensors, 0
         self._like = tensors[0] if tensors else None
         for entry in ctx.entries:
-            self._slots[entry.operand] = entry, tensors[at : at + entry.count]
-            at += entry.count
+            self._slots[entry.operand] = entry, tensors[at : at + entry.tensors]
+            at += entry.tensors
         self._layouts = ctx.layouts
 
     def __getitem__(self, operand: str) -> Tensor:
@@ -176,8 +196,8 @@ def _layout(x: Tensor) -> tuple[Any, ...]:
 class PackedFunction(torch.autograd.Function):
     """Runs a row: its own forward, its formula in the backward, packed tensors in between.
 
-    ``apply(rule, needs, held, given, nargs, *args, *parts)``: ``held`` maps each operand that the op makes itself
-    to its codec, ``given`` lists how the trailing ``parts`` belong to operands.
+    ``apply(rule, needs, held, given, nargs, *args, *parts)``: ``held`` maps each operand that the
+    op makes itself to its codec, ``given`` lists how the trailing ``parts`` belong to operands.
     """
 
     @staticmethod
@@ -188,8 +208,9 @@ class PackedFunction(torch.autograd.Function):
         given: tuple[_Entry, ...],
         *flat: Any,
     ) -> Any:
+        """Runs the row; what it makes itself is packed here and returned behind the result."""
         rule = RULES[rule_name]
-        args = flat[: len(flat) - sum(e.count for e in given)]
+        args = flat[: len(flat) - sum(e.tensors for e in given)]
         if rule.run_saving is None:
             return rule.run(*args)
         out, made = rule.run_saving(*args)
@@ -200,9 +221,10 @@ class PackedFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Saves packed parts, and whole the operands that are needed and not packed."""
         rule_name, needs, held, given, *flat = inputs
         rule = RULES[rule_name]
-        count = sum(e.count for e in given)
+        count = sum(e.tensors for e in given)
         args, parts = flat[: len(flat) - count], flat[len(flat) - count :]
         out, made = (output[0], output[1:]) if isinstance(output, tuple) else (output, ())
         if made:
@@ -214,8 +236,8 @@ class PackedFunction(torch.autograd.Function):
         at = 0
         for entry in given:
             entries.append(entry)
-            saved += parts[at : at + entry.count]
-            at += entry.count
+            saved += parts[at : at + entry.tensors]
+            at += entry.tensors
         for (operand, codec, bits), tensor in zip(held, made, strict=True):
             entries.append(_Entry(operand, codec, (("bits", bits),), tensor.dtype, 1))
             saved.append(tensor)
@@ -234,11 +256,12 @@ class PackedFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *unused: Any) -> Any:
+        """Runs the row's formula, which unpacks what it reads."""
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                f"packed_{ctx.rule_name}: double backward (create_graph=True) is not supported, since the"
-                " packed tensors are constants to autograd. Train the dense model where a loss"
-                " differentiates a gradient."
+                f"packed_{ctx.rule_name}: double backward (create_graph=True) is not supported,"
+                " since the packed tensors are constants to autograd. Train the dense model"
+                " where a loss differentiates a gradient."
             )
         rule = RULES[ctx.rule_name]
         call = backwards.Call(
@@ -251,7 +274,7 @@ class PackedFunction(torch.autograd.Function):
         formula = rule.backward or backwards.vjp
         with torch.autocast(grad.device.type, enabled=False):
             grads = formula(grad, _SavedTensors(ctx, call), call)
-        count = sum(e.count for e in ctx.entries if e.codec != "keep" and rule.run_saving is None)
+        count = sum(e.tensors for e in ctx.entries if e.codec != "keep" and rule.run_saving is None)
         by_argument = [grads.get(n) if n in ctx.needs else None for n in ctx.plain]
         return (None, None, None, None, *by_argument, *[None] * count)
 
@@ -288,7 +311,9 @@ def _packed_op(rule: OpRule) -> Callable[..., Tensor]:
         return out[0] if isinstance(out, tuple) else out
 
     packed_op.__name__ = packed_op.__qualname__ = f"packed_{rule.name}"
-    packed_op.__doc__ = f"``{rule.name}``, exact in the forward, with the operands in ``packed`` kept packed."
+    packed_op.__doc__ = (
+        f"``{rule.name}``, exact in the forward, with the operands in ``packed`` kept packed."
+    )
     return packed_op
 
 
@@ -298,7 +323,7 @@ globals().update({f"packed_{name}": op for name, op in PACKED_OPS.items()})
 
 
 def _cache_version() -> str:
-    """Hash of every formula and kernel: compile caches key on it, since they do not look inside custom ops."""
+    """Hash of every formula and kernel: what compile caches do not look into, and must key on."""
     here = Path(__file__).parent
     files = [here / f"{n}.py" for n in ("backwards", "op_table", "packed_call", "pooling")]
     files += sorted((here / "codecs").glob("*.py")) + sorted((here / "kernels").glob("*.[pc]*"))

@@ -1,8 +1,9 @@
 """Max-pool's saved indices, in the fewest bits that lose nothing.
 
-PyTorch keeps the pooled tensor (of which the backward reads only the shape) and, for each output, the flat
-int64 position of its maximum. The window that it lies in is known from the output's own position, so
-the offset inside the window says as much: ``ceil(log2(prod(kernel_size)))`` bits instead of 64.
+PyTorch keeps the pooled tensor (of which the backward reads only the shape) and, for each output,
+the flat int64 position of its maximum. The window that it lies in is known from the output's own
+position, so the offset inside the window says as much: ``ceil(log2(prod(kernel_size)))`` bits
+instead of 64.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Window:
         return self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode
 
     def _origin(self, like: Tensor, d: int) -> Tensor:
-        """First input coordinate of each output's window along dimension ``d``, broadcastable to ``like``."""
+        """First input coordinate of each window of ``like`` along dimension ``d``, to broadcast."""
         dims = len(self.kernel)
         n = like.shape[d - dims]
         first = torch.arange(n, device=like.device) * self.stride[d] - self.padding[d]
@@ -123,7 +124,11 @@ def max_pool_backward(dims: int) -> Callable[[Tensor, Saved, Call], Grads]:
         x, codes = saved["input"], saved["indices"]
         if dims == 1:
             x, codes, grad = x.unsqueeze(-2), codes.unsqueeze(-2), grad.unsqueeze(-2)
-        op = aten.max_pool3d_with_indices_backward if dims == 3 else aten.max_pool2d_with_indices_backward
+        op = (
+            aten.max_pool3d_with_indices_backward
+            if dims == 3
+            else aten.max_pool2d_with_indices_backward
+        )
         indices = window.decode(codes, list(x.shape[-len(window.kernel) :]))
         out = op(grad, x, *window.arguments, indices)
         return {"input": out.squeeze(-2) if dims == 1 else out}

@@ -31,10 +31,12 @@ class Row:
         shape: Shape as its first reader saves it.
         dtype: Its dtype.
         dense_bytes: Bytes of the whole storage.
-        kept_bytes: Bytes after packing (dense bytes where it is kept; a copy shared with an earlier row is 0).
+        kept_bytes: Bytes after packing (dense bytes where it is kept; a copy shared with an earlier
+            row is 0).
         codec: Codecs of its readers, joined by ``+``.
         reason: Why it is kept, or ``""``.
-        region: The checkpointed region that it belongs to (kept only while that is recomputed), or ``""``.
+        region: The checkpointed region that it belongs to (kept only while that is recomputed), or
+            ``""``.
     """
 
     name: str
@@ -94,7 +96,13 @@ class Report:
         share = self.kept_bytes / self.dense_bytes if self.dense_bytes else 1.0
         table.add_section()
         table.add_row(
-            "total", "", "", "", mib(self.dense_bytes), mib(self.kept_bytes), f"{share:.1%} of dense"
+            "total",
+            "",
+            "",
+            "",
+            mib(self.dense_bytes),
+            mib(self.kept_bytes),
+            f"{share:.1%} of dense",
         )
         return table
 
@@ -104,7 +112,7 @@ class Report:
         return out.getvalue()
 
     def plot(self, path: str | PathLike[str]) -> None:
-        """Draws dense and kept bytes of each saved tensor, in graph order, as a picture (PNG, SVG or PDF).
+        """Draws dense and kept bytes of each saved tensor, in graph order, as PNG, SVG or PDF.
 
         Raises:
             ModuleNotFoundError: matplotlib is missing (``pip install 'dropit-fx[plot]'``).
@@ -133,8 +141,8 @@ def report(rewritten: nn.Module) -> Report:
     found = [getattr(m, _ATTRIBUTE) for m in rewritten.modules() if hasattr(m, _ATTRIBUTE)]
     if not found:
         raise ValueError(
-            f"{type(rewritten).__name__} was not rewritten by dropit_fx.transform; for torch.compile(model,"
-            ' backend="dropit") see dropit_fx.backend.compiled_graphs()'
+            f"{type(rewritten).__name__} was not rewritten by dropit_fx.transform; for"
+            ' torch.compile(model, backend="dropit") see dropit_fx.backend.compiled_graphs()'
         )
     return Report(tuple(row for one in found for row in one.rows))
 

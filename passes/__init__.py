@@ -1,4 +1,4 @@
-"""The pipeline: each pass is a function from a plan to a plan, and the verifier runs after every one."""
+"""The pipeline: each pass is a function from a plan to a plan, and the verifier follows each."""
 
 from __future__ import annotations
 

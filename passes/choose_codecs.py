@@ -1,6 +1,7 @@
 """Pass 2: what becomes of each read - a codec with its options, or ``keep`` with the reason.
 
-Requires: ``plan.sites``. Ensures: one decision for each read, and no storage of which some reads are packed
+Requires: ``plan.sites``. Ensures: one decision for each read, and no storage of which some reads
+    are packed
 and others kept: a tensor that one reader keeps whole is not freed by packing it for another.
 """
 
@@ -21,7 +22,9 @@ def choose_codecs(plan: Plan) -> Plan:
     """Fills ``plan.decisions`` from the config's rules."""
     decisions: list[Decision] = []
     for site in plan.sites:
-        decisions += _whole_or_none(site, [_choose(r, plan.config) for r in site.reads], plan.config)
+        decisions += _whole_or_none(
+            site, [_choose(r, plan.config) for r in site.reads], plan.config
+        )
     bodies = {name: choose_codecs(body) for name, body in plan.bodies.items()}
     return replace(plan, decisions=tuple(decisions), bodies=bodies)
 
@@ -36,7 +39,8 @@ def check_rules_matched(plans: tuple[Plan, ...], config: Config) -> None:
             seen = sorted({f"{r.module or '<root>'} ({r.op})" for r in reads if r.rule})
             shown = ", ".join(seen[:12]) + (", ..." if len(seen) > 12 else "")
             raise ConfigError(
-                f"rule {rule} matched no saved tensor. Modules with packable ones: {shown or 'none'}."
+                f"rule {rule} matched no saved tensor."
+                f" Modules with packable ones: {shown or 'none'}."
             )
 
 

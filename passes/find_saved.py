@@ -1,9 +1,10 @@
 """Pass 1: which tensors will autograd keep, for whom, and how large are they?
 
 Autograd itself is asked: the graph runs once on fake tensors, with gradients on, and
-``saved_tensors_hooks`` notes what each node keeps. That is exact for every op of every dialect, with a row
-or without: the bytes found here equal what the same hooks count in a real step. The op table then says
-what each kept tensor is to the node that keeps it (its input, its result, a mask inside it).
+``saved_tensors_hooks`` notes what each node keeps. That is exact for every op of every dialect,
+with a row or without: the bytes found here equal what the same hooks count in a real step. The op
+table then says what each kept tensor is to the node that keeps it (its input, its result, a mask
+inside it).
 
 Requires: a graph and fake inputs. Ensures: ``plan.sites`` covers every saved storage that is not a
 parameter, a buffer or an input.
@@ -21,8 +22,8 @@ from torch import Tensor, fx, nn
 
 from dropit_fx.capture import node_module, node_where
 from dropit_fx.core_types import OpRule, Plan, Read, SavedRead, Site
-from dropit_fx.op_table import bind, is_inplace, rule_of
 from dropit_fx.fake import fake_mode_of, fake_state, storage_id
+from dropit_fx.op_table import bind, is_inplace, rule_of
 from dropit_fx.packed_call import memory_order
 
 
@@ -84,7 +85,6 @@ class _Probe(fx.Interpreter):
             return tensor
 
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        versions = [t._version for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         try:
             with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
                 if _is_checkpoint(n):
@@ -94,8 +94,9 @@ class _Probe(fx.Interpreter):
                     result = super().run_node(n)
         except Exception as error:
             raise FakeRunError(
-                f"node '{n.name}' ({n.target}) of module '{node_module(n)}' does not run on fake tensors of the"
-                f" example's shapes ({node_where(n) or 'no source line'}): {type(error).__name__}: {error}"
+                f"node '{n.name}' ({n.target}) of module '{node_module(n)}' does not run on fake"
+                f" tensors of the example's shapes ({node_where(n) or 'no source line'}):"
+                f" {type(error).__name__}: {error}"
             ) from error
         for tensor in pytree.tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -109,7 +110,7 @@ class _Probe(fx.Interpreter):
             for tensor in pytree.tree_leaves(result):
                 if isinstance(tensor, Tensor) and not self.stories[storage_id(tensor)].alive:
                     self.stories[storage_id(tensor)].alive = "a model output"
-        self._explain(n, args, kwargs, result, mine, sum(versions))
+        self._explain(n, args, kwargs, result, mine)
         return result
 
     def _run_body(self, n: fx.Node, args: tuple[Any, ...]) -> Any:
@@ -123,9 +124,7 @@ class _Probe(fx.Interpreter):
         )
         return result
 
-    def _explain(
-        self, n: fx.Node, args: Any, kwargs: Any, result: Any, mine: list[_Kept], version: int
-    ) -> None:
+    def _explain(self, n: fx.Node, args: Any, kwargs: Any, result: Any, mine: list[_Kept]) -> None:
         """Turns what a node keeps into reads: which operand is each tensor?"""
         mine = [k for k in mine if not self._is_free(k.tensor)]
         if not mine:
@@ -145,21 +144,24 @@ class _Probe(fx.Interpreter):
             read = _match(kept.tensor, rule, operands, taken) if operands else None
             if read is not None:
                 taken.add(read.operand)
-            self._add(n, kept.tensor, rule, read, operands, nodes or {}, obstacle, version)
+            self._add(n, kept.tensor, rule, read, operands, nodes or {}, obstacle)
         if rule is not None and values is not None and taken:
-            for read in rule.reads:  # autograd may keep one tensor for two reads, or a read's shape only
+            # autograd may keep one tensor for two reads, or where only the shape is read
+            for read in rule.reads:
                 operand = operands.get(read.operand)
-                if read.operand not in taken and isinstance(operand, Tensor) and any(
-                    storage_id(k.tensor) == storage_id(operand) for k in mine
+                if (
+                    read.operand not in taken
+                    and isinstance(operand, Tensor)
+                    and any(storage_id(k.tensor) == storage_id(operand) for k in mine)
                 ):
-                    self._add(n, operand, rule, read, operands, nodes or {}, obstacle, version)
+                    self._add(n, operand, rule, read, operands, nodes or {}, obstacle)
 
     def _is_free(self, tensor: Tensor) -> bool:
         story = self.stories.get(storage_id(tensor))
         return story is not None and story.alive in ("a parameter", "a buffer", "a model input")
 
     def _seen_by_others(self, n: fx.Node, args: Any) -> str:
-        """Why an in-place call cannot be made out of place: somebody else sees the tensor that it writes."""
+        """Who else sees the tensor that an in-place call writes, so that it cannot be packed."""
         story = self.stories[storage_id(args[0])]
         if story.alive in ("a parameter", "a buffer", "a model input"):
             return f"it writes into {story.alive}"
@@ -181,7 +183,6 @@ class _Probe(fx.Interpreter):
         operands: dict[str, Any],
         nodes: dict[str, Any],
         obstacle: str,
-        version: int,
     ) -> None:
         operand = read.operand if read else "?"
         source = nodes.get(operand) if read else None
@@ -244,7 +245,10 @@ def _is_parameter(n: fx.Node, tensor: Tensor) -> bool:
 def _match(
     tensor: Tensor, rule: OpRule | None, operands: dict[str, Any], taken: set[str]
 ) -> Read | None:
-    """The row's read that ``tensor`` is: the same storage, a tensor made inside the op, or a copy of an operand."""
+    """The row's read that ``tensor`` is.
+
+    It may have the operand's storage, be made inside the op, or be a copy of an operand.
+    """
     assert rule is not None
     open_reads = [r for r in rule.reads if r.operand not in taken]
     for read in open_reads:
@@ -266,4 +270,5 @@ def _match(
 def _target_name(module: fx.GraphModule | nn.Module, n: fx.Node) -> str:
     if n.op == "call_module":
         return type(module.get_submodule(str(n.target))).__name__
-    return getattr(n.target, "__name__", str(n.target))
+    name: str = getattr(n.target, "__name__", str(n.target))
+    return name.split(".")[0]  # without the overload

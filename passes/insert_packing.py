@@ -1,6 +1,7 @@
 """Pass 4: put the pack node before the first reader, and swap each reader for its packed call.
 
-Requires: decisions whose pack keys are settled. Ensures: every packed decision stands in the graph, and
+Requires: decisions whose pack keys are settled. Ensures: every packed decision stands in the graph,
+    and
 nothing else changed; in-place ops that are packed run out of place, with later readers redirected.
 """
 
@@ -47,7 +48,7 @@ def insert_packing(plan: Plan) -> Plan:
 
 
 def _hoist_attributes(graph: fx.Graph) -> None:
-    """Moves parameter look-ups to the top, so that a shared pack can name all of its readers' weights."""
+    """Moves parameter look-ups to the top, so that a shared pack can name every weight."""
     first = next(n for n in graph.nodes if n.op != "placeholder")
     for node in [n for n in graph.nodes if n.op == "get_attr"]:
         if node is not first:
@@ -62,7 +63,8 @@ def _insert_pack(
     needed: dict[fx.Node, None] = {}
     for decision in group:
         rule, read = decision.read.rule, decision.read.read
-        assert rule is not None and read is not None
+        assert rule is not None
+        assert read is not None
         reader = nodes[decision.read.node]
         bound = bind(rule, reader.args, reader.kwargs) or {}
         for name in read.needed_by:

@@ -1,8 +1,8 @@
 """Pass 3: one value, one packed copy; and never a packing larger than what it replaces.
 
-q, k and v read the same x: they share one copy, in the most accurate packing that any of them asks for
-(the one with the most bytes). Readers may see the value through different views; what counts is that
-the elements are the same in memory order, and that nothing wrote to them in between.
+q, k and v read the same x: they share one copy, in the most accurate packing that any of them asks
+for (the one with the most bytes). Readers may see the value through different views; what counts is
+that the elements are the same in memory order, and that nothing wrote to them in between.
 
 Requires: ``plan.decisions``. Ensures: decisions with the same ``pack`` key have the same codec and
 options, and no site's packed bytes reach its dense bytes.
@@ -17,12 +17,13 @@ from dropit_fx.passes.choose_codecs import keep
 
 
 def share_packed(plan: Plan) -> Plan:
-    """Gives each packed decision of an operand its ``pack`` key, and drops packings that do not pay."""
+    """Gives each packed operand its ``pack`` key, and drops packings that do not pay."""
     groups: dict[object, list[Decision]] = {}
     for decision in plan.decisions:
-        if decision.packed and decision.read.source is not None and decision.read.bits is None:
-            if decision.codec != "drop":
-                groups.setdefault((decision.read.identity, decision.read.dtype), []).append(decision)
+        read = decision.read
+        by_value = read.source is not None and read.bits is None and decision.codec != "drop"
+        if decision.packed and by_value:
+            groups.setdefault((read.identity, read.dtype), []).append(decision)
     best = {key: max(group, key=lambda d: d.nbytes) for key, group in groups.items()}
     names = {key: f"{group[0].read.source}" for key, group in groups.items()}
     shared: list[Decision] = []

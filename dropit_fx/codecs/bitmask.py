@@ -13,7 +13,7 @@ from dropit_fx.core_types import Codec, Options, Use
 
 
 def _unpack(parts: tuple[Tensor, ...], options: Options, numel: Any, dtype: torch.dtype) -> Tensor:
-    codes = torch.ops.dropit.unpack_uint(parts[0], options["bits"], numel)
+    codes: Tensor = torch.ops.dropit.unpack_uint(parts[0], options["bits"], numel)
     return codes.to(torch.bool) if options["bits"] == 1 else codes
 
 

@@ -1,5 +1,7 @@
 """``keep``: the tensor as it is. ``drop``: nothing at all, where only its shape is read."""
 
+from torch import Tensor
+
 from dropit_fx.core_types import Codec, Use
 
 KEEP = Codec(
@@ -21,5 +23,5 @@ DROP = Codec(
 )
 
 
-def _never() -> None:
+def _never() -> Tensor:
     raise AssertionError("a dropped tensor has no values to read")

@@ -1,7 +1,7 @@
 """``mink``, ``random`` and ``quant``: three corners of one packed format.
 
-Of each block of ``block`` consecutive elements, k = (1 - gamma) * block are kept as a bitmask and their
-values; ``bits`` codes the values in that many bits with a scale for each block.
+Of each block of ``block`` consecutive elements, k = (1 - gamma) * block are kept as a bitmask and
+their values; ``bits`` codes the values in that many bits with a scale for each block.
 
 * ``mink`` keeps the k largest magnitudes: DropIT (arXiv 2202.13808, section 3.2). With
   ``scope: tensor`` the whole tensor is one block, which is the paper's own selection.
@@ -82,7 +82,9 @@ RANGE = Option(
     meaning="'symmetric' levels around zero, or 'affine' between the least and the greatest value",
 )
 
-Format = Callable[[Options], tuple[int, int, int, bool, bool]]  # keep, block, bits, affine, stochastic
+Format = Callable[
+    [Options], tuple[int, int, int, bool, bool]
+]  # keep, block, bits, affine, stochastic
 
 
 def _mink_format(options: Options) -> tuple[int, int, int, bool, bool]:
@@ -116,7 +118,9 @@ def _sample(flat: Tensor, options: Options) -> tuple[Tensor, ...]:
 
 
 def _unpack(format_of: Format) -> Callable[[tuple[Tensor, ...], Options, Any, torch.dtype], Tensor]:
-    def unpack(parts: tuple[Tensor, ...], options: Options, numel: Any, dtype: torch.dtype) -> Tensor:
+    def unpack(
+        parts: tuple[Tensor, ...], options: Options, numel: Any, dtype: torch.dtype
+    ) -> Tensor:
         keep, block, bits, affine, _ = format_of(options)
         out: Tensor = torch.ops.dropit.unsparsify(*parts, numel, dtype, keep, block, bits, affine)
         return out
