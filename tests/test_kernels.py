@@ -107,7 +107,7 @@ def test_bool_masks_pack_to_one_bit() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("keep, block", [(1000, 1024), (5000, 64), (2500, 0)])
+@pytest.mark.parametrize(("keep", "block"), [(1000, 1024), (5000, 64), (2500, 0)])
 def test_sample_is_exact_in_count_and_unbiased(dtype: torch.dtype, keep: int, block: int) -> None:
     torch.manual_seed(0)
     x = torch.linspace(1, 2, 2304).to(dtype)
@@ -140,7 +140,7 @@ def test_sample_follows_torch_seed_and_draws_anew() -> None:
 
 
 @pytest.mark.parametrize(
-    "n, keep, block, bits", [*itertools.product([0, 3000], [1000, 10000], [0, 1024], [0])]
+    ("n", "keep", "block", "bits"), [*itertools.product([0, 3000], [1000, 10000], [0, 1024], [0])]
 )
 def test_opcheck(n: int, keep: int, block: int, bits: int) -> None:
     x = torch.randn(n)
@@ -179,7 +179,7 @@ def test_a_symbolic_size_does_not_specialise(bits: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "keep, block, bits, text",
+    ("keep", "block", "bits", "text"),
     [
         (10001, 0, 0, "keep=10001"),
         (-1, 0, 0, "keep=-1"),

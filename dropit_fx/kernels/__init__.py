@@ -6,13 +6,22 @@ import hashlib
 from pathlib import Path
 
 from dropit_fx.kernels import ops as ops
-from dropit_fx.kernels.layout import FULL, codes_nbytes, kept, mask_nbytes
+from dropit_fx.kernels.layout import (
+    FULL,
+    block_count,
+    codes_nbytes,
+    kept,
+    mask_nbytes,
+    scale_columns,
+)
 
 __all__ = ["FULL", "VERSION", "kept", "packed_nbytes"]
 
 
 def packed_nbytes(numel: int, keep: int, block: int, bits: int, affine: bool, itemsize: int) -> int:
-    """Bytes of the three buffers of `dropit::sparsify`, all metadata included; exact, symbolic where `numel` is.
+    """Bytes of the three buffers of `dropit::sparsify`, all metadata included.
+
+    Exact, and symbolic where `numel` is.
 
     Args:
         numel: elements of the input.
@@ -24,11 +33,12 @@ def packed_nbytes(numel: int, keep: int, block: int, bits: int, affine: bool, it
     """
     if bits == 0:
         return kept(numel, keep, block) * itemsize + mask_nbytes(numel, keep)
-    raise NotImplementedError("bits > 0")
+    scale = block_count(numel, block) * scale_columns(bits, affine) * 2
+    return codes_nbytes(numel, keep, block, bits) + scale + mask_nbytes(numel, keep)
 
 
 def _version() -> str:
-    """Hash of every source file here: a changed kernel or formula must not meet a stale compile cache."""
+    """Hash of the sources: a changed kernel or formula must not meet a stale compile cache."""
     folder = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.py"), *folder.glob("*.c")]):

@@ -1,23 +1,28 @@
 """Sizes of the packed format: pure integer arithmetic, safe for symbolic sizes.
 
-A flat tensor of `numel` elements is cut into blocks of `block` consecutive elements; the last one (the tail)
-may be shorter. `block = 0` makes the whole tensor one block, which is the selection DropIT was published with.
-Of a block of n elements exactly k are kept, so every size below follows from shapes alone:
+A flat tensor of `numel` elements is cut into blocks of `block` consecutive elements; the last one
+(the tail) may be shorter. `block = 0` makes the whole tensor one block, which is the selection
+DropIT was published with. Of a block of n elements exactly k are kept, so every size below follows
+from shapes alone:
 
     k = (n * keep + 5000) // 10000     rounded; `keep` is a ratio in units of 1/10000
     k = n * keep // 10000              floored, where the whole tensor is one block (block = 0)
 
 A packed tensor is three buffers:
 
-* `mask`: one bit an element, least significant bit first, over the flat tensor; empty when `keep` is 10000.
-* `values`: the kept values in index order. With `bits = 0` in the dtype of the input; otherwise codes of `bits` bits,
-  each block a little-endian bit stream of its own (see `pack_uint`) that starts at a byte.
+* `mask`: one bit an element, least significant bit first, over the flat tensor; empty when `keep`
+  is 10000.
+* `values`: the kept values in index order. With `bits = 0` in the dtype of the input; otherwise
+  codes of `bits` bits, each block a little-endian bit stream of its own (see `pack_uint`) that
+  starts at a byte.
 * `scale`: `SCALE_COLUMNS` numbers per block; empty when `bits` is 0.
 
 Nothing here branches on a size, so that a `torch.SymInt` stays symbolic.
 """
 
 from __future__ import annotations
+
+import torch
 
 FULL = 10_000  # `keep` of a format that drops nothing
 
@@ -27,7 +32,8 @@ def check_format(keep: int, block: int, bits: int = 0) -> None:
 
     Args:
         keep: kept elements per 10000, in 0..10000.
-        block: elements per block: 0 (the whole tensor) or a multiple of 8, so that each block's mask is whole bytes.
+        block: elements per block: 0 (the whole tensor) or a multiple of 8, so that each block's
+            mask is whole bytes.
         bits: 0 (values as they are) or 1..8.
     """
     if not 0 <= keep <= FULL:
@@ -38,21 +44,41 @@ def check_format(keep: int, block: int, bits: int = 0) -> None:
         raise ValueError(f"bits={bits}: must be 0 (values as they are) or 1..8")
 
 
+def check_uint(x: torch.Tensor, bits: int) -> None:
+    """Raises for what `pack_uint` and `unpack_uint` cannot take."""
+    if x.dtype not in (torch.uint8, torch.bool):
+        raise TypeError(f"dtype {x.dtype}: codes are uint8 or bool")
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits={bits}: must be 1..8")
+
+
 def kept_in_block(length: int, keep: int, block: int) -> int:
     """Kept elements of one block of `length` elements, for a tensor cut into blocks of `block`."""
     return length * keep // FULL if block == 0 else (length * keep + FULL // 2) // FULL
 
 
 def split_blocks(numel: int, block: int) -> tuple[int, int, int]:
-    """(number of full blocks, their length, length of the tail); with `block = 0` everything is tail."""
+    """(full blocks, their length, length of the tail); with `block = 0` everything is tail."""
     if block == 0:
         return 0, 0, numel
     return numel // block, block, numel % block
 
 
 def block_count(numel: int, block: int) -> int:
-    """Number of blocks, the tail included; 1 for `block = 0`, also for an empty tensor."""
-    return 1 if block == 0 else (numel + block - 1) // block
+    """Number of blocks, the tail included; none for an empty tensor."""
+    return torch.sym_min(numel, 1) if block == 0 else (numel + block - 1) // block
+
+
+def is_codebook(bits: int, affine: bool) -> bool:
+    """True where the magnitudes themselves are stored per block, not the ends of a grid."""
+    return not affine and bits <= 3
+
+
+def scale_columns(bits: int, affine: bool) -> int:
+    """bfloat16 numbers per block in `scale`: 1, 2, 4 for a codebook of 1..3 bits, else 2."""
+    if bits == 0:
+        return 0
+    return 2 ** (bits - 1) if is_codebook(bits, affine) else 2
 
 
 def kept(numel: int, keep: int, block: int) -> int:

@@ -8,9 +8,10 @@
     dropit::pack_uint(Tensor x, int bits) -> Tensor
     dropit::unpack_uint(Tensor packed, int bits, SymInt numel) -> Tensor
 
-`x` is 1-D. `keep` counts kept elements per 10000, `block` is in elements (0: the whole tensor), `bits` is 0 (values
-as they are) or 1..8. Output shapes follow from input shapes and these integers alone: see `layout`. No op has a
-gradient: they are called inside an `autograd.Function`, which does the differentiation.
+`x` is 1-D. `keep` counts kept elements per 10000, `block` is in elements (0: the whole tensor),
+`bits` is 0 (values as they are) or 1..8. Output shapes follow from input shapes and these integers
+alone: see `layout`. No op has a gradient: they are called inside an `autograd.Function`, which does
+the differentiation.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ import torch
 from torch import Tensor
 
 from dropit_fx.kernels import reference
-from dropit_fx.kernels.layout import check_format, codes_nbytes, kept, mask_nbytes, uint_nbytes
+from dropit_fx.kernels.layout import (
+    block_count,
+    check_format,
+    codes_nbytes,
+    kept,
+    mask_nbytes,
+    scale_columns,
+    uint_nbytes,
+)
 
 _SCHEMAS = {
     "sparsify": "(Tensor x, int keep, int block, int bits, bool affine, bool stochastic)"
@@ -48,7 +57,8 @@ def _(
         values = x.new_empty(codes_nbytes(n, keep, block, bits), dtype=torch.uint8)
     else:
         values = x.new_empty(kept(n, keep, block))
-    scale = x.new_empty(0, dtype=torch.float16)
+    columns = scale_columns(bits, affine)
+    scale = x.new_empty(block_count(n, block) * columns if bits else 0, dtype=torch.bfloat16)
     return values, scale, x.new_empty(mask_nbytes(n, keep), dtype=torch.uint8)
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dropit_fx.kernels.coder import decode, encode
 from dropit_fx.kernels.layout import (
     FULL,
     check_format,
+    check_uint,
     kept_in_block,
+    scale_columns,
     split_blocks,
     uint_nbytes,
 )
@@ -25,7 +28,7 @@ _INT_OF = {
 
 
 def magnitude_keys(x: Tensor) -> Tensor:
-    """Integers that order `x` by magnitude: its bit pattern with the sign cleared, so NaN > Inf > finite."""
+    """Bit patterns with the sign cleared: integers ordered by magnitude, NaN > Inf > finite."""
     if x.dtype not in _INT_OF:
         raise TypeError(f"dtype {x.dtype}: must be one of {', '.join(map(str, _INT_OF))}")
     pattern = x.view(_INT_OF[x.dtype])
@@ -35,8 +38,8 @@ def magnitude_keys(x: Tensor) -> Tensor:
 def random_keys(seed: Tensor, numel: int) -> Tensor:
     """Uniform 32-bit integers, one per index, from a 64-bit seed: the same numbers on every device.
 
-    Two rounds of a multiply-xorshift mixer (C. Wellons' `lowbias32`) over index and seed; a counter-based
-    generator, so blocks need no state and every implementation draws the same bits.
+    Two rounds of a multiply-xorshift mixer (C. Wellons' `lowbias32`) over index and seed; a
+    counter-based generator, so blocks need no state and every implementation draws the same bits.
 
     Args:
         seed: int64 tensor with one element, on the device of the result.
@@ -59,7 +62,7 @@ def _mul32(v: Tensor, factor: int) -> Tensor:
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A fresh 64-bit seed from torch's default generator of `device`: no host sync, safe in CUDA graphs."""
+    """A fresh 64-bit seed from torch's default generator of `device`, without a host sync."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
@@ -91,11 +94,33 @@ def gather_kept(x: Tensor, mask: Tensor, k: int) -> Tensor:
 
 
 def scatter_kept(values: Tensor, mask: Tensor) -> Tensor:
-    """Inverse of `gather_kept`, zeros where dropped: (rows, k), (rows, length) -> (rows, length)."""
+    """Inverse of `gather_kept`, zeros where dropped: (rows, k) -> (rows, length)."""
     if values.shape[1] == 0:
         return values.new_zeros(mask.shape)
     slot = (mask.cumsum(1) - 1).clamp_(min=0)
     return torch.where(mask, values.gather(1, slot), values.new_zeros(()))
+
+
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """Packs each row into a bit stream of its own: (rows, n) -> (rows, bytes) uint8."""
+    rows, count = codes.shape
+    groups = torch.zeros(rows, (count + 7) // 8 * 8, dtype=torch.int64, device=codes.device)
+    groups[:, :count] = codes
+    shifts = torch.arange(8, device=codes.device)
+    words = (groups.view(rows, -1, 8) << (shifts * bits)).sum(2)  # 8 codes fill `bits` bytes
+    packed = (words[:, :, None] >> (shifts[:bits] * 8)) & 0xFF
+    return packed.to(torch.uint8).view(rows, -1)[:, : uint_nbytes(count, bits)].contiguous()
+
+
+def unpack_rows(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Inverse of `pack_rows`: (rows, ceil(count * bits / 8)) uint8 -> (rows, count) uint8."""
+    rows = packed.shape[0]
+    groups = torch.zeros(rows, (count + 7) // 8 * bits, dtype=torch.int64, device=packed.device)
+    groups[:, : packed.shape[1]] = packed
+    shifts = torch.arange(8, device=packed.device)
+    words = (groups.view(rows, -1, bits) << (shifts[:bits] * 8)).sum(2)
+    codes = (words[:, :, None] >> (shifts * bits)) & (2**bits - 1)
+    return codes.to(torch.uint8).view(rows, -1)[:, :count].contiguous()
 
 
 def pack_uint(x: Tensor, bits: int) -> Tensor:
@@ -110,27 +135,18 @@ def pack_uint(x: Tensor, bits: int) -> Tensor:
     Returns:
         (ceil(n * bits / 8),) uint8.
     """
-    count = x.numel()
-    groups = torch.zeros((count + 7) // 8 * 8, dtype=torch.int64, device=x.device)
-    groups[:count] = x
-    shifts = torch.arange(8, device=x.device)
-    words = (groups.view(-1, 8) << (shifts * bits)).sum(1)  # 8 codes fill exactly `bits` bytes
-    packed = (words[:, None] >> (shifts[:bits] * 8)) & 0xFF
-    return packed.to(torch.uint8).view(-1)[: uint_nbytes(count, bits)].clone()
+    check_uint(x, bits)
+    return pack_rows(x[None], bits)[0] if x.numel() else x.new_empty(0, dtype=torch.uint8)
 
 
 def unpack_uint(packed: Tensor, bits: int, numel: int) -> Tensor:
     """Inverse of `pack_uint`: (ceil(numel * bits / 8),) uint8 -> (numel,) uint8."""
-    groups = torch.zeros((numel + 7) // 8 * bits, dtype=torch.int64, device=packed.device)
-    groups[: packed.numel()] = packed
-    shifts = torch.arange(8, device=packed.device)
-    words = (groups.view(-1, bits) << (shifts[:bits] * 8)).sum(1)
-    codes = (words[:, None] >> (shifts * bits)) & (2**bits - 1)
-    return codes.to(torch.uint8).view(-1)[:numel].clone()
+    check_uint(packed, bits)
+    return unpack_rows(packed[None], bits, numel)[0] if numel else torch.empty_like(packed)
 
 
 def _rows(x: Tensor, block: int) -> list[Tensor]:
-    """Views of the flat `x`: the full blocks as (blocks, block) and the tail as (1, length), where there are any."""
+    """Views of the flat `x`: full blocks as (blocks, block), the tail as (1, length)."""
     full, length, tail = split_blocks(x.numel(), block)
     head = x[: full * length].view(full, length) if full else None
     rest = x[full * length :].view(1, tail) if tail else None
@@ -143,27 +159,62 @@ def _cat(parts: list[Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def sparsify(
-    x: Tensor, keep: int, block: int, bits: int, affine: bool, stochastic: bool
+    x: Tensor,
+    keep: int,
+    block: int,
+    bits: int,
+    affine: bool,
+    stochastic: bool,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keeps the largest |x| of each block; see `ops` for the contract."""
+    """Keeps the largest |x| of each block; see `ops` for the contract.
+
+    Args:
+        x: (numel,) float32, bfloat16, float16 or float64.
+        keep: kept elements per 10000.
+        block: elements per block, or 0.
+        bits: bits per kept value, 0: as they are.
+        affine: see `coder`.
+        stochastic: see `coder`; draws one seed from torch's generator unless one is given.
+        seed: (1,) int64.
+    """
     check_format(keep, block, bits)
-    if bits:
-        raise NotImplementedError("bits > 0")
-    values, mask = _select(x, magnitude_keys(x), keep, block)
-    return values, x.new_empty(0, dtype=torch.float16), mask
+    if stochastic and bits and seed is None:
+        seed = draw_seed(x.device)
+    parts, mask = _select(x, magnitude_keys(x), keep, block)
+    if bits == 0:
+        return _cat(parts, x, x.dtype), x.new_empty(0, dtype=torch.bfloat16), mask
+    draws: list[Tensor | None] = [None] * len(parts)
+    if stochastic and seed is not None:
+        at_kept = random_keys(seed, x.numel())
+        marks = unpack_uint(mask, 1, x.numel()).bool() if keep < FULL else None
+        draws = [*_gather_parts(at_kept, marks, keep, block)]
+    coded = [encode(part, bits, affine, draw) for part, draw in zip(parts, draws, strict=True)]
+    values = _cat([pack_rows(codes, bits) for codes, _ in coded], x, torch.uint8)
+    return values, _cat([scale for _, scale in coded], x, torch.bfloat16), mask
 
 
-def _select(x: Tensor, keys: Tensor, keep: int, block: int) -> tuple[Tensor, Tensor]:
+def _select(x: Tensor, keys: Tensor, keep: int, block: int) -> tuple[list[Tensor], Tensor]:
+    """Kept values of the full blocks and of the tail, (rows, k) each, and the mask."""
     check_format(keep, block)
     if keep == FULL:
-        return x.clone(), x.new_empty(0, dtype=torch.uint8)
-    values, marks = [], []
-    for part, part_keys in zip(_rows(x, block), _rows(keys, block), strict=True):
-        k = kept_in_block(part.shape[1], keep, block)
-        mark = select_largest(part_keys, k)
-        marks.append(mark)
-        values.append(gather_kept(part, mark, k))
-    return _cat(values, x, x.dtype), pack_uint(_cat(marks, x, torch.bool), 1)
+        return _rows(x, block), x.new_empty(0, dtype=torch.uint8)
+    rows = _rows(keys, block)
+    marks = _cat(
+        [select_largest(part, kept_in_block(part.shape[1], keep, block)) for part in rows],
+        x,
+        torch.bool,
+    )
+    return _gather_parts(x, marks, keep, block), pack_uint(marks, 1)
+
+
+def _gather_parts(x: Tensor, marks: Tensor | None, keep: int, block: int) -> list[Tensor]:
+    if marks is None:
+        return _rows(x, block)
+    return [
+        gather_kept(part, mark, kept_in_block(part.shape[1], keep, block))
+        for part, mark in zip(_rows(x, block), _rows(marks, block), strict=True)
+    ]
 
 
 def unsparsify(
@@ -179,29 +230,36 @@ def unsparsify(
 ) -> Tensor:
     """Inverse of `sparsify`, zeros where dropped; see `ops` for the contract."""
     check_format(keep, block, bits)
-    if bits:
-        raise NotImplementedError("bits > 0")
-    if keep == FULL:
-        return values.to(dtype, copy=True)
-    marks = unpack_uint(mask, 1, numel).bool()
-    parts, start = [], 0
-    for mark in _rows(marks, block):
-        k = kept_in_block(mark.shape[1], keep, block)
-        count = mark.shape[0] * k
-        parts.append(scatter_kept(values[start : start + count].view(mark.shape[0], k), mark))
-        start += count
-    return _cat(parts, values, values.dtype).to(dtype)
+    marks = unpack_uint(mask, 1, numel).bool() if keep < FULL else None
+    shape = torch.empty(numel, device="meta") if marks is None else marks
+    parts, start, row = [], 0, 0
+    columns = scale_columns(bits, affine)
+    for mark in _rows(shape, block):
+        rows, length = mark.shape
+        k = kept_in_block(length, keep, block)
+        width = uint_nbytes(k, bits) if bits else k
+        part = values[start : start + rows * width].view(rows, width)
+        start += rows * width
+        if bits:
+            levels = scale[row * columns : (row + rows) * columns].view(rows, columns)
+            part = decode(unpack_rows(part, bits, k), levels, bits, affine, dtype)
+            row += rows
+        parts.append(part if marks is None else scatter_kept(part, mark))
+    return _cat(parts, values, dtype).to(dtype, copy=bits == 0 and marks is None)
 
 
 def sample(x: Tensor, keep: int, block: int, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Keeps a uniform random choice of exactly k per block, scaled by n / k; see `ops` for the contract."""
+    """Keeps a uniform random choice of exactly k per block, scaled by n / k; see `ops`."""
+    magnitude_keys(x[:0])  # refuses other dtypes
     seed = draw_seed(x.device) if seed is None else seed
-    values, mask = _select(x, random_keys(seed, x.numel()), keep, block)
-    start = 0
-    work = values.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    for part in _rows(x, block):
-        k = kept_in_block(part.shape[1], keep, block)
-        if k:
-            work[start : start + part.shape[0] * k] *= part.shape[1] / k
-        start += part.shape[0] * k
-    return work.to(x.dtype), mask
+    parts, mask = _select(x, random_keys(seed, x.numel()), keep, block)
+    work = torch.float64 if x.dtype == torch.float64 else torch.float32
+    scaled = [
+        part.to(work) * _weight(whole.shape[1], part.shape[1])
+        for part, whole in zip(parts, _rows(x, block), strict=True)
+    ]
+    return _cat(scaled, x, work).to(x.dtype), mask
+
+
+def _weight(length: int, k: int) -> float:
+    return length / k if k else 0.0

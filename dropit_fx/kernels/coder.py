@@ -1,0 +1,241 @@
+"""The value coder in plain PyTorch: codes of 1..8 bits, and a few bfloat16 numbers per block.
+
+Three layouts of levels, all one formula of the code away from a value (`level_table`):
+
+* symmetric, 1..3 bits: sign and index into 1, 2 or 4 magnitudes stored per block. The cells are
+  equal steps of |x|^(1/2) (|x|^(1/4) for 3 bits) between the least and the greatest kept magnitude,
+  and each cell is read back as sum(x^2) / sum(|x|) of what fell into it: the level for which <x,
+  decoded x> = <x, x>, so that dW is not shrunk (the mean of the cell, which has the least squared
+  error, shrinks it).
+* symmetric, 4..8 bits: sign and magnitude (a + j*w)^2, equal steps of sqrt|x| from the least kept
+  magnitude to the greatest. The end points are levels, so outliers are neither clipped nor shrunk.
+* affine: b + (j*w)^2, equal steps of sqrt(x - min). For one-sided tensors (after GELU or softmax):
+  fine steps where the mass is, the tail kept.
+
+A square root is the cheap companding between uniform steps (best for the peak) and logarithmic ones
+(best for the tail of real activations). With stochastic rounding the levels span [min, max] and a
+value goes up with probability (x - lower) / (upper - lower): its decoded mean is x (1 bit: +max or
+-max with mean x).
+
+Bit-exactness. Other implementations must produce the same bits, so nothing depends on an order of
+summation: the sums are of integers, every float operation is one correctly rounded IEEE operation,
+nothing is fused.
+
+A block that holds NaN or Inf gets NaN for its scale and code 0: all its kept positions decode to
+NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dropit_fx.kernels.layout import is_codebook, scale_columns
+
+_INFINITY = 0x7F800000  # bit pattern of float32 Inf
+_TOP = 0x7F7F0000  # the greatest finite bfloat16, as a float32 pattern
+
+
+def encode(values: Tensor, bits: int, affine: bool, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Quantises rows of kept values, one row a block.
+
+    Args:
+        values: (rows, k) floating.
+        bits: 1..8.
+        affine: levels above the row's minimum, not around zero.
+        draws: (rows, k) uniform 32-bit integers for stochastic rounding; None: nearest.
+
+    Returns:
+        Codes (rows, k) uint8, and scale (rows, columns) bfloat16.
+    """
+    rows, k = values.shape
+    columns = scale_columns(bits, affine)
+    if k == 0 or rows == 0:
+        return values.new_empty(rows, k, dtype=torch.uint8), values.new_zeros(
+            rows, columns, dtype=torch.bfloat16
+        )
+    x = values.to(torch.float32)
+    poisoned = ~x.isfinite().all(1, keepdim=True)
+    x = torch.where(poisoned, 0.0, x)
+    uniform = None if draws is None else (draws >> 8).to(torch.float32) * 2.0**-24
+    if affine:
+        codes, scale, overflow = _encode_affine(x, bits, uniform)
+        poisoned |= overflow
+    else:
+        magnitude = x.abs()
+        low, high = magnitude.amin(1, keepdim=True), magnitude.amax(1, keepdim=True)
+        if uniform is not None and bits == 1:
+            scale = _round_up(high)
+            negative = (uniform * (scale + scale)) >= x + scale
+            codes = negative.to(torch.int64)
+        else:
+            if not is_codebook(bits, affine):
+                step, scale = _encode_grid(magnitude, low, high, bits, uniform)
+            elif uniform is None:
+                step, scale = _encode_codebook(magnitude, low, high, bits)
+            else:
+                step, scale = _encode_codebook_stochastic(magnitude, low, high, bits, uniform)
+            codes = step | (x.signbit().to(torch.int64) << (bits - 1))
+    codes = torch.where(poisoned, 0, codes)
+    scale = torch.where(poisoned, torch.nan, scale)
+    return codes.to(torch.uint8), scale.to(torch.bfloat16)
+
+
+def decode(codes: Tensor, scale: Tensor, bits: int, affine: bool, dtype: torch.dtype) -> Tensor:
+    """Inverse of `encode`: (rows, k) uint8, (rows, columns) bfloat16 -> (rows, k) of `dtype`.
+
+    A level beyond the greatest finite number of `dtype` becomes that number.
+    """
+    levels = level_table(scale, bits, affine)
+    top = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    return levels.gather(1, codes.to(torch.int64)).clamp(-top, top).to(dtype)
+
+
+def level_table(scale: Tensor, bits: int, affine: bool) -> Tensor:
+    """The value of each code: (rows, columns) bfloat16 -> (rows, 2**bits) float32."""
+    scale = scale.to(torch.float32)
+    if affine:
+        base, top = scale[:, :1], scale[:, 1:]
+        count = 2**bits
+        root = _steps(count, scale) * (top / (count - 1))
+        return base + root * root
+    count = 2 ** (bits - 1)
+    if is_codebook(bits, affine):
+        magnitude = scale
+    else:
+        magnitude = _grid(scale[:, :1], scale[:, 1:], _steps(count, scale), count)
+    return torch.cat([magnitude, -magnitude], 1)
+
+
+def _steps(count: int, like: Tensor) -> Tensor:
+    return torch.arange(count, device=like.device, dtype=torch.float32)
+
+
+def _grid(start: Tensor, end: Tensor, step: Tensor, count: int) -> Tensor:
+    """(start + step * w)^2, where `count` steps lead from start to end."""
+    root = start + step * ((end - start) / (count - 1))
+    return root * root
+
+
+def _inverse(count: int, span: Tensor) -> Tensor:
+    """Count / span, and 0 for an empty span."""
+    return torch.where(span > 0, count / span, 0.0)
+
+
+def _encode_affine(x: Tensor, bits: int, uniform: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    count = 2**bits
+    least = x.amin(1, keepdim=True)
+    base = torch.where(least < 0, -_round_up(-least), _round_down(least))
+    above = (x - base).clamp(min=0)
+    widest = above.amax(1, keepdim=True)
+    overflow = widest.isinf()
+    above = torch.where(overflow, 0.0, above)
+    top = _round_up(torch.where(overflow, 0.0, widest).sqrt())
+    position = above.sqrt() * _inverse(count - 1, top)
+
+    def level(step: Tensor) -> Tensor:
+        root = step.to(torch.float32) * (top / (count - 1))
+        return root * root
+
+    step = _round_step(position, above, count, level, uniform)
+    return step, torch.cat([base, top], 1), overflow
+
+
+def _encode_grid(
+    magnitude: Tensor, low: Tensor, high: Tensor, bits: int, uniform: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    count = 2 ** (bits - 1)
+    start, end = _round_down(low.sqrt()), _round_up(high.sqrt())
+    position = (magnitude.sqrt() - start) * _inverse(count - 1, end - start)
+
+    def level(step: Tensor) -> Tensor:
+        return _grid(start, end, step.to(torch.float32), count)
+
+    step = _round_step(position, magnitude, count, level, uniform)
+    return step, torch.cat([start, end], 1)
+
+
+def _round_step(
+    position: Tensor,
+    x: Tensor,
+    count: int,
+    level: Callable[[Tensor], Tensor],
+    uniform: Tensor | None,
+) -> Tensor:
+    """Nearest step in companded position, or a random neighbour whose mean value is x."""
+    if uniform is None:
+        return (position + 0.5).to(torch.int64).clamp(max=count - 1)
+    step = position.to(torch.int64).clamp(max=count - 2)
+    lower = level(step)
+    return step + (uniform * (level(step + 1) - lower) < x - lower)
+
+
+def _encode_codebook(
+    magnitude: Tensor, low: Tensor, high: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    count = 2 ** (bits - 1)
+    first, last = low.double().sqrt(), high.double().sqrt()
+    if bits == 3:
+        first, last = first.sqrt(), last.sqrt()
+    step = torch.zeros_like(magnitude, dtype=torch.int64)
+    for j in range(1, count):
+        root = first + (last - first) * (j / count)
+        border = root * root
+        if bits == 3:
+            border = border * border
+        step += magnitude >= border.to(torch.float32)
+    fixed, exponent = _fixed_point(magnitude, high)
+    sums = fixed.new_zeros(fixed.shape[0], 2, count)
+    sums[:, 0].scatter_add_(1, step, fixed)
+    sums[:, 1].scatter_add_(1, step, fixed * fixed)
+    mean = sums[:, 1].double() / sums[:, 0].clamp(min=1).double()
+    level = torch.ldexp(mean, exponent).to(torch.float32)
+    return step, _pattern(_bits(level.to(torch.bfloat16).float()).clamp(max=_TOP))
+
+
+def _encode_codebook_stochastic(
+    magnitude: Tensor, low: Tensor, high: Tensor, bits: int, uniform: Tensor
+) -> tuple[Tensor, Tensor]:
+    count = 2 ** (bits - 1)
+    first, last = _round_down(low), _round_up(high)
+    inner = _grid(low.sqrt(), high.sqrt(), _steps(count, low), count)[:, 1:-1]
+    inner = inner.to(torch.bfloat16).float().clamp(first, last)
+    levels = torch.cat([first, inner, last], 1)
+    step = torch.zeros_like(magnitude, dtype=torch.int64)
+    for j in range(1, count - 1):
+        step += magnitude >= levels[:, j : j + 1]
+    lower, upper = levels.gather(1, step), levels.gather(1, step + 1)
+    return step + (uniform * (upper - lower) < magnitude - lower), levels
+
+
+def _fixed_point(magnitude: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """`magnitude` as integers up to 2**15 in units of 2**exponent, rounded; one exponent a row.
+
+    From the bit pattern, by shifts: exact for subnormals and independent of any rounding mode.
+    """
+    pattern = _bits(magnitude)
+    exponent = (pattern >> 23).clamp(min=1)
+    mantissa = (pattern & 0x7FFFFF) | torch.where(pattern >> 23 > 0, 1 << 23, 0)
+    largest = (_bits(high) >> 23).clamp(min=1)
+    shift = (8 + largest - exponent).clamp(max=31)
+    return ((mantissa >> shift) + 1) >> 1, largest - 141
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.int32).to(torch.int64)
+
+
+def _pattern(bits: Tensor) -> Tensor:
+    return bits.to(torch.int32).view(torch.float32)
+
+
+def _round_down(x: Tensor) -> Tensor:
+    """The greatest bfloat16 <= x, for x >= 0."""
+    return _pattern(_bits(x) & 0x7FFF0000)
+
+
+def _round_up(x: Tensor) -> Tensor:
+    """The least finite bfloat16 >= x, for x >= 0; the greatest finite one where there is none."""
+    return _pattern(((_bits(x) + 0xFFFF) & 0x7FFF0000).clamp(max=_TOP))
