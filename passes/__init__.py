@@ -24,9 +24,11 @@ PIPELINE: tuple[Callable[[Plan], Plan], ...] = (
 
 def run_pipeline(plan: Plan) -> Plan:
     """Runs every pass over ``plan`` and over the plans of nested graphs, verifying each result."""
+    done: list[str] = []
     for step in PIPELINE:
         plan = step(plan)
-        verify(plan)
+        done.append(step.__name__)
+        verify(plan, done)
     return plan
 
 

@@ -77,6 +77,7 @@ def _insert_pack(
             pack, (source, tuple(needed), lead.codec, dict(lead.options)), {"autocast": True}
         )
     node.meta = {k: v for k, v in first.meta.items() if k in ("nn_module_stack", "stack_trace")}
+    order[node] = order[first]  # behind an in-place op, its source is redirected too
     return node
 
 

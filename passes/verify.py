@@ -1,45 +1,64 @@
 """What a legal plan is: a table of checks, run after every pass.
 
-Each check yields sentences about what is wrong; any sentence is a :class:`VerifyError`. A check that needs
-what a later pass makes has nothing to say before.
+Each check yields sentences about what is wrong; any sentence is a :class:`VerifyError`. The table
+says from which pass on a check must hold.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
 
 from torch import fx
 
 from dropit_fx.codecs import CODEC
-from dropit_fx.core_types import Plan, Use
-from dropit_fx.op_table import bind, rule_of
+from dropit_fx.config import serves
+from dropit_fx.core_types import OpRule, Plan, Use
+from dropit_fx.op_table import RULES, bind
 from dropit_fx.packed_call import PACKED_OPS, pack
 from dropit_fx.passes.share_packed import by_site, packed_bytes
 
-_PACKED_RULE = {op: name for name, op in PACKED_OPS.items()}
+_RULE_OF_CALL: dict[Any, OpRule] = {op: RULES[name] for name, op in PACKED_OPS.items()}
 
 
 class VerifyError(AssertionError):
     """A pass made an illegal plan: a bug in the pass, never the user's fault."""
 
 
-def verify(plan: Plan) -> None:
-    """Raises VerifyError with every violation of ``CHECKS``, here and in nested graphs."""
-    wrong = [f"{name}: {text}" for name, check in CHECKS for text in check(plan)]
+def verify(plan: Plan, done: Collection[str] | None = None) -> None:
+    """Raises VerifyError with every violation of ``CHECKS``, here and in nested graphs.
+
+    Args:
+        plan: The plan.
+        done: Names of the passes that have run; None for a finished plan.
+    """
+    due = [c.holds for c in CHECKS if done is None or c.since in done]
+    wrong = [f"{check.__name__}: {text}" for check in due for text in check(plan)]
     if wrong:
         raise VerifyError("illegal plan\n  " + "\n  ".join(wrong))
     for body in plan.bodies.values():
-        verify(body)
+        verify(body, done)
+
+
+class _PackedRead(NamedTuple):
+    """One entry of a packed call's ``packed=``."""
+
+    call: fx.Node
+    rule: OpRule
+    operand: str
+    how: Any  # the pack node, or the name of a codec
+
+
+def _packed_reads(plan: Plan) -> Iterator[_PackedRead]:
+    for n in plan.module.graph.nodes:
+        if n.target in _RULE_OF_CALL:
+            for operand, how in n.kwargs["packed"].items():
+                yield _PackedRead(n, _RULE_OF_CALL[n.target], operand, how)
 
 
 def _packs(plan: Plan) -> list[fx.Node]:
     return [n for n in plan.module.graph.nodes if n.target is pack]
-
-
-def _calls(plan: Plan) -> list[fx.Node]:
-    return [n for n in plan.module.graph.nodes if n.target in PACKED_OPS.values()]
 
 
 def well_formed(plan: Plan) -> Iterator[str]:
@@ -51,67 +70,25 @@ def well_formed(plan: Plan) -> Iterator[str]:
 
 
 def one_decision_each(plan: Plan) -> Iterator[str]:
-    """Decisions, once made, stand for the sites' reads one for one."""
+    """Decisions stand for the sites' reads one for one, in their order."""
     reads = [r.label for s in plan.sites for r in s.reads]
     decided = [d.read.label for d in plan.decisions]
-    if plan.decisions and reads != decided:
+    if reads != decided:
         yield f"{len(reads)} reads but decisions for {len(decided)}, or in another order"
 
 
 def served(plan: Plan) -> Iterator[str]:
     """A codec serves the use of every read that it is chosen for."""
     for d in plan.decisions:
-        read = d.read.read
+        read, codec = d.read.read, CODEC[d.codec]
         if not d.packed:
             continue
         if read is None:
             yield f"{d.read.label} is packed, but no row knows it"
-        elif read.use not in CODEC[d.codec].serves:
+        elif read.use not in codec.serves or not serves(codec, read):
             yield f"{d.read.label} is packed as {d.codec!r}, which does not serve '{read.use}'"
-        elif not read.lossy and not CODEC[d.codec].lossless(d.options):
+        elif not read.lossy and not codec.lossless(d.options):
             yield f"{d.read.label} must stay exact, but {d.codec!r} is not lossless"
-
-
-def whole_or_none(plan: Plan) -> Iterator[str]:
-    """House rule 1: no storage is packed for one reader and kept by another, or alive anyway."""
-    if plan.config.force:
-        return
-    for site, decisions in by_site(plan.sites, plan.decisions):
-        packed = [d for d in decisions if d.packed]
-        kept = [d for d in decisions if not d.packed]
-        if packed and kept:
-            yield f"'{site.name}' is packed for {packed[0].read.label} and kept for {kept[0].read.label}"
-        if packed and site.alive:
-            yield f"'{site.name}' is packed, but it is {site.alive}"
-
-
-def never_larger(plan: Plan) -> Iterator[str]:
-    """House rule 2, once packs are shared."""
-    if plan.config.force or not any(d.pack for d in plan.decisions):
-        return
-    for site, decisions in by_site(plan.sites, plan.decisions):
-        if any(d.packed for d in decisions) and packed_bytes(decisions) >= site.nbytes:
-            yield f"'{site.name}' takes {packed_bytes(decisions)} bytes packed, {site.nbytes} dense"
-
-
-def one_copy(plan: Plan) -> Iterator[str]:
-    """House rule 3: one value, one packed copy, in one format."""
-    formats: dict[str, set[str]] = defaultdict(set)
-    for d in plan.decisions:
-        if d.pack:
-            formats[d.pack].add(f"{d.codec} {d.options}")
-    for key, found in formats.items():
-        if len(found) > 1:
-            yield f"'{key}' in {len(found)} formats: {sorted(found)}"
-    twice = Counter((n.args[0], str(n.args[2:])) for n in _packs(plan))
-    values = Counter((d.read.identity, d.read.dtype) for d in _leaders(plan))
-    for (source, _), count in twice.items():
-        if count > 1 and max(values.values(), default=1) > 1:
-            yield f"'{source}' is packed {count} times"
-
-
-def _leaders(plan: Plan) -> list[Any]:
-    return list({d.pack: d for d in plan.decisions if d.pack}.values())
 
 
 def reasons_given(plan: Plan) -> Iterator[str]:
@@ -121,78 +98,137 @@ def reasons_given(plan: Plan) -> Iterator[str]:
             yield f"{d.read.label} is kept without a reason"
 
 
+def whole_or_none(plan: Plan) -> Iterator[str]:
+    """House rule 1: no storage is packed for one reader and kept by another, or alive anyway."""
+    if plan.config.force:
+        return
+    for site, decisions in by_site(plan.sites, plan.decisions):
+        packed = [d.read.label for d in decisions if d.packed]
+        kept = [d.read.label for d in decisions if not d.packed]
+        if packed and kept:
+            yield f"'{site.name}' is packed for {packed[0]} and kept for {kept[0]}"
+        if packed and site.alive:
+            yield f"'{site.name}' is packed, but it is {site.alive}"
+
+
+def never_larger(plan: Plan) -> Iterator[str]:
+    """House rule 2: what is packed takes less room than the dense storage."""
+    if plan.config.force:
+        return
+    for site, decisions in by_site(plan.sites, plan.decisions):
+        size = packed_bytes(decisions)
+        if any(d.packed for d in decisions) and size >= site.nbytes:
+            yield f"'{site.name}' takes {size} bytes packed, {site.nbytes} dense"
+
+
+def one_copy(plan: Plan) -> Iterator[str]:
+    """House rule 3: one value, one packed copy, in one format."""
+    formats: dict[str, set[str]] = defaultdict(set)
+    values: dict[str, set[object]] = defaultdict(set)
+    copies: dict[object, set[str]] = defaultdict(set)
+    for d in plan.decisions:
+        if d.pack is not None:
+            value = (d.read.identity, d.read.dtype)
+            formats[d.pack].add(f"{d.codec} {d.options}")
+            values[d.pack].add(value)
+            copies[value].add(d.pack)
+    for key, found in formats.items():
+        if len(found) > 1:
+            yield f"copy '{key}' has {len(found)} formats: {sorted(found)}"
+    for key, held in values.items():
+        if len(held) > 1:
+            yield f"copy '{key}' stands for {len(held)} values"
+    for keys in copies.values():
+        if len(keys) > 1:
+            yield f"one value has {len(keys)} copies: {sorted(keys)}"
+
+
 def packs_are_read(plan: Plan) -> Iterator[str]:
-    """A pack node feeds packed calls, and nothing else; its arguments are plain values."""
+    """A pack node feeds packed calls with what they read, and nothing else."""
+    operands = defaultdict(set)
+    for call, rule, operand, how in _packed_reads(plan):
+        operands[how].add((bind(rule, call.args, _without_packed(call)) or {}).get(operand))
     for n in _packs(plan):
+        source, needed, codec, options = _arguments(n)
         if not n.users:
             yield f"'{n.name}' packs for nobody"
+        elif source not in operands[n]:
+            yield f"'{n.name}' packs '{source}', which none of its readers reads"
         for user in n.users:
-            if user.target not in _PACKED_RULE:
+            if user.target not in _RULE_OF_CALL:
                 yield f"'{n.name}' is read by '{user.name}', which is no packed call"
-        _, needed, codec, options = n.args
         if codec not in CODEC or set(options) != set(CODEC[codec].defaults()):
             yield f"'{n.name}' has options {sorted(options)} for codec {codec!r}"
-        plain = (str, int, float, bool, type(None))
-        if not all(isinstance(v, plain) for v in options.values()):
+        if not all(isinstance(v, str | int | float | None) for v in options.values()):
             yield f"'{n.name}' has an option that is no plain value"
         if not needed:
             yield f"'{n.name}' names nobody who needs it, so it would never be made"
 
 
 def calls_know_their_reads(plan: Plan) -> Iterator[str]:
-    """A packed call names reads of its own row, operands as pack nodes and inner tensors as codecs."""
-    for n in _calls(plan):
-        rule_name = _PACKED_RULE[n.target]
-        packed = n.kwargs.get("packed")
-        if not packed:
-            yield f"'{n.name}' packs nothing"
-            continue
-        for operand, how in packed.items():
-            row = next(r for r in (_rule(rule_name),))
-            read = row.read(operand)
-            if read is None:
-                yield f"'{n.name}': {rule_name} has no read {operand!r}"
-            elif (read.bits is not None or read.use is Use.SHAPE) != isinstance(how, str):
-                yield f"'{n.name}': {operand!r} is packed as {how}"
-            elif isinstance(how, fx.Node) and not _same_numel(plan, n, operand, how):
-                yield f"'{n.name}': {operand!r} and what '{how.name}' packs are not the same value"
-
-
-def _rule(name: str) -> Any:
-    from dropit_fx.op_table import RULES
-
-    return RULES[name]
-
-
-def _same_numel(plan: Plan, call: fx.Node, operand: str, packed: fx.Node) -> bool:
-    identities = {d.read.identity for d in plan.decisions if d.read.node == call.name and d.read.operand == operand}
-    sources = {d.read.identity for d in plan.decisions if d.read.source == getattr(packed.args[0], "name", "")}
-    return not identities or bool(identities & sources)
+    """A packed call gives its own row's reads: operands a pack node, what it makes a codec."""
+    for call, rule, operand, how in _packed_reads(plan):
+        read = rule.read(operand)
+        if read is None:
+            yield f"'{call.name}': {rule.name} has no read {operand!r}"
+        elif read.bits is not None or read.use is Use.SHAPE:
+            if how not in CODEC:
+                yield f"'{call.name}': {operand!r} is packed as {how}, which is no codec"
+        elif not isinstance(how, fx.Node) or how.target is not pack:
+            yield f"'{call.name}': {operand!r} is packed as {how}, which is no pack node"
 
 
 def graph_follows_decisions(plan: Plan) -> Iterator[str]:
-    """Once the graph is rewritten, it packs what the decisions say, and nothing else."""
-    calls = {n.name: n for n in _calls(plan)}
-    if not calls and not _packs(plan):
-        return
-    wanted = {(d.read.node, d.read.operand) for d in plan.decisions if d.packed}
-    found = {(n.name, operand) for n in calls.values() for operand in n.kwargs.get("packed", {})}
-    for node, operand in sorted(wanted - found):
-        yield f"{node}.{operand} was to be packed and is not"
-    for node, operand in sorted(found - wanted):
-        yield f"{node}.{operand} is packed and no decision says so"
+    """The graph packs what the decisions say, as they say it, and nothing else."""
+    wanted = {d.read.label: d for d in plan.decisions if d.packed}
+    found = {f"{r.call.name}.{r.operand}": r.how for r in _packed_reads(plan)}
+    for label in sorted(wanted.keys() - found.keys()):
+        yield f"{label} was to be packed and is not"
+    for label in sorted(found.keys() - wanted.keys()):
+        yield f"{label} is packed and no decision says so"
+    made: dict[str, set[fx.Node]] = defaultdict(set)
+    for label in sorted(wanted.keys() & found.keys()):
+        decision, how = wanted[label], found[label]
+        asked, got = f"{decision.codec} {decision.options}", f"{how}"
+        if isinstance(how, fx.Node):
+            _, _, codec, options = _arguments(how)
+            got = f"{codec} {options}"
+            made[str(decision.pack)].add(how)
+        else:
+            asked = decision.codec
+        if asked != got:
+            yield f"{label} is packed as {got} and was to be {asked}"
+    for key, nodes in made.items():
+        if len(nodes) > 1:
+            yield f"copy '{key}' is made {len(nodes)} times"
+    if len(set().union(*made.values())) < len(made):
+        yield f"{len(made)} values share fewer pack nodes"
 
 
-Check = Callable[[Plan], Iterator[str]]
-CHECKS: tuple[tuple[str, Check], ...] = (
-    ("well_formed", well_formed),
-    ("one_decision_each", one_decision_each),
-    ("served", served),
-    ("whole_or_none", whole_or_none),
-    ("never_larger", never_larger),
-    ("one_copy", one_copy),
-    ("reasons_given", reasons_given),
-    ("packs_are_read", packs_are_read),
-    ("calls_know_their_reads", calls_know_their_reads),
-    ("graph_follows_decisions", graph_follows_decisions),
+def _without_packed(call: fx.Node) -> dict[str, Any]:
+    return {k: v for k, v in call.kwargs.items() if k != "packed"}
+
+
+def _arguments(node: fx.Node) -> tuple[Any, ...]:
+    return node.args
+
+
+class Check(NamedTuple):
+    """A check, and the pass after which it must hold."""
+
+    since: str
+    holds: Callable[[Plan], Iterator[str]]
+
+
+CHECKS: tuple[Check, ...] = (
+    Check("find_saved", well_formed),
+    Check("choose_codecs", one_decision_each),
+    Check("choose_codecs", served),
+    Check("choose_codecs", reasons_given),
+    Check("choose_codecs", whole_or_none),
+    Check("share_packed", never_larger),
+    Check("share_packed", one_copy),
+    Check("insert_packing", packs_are_read),
+    Check("insert_packing", calls_know_their_reads),
+    Check("insert_packing", graph_follows_decisions),
 )
