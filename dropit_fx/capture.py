@@ -1,10 +1,10 @@
 """nn.Module -> fx.GraphModule: symbolic tracing first, ``torch.export`` where that fails.
 
-Both tracers evaluate Python, so a graph knows one mode only: ``if self.training`` is decided while it is
-traced. A model is therefore traced in both modes and the two graphs are laid over each other: where they
-differ in constants alone (a dropout's rate), the constant becomes a choice made at run time
-(``by_mode``), and ``.train()`` and ``.eval()`` work on the result as on the model. Modules whose graphs
-differ in more (BatchNorm counts its batches) stay whole, as leaves.
+Both tracers evaluate Python, so a graph knows one mode only: ``if self.training`` is decided while
+it is traced. A model is therefore traced in both modes and the two graphs are laid over each other:
+where they differ in constants alone (a dropout's rate), the constant becomes a choice made at run
+time (``by_mode``), and ``.train()`` and ``.eval()`` work on the result as on the model. Modules
+whose graphs differ in more (BatchNorm counts its batches) stay whole, as leaves.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from dropit_fx.packed_call import by_mode, require_mode
+from dropit_fx.graph_module import RewrittenModule
+from dropit_fx.packed_call import by_mode, require_mode, require_shapes
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +43,9 @@ class TrainingFlag(nn.Module):
 class Tracer(fx.Tracer):
     """Symbolic tracer that sees through ``torch.nn`` modules, down to functions.
 
-    A module stays a leaf where its forward reads ``self.training`` to do more than pass it on: normalisation with
-    running statistics, and any module without children whose own code names ``training`` (DropPath).
+    A module stays a leaf where its forward reads ``self.training`` to do more than pass it on:
+    normalisation with running statistics, and any module without children whose own code names
+    ``training`` (DropPath).
     """
 
     record_stack_traces = True
@@ -89,11 +91,11 @@ def capture(
         except Exception as error:  # a tracer runs the user's code: anything can be raised
             log.info("symbolic_trace: %s", error)
             graph_module = _exported(model, args, kwargs, error)
+    graph_module.graph.lint()
+    graph_module = RewrittenModule(graph_module, graph_module.graph, type(model).__name__)
     missing = set(model.state_dict()) ^ set(graph_module.state_dict())
     if missing:
         _adopt(model, graph_module, missing)
-    graph_module.graph.lint()
-    graph_module.recompile()
     return graph_module
 
 
@@ -105,8 +107,9 @@ def _exported(
 ) -> fx.GraphModule:
     if args is None and kwargs is None:
         raise CaptureError(
-            f"torch.fx.symbolic_trace cannot take {type(model).__name__}, stopped at {_user_line(first)}:\n"
-            f"  {_first_line(first)}\nGive example_args or example_kwargs, and torch.export is tried; or use"
+            f"torch.fx.symbolic_trace cannot take {type(model).__name__}, stopped at"
+            f" {_user_line(first)}:\n  {_first_line(first)}\nGive example_args or example_kwargs,"
+            " and torch.export is tried; or use"
             ' torch.compile(model, backend="dropit"), which needs neither.'
         ) from first
     try:
@@ -156,7 +159,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     auto = torch.export.Dim.AUTO
 
     def every_dimension(x: Any) -> Any:
-        return {d: auto for d in range(x.dim())} if isinstance(x, Tensor) else None
+        return dict.fromkeys(range(x.dim()), auto) if isinstance(x, Tensor) else None
 
     shapes = pytree.tree_map(every_dimension, (args, kwargs))
     names = list(inspect.signature(model.forward).parameters)
@@ -169,6 +172,12 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     exported = program.module()
     # a plain GraphModule: the exported one refuses train() and eval()
     graph_module = fx.GraphModule(exported, exported.graph, type(model).__name__)
+    _check_shapes(graph_module)
+    known = set(model.state_dict())
+    for name, _ in list(graph_module.named_buffers()):
+        if name not in known:  # a constant that export lifted
+            parent, _, leaf = name.rpartition(".")
+            graph_module.get_submodule(parent)._non_persistent_buffers_set.add(leaf)
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         parent, _, leaf = name.rpartition(".")
         try:
@@ -180,10 +189,23 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return graph_module
 
 
-def _both_modes(
-    model: nn.Module, trace: Callable[[nn.Module], fx.GraphModule]
-) -> fx.GraphModule:
-    modes = {name: m.training for name, m in model.named_modules()}
+def _check_shapes(graph_module: fx.GraphModule) -> None:
+    """Puts our own check of input shapes in the place of export's, which does not pickle."""
+    for node in graph_module.graph.find_nodes(op="call_module", target="_guards_fn"):
+        graph_module.graph.erase_node(node)
+    graph_module.delete_submodule("_guards_fn")
+    inputs, shapes = [], []
+    for node in graph_module.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            inputs.append(node)
+            shapes.append(tuple(s if isinstance(s, int) else None for s in value.shape))
+    with graph_module.graph.inserting_before(_first(graph_module)):
+        graph_module.graph.call_function(require_shapes, (tuple(inputs), tuple(shapes)))
+
+
+def _both_modes(model: nn.Module, trace: Callable[[nn.Module], fx.GraphModule]) -> fx.GraphModule:
+    modes = [(m, m.training) for m in model.modules()]
     training = model.training
     try:
         graph_module = trace(model)
@@ -194,11 +216,13 @@ def _both_modes(
             log.info("tracing in the other mode: %s", error)
             other = None
     finally:
-        for name, m in model.named_modules():
-            m.training = modes[name]
+        for m, mode in modes:
+            m.training = mode
     differs = "it cannot be traced" if other is None else _overlay(graph_module, other, training)
     if differs:
-        log.warning("%s: training and eval differ in more than constants: %s", type(model).__name__, differs)
+        log.warning(
+            "%s: training and eval differ in more than constants: %s", type(model).__name__, differs
+        )
         with graph_module.graph.inserting_before(_first(graph_module)):
             flag = _flag(graph_module, training)
             graph_module.graph.call_function(require_mode, (flag, training, differs))
@@ -206,7 +230,9 @@ def _both_modes(
 
 
 def _first(graph_module: fx.GraphModule) -> fx.Node:
-    return next(n for n in graph_module.graph.nodes if n.op != "placeholder")
+    """The first node behind all placeholders (exported graphs look their parameters up before)."""
+    last = next((n for n in reversed(graph_module.graph.nodes) if n.op == "placeholder"), None)
+    return next(iter(graph_module.graph.nodes)) if last is None else last.next
 
 
 def _flag(graph_module: fx.GraphModule, training: bool) -> fx.Node:
@@ -215,11 +241,18 @@ def _flag(graph_module: fx.GraphModule, training: bool) -> fx.Node:
 
 
 def _overlay(mine: fx.GraphModule, other: fx.GraphModule, training: bool) -> str:
-    """Makes ``mine`` serve both modes. Returns where the graphs differ in more than constants, or ``""``."""
+    """Makes ``mine`` serve both modes.
+
+    Returns:
+        Where the graphs differ in more than constants, or ``""``.
+    """
+    for node in (*mine.graph.nodes, *other.graph.nodes):
+        _spell_out(node)
+    _level(mine.graph, other.graph)
     ours, theirs = list(mine.graph.nodes), list(other.graph.nodes)
     twin = dict(zip(theirs, ours, strict=False))
     for a, b in zip(ours, theirs, strict=False):
-        same = (a.op, a.name, str(a.target)) == (b.op, b.name, str(b.target))
+        same = (a.op, str(a.target)) == (b.op, str(b.target))
         if not same or not _same_but_constants((a.args, a.kwargs), (b.args, b.kwargs), twin):
             return f"'{a.name}' ({node_where(a) or node_module(a) or a.target})"
     if len(ours) != len(theirs):
@@ -246,12 +279,63 @@ def _overlay(mine: fx.GraphModule, other: fx.GraphModule, training: bool) -> str
             return mine.graph.call_function(by_mode, (flag[0], in_training, in_eval))
 
     for a, b in zip(ours, theirs, strict=True):
-        a.args, a.kwargs = lay(tuple(a.args), tuple(b.args), a), lay(dict(a.kwargs), dict(b.kwargs), a)
+        a.args, a.kwargs = (
+            lay(tuple(a.args), tuple(b.args), a),
+            lay(dict(a.kwargs), dict(b.kwargs), a),
+        )
     return ""
 
 
+def _level(mine: fx.Graph, other: fx.Graph) -> None:
+    """Gives each graph the ``contiguous`` calls of the other.
+
+    Export drops those that have nothing to do, which depends on the attention kernel, and that on
+    dropout.
+    """
+    a, b = next(iter(mine.nodes)), next(iter(other.nodes))
+    while a.op != "output" and b.op != "output":
+        if str(a.target) != str(b.target):
+            for node, graph, ahead in ((a, other, b), (b, mine, a)):
+                if node.target is torch.ops.aten.contiguous.default:
+                    source = ahead.prev
+                    with graph.inserting_after(source):
+                        added = graph.call_function(node.target, (source,), dict(node.kwargs))
+                    added.args = (source, *node.args[1:])
+                    added.meta = dict(source.meta)
+                    source.replace_all_uses_with(
+                        added, delete_user_cb=lambda u, n=added: u is not n
+                    )
+                    a, b = (a, added) if graph is other else (added, b)
+                    break
+            else:
+                return
+        a, b = a.next, b.next
+
+
+def _spell_out(node: fx.Node) -> None:
+    """Gives an aten call its default arguments.
+
+    Export leaves out those that one mode happens to agree with.
+    """
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return
+    args, kwargs = list(node.args), dict(node.kwargs)
+    for i, argument in enumerate(node.target._schema.arguments):
+        if i < len(args) or argument.name in kwargs or not argument.has_default_value():
+            continue
+        if argument.kwarg_only or i > len(args):
+            kwargs[argument.name] = argument.default_value
+        else:
+            args.append(argument.default_value)
+    for argument in node.target._schema.arguments[len(args) :]:
+        if argument.name not in kwargs or argument.kwarg_only:
+            break
+        args.append(kwargs.pop(argument.name))
+    node.args, node.kwargs = tuple(args), kwargs
+
+
 def _equal(x: Any, y: Any) -> bool:
-    """Equal constants; containers are taken apart by the caller, so that nodes inside are never compared."""
+    """Equal constants; the caller takes containers apart, so that nodes inside are not compared."""
     return not isinstance(x, tuple | list | dict | slice) and type(x) is type(y) and bool(x == y)
 
 
@@ -260,7 +344,10 @@ def _same_but_constants(x: Any, y: Any, twin: dict[fx.Node, fx.Node]) -> bool:
     if isinstance(x, fx.Node) or isinstance(y, fx.Node):
         return isinstance(y, fx.Node) and twin.get(y) is x
     if isinstance(x, slice):
-        x, y = (x.start, x.stop, x.step), (y.start, y.stop, y.step) if isinstance(y, slice) else None
+        x, y = (
+            (x.start, x.stop, x.step),
+            (y.start, y.stop, y.step) if isinstance(y, slice) else None,
+        )
     if isinstance(x, tuple | list):
         return (
             isinstance(y, tuple | list)
@@ -290,10 +377,11 @@ def _adopt(model: nn.Module, graph_module: fx.GraphModule, names: set[str]) -> N
             if not hasattr(owner, part):
                 owner.add_module(part, nn.Module())
             owner = getattr(owner, part)
-        if isinstance(owned[name], nn.Parameter):
-            owner.register_parameter(leaf, owned[name])
+        value = owned[name]
+        if isinstance(value, nn.Parameter):
+            owner.register_parameter(leaf, value)
         else:
-            owner.register_buffer(leaf, owned[name])
+            owner.register_buffer(leaf, value)
 
 
 def node_where(node: fx.Node) -> str:
@@ -318,7 +406,7 @@ def node_module(node: fx.Node) -> str:
     """
     stack = node.meta.get("nn_module_stack")
     if not stack:
-        return node.target if node.op == "call_module" else ""
+        return str(node.target) if node.op == "call_module" else ""
     name = str(list(stack.values())[-1][0])
     if name.startswith(("L[", "G[")):
         name = name.split("]", 1)[1]

@@ -16,7 +16,7 @@ from torch import fx, nn
 from dropit_fx.core_types import Decision, Plan
 from dropit_fx.passes.share_packed import by_site
 
-_ATTRIBUTE = "dropit_report"
+_META = "dropit_report"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,8 @@ def report(rewritten: nn.Module) -> Report:
         ValueError: Nothing in it was rewritten by dropit_fx.
     """
     rewritten = getattr(rewritten, "_orig_mod", rewritten)  # torch.compile's wrapper
-    found = [getattr(m, _ATTRIBUTE) for m in rewritten.modules() if hasattr(m, _ATTRIBUTE)]
+    graphs = [m for m in rewritten.modules() if isinstance(m, fx.GraphModule)]
+    found = [m.meta[_META] for m in graphs if _META in m.meta]
     if not found:
         raise ValueError(
             f"{type(rewritten).__name__} was not rewritten by dropit_fx.transform; for"
@@ -150,8 +151,7 @@ def report(rewritten: nn.Module) -> Report:
 def attach(graph_module: fx.GraphModule, plan: Plan, prefix: str = "") -> None:
     """Leaves the report on the module, so that it survives deepcopy and pickle."""
     made = Report(tuple(rows(plan, prefix)))
-    setattr(graph_module, _ATTRIBUTE, made)
-    graph_module.meta["_user_preserved_attributes"] = {_ATTRIBUTE: made}
+    graph_module.meta[_META] = made
 
 
 def rows(plan: Plan, prefix: str = "", region: str = "") -> Iterator[Row]:
