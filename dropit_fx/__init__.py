@@ -1,6 +1,6 @@
 """Train neural networks in less memory, by rewriting their graph."""
 
-# measure
+from dropit_fx import measure
 from dropit_fx.api import transform
 from dropit_fx.capture import CaptureError
 from dropit_fx.config import Config, ConfigError, load_config

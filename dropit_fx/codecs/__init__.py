@@ -2,8 +2,8 @@
 
 from dropit_fx.codecs.bitmask import BITMASK
 from dropit_fx.codecs.keep import DROP, KEEP
-from dropit_fx.codecs.mink import MINK, RANDOM
+from dropit_fx.codecs.mink import MINK, QUANT, RANDOM
 from dropit_fx.core_types import Codec
 
-CODECS: tuple[Codec, ...] = (KEEP, DROP, MINK, RANDOM, BITMASK)
+CODECS: tuple[Codec, ...] = (KEEP, DROP, MINK, RANDOM, QUANT, BITMASK)
 CODEC: dict[str, Codec] = {codec.name: codec for codec in CODECS}
