@@ -17,7 +17,7 @@ NO_SCALE = torch.empty(0)
 
 
 def brute_force_kept(x: torch.Tensor, keep: int, block: int) -> list[int]:
-    """Indices that a block-wise top-k keeps, by Python's sort: NaN first, then magnitude, then index."""
+    """Indices that a block-wise top-k keeps, by Python's sort: NaN, then magnitude, then index."""
     n = x.numel()
     block_or_all = block or max(n, 1)
     kept: list[int] = []
@@ -117,7 +117,7 @@ def test_sample_is_exact_in_count_and_unbiased(dtype: torch.dtype, keep: int, bl
         assert values.numel() == kernels.kept(2304, keep, block)
         total += OPS.unsparsify(values, NO_SCALE, mask, 2304, dtype, keep, block, 0, False).double()
     ratio = total / 200 / x.double()
-    # Each element is Bernoulli(p) / p: standard deviation of the mean of 200 draws is sqrt((1-p)/p/200)
+    # Each element is Bernoulli(p) / p: the mean of 200 draws deviates by sqrt((1 - p) / p / 200)
     deviation = ((1 - keep / 10000) / (keep / 10000) / 200) ** 0.5
     assert abs(ratio.mean() - 1) < 0.01
     assert ratio.std() == pytest.approx(deviation, rel=0.15)

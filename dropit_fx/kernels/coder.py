@@ -99,7 +99,7 @@ def level_table(scale: Tensor, bits: int, affine: bool) -> Tensor:
     if affine:
         base, top = scale[:, :1], scale[:, 1:]
         count = 2**bits
-        root = _steps(count, scale) * (top / (count - 1))
+        root = _steps(count, scale) * _divide(top, count - 1)
         return base + root * root
     count = 2 ** (bits - 1)
     if is_codebook(bits, affine):
@@ -115,13 +115,23 @@ def _steps(count: int, like: Tensor) -> Tensor:
 
 def _grid(start: Tensor, end: Tensor, step: Tensor, count: int) -> Tensor:
     """(start + step * w)^2, where `count` steps lead from start to end."""
-    root = start + step * ((end - start) / (count - 1))
+    root = start + step * _divide(end - start, count - 1)
     return root * root
 
 
 def _inverse(count: int, span: Tensor) -> Tensor:
     """Count / span, and 0 for an empty span."""
-    return torch.where(span > 0, count / span, 0.0)
+    return torch.where(span > 0, torch.full_like(span, count) / span, 0.0)
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """The correctly rounded float32 square root, which torch's own on CPU (MKL's) is not."""
+    return x.double().sqrt().float()
+
+
+def _divide(x: Tensor, count: int) -> Tensor:
+    """One IEEE division: torch may turn `x / number` and `number / x` into multiplications."""
+    return x / torch.full_like(x, count)
 
 
 def _encode_affine(x: Tensor, bits: int, uniform: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,11 +142,11 @@ def _encode_affine(x: Tensor, bits: int, uniform: Tensor | None) -> tuple[Tensor
     widest = above.amax(1, keepdim=True)
     overflow = widest.isinf()
     above = torch.where(overflow, 0.0, above)
-    top = _round_up(torch.where(overflow, 0.0, widest).sqrt())
-    position = above.sqrt() * _inverse(count - 1, top)
+    top = _round_up(_sqrt(torch.where(overflow, 0.0, widest)))
+    position = _sqrt(above) * _inverse(count - 1, top)
 
     def level(step: Tensor) -> Tensor:
-        root = step.to(torch.float32) * (top / (count - 1))
+        root = step.to(torch.float32) * _divide(top, count - 1)
         return root * root
 
     step = _round_step(position, above, count, level, uniform)
@@ -147,8 +157,8 @@ def _encode_grid(
     magnitude: Tensor, low: Tensor, high: Tensor, bits: int, uniform: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     count = 2 ** (bits - 1)
-    start, end = _round_down(low.sqrt()), _round_up(high.sqrt())
-    position = (magnitude.sqrt() - start) * _inverse(count - 1, end - start)
+    start, end = _round_down(_sqrt(low)), _round_up(_sqrt(high))
+    position = (_sqrt(magnitude) - start) * _inverse(count - 1, end - start)
 
     def level(step: Tensor) -> Tensor:
         return _grid(start, end, step.to(torch.float32), count)
@@ -176,9 +186,10 @@ def _encode_codebook(
     magnitude: Tensor, low: Tensor, high: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:
     count = 2 ** (bits - 1)
-    first, last = low.double().sqrt(), high.double().sqrt()
+    first, last = _sqrt(low), _sqrt(high)
     if bits == 3:
-        first, last = first.sqrt(), last.sqrt()
+        first, last = _sqrt(first), _sqrt(last)
+    first, last = first.double(), last.double()
     step = torch.zeros_like(magnitude, dtype=torch.int64)
     for j in range(1, count):
         root = first + (last - first) * (j / count)
@@ -200,7 +211,7 @@ def _encode_codebook_stochastic(
 ) -> tuple[Tensor, Tensor]:
     count = 2 ** (bits - 1)
     first, last = _round_down(low), _round_up(high)
-    inner = _grid(low.sqrt(), high.sqrt(), _steps(count, low), count)[:, 1:-1]
+    inner = _grid(_sqrt(low), _sqrt(high), _steps(count, low), count)[:, 1:-1]
     inner = inner.to(torch.bfloat16).float().clamp(first, last)
     levels = torch.cat([first, inner, last], 1)
     step = torch.zeros_like(magnitude, dtype=torch.int64)

@@ -15,7 +15,7 @@ A packed tensor is three buffers:
 * `values`: the kept values in index order. With `bits = 0` in the dtype of the input; otherwise
   codes of `bits` bits, each block a little-endian bit stream of its own (see `pack_uint`) that
   starts at a byte.
-* `scale`: `SCALE_COLUMNS` numbers per block; empty when `bits` is 0.
+* `scale`: `scale_columns` bfloat16 numbers per block; empty when `bits` is 0.
 
 Nothing here branches on a size, so that a `torch.SymInt` stays symbolic.
 """
@@ -66,7 +66,9 @@ def split_blocks(numel: int, block: int) -> tuple[int, int, int]:
 
 def block_count(numel: int, block: int) -> int:
     """Number of blocks, the tail included; none for an empty tensor."""
-    return torch.sym_min(numel, 1) if block == 0 else (numel + block - 1) // block
+    if block == 0:
+        return torch.sym_min(numel, 1)  # type: ignore[return-value]  # int for an int
+    return (numel + block - 1) // block
 
 
 def is_codebook(bits: int, affine: bool) -> bool:

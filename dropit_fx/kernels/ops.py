@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dropit_fx.kernels import reference
+from dropit_fx.kernels import cpu, reference
 from dropit_fx.kernels.layout import (
     block_count,
     check_format,
@@ -45,6 +45,7 @@ for _name, _schema in _SCHEMAS.items():
     _tags = _TAGS.get(_name, (torch.Tag.pt2_compliant_tag,))
     torch.library.define(f"dropit::{_name}", _schema, tags=_tags)
     torch.library.impl(f"dropit::{_name}", "CompositeExplicitAutograd", getattr(reference, _name))
+    torch.library.impl(f"dropit::{_name}", "CPU", getattr(cpu, _name))
 
 
 @torch.library.register_fake("dropit::sparsify")

@@ -108,7 +108,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     groups[:, :count] = codes
     shifts = torch.arange(8, device=codes.device)
     words = (groups.view(rows, -1, 8) << (shifts * bits)).sum(2)  # 8 codes fill `bits` bytes
-    packed = (words[:, :, None] >> (shifts[:bits] * 8)) & 0xFF
+    packed: Tensor = (words[:, :, None] >> (shifts[:bits] * 8)) & 0xFF
     return packed.to(torch.uint8).view(rows, -1)[:, : uint_nbytes(count, bits)].contiguous()
 
 
@@ -119,7 +119,7 @@ def unpack_rows(packed: Tensor, bits: int, count: int) -> Tensor:
     groups[:, : packed.shape[1]] = packed
     shifts = torch.arange(8, device=packed.device)
     words = (groups.view(rows, -1, bits) << (shifts[:bits] * 8)).sum(2)
-    codes = (words[:, :, None] >> (shifts * bits)) & (2**bits - 1)
+    codes: Tensor = (words[:, :, None] >> (shifts * bits)) & (2**bits - 1)
     return codes.to(torch.uint8).view(rows, -1)[:, :count].contiguous()
 
 

@@ -1,0 +1,800 @@
+/* The packed format on CPUs. Plain C11 with OpenMP: no torch or Python headers; loaded by cpu.py.
+ *
+ * Same bits as reference.py and coder.py, which say what is computed; this file says how to do it fast.
+ *
+ * - Selection: the k-th largest key of a block is found by counting how many keys reach a guess, a loop that
+ *   compilers turn into vector compares. The guesses start at the threshold of the block before and close in by
+ *   interpolation; with a few hundred candidates between two floats of the same octave, about eight counts do.
+ * - Every hot loop is straight-line C over one block, which stays in the first-level cache. `WORKER` compiles it
+ *   for baseline x86-64, AVX2 and AVX-512, and the first call picks one; other machines have the one plain version.
+ * - Float operations are single IEEE operations (build with -ffp-contract=off), the sums are of integers.
+ *
+ * Little-endian machines only: the loader refuses others.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#endif
+
+#if defined(__GNUC__)
+#define INLINE static inline __attribute__((always_inline))
+#define LOWEST_BIT(v) __builtin_ctzll(v)
+#else
+#define INLINE static inline
+INLINE int LOWEST_BIT(uint64_t v) {
+    int i = 0;
+    while (!(v >> i & 1)) i++;
+    return i;
+}
+#endif
+
+#define EXPORT
+#if defined(_WIN32)
+#undef EXPORT
+#define EXPORT __declspec(dllexport)
+#endif
+
+enum { F32 = 0, BF16 = 1, F16 = 2 };
+enum { INFINITY_BITS = 0x7F800000, TOP_BITS = 0x7F7F0000, CHUNK = 16384 };
+
+typedef struct {
+    const void *x;         /* input of sparsify, output of unsparsify */
+    void *values;
+    uint16_t *scale;       /* bfloat16 patterns */
+    uint8_t *mask;
+    int64_t numel, keep, block; /* block > 0 here: the caller replaces 0 by numel */
+    int64_t k_full, k_tail;     /* kept in a full block and in the tail */
+    const int64_t *seed;   /* NULL: nearest */
+    int dtype, bits, affine, is_sample, failed;
+} Job;
+
+/* ------------------------------------------------------------------------------------------- floats */
+
+INLINE uint32_t bits_of(float f) {
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    return u;
+}
+
+INLINE float float_of(uint32_t u) {
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+
+/* half -> single; scaling by 2^112 moves the exponent and is exact for subnormals too */
+INLINE uint32_t half_to_single(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = (uint32_t)(h & 0x7FFF) << 13;
+    uint32_t finite = bits_of(float_of(rest) * float_of(0x77800000));
+    return sign | (rest >= 0x0F800000 ? (rest & 0x007FFFFF) | INFINITY_BITS : finite);
+}
+
+/* single -> half, to nearest even. Below the least normal half, adding 0.5 makes the adder round to units of 2^-24. */
+INLINE uint16_t single_to_half(uint32_t u) {
+    uint32_t sign = u >> 16 & 0x8000, a = u & 0x7FFFFFFF;
+    uint32_t small = bits_of(float_of(a) + 0.5f) - 0x3F000000;
+    uint32_t normal = (a - 0x38000000 + 0xFFF + (a >> 13 & 1)) >> 13;
+    uint32_t h = a < 0x38800000 ? small : normal;
+    h = a >= 0x47800000 ? 0x7C00 : h;
+    h = a > INFINITY_BITS ? 0x7E00 : h;
+    return (uint16_t)(sign | h);
+}
+
+INLINE uint16_t single_to_bfloat(uint32_t u) {
+    uint32_t rounded = (u + 0x7FFF + (u >> 16 & 1)) >> 16;
+    return (uint16_t)((u & 0x7FFFFFFF) > INFINITY_BITS ? 0x7FC0 : rounded);
+}
+
+INLINE float round_down(float x) { return float_of(bits_of(x) & 0x7FFF0000); }
+
+INLINE float round_up(float x) {
+    uint32_t u = (bits_of(x) + 0xFFFF) & 0x7FFF0000;
+    return float_of(u > TOP_BITS ? TOP_BITS : u);
+}
+
+INLINE float nearest_bfloat(float x) {
+    return float_of((uint32_t)single_to_bfloat(bits_of(x)) << 16);
+}
+
+/* ------------------------------------------------------------------------------------- random numbers */
+
+INLINE uint32_t mix(uint32_t v) {
+    v = (v ^ v >> 16) * 0x7FEB352Du;
+    v = (v ^ v >> 15) * 0x846CA68Bu;
+    return v ^ v >> 16;
+}
+
+INLINE uint32_t draw(int64_t seed, uint32_t index) {
+    return mix(mix(index ^ (uint32_t)seed) ^ (uint32_t)((uint64_t)seed >> 32));
+}
+
+INLINE float uniform(uint32_t drawn) { return (float)(drawn >> 8) * 0x1p-24f; }
+
+/* --------------------------------------------------------------------------------- codes <-> bit streams */
+
+/* 8 codes, one a byte, to 8*bits bits: fields of 8, 16 and 32 bits are joined in pairs. */
+INLINE uint64_t join8(uint64_t v, int bits) {
+    v = (v & 0x00FF00FF00FF00FFull) | (v & 0xFF00FF00FF00FF00ull) >> (8 - bits);
+    v = (v & 0x0000FFFF0000FFFFull) | (v & 0xFFFF0000FFFF0000ull) >> (16 - 2 * bits);
+    return (v & 0x00000000FFFFFFFFull) | (v & 0xFFFFFFFF00000000ull) >> (32 - 4 * bits);
+}
+
+INLINE uint64_t part8(uint64_t v, int bits) {
+    uint64_t m4 = bits == 8 ? 0xFFFFFFFFull : (1ull << 4 * bits) - 1;
+    uint64_t m2 = ((1ull << 2 * bits) - 1) * 0x0000000100000001ull;
+    uint64_t m1 = ((1ull << bits) - 1) * 0x0001000100010001ull;
+    v = (v & m4) | (v >> 4 * bits & m4) << 32;
+    v = (v & m2) | (v >> 2 * bits & m2) << 16;
+    return (v & m1) | (v >> bits & m1) << 8;
+}
+
+INLINE void pack_codes(const uint8_t *codes, int64_t count, int bits, uint8_t *out) {
+    uint8_t *end = out + (count * bits + 7) / 8;
+    int64_t i = 0;
+    for (; i + 8 <= count && out + 8 <= end; i += 8, out += bits) {
+        uint64_t v;
+        memcpy(&v, codes + i, 8);
+        v = join8(v, bits);
+        memcpy(out, &v, 8); /* beyond `bits` bytes are zeros, which the next group overwrites */
+    }
+    for (; i < count; i += 8, out += bits) {
+        uint64_t v = 0;
+        memcpy(&v, codes + i, (size_t)(count - i < 8 ? count - i : 8));
+        v = join8(v, bits);
+        memcpy(out, &v, (size_t)(end - out < bits ? end - out : bits));
+    }
+}
+
+/* Writes 8 * ceil(count / 8) codes. */
+INLINE void unpack_codes(const uint8_t *in, int64_t count, int bits, uint8_t *codes) {
+    const uint8_t *end = in + (count * bits + 7) / 8;
+    for (int64_t i = 0; i < count; i += 8, in += bits) {
+        uint64_t v = 0;
+        if (in + 8 <= end)
+            memcpy(&v, in, 8);
+        else
+            memcpy(&v, in, (size_t)(end - in < bits ? end - in : bits));
+        v = part8(v, bits);
+        memcpy(codes + i, &v, 8);
+    }
+}
+
+/* 8 flags, 0 or 1 in each byte, to 8 bits */
+INLINE uint8_t flags_to_byte(uint64_t flags) { return (uint8_t)(flags * 0x0102040810204080ull >> 56); }
+
+/* ----------------------------------------------------------------------------------------- selection */
+
+INLINE int64_t count_from_u32(const uint32_t *key, int64_t n, uint32_t least) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < n; i += CHUNK) {
+        int64_t m = n - i < CHUNK ? n - i : CHUNK;
+        int32_t c = 0;
+        for (int64_t j = 0; j < m; j++) c += key[i + j] >= least;
+        total += c;
+    }
+    return total;
+}
+
+INLINE int64_t count_from_u16(const uint16_t *key, int64_t n, uint16_t least) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < n; i += CHUNK) {
+        int64_t m = n - i < CHUNK ? n - i : CHUNK;
+        uint16_t c = 0;
+        for (int64_t j = 0; j < m; j++) c = (uint16_t)(c + (uint16_t)(key[i + j] >= least));
+        total += c;
+    }
+    return total;
+}
+
+INLINE int64_t count_from(const void *key, int wide, int64_t n, uint32_t least) {
+    return wide ? count_from_u32(key, n, least) : count_from_u16(key, n, (uint16_t)least);
+}
+
+/* A threshold that at least k keys reach, and the count that does; more than k only where keys are equal.
+ * 0 < k < n. Invariant: `below` keys reach lo, `above` keys reach hi, below > k > above. */
+INLINE uint32_t find_threshold(const void *key, int wide, int64_t n, int64_t k, uint32_t guess, int64_t *reached) {
+    int64_t lo = 0, hi = wide ? 0x100000000ll : 0x10000;
+    int64_t below = n, above = 0, step = wide ? 1 << 18 : 4;
+    int64_t at = guess;
+    for (int round = 0; hi - lo > 1; round++) {
+        if (at <= lo) at = lo + 1;
+        if (at >= hi) at = hi - 1;
+        int64_t count = count_from(key, wide, n, (uint32_t)at);
+        if (count == k) {
+            lo = at;
+            below = count;
+            break;
+        }
+        if (count > k)
+            lo = at, below = count;
+        else
+            hi = at, above = count;
+        if (hi - lo > 64 * step) { /* still far: gallop away from the guess */
+            at = count > k ? lo + step : hi - step;
+            step *= 4;
+        } else if (round & 1) {
+            at = lo + (hi - lo) / 2;
+        } else { /* between two near points counts fall about linearly */
+            at = lo + (int64_t)((double)(hi - lo) * (double)(below - k) / (double)(below - above));
+        }
+    }
+    *reached = below;
+    return (uint32_t)lo;
+}
+
+/* ------------------------------------------------------------------------------------------ value coder */
+
+typedef struct {
+    float *x;          /* kept values as float32 */
+    uint8_t *codes;
+    uint32_t *index;   /* their flat indices, for stochastic rounding */
+    uint32_t *key;     /* selection keys */
+    uint8_t *flag;
+    uint32_t guess;
+} Scratch;
+
+INLINE int is_codebook(int bits, int affine) { return !affine && bits <= 3; }
+INLINE int scale_columns(int bits, int affine) { return is_codebook(bits, affine) ? 1 << (bits - 1) : 2; }
+
+INLINE float grid(float start, float width, float step) {
+    float scaled = step * width;
+    float root = start + scaled;
+    return root * root;
+}
+
+/* |x| in units of 2^exponent, exponent = largest - 141: integers up to 2^15 */
+INLINE int32_t fixed_point(uint32_t magnitude, int32_t largest) {
+    int32_t raw = (int32_t)(magnitude >> 23), exponent = raw > 0 ? raw : 1;
+    uint32_t mantissa = (magnitude & 0x7FFFFF) | (raw > 0 ? 0x800000u : 0u);
+    int32_t shift = 8 + largest - exponent;
+    return (int32_t)((mantissa >> (shift > 31 ? 31 : shift)) + 1) >> 1;
+}
+
+INLINE void encode_codebook(const float *x, int64_t k, int bits, float low, float high, uint8_t *codes, float *scale) {
+    int count = 1 << (bits - 1);
+    uint32_t border[4] = {0, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF};
+    float low_root = sqrtf(low), high_root = sqrtf(high);
+    if (bits == 3) low_root = sqrtf(low_root), high_root = sqrtf(high_root);
+    double first = low_root, last = high_root;
+    for (int j = 1; j < count; j++) {
+        double span = last - first;
+        double part = span * ((double)j / count);
+        double root = first + part;
+        double b = root * root;
+        if (bits == 3) b = b * b;
+        border[j] = bits_of((float)b);
+    }
+    uint32_t b1 = border[1], b2 = border[2], b3 = border[3];
+    for (int64_t i = 0; i < k; i++) {
+        uint32_t u = bits_of(x[i]), m = u & 0x7FFFFFFF;
+        codes[i] = (uint8_t)((m >= b1) + (m >= b2) + (m >= b3) + (u >> 31) * (uint32_t)count);
+    }
+    int32_t largest = (int32_t)(bits_of(high) >> 23);
+    largest = largest > 0 ? largest : 1;
+    int64_t sum[5] = {0}, square[5] = {0}; /* of what reaches border j */
+    for (int j = 0; j < count; j++) {
+        uint32_t least = border[j];
+        for (int64_t i = 0; i < k; i += CHUNK) {
+            int64_t m = k - i < CHUNK ? k - i : CHUNK;
+            int32_t s = 0;
+            int64_t q = 0;
+            for (int64_t l = i; l < i + m; l++) {
+                uint32_t a = bits_of(x[l]) & 0x7FFFFFFF;
+                int32_t u = a >= least ? fixed_point(a, largest) : 0;
+                s += u;
+                q += (int64_t)(uint32_t)(u * u);
+            }
+            sum[j] += s;
+            square[j] += q;
+        }
+    }
+    for (int j = 0; j < count; j++) {
+        int64_t s = sum[j] - sum[j + 1], q = square[j] - square[j + 1];
+        float level = (float)ldexp((double)q / (double)(s > 1 ? s : 1), largest - 141);
+        uint32_t u = bits_of(nearest_bfloat(level));
+        scale[j] = float_of(u > TOP_BITS ? TOP_BITS : u);
+    }
+}
+
+INLINE void encode_codebook_stochastic(const float *x, const uint32_t *index, int64_t seed, int64_t k, int bits,
+                                       float low, float high, uint8_t *codes, float *scale) {
+    int count = 1 << (bits - 1);
+    if (bits == 1) {
+        float top = round_up(high), twice = top + top;
+        scale[0] = top;
+        for (int64_t i = 0; i < k; i++) {
+            float drawn = uniform(draw(seed, index[i])) * twice;
+            codes[i] = drawn >= x[i] + top;
+        }
+        return;
+    }
+    scale[0] = round_down(low);
+    scale[count - 1] = round_up(high);
+    float start = sqrtf(low), width = (sqrtf(high) - start) / (float)(count - 1);
+    for (int j = 1; j < count - 1; j++) {
+        float level = nearest_bfloat(grid(start, width, (float)j));
+        level = level < scale[0] ? scale[0] : level;
+        scale[j] = level > scale[count - 1] ? scale[count - 1] : level;
+    }
+    for (int64_t i = 0; i < k; i++) {
+        float m = fabsf(x[i]);
+        int step = 0;
+        for (int j = 1; j < count - 1; j++) step += m >= scale[j];
+        float gap = scale[step + 1] - scale[step], above = m - scale[step];
+        step += uniform(draw(seed, index[i])) * gap < above;
+        codes[i] = (uint8_t)(step | (int)(bits_of(x[i]) >> 31) * count);
+    }
+}
+
+/* Equal steps of the square root of |x| or, affine, of x - base. */
+INLINE void encode_grid(const float *x, const uint32_t *index, const int64_t *seed, int64_t k, int affine, int count,
+                        float base, float start, float end, uint8_t *codes) {
+    float span = end - start;
+    float inverse = span > 0 ? (float)(count - 1) / span : 0.0f, width = span / (float)(count - 1);
+    int32_t top = count - 1;
+    if (!seed) {
+        for (int64_t i = 0; i < k; i++) {
+            float m = affine ? x[i] - base : fabsf(x[i]);
+            m = m < 0 ? 0 : m;
+            float root = sqrtf(m) - start;
+            float position = root * inverse;
+            int32_t step = (int32_t)(position + 0.5f);
+            step = step > top ? top : step;
+            codes[i] = (uint8_t)(step + (affine ? 0 : (int32_t)(bits_of(x[i]) >> 31) * count));
+        }
+        return;
+    }
+    for (int64_t i = 0; i < k; i++) {
+        float m = affine ? x[i] - base : fabsf(x[i]);
+        m = m < 0 ? 0 : m;
+        float root = sqrtf(m) - start;
+        float position = root * inverse;
+        int32_t step = (int32_t)position;
+        step = step > top - 1 ? top - 1 : step;
+        float lower = grid(start, width, (float)step), gap = grid(start, width, (float)(step + 1)) - lower;
+        float drawn = uniform(draw(*seed, index[i])) * gap, above = m - lower;
+        step += drawn < above;
+        codes[i] = (uint8_t)(step + (affine ? 0 : (int32_t)(bits_of(x[i]) >> 31) * count));
+    }
+}
+
+INLINE void encode_block(const Job *job, Scratch *s, int64_t k, uint8_t *values, uint16_t *scale_out) {
+    int bits = job->bits, affine = job->affine, columns = scale_columns(bits, affine);
+    const float *x = s->x;
+    float scale[4] = {0};
+    int poisoned = 0;
+    if (k > 0) {
+        uint32_t low_key = 0x7FFFFFFF, high_key = 0;
+        float least = x[0];
+        for (int64_t i = 0; i < k; i++) {
+            uint32_t m = bits_of(x[i]) & 0x7FFFFFFF;
+            low_key = m < low_key ? m : low_key;
+            high_key = m > high_key ? m : high_key;
+        }
+        float low = float_of(low_key), high = float_of(high_key);
+        poisoned = high_key >= INFINITY_BITS;
+        if (!poisoned && affine) {
+            float most = x[0];
+            for (int64_t i = 0; i < k; i++) {
+                least = x[i] < least ? x[i] : least;
+                most = x[i] > most ? x[i] : most;
+            }
+            float base = least < 0 ? -round_up(-least) : round_down(least);
+            float widest = most - base;
+            poisoned = (bits_of(widest) & 0x7FFFFFFF) >= INFINITY_BITS;
+            scale[0] = base;
+            scale[1] = round_up(sqrtf(widest < 0 ? 0 : widest));
+            if (!poisoned) encode_grid(x, s->index, job->seed, k, 1, 1 << bits, base, 0.0f, scale[1], s->codes);
+        } else if (!poisoned && is_codebook(bits, affine)) {
+            if (job->seed)
+                encode_codebook_stochastic(x, s->index, *job->seed, k, bits, low, high, s->codes, scale);
+            else if (bits == 1)
+                encode_codebook(x, k, 1, low, high, s->codes, scale);
+            else if (bits == 2)
+                encode_codebook(x, k, 2, low, high, s->codes, scale);
+            else
+                encode_codebook(x, k, 3, low, high, s->codes, scale);
+        } else if (!poisoned) {
+            scale[0] = round_down(sqrtf(low));
+            scale[1] = round_up(sqrtf(high));
+            encode_grid(x, s->index, job->seed, k, 0, 1 << (bits - 1), 0.0f, scale[0], scale[1], s->codes);
+        }
+    }
+    if (poisoned) {
+        memset(s->codes, 0, (size_t)k);
+        for (int j = 0; j < columns; j++) scale_out[j] = 0x7FC0;
+    } else {
+        for (int j = 0; j < columns; j++) scale_out[j] = (uint16_t)(bits_of(scale[j]) >> 16);
+    }
+    pack_codes(s->codes, k, bits, values);
+}
+
+/* The value of a code, as a pattern of the output's dtype. */
+INLINE uint32_t level_of(uint32_t code, const uint16_t *scale, int bits, int affine, int dtype) {
+    float level;
+    float a = float_of((uint32_t)scale[0] << 16);
+    uint32_t sign = 0;
+    if (affine) {
+        float top = float_of((uint32_t)scale[1] << 16), width = top / (float)((1 << bits) - 1);
+        float root = (float)code * width;
+        level = a + root * root;
+    } else {
+        uint32_t count = 1u << (bits - 1), step = code & (count - 1);
+        sign = code >> (bits - 1) << 31;
+        if (is_codebook(bits, affine)) {
+            level = float_of((uint32_t)scale[step] << 16);
+        } else {
+            float end = float_of((uint32_t)scale[1] << 16);
+            level = grid(a, (end - a) / (float)(count - 1), (float)step);
+        }
+    }
+    uint32_t top = dtype == F16 ? 0x477FE000 : dtype == BF16 ? TOP_BITS : 0x7F7FFFFF;
+    uint32_t u = bits_of(level) ^ sign, m = u & 0x7FFFFFFF;
+    if (m <= INFINITY_BITS && m > top) u = (u & 0x80000000) | top;
+    return dtype == F32 ? u : dtype == BF16 ? single_to_bfloat(u) : single_to_half(u);
+}
+
+/* ------------------------------------------------------------------------------------------- one block */
+
+/* Positions of the set bits of one block's mask, 64 at a time. */
+INLINE uint64_t mask_word(const uint8_t *mask, int64_t n, int64_t i) {
+    uint64_t word = 0;
+    int64_t bytes = (n - i + 7) / 8;
+    if (bytes >= 8)
+        memcpy(&word, mask + i / 8, 8);
+    else
+        memcpy(&word, mask + i / 8, (size_t)bytes);
+    return word;
+}
+
+/* Writes the block's mask and, in `flag`, one byte an element. */
+INLINE void mark(const void *key, int wide, int64_t n, int64_t k, uint8_t *flag, uint8_t *mask, uint32_t *guess) {
+    int64_t reached = 0;
+    uint32_t least = 0;
+    if (k == 0) {
+        memset(flag, 0, (size_t)(n + 8));
+    } else {
+        if (k == n)
+            reached = n;
+        else
+            least = *guess = find_threshold(key, wide, n, k, *guess, &reached);
+        if (wide) {
+            const uint32_t *w = key;
+            for (int64_t i = 0; i < n; i++) flag[i] = w[i] >= least;
+        } else {
+            const uint16_t *h = key;
+            for (int64_t i = 0; i < n; i++) flag[i] = h[i] >= (uint16_t)least;
+        }
+        memset(flag + n, 0, 8);
+        for (int64_t i = n - 1; reached > k; i--) { /* ties: the last ones go */
+            uint32_t at = wide ? ((const uint32_t *)key)[i] : ((const uint16_t *)key)[i];
+            if (at == least) flag[i] = 0, reached--;
+        }
+    }
+    for (int64_t i = 0; i < n; i += 8) {
+        uint64_t v;
+        memcpy(&v, flag + i, 8);
+        mask[i / 8] = flags_to_byte(v);
+    }
+}
+
+INLINE void compact32(const uint32_t *x, const uint8_t *flag, const uint8_t *mask, int64_t n, int64_t k, uint32_t *out) {
+    int64_t at = 0;
+    if (k * 3 < n) {
+        for (int64_t i = 0; i < n; i += 64)
+            for (uint64_t word = mask_word(mask, n, i); word; word &= word - 1) out[at++] = x[i + LOWEST_BIT(word)];
+        return;
+    }
+    for (int64_t i = 0; at < k; i++) { /* never writes beyond out[k - 1] */
+        out[at] = x[i];
+        at += flag[i];
+    }
+}
+
+INLINE void compact16(const uint16_t *x, const uint8_t *flag, const uint8_t *mask, int64_t n, int64_t k, uint16_t *out) {
+    int64_t at = 0;
+    if (k * 3 < n) {
+        for (int64_t i = 0; i < n; i += 64)
+            for (uint64_t word = mask_word(mask, n, i); word; word &= word - 1) out[at++] = x[i + LOWEST_BIT(word)];
+        return;
+    }
+    for (int64_t i = 0; at < k; i++) {
+        out[at] = x[i];
+        at += flag[i];
+    }
+}
+
+INLINE void widen(const uint16_t *in, int64_t n, int dtype, float *out) {
+    if (dtype == BF16)
+        for (int64_t i = 0; i < n; i++) out[i] = float_of((uint32_t)in[i] << 16);
+    else
+        for (int64_t i = 0; i < n; i++) out[i] = float_of(half_to_single(in[i]));
+}
+
+INLINE void sparsify_block(const Job *job, Scratch *s, int64_t b) {
+    int64_t first = b * job->block, n = job->numel - first;
+    int64_t k = n < job->block ? job->k_tail : job->k_full;
+    n = n < job->block ? n : job->block;
+    int wide = job->dtype == F32, full = job->keep == 10000, size = wide ? 4 : 2;
+    const uint8_t *x = (const uint8_t *)job->x + first * size;
+    uint8_t *mask = full ? NULL : job->mask + first / 8;
+    if (!full) {
+        if (job->is_sample) {
+            for (int64_t i = 0; i < n; i++) s->key[i] = draw(*job->seed, (uint32_t)(first + i));
+            mark(s->key, 1, n, k, s->flag, mask, &s->guess);
+        } else if (wide) {
+            const uint32_t *w = (const uint32_t *)x;
+            for (int64_t i = 0; i < n; i++) s->key[i] = w[i] & 0x7FFFFFFF;
+            mark(s->key, 1, n, k, s->flag, mask, &s->guess);
+        } else {
+            const uint16_t *h = (const uint16_t *)x;
+            uint16_t *key = (uint16_t *)s->key;
+            for (int64_t i = 0; i < n; i++) key[i] = h[i] & 0x7FFF;
+            mark(key, 0, n, k, s->flag, mask, &s->guess);
+        }
+    }
+    if (job->bits == 0) {
+        uint8_t *out = (uint8_t *)job->values + b * job->k_full * size;
+        if (full)
+            memcpy(out, x, (size_t)(n * size));
+        else if (wide)
+            compact32((const uint32_t *)x, s->flag, mask, n, k, (uint32_t *)out);
+        else
+            compact16((const uint16_t *)x, s->flag, mask, n, k, (uint16_t *)out);
+        if (job->is_sample) {
+            float weight = (float)(k ? (double)n / (double)k : 0.0);
+            for (int64_t i = 0; i < k; i++) {
+                if (wide) {
+                    float *v = (float *)out;
+                    v[i] = v[i] * weight;
+                } else {
+                    uint16_t *v = (uint16_t *)out;
+                    uint32_t u = job->dtype == BF16 ? (uint32_t)v[i] << 16 : half_to_single(v[i]);
+                    u = bits_of(float_of(u) * weight);
+                    v[i] = job->dtype == BF16 ? single_to_bfloat(u) : single_to_half(u);
+                }
+            }
+        }
+        return;
+    }
+    if (job->seed) {
+        int64_t at = 0;
+        for (int64_t i = 0; at < k; i++) {
+            s->index[at] = (uint32_t)(first + i);
+            at += full ? 1 : s->flag[i];
+        }
+    }
+    if (wide) {
+        if (full)
+            memcpy(s->x, x, (size_t)n * 4);
+        else
+            compact32((const uint32_t *)x, s->flag, mask, n, k, (uint32_t *)s->x);
+    } else {
+        const uint16_t *kept = (const uint16_t *)x;
+        if (!full) {
+            compact16((const uint16_t *)x, s->flag, mask, n, k, (uint16_t *)s->key);
+            kept = (const uint16_t *)s->key;
+        }
+        widen(kept, k, job->dtype, s->x);
+    }
+    int64_t stride = (job->k_full * job->bits + 7) / 8;
+    int columns = scale_columns(job->bits, job->affine);
+    encode_block(job, s, k, (uint8_t *)job->values + b * stride, job->scale + b * columns);
+}
+
+INLINE void expand32(const uint32_t *v, const uint8_t *mask, int64_t n, int64_t k, uint32_t *out) {
+    int64_t at = 0;
+    if (k * 3 < n) {
+        memset(out, 0, (size_t)n * 4);
+        for (int64_t i = 0; i < n; i += 64)
+            for (uint64_t word = mask_word(mask, n, i); word; word &= word - 1) out[i + LOWEST_BIT(word)] = v[at++];
+        return;
+    }
+    int64_t last = k - 1;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bit = mask[i / 8] >> (i & 7) & 1;
+        out[i] = v[at < last ? at : last] & (0u - bit);
+        at += bit;
+    }
+}
+
+INLINE void expand16(const uint16_t *v, const uint8_t *mask, int64_t n, int64_t k, uint16_t *out) {
+    int64_t at = 0;
+    if (k * 3 < n) {
+        memset(out, 0, (size_t)n * 2);
+        for (int64_t i = 0; i < n; i += 64)
+            for (uint64_t word = mask_word(mask, n, i); word; word &= word - 1) out[i + LOWEST_BIT(word)] = v[at++];
+        return;
+    }
+    int64_t last = k - 1;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bit = mask[i / 8] >> (i & 7) & 1;
+        out[i] = (uint16_t)(v[at < last ? at : last] & (0u - bit));
+        at += bit;
+    }
+}
+
+/* `job->x` is the output here; scale and values the input. */
+INLINE void unsparsify_block(const Job *job, Scratch *s, int64_t b) {
+    int64_t first = b * job->block, n = job->numel - first;
+    int64_t k = n < job->block ? job->k_tail : job->k_full;
+    n = n < job->block ? n : job->block;
+    int wide = job->dtype == F32, full = job->keep == 10000, size = wide ? 4 : 2, bits = job->bits;
+    void *out = (uint8_t *)job->x + first * size;
+    const uint8_t *mask = full ? NULL : job->mask + first / 8;
+    const void *v = (const uint8_t *)job->values + b * job->k_full * size;
+    if (bits) {
+        const uint8_t *packed = (const uint8_t *)job->values + b * ((job->k_full * bits + 7) / 8);
+        const uint16_t *scale = job->scale + b * scale_columns(bits, job->affine);
+        void *kept = full ? out : (void *)s->x;
+        unpack_codes(packed, k, bits, s->codes);
+        if (k >= 1 << bits) {
+            uint32_t table[256];
+            for (uint32_t c = 0; c < 1u << bits; c++) table[c] = level_of(c, scale, bits, job->affine, job->dtype);
+            if (wide)
+                for (int64_t i = 0; i < k; i++) ((uint32_t *)kept)[i] = table[s->codes[i]];
+            else
+                for (int64_t i = 0; i < k; i++) ((uint16_t *)kept)[i] = (uint16_t)table[s->codes[i]];
+        } else {
+            for (int64_t i = 0; i < k; i++) {
+                uint32_t u = level_of(s->codes[i], scale, bits, job->affine, job->dtype);
+                if (wide)
+                    ((uint32_t *)kept)[i] = u;
+                else
+                    ((uint16_t *)kept)[i] = (uint16_t)u;
+            }
+        }
+        if (full) return;
+        v = kept;
+    }
+    if (full)
+        memcpy(out, v, (size_t)(n * size));
+    else if (wide)
+        expand32(v, mask, n, k, out);
+    else
+        expand16(v, mask, n, k, out);
+}
+
+/* --------------------------------------------------------------------------------------- dispatch, threads */
+
+typedef void (*Worker)(const Job *, Scratch *, int64_t, int64_t);
+
+#define WORKER(suffix, attribute)                                                                       \
+    attribute static void sparsify_##suffix(const Job *job, Scratch *s, int64_t from, int64_t to) {     \
+        for (int64_t b = from; b < to; b++) sparsify_block(job, s, b);                                  \
+    }                                                                                                   \
+    attribute static void unsparsify_##suffix(const Job *job, Scratch *s, int64_t from, int64_t to) {   \
+        for (int64_t b = from; b < to; b++) unsparsify_block(job, s, b);                                \
+    }
+
+WORKER(plain, )
+#if defined(__x86_64__) && defined(__GNUC__)
+WORKER(avx2, __attribute__((target("avx2,bmi,bmi2,popcnt"))))
+WORKER(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,bmi,bmi2,popcnt"))))
+#endif
+
+static int forced_level = -1;
+
+/* 0: plain, 1: AVX2, 2: AVX-512. `wanted` < 0 asks for the best the machine has. */
+EXPORT int dropit_level(int wanted) {
+    int best = 0;
+#if defined(__x86_64__) && defined(__GNUC__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")) best = 1;
+    if (best && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        best = 2;
+#endif
+    forced_level = wanted < 0 || wanted > best ? best : wanted;
+    return forced_level;
+}
+
+static Worker choose(int back) {
+    int level = forced_level < 0 ? dropit_level(-1) : forced_level;
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (level == 2) return back ? unsparsify_avx512 : sparsify_avx512;
+    if (level == 1) return back ? unsparsify_avx2 : sparsify_avx2;
+#endif
+    (void)level;
+    return back ? unsparsify_plain : sparsify_plain;
+}
+
+/* Returns 0, or 1 where memory ran out. */
+static int run(Job *job, int back, int threads) {
+    if (job->numel == 0) return 0;
+    int64_t blocks = (job->numel + job->block - 1) / job->block;
+    int64_t room = job->block < job->numel ? job->block : job->numel;
+    /* One contiguous run of blocks a thread. Which block follows which gives first guesses only: no bit of the
+     * result depends on the number of threads. */
+    int64_t parts = job->numel < 1 << 14 || threads < 1 ? 1 : threads;
+    parts = parts < blocks ? parts : blocks;
+    Worker worker = choose(back);
+    int failed = 0;
+#pragma omp parallel for num_threads((int)parts) schedule(static, 1) if (parts > 1) reduction(| : failed)
+    for (int64_t part = 0; part < parts; part++) {
+        size_t n = (size_t)room + 64;
+        n = (n + 63) / 64 * 64;
+        uint8_t *memory = malloc(n * (job->bits ? 14 : 5)); /* what follows, in this order */
+        if (!memory) {
+            failed = 1;
+            continue;
+        }
+        Scratch s = {0};
+        s.key = (uint32_t *)memory;
+        s.flag = memory + n * 4;
+        if (job->bits) {
+            s.codes = memory + n * 5;
+            s.x = (float *)(memory + n * 6);
+            s.index = (uint32_t *)(memory + n * 10);
+        }
+        s.guess = job->dtype == F32 || job->is_sample ? 0x3F800000 : 0x3C00;
+        worker(job, &s, blocks * part / parts, blocks * (part + 1) / parts);
+        free(memory);
+    }
+    return failed;
+}
+
+static void set_sizes(Job *job) {
+    if (job->block == 0) {
+        job->block = job->numel ? job->numel : 1;
+        job->k_full = job->k_tail = job->numel * job->keep / 10000;
+    } else {
+        job->k_full = (job->block * job->keep + 5000) / 10000;
+        job->k_tail = (job->numel % job->block * job->keep + 5000) / 10000;
+    }
+}
+
+EXPORT int dropit_sparsify(const void *x, void *values, void *scale, void *mask, const int64_t *seed, int64_t numel,
+                           int64_t keep, int64_t block, int dtype, int bits, int affine, int is_sample, int threads) {
+    Job job = {x, values, scale, mask, numel, keep, block, 0, 0, seed, dtype, bits, affine, is_sample, 0};
+    set_sizes(&job);
+    return run(&job, 0, threads);
+}
+
+EXPORT int dropit_unsparsify(void *out, void *values, void *scale, void *mask, int64_t numel, int64_t keep,
+                             int64_t block, int dtype, int bits, int affine, int threads) {
+    Job job = {out, values, scale, mask, numel, keep, block, 0, 0, NULL, dtype, bits, affine, 0, 0};
+    set_sizes(&job);
+    return run(&job, 1, threads);
+}
+
+enum { SLICE = 1 << 15 }; /* codes: a multiple of 8, so that each slice of the stream is whole bytes */
+
+EXPORT void dropit_pack(const uint8_t *codes, uint8_t *out, int64_t count, int bits, int threads) {
+    int64_t slices = (count + SLICE - 1) / SLICE;
+    threads = threads < 1 ? 1 : threads;
+#pragma omp parallel for num_threads(threads) if (slices > 1)
+    for (int64_t i = 0; i < slices; i++) {
+        int64_t first = i * SLICE, n = count - first < SLICE ? count - first : SLICE;
+        if (bits == 1) { /* flags: one multiplication, where join8 has three steps */
+            for (int64_t j = 0; j + 8 <= n; j += 8) {
+                uint64_t v;
+                memcpy(&v, codes + first + j, 8);
+                out[(first + j) / 8] = flags_to_byte(v);
+            }
+            if (n % 8) pack_codes(codes + first + n / 8 * 8, n % 8, 1, out + (first + n) / 8);
+        } else {
+            pack_codes(codes + first, n, bits, out + first / 8 * bits);
+        }
+    }
+}
+
+EXPORT void dropit_unpack(const uint8_t *in, uint8_t *codes, int64_t count, int bits, int threads) {
+    int64_t slices = (count + SLICE - 1) / SLICE;
+    threads = threads < 1 ? 1 : threads;
+#pragma omp parallel for num_threads(threads) if (slices > 1)
+    for (int64_t i = 0; i < slices; i++) {
+        int64_t first = i * SLICE, n = count - first < SLICE ? count - first : SLICE, whole = n / 8 * 8;
+        unpack_codes(in + first / 8 * bits, whole, bits, codes + first);
+        if (n % 8) {
+            uint8_t rest[8];
+            unpack_codes(in + (first + whole) / 8 * bits, n % 8, bits, rest);
+            memcpy(codes + first + whole, rest, (size_t)(n % 8));
+        }
+    }
+}

@@ -1,0 +1,232 @@
+"""Loads the C kernels of `cpu.c` and makes them the CPU implementation of the ops.
+
+The shared library is an optional part of the installation (extension `dropit_fx.kernels._cpu`;
+plain C, loaded with ctypes). Where it is missing the reference takes over, and one log line says so.
+OpenMP's symbols resolve to the runtime that torch has loaded, so both use the same threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dropit_fx.kernels import reference
+from dropit_fx.kernels.layout import (
+    block_count,
+    check_format,
+    check_uint,
+    codes_nbytes,
+    kept,
+    mask_nbytes,
+    scale_columns,
+    uint_nbytes,
+)
+
+_log = logging.getLogger(__name__)
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in cpu.c
+_POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_SIGNATURES = {
+    "dropit_sparsify": [_POINTER] * 5 + [_INT64] * 3 + [_INT] * 5,
+    "dropit_unsparsify": [_POINTER] * 4 + [_INT64] * 3 + [_INT] * 4,
+    "dropit_pack": [_POINTER] * 2 + [_INT64, _INT, _INT],
+    "dropit_unpack": [_POINTER] * 2 + [_INT64, _INT, _INT],
+    "dropit_level": [_INT],
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The C kernels; None where this installation has none, which is logged once."""
+    folder = Path(__file__).parent
+    candidates = [folder / f"_cpu{suffix}" for suffix in EXTENSION_SUFFIXES]
+    path = next((path for path in candidates if path.exists()), None)
+    if path is None or sys.byteorder != "little":
+        _log.warning("dropit_fx: C kernels not built, using the slower PyTorch ones")
+        return None
+    try:
+        lib = ctypes.CDLL(str(path))
+        for name, arguments in _SIGNATURES.items():
+            getattr(lib, name).argtypes = arguments
+    except (OSError, AttributeError) as error:
+        _log.warning("dropit_fx: C kernels not usable (%s), using the slower PyTorch ones", error)
+        return None
+    return lib
+
+
+def instruction_set(wanted: int = -1) -> int:
+    """Chooses 0 plain C, 1 AVX2 or 2 AVX-512; -1 and what the machine lacks: the best it has.
+
+    Returns:
+        What is used from now on.
+    """
+    lib = library()
+    return int(lib.dropit_level(wanted)) if lib else 0
+
+
+def sparsify(
+    x: Tensor,
+    keep: int,
+    block: int,
+    bits: int,
+    affine: bool,
+    stochastic: bool,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.sparsify`."""
+    lib = library()
+    if lib is None or x.dtype not in _DTYPES:
+        return reference.sparsify(x, keep, block, bits, affine, stochastic, seed)
+    check_format(keep, block, bits)
+    if not (stochastic and bits):
+        seed = None
+    elif seed is None:
+        seed = reference.draw_seed(x.device)
+    n = x.numel()
+    count = codes_nbytes(n, keep, block, bits) if bits else kept(n, keep, block)
+    values = torch.empty(count, dtype=torch.uint8 if bits else x.dtype)
+    columns = scale_columns(bits, affine)
+    scale = torch.empty(block_count(n, block) * columns if bits else 0, dtype=torch.bfloat16)
+    mask = torch.empty(mask_nbytes(n, keep), dtype=torch.uint8)
+    _sparsify(lib, x, values, scale, mask, seed, keep, block, bits, affine, False)
+    return values, scale, mask
+
+
+def sample(x: Tensor, keep: int, block: int, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As `reference.sample`."""
+    lib = library()
+    if lib is None or x.dtype not in _DTYPES:
+        return reference.sample(x, keep, block, seed)
+    check_format(keep, block)
+    seed = reference.draw_seed(x.device) if seed is None else seed
+    n = x.numel()
+    values = torch.empty(kept(n, keep, block), dtype=x.dtype)
+    mask = torch.empty(mask_nbytes(n, keep), dtype=torch.uint8)
+    _sparsify(lib, x, values, values, mask, seed, keep, block, 0, False, True)
+    return values, mask
+
+
+def _sparsify(
+    lib: ctypes.CDLL,
+    x: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    mask: Tensor,
+    seed: Tensor | None,
+    keep: int,
+    block: int,
+    bits: int,
+    affine: bool,
+    sampled: bool,
+) -> None:
+    x = x.contiguous()
+    failed = lib.dropit_sparsify(
+        x.data_ptr(),
+        values.data_ptr(),
+        scale.data_ptr(),
+        mask.data_ptr(),
+        None if seed is None else seed.data_ptr(),
+        x.numel(),
+        keep,
+        block,
+        _DTYPES[x.dtype],
+        bits,
+        affine,
+        sampled,
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError("dropit::sparsify: no memory for its scratch space")
+
+
+def unsparsify(
+    values: Tensor,
+    scale: Tensor,
+    mask: Tensor,
+    numel: int,
+    dtype: torch.dtype,
+    keep: int,
+    block: int,
+    bits: int,
+    affine: bool,
+) -> Tensor:
+    """As `reference.unsparsify`."""
+    lib = library()
+    if lib is None or dtype not in _DTYPES or (bits == 0 and values.dtype != dtype):
+        return reference.unsparsify(values, scale, mask, numel, dtype, keep, block, bits, affine)
+    check_format(keep, block, bits)
+    check_packed(values, scale, mask, numel, keep, block, bits, affine)
+    out = torch.empty(numel, dtype=dtype)
+    values, scale, mask = values.contiguous(), scale.contiguous(), mask.contiguous()
+    failed = lib.dropit_unsparsify(
+        out.data_ptr(),
+        values.data_ptr(),
+        scale.data_ptr(),
+        mask.data_ptr(),
+        numel,
+        keep,
+        block,
+        _DTYPES[dtype],
+        bits,
+        affine,
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError("dropit::unsparsify: no memory for its scratch space")
+    return out
+
+
+def check_packed(
+    values: Tensor,
+    scale: Tensor,
+    mask: Tensor,
+    numel: int,
+    keep: int,
+    block: int,
+    bits: int,
+    affine: bool,
+) -> None:
+    """Raises ValueError where the buffers have not the sizes of the format: C reads past no end."""
+    expected = {
+        "values": codes_nbytes(numel, keep, block, bits) if bits else kept(numel, keep, block),
+        "scale": block_count(numel, block) * scale_columns(bits, affine) if bits else scale.numel(),
+        "mask": mask_nbytes(numel, keep),
+    }
+    for (name, count), tensor in zip(expected.items(), (values, scale, mask), strict=True):
+        if tensor.numel() != count:
+            raise ValueError(
+                f"{name} has {tensor.numel()} elements, but a tensor of {numel} packed with "
+                f"keep={keep}, block={block}, bits={bits}, affine={affine} has {count}"
+            )
+
+
+def pack_uint(x: Tensor, bits: int) -> Tensor:
+    """As `reference.pack_uint`."""
+    lib = library()
+    if lib is None:
+        return reference.pack_uint(x, bits)
+    check_uint(x, bits)
+    x = x.contiguous()
+    out = torch.empty(uint_nbytes(x.numel(), bits), dtype=torch.uint8)
+    lib.dropit_pack(x.data_ptr(), out.data_ptr(), x.numel(), bits, torch.get_num_threads())
+    return out
+
+
+def unpack_uint(packed: Tensor, bits: int, numel: int) -> Tensor:
+    """As `reference.unpack_uint`."""
+    lib = library()
+    if lib is None:
+        return reference.unpack_uint(packed, bits, numel)
+    check_uint(packed, bits)
+    if packed.numel() != uint_nbytes(numel, bits):
+        raise ValueError(f"{packed.numel()} bytes cannot hold {numel} codes of {bits} bits")
+    packed = packed.contiguous()
+    out = torch.empty(numel, dtype=torch.uint8)
+    lib.dropit_unpack(packed.data_ptr(), out.data_ptr(), numel, bits, torch.get_num_threads())
+    return out

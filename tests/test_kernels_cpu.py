@@ -1,0 +1,119 @@
+"""The C kernels give the bits of the reference, on every instruction set that this machine has."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import assert_same_bits, cases
+
+from dropit_fx.kernels import cpu, reference
+
+built = pytest.mark.skipif(cpu.library() is None, reason="the C kernels are not built")
+
+
+@pytest.fixture(params=["plain", "avx2", "avx512"])
+def instructions(request: pytest.FixtureRequest) -> Iterator[None]:
+    level = ["plain", "avx2", "avx512"].index(request.param)
+    if cpu.instruction_set(level) != level:
+        pytest.skip(f"this machine has no {request.param}")
+    yield
+    cpu.instruction_set()
+
+
+sizes = st.one_of(st.integers(0, 3000), st.integers(2**14, 40_000))
+
+
+@built
+@pytest.mark.usefixtures("instructions")
+def test_same_bits_as_the_reference() -> None:
+    @settings(max_examples=150, deadline=None)
+    @given(cases(sizes, (0, 8, 64, 1024, 4096)))
+    def check(case) -> None:  # type: ignore[no-untyped-def]
+        x, seed, (keep, block, bits, affine, stochastic) = case
+        expected = reference.sparsify(x, keep, block, bits, affine, stochastic, seed)
+        packed = cpu.sparsify(x, keep, block, bits, affine, stochastic, seed)
+        for left, right in zip(packed, expected, strict=True):
+            assert_same_bits(left, right)
+        back = (x.numel(), x.dtype, keep, block, bits, affine)
+        assert_same_bits(cpu.unsparsify(*expected, *back), reference.unsparsify(*expected, *back))
+        sampled, drawn = cpu.sample(x, keep, block, seed), reference.sample(x, keep, block, seed)
+        for left, right in zip(sampled, drawn, strict=True):
+            assert_same_bits(left, right)
+
+    check()
+
+
+@built
+def test_every_half_and_bfloat_is_converted_as_torch_does() -> None:
+    patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        x = patterns.view(dtype)
+        x = x[x.isfinite()]
+        for bits, affine in ((2, False), (8, False), (8, True)):
+            form = (10000, 8, bits, affine, False)
+            packed = cpu.sparsify(x, *form)
+            expected = reference.sparsify(x, *form)
+            for left, right in zip(packed, expected, strict=True):
+                assert_same_bits(left, right)
+            back = (x.numel(), dtype, 10000, 8, bits, affine)
+            assert_same_bits(cpu.unsparsify(*packed, *back), reference.unsparsify(*packed, *back))
+
+
+@built
+def test_the_number_of_threads_changes_nothing() -> None:
+    x = torch.randn(100_000)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = cpu.sparsify(x, 2000, 256, 3, False, False)
+        torch.set_num_threads(3)
+        together = cpu.sparsify(x, 2000, 256, 3, False, False)
+    finally:
+        torch.set_num_threads(threads)
+    for left, right in zip(alone, together, strict=True):
+        assert_same_bits(left, right)
+
+
+@built
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_same_uint_streams_as_the_reference(bits: int) -> None:
+    for count in (0, 1, 7, 8, 9, 1000, 32768, 70_001):
+        codes = torch.randint(0, 2**bits, (count,), dtype=torch.uint8)
+        packed = cpu.pack_uint(codes, bits)
+        assert torch.equal(packed, reference.pack_uint(codes, bits))
+        assert torch.equal(cpu.unpack_uint(packed, bits, count), codes)
+
+
+@built
+def test_buffers_of_the_wrong_size_are_refused() -> None:
+    values, scale, mask = cpu.sparsify(torch.randn(2048), 1000, 1024, 4, False, False)
+    with pytest.raises(ValueError, match="values has 101 elements, but a tensor of 2048 packed"):
+        cpu.unsparsify(values[1:], scale, mask, 2048, torch.float32, 1000, 1024, 4, False)
+    with pytest.raises(ValueError, match="255 bytes cannot hold 2048 codes of 1 bits"):
+        cpu.unpack_uint(mask[1:], 1, 2048)
+
+
+def test_without_the_library_the_reference_runs_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    x = torch.randn(3000)
+    expected = reference.sparsify(x, 1000, 1024, 4, False, False)
+    monkeypatch.setattr(cpu, "EXTENSION_SUFFIXES", [".absent"])
+    cpu.library.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            packed = torch.ops.dropit.sparsify(x, 1000, 1024, 4, False, False)
+            torch.ops.dropit.unsparsify(*packed, 3000, torch.float32, 1000, 1024, 4, False)
+            torch.ops.dropit.unpack_uint(torch.ops.dropit.pack_uint(x > 0, 1), 1, 3000)
+    finally:
+        cpu.library.cache_clear()
+    for left, right in zip(packed, expected, strict=True):
+        assert_same_bits(left, right)
+    assert [r.message for r in caplog.records] == [
+        "dropit_fx: C kernels not built, using the slower PyTorch ones"
+    ]
