@@ -1,10 +1,8 @@
 """nn.Module -> fx.GraphModule: symbolic tracing first, ``torch.export`` where that fails.
 
-Both tracers evaluate Python, so a graph knows one mode only: ``if self.training`` is decided while
-it is traced. A model is therefore traced in both modes and the two graphs are laid over each other:
-where they differ in constants alone (a dropout's rate), the constant becomes a choice made at run
-time (``by_mode``), and ``.train()`` and ``.eval()`` work on the result as on the model. Modules
-whose graphs differ in more (BatchNorm counts its batches) stay whole, as leaves.
+A model is traced in training and in eval mode, and the two graphs are made one (``modes.py``).
+Modules whose graphs differ in more than constants (BatchNorm counts its batches) stay whole, as
+leaves.
 """
 
 from __future__ import annotations
@@ -21,23 +19,14 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from dropit_fx.graph_module import RewrittenModule
-from dropit_fx.packed_call import by_mode, require_mode, require_shapes
+from dropit_fx.modes import after_placeholders, both_modes
+from dropit_fx.packed_call import require_shapes
 
 log = logging.getLogger(__name__)
-
-TRAINING_FLAG = "training_flag"
 
 
 class CaptureError(RuntimeError):
     """No tracer takes the model; the message says which line stopped each of them."""
-
-
-class TrainingFlag(nn.Module):
-    """Returns its own ``training`` attribute, so that a graph can read the mode at run time."""
-
-    def forward(self) -> bool:
-        """True in training mode."""
-        return self.training
 
 
 class Tracer(fx.Tracer):
@@ -49,6 +38,8 @@ class Tracer(fx.Tracer):
     """
 
     record_stack_traces = True
+    # what is computed from a buffer is computed in each step, not once while tracing
+    proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether ``m`` becomes one ``call_module`` node."""
@@ -87,7 +78,7 @@ def capture(
         graph_module = fx.GraphModule(model, copy.deepcopy(model.graph), type(model).__name__)
     else:
         try:
-            graph_module = _both_modes(model, _symbolic)
+            graph_module = both_modes(model, _symbolic)
         except Exception as error:  # a tracer runs the user's code: anything can be raised
             log.info("symbolic_trace: %s", error)
             graph_module = _exported(model, args, kwargs, error)
@@ -113,7 +104,7 @@ def _exported(
             ' torch.compile(model, backend="dropit"), which needs neither.'
         ) from first
     try:
-        return _both_modes(model, lambda m: _export(m, args or (), dict(kwargs or {})))
+        return both_modes(model, lambda m: _export(m, args or (), dict(kwargs or {})))
     except Exception as error:
         raise CaptureError(
             f"no tracer takes {type(model).__name__}.\n"
@@ -149,7 +140,10 @@ def _symbolic(model: nn.Module) -> fx.GraphModule:
     own = set(vars(model))
     try:
         graph = Tracer().trace(model)
-        return fx.GraphModule(model, graph, type(model).__name__)
+        graph_module = fx.GraphModule(model, graph, type(model).__name__)
+        constants = set(vars(model)) - own
+        graph_module._non_persistent_buffers_set |= constants & set(graph_module._buffers)
+        return graph_module
     finally:
         for name in set(vars(model)) - own:  # the tracer leaves tensor constants on the model
             delattr(model, name)
@@ -200,167 +194,8 @@ def _check_shapes(graph_module: fx.GraphModule) -> None:
         if isinstance(value, Tensor):
             inputs.append(node)
             shapes.append(tuple(s if isinstance(s, int) else None for s in value.shape))
-    with graph_module.graph.inserting_before(_first(graph_module)):
+    with graph_module.graph.inserting_before(after_placeholders(graph_module)):
         graph_module.graph.call_function(require_shapes, (tuple(inputs), tuple(shapes)))
-
-
-def _both_modes(model: nn.Module, trace: Callable[[nn.Module], fx.GraphModule]) -> fx.GraphModule:
-    modes = [(m, m.training) for m in model.modules()]
-    training = model.training
-    try:
-        graph_module = trace(model)
-        model.train(not training)
-        try:
-            other = trace(model)
-        except Exception as error:
-            log.info("tracing in the other mode: %s", error)
-            other = None
-    finally:
-        for m, mode in modes:
-            m.training = mode
-    differs = "it cannot be traced" if other is None else _overlay(graph_module, other, training)
-    if differs:
-        log.warning(
-            "%s: training and eval differ in more than constants: %s", type(model).__name__, differs
-        )
-        with graph_module.graph.inserting_before(_first(graph_module)):
-            flag = _flag(graph_module, training)
-            graph_module.graph.call_function(require_mode, (flag, training, differs))
-    return graph_module
-
-
-def _first(graph_module: fx.GraphModule) -> fx.Node:
-    """The first node behind all placeholders (exported graphs look their parameters up before)."""
-    last = next((n for n in reversed(graph_module.graph.nodes) if n.op == "placeholder"), None)
-    return next(iter(graph_module.graph.nodes)) if last is None else last.next
-
-
-def _flag(graph_module: fx.GraphModule, training: bool) -> fx.Node:
-    graph_module.add_submodule(TRAINING_FLAG, TrainingFlag().train(training))
-    return graph_module.graph.call_module(TRAINING_FLAG)
-
-
-def _overlay(mine: fx.GraphModule, other: fx.GraphModule, training: bool) -> str:
-    """Makes ``mine`` serve both modes.
-
-    Returns:
-        Where the graphs differ in more than constants, or ``""``.
-    """
-    for node in (*mine.graph.nodes, *other.graph.nodes):
-        _spell_out(node)
-    _level(mine.graph, other.graph)
-    ours, theirs = list(mine.graph.nodes), list(other.graph.nodes)
-    twin = dict(zip(theirs, ours, strict=False))
-    for a, b in zip(ours, theirs, strict=False):
-        same = (a.op, str(a.target)) == (b.op, str(b.target))
-        if not same or not _same_but_constants((a.args, a.kwargs), (b.args, b.kwargs), twin):
-            return f"'{a.name}' ({node_where(a) or node_module(a) or a.target})"
-    if len(ours) != len(theirs):
-        return f"'{ours[-1].name}'"
-    flag: list[fx.Node] = []
-
-    def lay(x: Any, y: Any, before: fx.Node) -> Any:
-        if isinstance(x, fx.Node) or _equal(x, y):
-            return x
-        if isinstance(x, slice):
-            parts = zip((x.start, x.stop, x.step), (y.start, y.stop, y.step), strict=True)
-            return slice(*[lay(p, q, before) for p, q in parts])
-        if isinstance(x, tuple | list):
-            return type(x)(lay(p, q, before) for p, q in zip(x, y, strict=True))
-        if isinstance(x, dict):
-            return {k: lay(v, y[k], before) for k, v in x.items()}
-        if not flag:
-            with mine.graph.inserting_before(_first(mine)):
-                flag.append(_flag(mine, training))
-        in_training, in_eval = (x, y) if training else (y, x)
-        if in_training is True and in_eval is False:
-            return flag[0]
-        with mine.graph.inserting_before(before):
-            return mine.graph.call_function(by_mode, (flag[0], in_training, in_eval))
-
-    for a, b in zip(ours, theirs, strict=True):
-        a.args, a.kwargs = (
-            lay(tuple(a.args), tuple(b.args), a),
-            lay(dict(a.kwargs), dict(b.kwargs), a),
-        )
-    return ""
-
-
-def _level(mine: fx.Graph, other: fx.Graph) -> None:
-    """Gives each graph the ``contiguous`` calls of the other.
-
-    Export drops those that have nothing to do, which depends on the attention kernel, and that on
-    dropout.
-    """
-    a, b = next(iter(mine.nodes)), next(iter(other.nodes))
-    while a.op != "output" and b.op != "output":
-        if str(a.target) != str(b.target):
-            for node, graph, ahead in ((a, other, b), (b, mine, a)):
-                if node.target is torch.ops.aten.contiguous.default:
-                    source = ahead.prev
-                    with graph.inserting_after(source):
-                        added = graph.call_function(node.target, (source,), dict(node.kwargs))
-                    added.args = (source, *node.args[1:])
-                    added.meta = dict(source.meta)
-                    source.replace_all_uses_with(
-                        added, delete_user_cb=lambda u, n=added: u is not n
-                    )
-                    a, b = (a, added) if graph is other else (added, b)
-                    break
-            else:
-                return
-        a, b = a.next, b.next
-
-
-def _spell_out(node: fx.Node) -> None:
-    """Gives an aten call its default arguments.
-
-    Export leaves out those that one mode happens to agree with.
-    """
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return
-    args, kwargs = list(node.args), dict(node.kwargs)
-    for i, argument in enumerate(node.target._schema.arguments):
-        if i < len(args) or argument.name in kwargs or not argument.has_default_value():
-            continue
-        if argument.kwarg_only or i > len(args):
-            kwargs[argument.name] = argument.default_value
-        else:
-            args.append(argument.default_value)
-    for argument in node.target._schema.arguments[len(args) :]:
-        if argument.name not in kwargs or argument.kwarg_only:
-            break
-        args.append(kwargs.pop(argument.name))
-    node.args, node.kwargs = tuple(args), kwargs
-
-
-def _equal(x: Any, y: Any) -> bool:
-    """Equal constants; the caller takes containers apart, so that nodes inside are not compared."""
-    return not isinstance(x, tuple | list | dict | slice) and type(x) is type(y) and bool(x == y)
-
-
-def _same_but_constants(x: Any, y: Any, twin: dict[fx.Node, fx.Node]) -> bool:
-    """Whether two arguments name the same nodes in the same places."""
-    if isinstance(x, fx.Node) or isinstance(y, fx.Node):
-        return isinstance(y, fx.Node) and twin.get(y) is x
-    if isinstance(x, slice):
-        x, y = (
-            (x.start, x.stop, x.step),
-            (y.start, y.stop, y.step) if isinstance(y, slice) else None,
-        )
-    if isinstance(x, tuple | list):
-        return (
-            isinstance(y, tuple | list)
-            and len(x) == len(y)
-            and all(_same_but_constants(p, q, twin) for p, q in zip(x, y, strict=True))
-        )
-    if isinstance(x, dict):
-        return (
-            isinstance(y, dict)
-            and list(x) == list(y)
-            and all(_same_but_constants(v, y[k], twin) for k, v in x.items())
-        )
-    return True
 
 
 def _adopt(model: nn.Module, graph_module: fx.GraphModule, names: set[str]) -> None:
@@ -382,33 +217,3 @@ def _adopt(model: nn.Module, graph_module: fx.GraphModule, names: set[str]) -> N
             owner.register_parameter(leaf, value)
         else:
             owner.register_buffer(leaf, value)
-
-
-def node_where(node: fx.Node) -> str:
-    """``file:line`` of the user's code that made the node, ``""`` where the tracer did not say."""
-    trace = node.meta.get("stack_trace") or node.stack_trace or ""
-    best = ""
-    for line in trace.splitlines():
-        line = line.strip()
-        if line.startswith("File "):
-            name, _, rest = line.removeprefix("File ").partition(", line ")
-            name, number = name.strip('"'), rest.split(",")[0]
-            if "/torch/" not in name:
-                best = f"{name}:{number}"
-    return best
-
-
-def node_module(node: fx.Node) -> str:
-    """Qualified name of the module that the node belongs to, ``""`` for the root.
-
-    The tracers write it differently: ``blocks.0.attn``, ``L['self'].blocks.0.attn``,
-    ``L['self']._modules['blocks']._modules['0']``.
-    """
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return str(node.target) if node.op == "call_module" else ""
-    name = str(list(stack.values())[-1][0])
-    if name.startswith(("L[", "G[")):
-        name = name.split("]", 1)[1]
-    name = name.replace("._modules['", ".").replace("']", "").replace("['", ".")
-    return name.removeprefix("L__self__").strip(".").split("@")[0]

@@ -20,11 +20,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from dropit_fx.capture import node_module, node_where
 from dropit_fx.core_types import OpRule, Plan, Read, SavedRead, Site
 from dropit_fx.fake import fake_mode_of, fake_state, storage_id
 from dropit_fx.op_table import bind, is_inplace, rule_of
 from dropit_fx.packed_call import memory_order
+from dropit_fx.provenance import node_module, node_where
 
 
 class FakeRunError(RuntimeError):

@@ -1,0 +1,191 @@
+"""One graph for both modes: a trace in training and one in eval mode, laid over each other.
+
+Both tracers evaluate Python, so a graph knows one mode only: ``if self.training`` is decided while
+it is traced. Where the two graphs differ in constants alone (a dropout's rate), the constant
+becomes a choice made at run time (``by_mode``), and ``.train()`` and ``.eval()`` work on the result
+as on the model. Where they differ in more, the graph says so when it is run in the other mode.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from dropit_fx.packed_call import by_mode, require_mode
+from dropit_fx.provenance import node_module, node_where
+
+log = logging.getLogger(__name__)
+
+TRAINING_FLAG = "training_flag"
+
+
+class TrainingFlag(nn.Module):
+    """Returns its own ``training`` attribute, so that a graph can read the mode at run time."""
+
+    def forward(self) -> bool:
+        """True in training mode."""
+        return self.training
+
+
+def both_modes(model: nn.Module, trace: Callable[[nn.Module], fx.GraphModule]) -> fx.GraphModule:
+    """The graph that ``trace`` makes of ``model``, serving training and eval mode where it can."""
+    modes = [(m, m.training) for m in model.modules()]
+    training = model.training
+    try:
+        graph_module = trace(model)
+        model.train(not training)
+        try:
+            other = trace(model)
+        except Exception as error:
+            log.info("tracing in the other mode: %s", error)
+            other = None
+    finally:
+        for m, mode in modes:
+            m.training = mode
+    differs = "it cannot be traced" if other is None else _overlay(graph_module, other, training)
+    if differs:
+        log.warning(
+            "%s: training and eval differ in more than constants: %s", type(model).__name__, differs
+        )
+        with graph_module.graph.inserting_before(after_placeholders(graph_module)):
+            flag = _flag(graph_module, training)
+            graph_module.graph.call_function(require_mode, (flag, training, differs))
+    return graph_module
+
+
+def after_placeholders(graph_module: fx.GraphModule) -> fx.Node:
+    """The first node behind all placeholders (exported graphs look their parameters up before)."""
+    last = next((n for n in reversed(graph_module.graph.nodes) if n.op == "placeholder"), None)
+    return next(iter(graph_module.graph.nodes)) if last is None else last.next
+
+
+def _flag(graph_module: fx.GraphModule, training: bool) -> fx.Node:
+    graph_module.add_submodule(TRAINING_FLAG, TrainingFlag().train(training))
+    return graph_module.graph.call_module(TRAINING_FLAG)
+
+
+def _overlay(mine: fx.GraphModule, other: fx.GraphModule, training: bool) -> str:
+    """Makes ``mine`` serve both modes.
+
+    Returns:
+        Where the graphs differ in more than constants, or ``""``.
+    """
+    for node in (*mine.graph.nodes, *other.graph.nodes):
+        _spell_out(node)
+    _level(mine.graph, other.graph)
+    ours, theirs = list(mine.graph.nodes), list(other.graph.nodes)
+    twin = dict(zip(theirs, ours, strict=False))
+    for a, b in zip(ours, theirs, strict=False):
+        same = (a.op, str(a.target)) == (b.op, str(b.target))
+        if not same or not _same_but_constants((a.args, a.kwargs), (b.args, b.kwargs), twin):
+            return f"'{a.name}' ({node_where(a) or node_module(a) or a.target})"
+    if len(ours) != len(theirs):
+        return f"'{ours[-1].name}'"
+    flag: list[fx.Node] = []
+
+    def lay(x: Any, y: Any, before: fx.Node) -> Any:
+        if isinstance(x, fx.Node) or _equal(x, y):
+            return x
+        if isinstance(x, slice):
+            parts = zip((x.start, x.stop, x.step), (y.start, y.stop, y.step), strict=True)
+            return slice(*[lay(p, q, before) for p, q in parts])
+        if isinstance(x, tuple | list):
+            return type(x)(lay(p, q, before) for p, q in zip(x, y, strict=True))
+        if isinstance(x, dict):
+            return {k: lay(v, y[k], before) for k, v in x.items()}
+        if not flag:
+            with mine.graph.inserting_before(after_placeholders(mine)):
+                flag.append(_flag(mine, training))
+        in_training, in_eval = (x, y) if training else (y, x)
+        if in_training is True and in_eval is False:
+            return flag[0]
+        with mine.graph.inserting_before(before):
+            return mine.graph.call_function(by_mode, (flag[0], in_training, in_eval))
+
+    for a, b in zip(ours, theirs, strict=True):
+        a.args, a.kwargs = (
+            lay(tuple(a.args), tuple(b.args), a),
+            lay(dict(a.kwargs), dict(b.kwargs), a),
+        )
+    return ""
+
+
+def _level(mine: fx.Graph, other: fx.Graph) -> None:
+    """Gives each graph the ``contiguous`` calls of the other.
+
+    Export drops those that have nothing to do, which depends on the attention kernel, and that on
+    dropout.
+    """
+    a, b = next(iter(mine.nodes)), next(iter(other.nodes))
+    while a.op != "output" and b.op != "output":
+        if str(a.target) != str(b.target):
+            for node, graph, ahead in ((a, other, b), (b, mine, a)):
+                if node.target is torch.ops.aten.contiguous.default:
+                    source = ahead.prev
+                    with graph.inserting_after(source):
+                        added = graph.call_function(node.target, (source,), dict(node.kwargs))
+                    added.args = (source, *node.args[1:])
+                    added.meta = dict(source.meta)
+                    source.replace_all_uses_with(
+                        added, delete_user_cb=lambda u, n=added: u is not n
+                    )
+                    a, b = (a, added) if graph is other else (added, b)
+                    break
+            else:
+                return
+        a, b = a.next, b.next
+
+
+def _spell_out(node: fx.Node) -> None:
+    """Gives an aten call its default arguments.
+
+    Export leaves out those that one mode happens to agree with.
+    """
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return
+    args, kwargs = list(node.args), dict(node.kwargs)
+    for i, argument in enumerate(node.target._schema.arguments):
+        if i < len(args) or argument.name in kwargs or not argument.has_default_value():
+            continue
+        if argument.kwarg_only or i > len(args):
+            kwargs[argument.name] = argument.default_value
+        else:
+            args.append(argument.default_value)
+    for argument in node.target._schema.arguments[len(args) :]:
+        if argument.name not in kwargs or argument.kwarg_only:
+            break
+        args.append(kwargs.pop(argument.name))
+    node.args, node.kwargs = tuple(args), kwargs
+
+
+def _equal(x: Any, y: Any) -> bool:
+    """Equal constants; the caller takes containers apart, so that nodes inside are not compared."""
+    return not isinstance(x, tuple | list | dict | slice) and type(x) is type(y) and bool(x == y)
+
+
+def _same_but_constants(x: Any, y: Any, twin: dict[fx.Node, fx.Node]) -> bool:
+    """Whether two arguments name the same nodes in the same places."""
+    if isinstance(x, fx.Node) or isinstance(y, fx.Node):
+        return isinstance(y, fx.Node) and twin.get(y) is x
+    if isinstance(x, slice):
+        x, y = (
+            (x.start, x.stop, x.step),
+            (y.start, y.stop, y.step) if isinstance(y, slice) else None,
+        )
+    if isinstance(x, tuple | list):
+        return (
+            isinstance(y, tuple | list)
+            and len(x) == len(y)
+            and all(_same_but_constants(p, q, twin) for p, q in zip(x, y, strict=True))
+        )
+    if isinstance(x, dict):
+        return (
+            isinstance(y, dict)
+            and list(x) == list(y)
+            and all(_same_but_constants(v, y[k], twin) for k, v in x.items())
+        )
+    return True
