@@ -10,6 +10,7 @@ from os import PathLike
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import fx, nn
 
@@ -92,24 +93,37 @@ class Report:
         for r in self.rows:
             cells = (r.name, r.module, r.op, _short(r.where), mib(r.dense_bytes), mib(r.kept_bytes))
             text = r.codec if not r.reason else f"kept: {r.reason}"
-            table.add_row(*cells, text + (f" [in {r.region}]" if r.region else ""))
-        share = self.kept_bytes / self.dense_bytes if self.dense_bytes else 1.0
+            text += f" [in {r.region}]" if r.region else ""
+            table.add_row(*map(escape, (*cells, text)))
         table.add_section()
-        table.add_row(
-            "total",
-            "",
-            "",
-            "",
-            mib(self.dense_bytes),
-            mib(self.kept_bytes),
-            f"{share:.1%} of dense",
-        )
+        table.add_row("total", "", "", "", *self._totals())
         return table
 
+    def summary(self) -> Table:
+        """One line for each op and what became of the tensors that it reads, largest first."""
+        groups: dict[tuple[str, str], list[Row]] = {}
+        for r in self.rows:
+            if not r.region:
+                groups.setdefault((r.op, "kept dense" if r.reason else r.codec), []).append(r)
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        table.add_column("read by", overflow="fold")
+        for name in ("tensors", "dense", "kept"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("codec", overflow="fold")
+        for (op, codec), rows in sorted(groups.items(), key=lambda g: -sum(_dense(g[1]))):
+            sizes = mib(sum(_dense(rows))), mib(sum(r.kept_bytes for r in rows))
+            table.add_row(op, str(len(rows)), *sizes, codec)
+        table.add_section()
+        table.add_row("total", str(sum(map(len, groups.values()))), *self._totals())
+        return table
+
+    def _totals(self) -> tuple[str, str, str]:
+        share = self.kept_bytes / self.dense_bytes if self.dense_bytes else 1.0
+        return mib(self.dense_bytes), mib(self.kept_bytes), f"{share:.1%} of dense"
+
     def __str__(self) -> str:
-        out = StringIO()
-        Console(file=out, width=160).print(self.table())
-        return out.getvalue()
+        """The table, one line for each tensor however long."""
+        return as_text(self.table())
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draws dense and kept bytes of each saved tensor, in graph order, as PNG, SVG or PDF.
@@ -120,6 +134,17 @@ class Report:
         from dropit_fx.plot import report_picture
 
         report_picture(self, path)
+
+
+def as_text(table: Table) -> str:
+    """A table as plain text, in which no line is broken."""
+    out = StringIO()
+    Console(file=out, width=10_000, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def _dense(rows: list[Row]) -> list[int]:
+    return [r.dense_bytes for r in rows]
 
 
 def mib(count: int) -> str:

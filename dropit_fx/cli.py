@@ -1,0 +1,218 @@
+"""The command ``dropit-fx``: ``report`` a model, ``bench`` the kernels and formats.
+
+Errors that the user can mend are one message on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import dropit_fx
+from dropit_fx import backend, model_spec
+from dropit_fx.capture import CaptureError
+from dropit_fx.config import ConfigError
+from dropit_fx.model_spec import SpecError
+from dropit_fx.partition import KeepPacked, Partition
+from dropit_fx.report import as_text, mib
+
+# What the user can mend. A missing module: the extras, and what a factory imports.
+USER_ERRORS = (CaptureError, ConfigError, SpecError, OSError, ModuleNotFoundError)
+BENCHES = ("kernels", "formats")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code.
+
+    Args:
+        argv: The arguments without the program's name; None: those of the process.
+
+    Raises:
+        SystemExit: ``--help`` (0), or arguments that do not parse (2).
+    """
+    options = _parser().parse_args(argv)
+    try:
+        code: int = options.run(options)
+    except USER_ERRORS as error:
+        print(f"dropit-fx: error: {error}", file=sys.stderr)
+        return 2
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dropit-fx", description="Keeps what a training step saves for backward packed."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    report = commands.add_parser(
+        "report",
+        help="what a training step of a model saves, dense and packed",
+        description="One line for each tensor that autograd saves: who reads it, its bytes dense"
+        " and packed, or why it is kept. The model runs on fake tensors: only its parameters"
+        " take memory.",
+        epilog="example: dropit-fx report --model timm:deit_tiny_patch16_224 --batch 16",
+    )
+    report.add_argument(
+        "--model",
+        required=True,
+        metavar="SPEC",
+        help="timm:NAME, torchvision:NAME, or pkg.module:factory (called without arguments;"
+        " returns a module, or (module, example_args))",
+    )
+    report.add_argument("--batch", type=_positive, default=16, help="batch size (default: 16)")
+    report.add_argument(
+        "--size", type=_positive, metavar="PX", help="image side (default: what the model tells)"
+    )
+    _add_config(report)
+    report.add_argument(
+        "--summary", action="store_true", help="one line for each op, not for each tensor"
+    )
+    report.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="write JSON to FILE; without FILE, to stdout in the place of the table",
+    )
+    report.add_argument("--plot", metavar="FILE", help="draw it as .png, .svg or .pdf")
+    report.add_argument(
+        "--compiled",
+        action="store_true",
+        help="also compile the model, dense and with the plug-in, and read what the compiled"
+        " forwards really save (takes minutes for a large model)",
+    )
+    report.set_defaults(run=_report)
+
+    bench = commands.add_parser(
+        "bench", help="measure kernels and formats on this machine", add_help=False
+    )
+    bench.add_argument("what", nargs="?", metavar="{" + ",".join(BENCHES) + "}")
+    bench.add_argument("rest", nargs=argparse.REMAINDER)
+    bench.set_defaults(run=_bench)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what to pack (default: the preset 'dropit')")
+    group.add_argument("--config", metavar="FILE", help="a YAML file of rules")
+    group.add_argument("--preset", metavar="NAME", help="its rules come after the config's own")
+    group.add_argument("--strategy", metavar="CODEC", help="codec of linear and conv inputs")
+    group.add_argument("--gamma", type=float, help="dropping rate in [0, 1) of the preset's rules")
+    group.add_argument("--bits", type=int, help="bits of a kept value of the preset's rules")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def _report(options: argparse.Namespace) -> int:
+    progress = Console(stderr=True)
+    config = {k: getattr(options, k) for k in ("config", "preset", "strategy", "gamma", "bits")}
+    with progress.status(f"building {options.model}"):
+        model, args = model_spec.build(options.model, options.batch, options.size)
+    with progress.status("finding what autograd saves"):
+        report = dropit_fx.report(dropit_fx.transform(model, example_args=args, **config))
+    compiled = _compiled(progress, model, args, config) if options.compiled else {}
+
+    if options.plot:
+        report.plot(options.plot)
+    if options.json:
+        data: dict[str, Any] = {
+            "model": options.model,
+            "batch": options.batch,
+            "config": {k: v for k, v in config.items() if v is not None},
+        }
+        data |= report.to_dict()
+        if compiled:
+            data["compiled"] = {k: _partition_data(v) for k, v in compiled.items()}
+        _write(json.dumps(data, indent=2) + "\n", options.json)
+    if options.json != "-":
+        out = Console()
+        table = report.summary() if options.summary else report.table()
+        if out.is_terminal:
+            out.print(table)
+        else:
+            sys.stdout.write(as_text(table))
+        if compiled:
+            sys.stdout.write(_compiled_text(compiled, options.summary))
+    return 0
+
+
+Partitions = dict[str, list[Partition]]  # "dense" and "packed"
+
+
+def _compiled(
+    progress: Console, model: nn.Module, args: tuple[Any, ...], config: dict[str, Any]
+) -> Partitions:
+    """Compiles the model twice with inductor and reads the partitions."""
+    dense: list[Partition] = []
+    before = len(backend.compiled_graphs())
+    options = {k: v for k, v in config.items() if v is not None}
+    guard: dict[str, Any] = {"custom_partitioner_fn": KeepPacked(note=dense.append)}
+    no_caches = torch.compiler.config.patch(force_disable_caches=True)  # type: ignore[attr-defined]
+    with warnings.catch_warnings(), no_caches:  # a cached result has no graph to read
+        warnings.filterwarnings("ignore", ".*force_disable_caches")
+        with progress.status("compiling it dense"):
+            torch.compile(model, options=guard)(*args)
+        torch._dynamo.reset()
+        with progress.status("compiling it packed"):
+            torch.compile(model, backend="dropit", options=options)(*args)
+        torch._dynamo.reset()
+    packed = [p for graph in backend.compiled_graphs()[before:] for p in graph.partitions]
+    return {"dense": dense, "packed": packed}
+
+
+def _partition_data(partitions: list[Partition]) -> dict[str, Any]:
+    return {
+        "saved_bytes": sum(p.saved_bytes for p in partitions),
+        "packs_in_backward": [name for p in partitions for name in p.packs_in_backward],
+        "unpacks_in_forward": [name for p in partitions for name in p.unpacks_in_forward],
+        "saved": [vars(v) for p in partitions for v in p.saved],
+    }
+
+
+def _compiled_text(compiled: Partitions, summary: bool) -> str:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("saved by the compiled forward", "made by", "bytes", ""):
+        table.add_column(name, justify="right" if name == "bytes" else "left")
+    for p in compiled["packed"]:
+        for v in () if summary else p.saved:
+            table.add_row(v.name, v.source, mib(v.nbytes), "packed" if v.packed else "")
+    dense, packed = (sum(p.saved_bytes for p in compiled[k]) for k in ("dense", "packed"))
+    table.add_row("total, packed", "", mib(packed), f"{packed / max(dense, 1):.1%} of dense")
+    table.add_row("total, dense", "", mib(dense), "")
+    wrong = [n for p in compiled["packed"] for n in (*p.packs_in_backward, *p.unpacks_in_forward)]
+    note = f"on the wrong side of the partition: {', '.join(wrong)}\n" if wrong else ""
+    return "\n" + as_text(table) + note
+
+
+def _bench(options: argparse.Namespace) -> int:
+    bench = import_module("dropit_fx.bench")
+    code: int = bench.main([*([options.what] if options.what else []), *options.rest])
+    return code
+
+
+def _write(text: str, path: str) -> None:
+    if path == "-":
+        sys.stdout.write(text)
+        return
+    with open(path, "w") as file:
+        file.write(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
