@@ -17,6 +17,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#define X86 1
+#include <immintrin.h>
+#endif
+
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
 #endif
@@ -50,7 +55,7 @@ typedef struct {
     int64_t numel, keep, block; /* block > 0 here: the caller replaces 0 by numel */
     int64_t k_full, k_tail;     /* kept in a full block and in the tail */
     const int64_t *seed;   /* NULL: nearest */
-    int dtype, bits, affine, is_sample, failed;
+    int dtype, bits, affine, is_sample, vector; /* vector: AVX2 may be used */
 } Job;
 
 /* ------------------------------------------------------------------------------------------- floats */
@@ -255,7 +260,8 @@ INLINE int32_t fixed_point(uint32_t magnitude, int32_t largest) {
     return (int32_t)((mantissa >> (shift > 31 ? 31 : shift)) + 1) >> 1;
 }
 
-INLINE void encode_codebook(const float *x, int64_t k, int bits, float low, float high, uint8_t *codes, float *scale) {
+INLINE void encode_codebook(const float *x, int64_t k, int bits, float low, float high, int32_t *fixed, uint8_t *codes,
+                            float *scale) {
     int count = 1 << (bits - 1);
     uint32_t border[4] = {0, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF};
     float low_root = sqrtf(low), high_root = sqrtf(high);
@@ -277,20 +283,20 @@ INLINE void encode_codebook(const float *x, int64_t k, int bits, float low, floa
     int32_t largest = (int32_t)(bits_of(high) >> 23);
     largest = largest > 0 ? largest : 1;
     int64_t sum[5] = {0}, square[5] = {0}; /* of what reaches border j */
+    for (int64_t i = 0; i < k; i++) fixed[i] = fixed_point(bits_of(x[i]) & 0x7FFFFFFF, largest);
     for (int j = 0; j < count; j++) {
         uint32_t least = border[j];
         for (int64_t i = 0; i < k; i += CHUNK) {
-            int64_t m = k - i < CHUNK ? k - i : CHUNK;
+            int64_t end = k - i < CHUNK ? k : i + CHUNK;
             int32_t s = 0;
-            int64_t q = 0;
-            for (int64_t l = i; l < i + m; l++) {
-                uint32_t a = bits_of(x[l]) & 0x7FFFFFFF;
-                int32_t u = a >= least ? fixed_point(a, largest) : 0;
-                s += u;
-                q += (int64_t)(uint32_t)(u * u);
+            uint64_t q = 0;
+            for (int64_t l = i; l < end; l++) {
+                uint32_t u = (bits_of(x[l]) & 0x7FFFFFFF) >= least ? (uint32_t)fixed[l] : 0;
+                s += (int32_t)u;
+                q += (uint64_t)u * u;
             }
             sum[j] += s;
-            square[j] += q;
+            square[j] += (int64_t)q;
         }
     }
     for (int j = 0; j < count; j++) {
@@ -394,11 +400,11 @@ INLINE void encode_block(const Job *job, Scratch *s, int64_t k, uint8_t *values,
             if (job->seed)
                 encode_codebook_stochastic(x, s->index, *job->seed, k, bits, low, high, s->codes, scale);
             else if (bits == 1)
-                encode_codebook(x, k, 1, low, high, s->codes, scale);
+                encode_codebook(x, k, 1, low, high, (int32_t *)s->key, s->codes, scale);
             else if (bits == 2)
-                encode_codebook(x, k, 2, low, high, s->codes, scale);
+                encode_codebook(x, k, 2, low, high, (int32_t *)s->key, s->codes, scale);
             else
-                encode_codebook(x, k, 3, low, high, s->codes, scale);
+                encode_codebook(x, k, 3, low, high, (int32_t *)s->key, s->codes, scale);
         } else if (!poisoned) {
             scale[0] = round_down(sqrtf(low));
             scale[1] = round_up(sqrtf(high));
@@ -483,31 +489,114 @@ INLINE void mark(const void *key, int wide, int64_t n, int64_t k, uint8_t *flag,
     }
 }
 
-INLINE void compact32(const uint32_t *x, const uint8_t *flag, const uint8_t *mask, int64_t n, int64_t k, uint32_t *out) {
-    int64_t at = 0;
-    if (k * 3 < n) {
-        for (int64_t i = 0; i < n; i += 64)
-            for (uint64_t word = mask_word(mask, n, i); word; word &= word - 1) out[at++] = x[i + LOWEST_BIT(word)];
-        return;
+/* Where few are kept the set bits are walked, else every element is stored and the position moves on by its flag;
+ * with AVX2 eight at a time. Nothing is written beyond out[k - 1]. */
+#ifdef X86
+#define VECTOR __attribute__((target("avx2,bmi,bmi2,popcnt"))) static
+#define BYTES 0x0706050403020100ull /* the indices 0..7 */
+
+VECTOR int64_t compact32_avx2(const uint32_t *x, const uint8_t *mask, int64_t n, int64_t k, uint32_t *out, int64_t *at) {
+    int64_t i = 0, to = 0;
+    for (; i + 8 <= n && to + 8 <= k; i += 8) {
+        uint64_t lanes = _pdep_u64(mask[i / 8], 0x0101010101010101ull) * 0xFF;
+        __m256i order = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)_pext_u64(BYTES, lanes)));
+        __m256i v = _mm256_loadu_si256((const __m256i *)(x + i));
+        _mm256_storeu_si256((__m256i *)(out + to), _mm256_permutevar8x32_epi32(v, order));
+        to += _mm_popcnt_u32(mask[i / 8]);
     }
-    for (int64_t i = 0; at < k; i++) { /* never writes beyond out[k - 1] */
-        out[at] = x[i];
-        at += flag[i];
-    }
+    *at = to;
+    return i;
 }
 
-INLINE void compact16(const uint16_t *x, const uint8_t *flag, const uint8_t *mask, int64_t n, int64_t k, uint16_t *out) {
-    int64_t at = 0;
-    if (k * 3 < n) {
-        for (int64_t i = 0; i < n; i += 64)
-            for (uint64_t word = mask_word(mask, n, i); word; word &= word - 1) out[at++] = x[i + LOWEST_BIT(word)];
-        return;
+VECTOR int64_t compact16_avx2(const uint16_t *x, const uint8_t *mask, int64_t n, int64_t k, uint16_t *out, int64_t *at) {
+    int64_t i = 0, to = 0;
+    for (; i + 8 <= n && to + 8 <= k; i += 8) {
+        uint64_t lanes = _pdep_u64(mask[i / 8], 0x0101010101010101ull) * 0xFF;
+        __m128i order = _mm_cvtepu8_epi16(_mm_cvtsi64_si128((int64_t)_pext_u64(BYTES, lanes)));
+        order = _mm_add_epi16(_mm_mullo_epi16(order, _mm_set1_epi16(0x0202)), _mm_set1_epi16(0x0100));
+        __m128i v = _mm_loadu_si128((const __m128i *)(x + i));
+        _mm_storeu_si128((__m128i *)(out + to), _mm_shuffle_epi8(v, order));
+        to += _mm_popcnt_u32(mask[i / 8]);
     }
-    for (int64_t i = 0; at < k; i++) {
-        out[at] = x[i];
-        at += flag[i];
-    }
+    *at = to;
+    return i;
 }
+
+VECTOR int64_t expand32_avx2(const uint32_t *v, const uint8_t *mask, int64_t n, int64_t k, uint32_t *out, int64_t *at) {
+    int64_t i = 0, from = 0;
+    for (; i + 8 <= n && from + 8 <= k; i += 8) {
+        uint64_t lanes = _pdep_u64(mask[i / 8], 0x0101010101010101ull) * 0xFF;
+        __m256i order = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)_pdep_u64(BYTES, lanes)));
+        __m256i set = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)lanes));
+        __m256i kept = _mm256_loadu_si256((const __m256i *)(v + from));
+        kept = _mm256_and_si256(_mm256_permutevar8x32_epi32(kept, order), set);
+        _mm256_storeu_si256((__m256i *)(out + i), kept);
+        from += _mm_popcnt_u32(mask[i / 8]);
+    }
+    *at = from;
+    return i;
+}
+
+VECTOR int64_t expand16_avx2(const uint16_t *v, const uint8_t *mask, int64_t n, int64_t k, uint16_t *out, int64_t *at) {
+    int64_t i = 0, from = 0;
+    for (; i + 8 <= n && from + 8 <= k; i += 8) {
+        uint64_t lanes = _pdep_u64(mask[i / 8], 0x0101010101010101ull) * 0xFF;
+        __m128i order = _mm_cvtepu8_epi16(_mm_cvtsi64_si128((int64_t)_pdep_u64(BYTES, lanes)));
+        order = _mm_add_epi16(_mm_mullo_epi16(order, _mm_set1_epi16(0x0202)), _mm_set1_epi16(0x0100));
+        __m128i set = _mm_cvtepi8_epi16(_mm_cvtsi64_si128((int64_t)lanes));
+        __m128i kept = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(v + from)), order);
+        _mm_storeu_si128((__m128i *)(out + i), _mm_and_si128(kept, set));
+        from += _mm_popcnt_u32(mask[i / 8]);
+    }
+    *at = from;
+    return i;
+}
+#endif
+
+#ifdef X86
+#define WITH_AVX2(name, ...) (vector ? name##_avx2(__VA_ARGS__) : 0)
+#else
+#define WITH_AVX2(name, ...) ((void)vector, 0)
+#endif
+
+#define COMPACT(width)                                                                                         \
+    INLINE void compact##width(const uint##width##_t *x, const uint8_t *flag, const uint8_t *mask, int64_t n,  \
+                               int64_t k, int vector, uint##width##_t *out) {                                  \
+        int64_t at = 0;                                                                                        \
+        if (k * 16 < n) {                                                                                      \
+            for (int64_t i = 0; i < n; i += 64)                                                                \
+                for (uint64_t word = mask_word(mask, n, i); word; word &= word - 1)                            \
+                    out[at++] = x[i + LOWEST_BIT(word)];                                                       \
+            return;                                                                                            \
+        }                                                                                                      \
+        for (int64_t i = WITH_AVX2(compact##width, x, mask, n, k, out, &at); at < k; i++) {                    \
+            out[at] = x[i];                                                                                    \
+            at += flag[i];                                                                                     \
+        }                                                                                                      \
+    }
+
+#define EXPAND(width)                                                                                          \
+    INLINE void expand##width(const uint##width##_t *v, const uint8_t *mask, int64_t n, int64_t k, int vector, \
+                              uint##width##_t *out) {                                                          \
+        int64_t at = 0;                                                                                        \
+        if (k * 16 < n) {                                                                                      \
+            memset(out, 0, (size_t)n * sizeof *out);                                                           \
+            for (int64_t i = 0; i < n; i += 64)                                                                \
+                for (uint64_t word = mask_word(mask, n, i); word; word &= word - 1)                            \
+                    out[i + LOWEST_BIT(word)] = v[at++];                                                       \
+            return;                                                                                            \
+        }                                                                                                      \
+        for (int64_t i = WITH_AVX2(expand##width, v, mask, n, k, out, &at); i < n; i++) {                      \
+            uint32_t bit = mask[i / 8] >> (i & 7) & 1;                                                         \
+            out[i] = (uint##width##_t)(v[at < k ? at : k - 1] & (0u - bit));                                   \
+            at += bit;                                                                                         \
+        }                                                                                                      \
+    }
+
+COMPACT(32)
+COMPACT(16)
+EXPAND(32)
+EXPAND(16)
 
 INLINE void widen(const uint16_t *in, int64_t n, int dtype, float *out) {
     if (dtype == BF16)
@@ -543,9 +632,9 @@ INLINE void sparsify_block(const Job *job, Scratch *s, int64_t b) {
         if (full)
             memcpy(out, x, (size_t)(n * size));
         else if (wide)
-            compact32((const uint32_t *)x, s->flag, mask, n, k, (uint32_t *)out);
+            compact32((const uint32_t *)x, s->flag, mask, n, k, job->vector, (uint32_t *)out);
         else
-            compact16((const uint16_t *)x, s->flag, mask, n, k, (uint16_t *)out);
+            compact16((const uint16_t *)x, s->flag, mask, n, k, job->vector, (uint16_t *)out);
         if (job->is_sample) {
             float weight = (float)(k ? (double)n / (double)k : 0.0);
             for (int64_t i = 0; i < k; i++) {
@@ -573,11 +662,11 @@ INLINE void sparsify_block(const Job *job, Scratch *s, int64_t b) {
         if (full)
             memcpy(s->x, x, (size_t)n * 4);
         else
-            compact32((const uint32_t *)x, s->flag, mask, n, k, (uint32_t *)s->x);
+            compact32((const uint32_t *)x, s->flag, mask, n, k, job->vector, (uint32_t *)s->x);
     } else {
         const uint16_t *kept = (const uint16_t *)x;
         if (!full) {
-            compact16((const uint16_t *)x, s->flag, mask, n, k, (uint16_t *)s->key);
+            compact16((const uint16_t *)x, s->flag, mask, n, k, job->vector, (uint16_t *)s->key);
             kept = (const uint16_t *)s->key;
         }
         widen(kept, k, job->dtype, s->x);
@@ -585,38 +674,6 @@ INLINE void sparsify_block(const Job *job, Scratch *s, int64_t b) {
     int64_t stride = (job->k_full * job->bits + 7) / 8;
     int columns = scale_columns(job->bits, job->affine);
     encode_block(job, s, k, (uint8_t *)job->values + b * stride, job->scale + b * columns);
-}
-
-INLINE void expand32(const uint32_t *v, const uint8_t *mask, int64_t n, int64_t k, uint32_t *out) {
-    int64_t at = 0;
-    if (k * 3 < n) {
-        memset(out, 0, (size_t)n * 4);
-        for (int64_t i = 0; i < n; i += 64)
-            for (uint64_t word = mask_word(mask, n, i); word; word &= word - 1) out[i + LOWEST_BIT(word)] = v[at++];
-        return;
-    }
-    int64_t last = k - 1;
-    for (int64_t i = 0; i < n; i++) {
-        uint32_t bit = mask[i / 8] >> (i & 7) & 1;
-        out[i] = v[at < last ? at : last] & (0u - bit);
-        at += bit;
-    }
-}
-
-INLINE void expand16(const uint16_t *v, const uint8_t *mask, int64_t n, int64_t k, uint16_t *out) {
-    int64_t at = 0;
-    if (k * 3 < n) {
-        memset(out, 0, (size_t)n * 2);
-        for (int64_t i = 0; i < n; i += 64)
-            for (uint64_t word = mask_word(mask, n, i); word; word &= word - 1) out[i + LOWEST_BIT(word)] = v[at++];
-        return;
-    }
-    int64_t last = k - 1;
-    for (int64_t i = 0; i < n; i++) {
-        uint32_t bit = mask[i / 8] >> (i & 7) & 1;
-        out[i] = (uint16_t)(v[at < last ? at : last] & (0u - bit));
-        at += bit;
-    }
 }
 
 /* `job->x` is the output here; scale and values the input. */
@@ -655,9 +712,9 @@ INLINE void unsparsify_block(const Job *job, Scratch *s, int64_t b) {
     if (full)
         memcpy(out, v, (size_t)(n * size));
     else if (wide)
-        expand32(v, mask, n, k, out);
+        expand32(v, mask, n, k, job->vector, out);
     else
-        expand16(v, mask, n, k, out);
+        expand16(v, mask, n, k, job->vector, out);
 }
 
 /* --------------------------------------------------------------------------------------- dispatch, threads */
@@ -673,7 +730,7 @@ typedef void (*Worker)(const Job *, Scratch *, int64_t, int64_t);
     }
 
 WORKER(plain, )
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef X86
 WORKER(avx2, __attribute__((target("avx2,bmi,bmi2,popcnt"))))
 WORKER(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,bmi,bmi2,popcnt"))))
 #endif
@@ -683,7 +740,7 @@ static int forced_level = -1;
 /* 0: plain, 1: AVX2, 2: AVX-512. `wanted` < 0 asks for the best the machine has. */
 EXPORT int dropit_level(int wanted) {
     int best = 0;
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")) best = 1;
     if (best && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -696,7 +753,7 @@ EXPORT int dropit_level(int wanted) {
 
 static Worker choose(int back) {
     int level = forced_level < 0 ? dropit_level(-1) : forced_level;
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef X86
     if (level == 2) return back ? unsparsify_avx512 : sparsify_avx512;
     if (level == 1) return back ? unsparsify_avx2 : sparsify_avx2;
 #endif
@@ -714,6 +771,7 @@ static int run(Job *job, int back, int threads) {
     int64_t parts = job->numel < 1 << 14 || threads < 1 ? 1 : threads;
     parts = parts < blocks ? parts : blocks;
     Worker worker = choose(back);
+    job->vector = forced_level > 0;
     int failed = 0;
 #pragma omp parallel for num_threads((int)parts) schedule(static, 1) if (parts > 1) reduction(| : failed)
     for (int64_t part = 0; part < parts; part++) {

@@ -1,7 +1,7 @@
 """Loads the C kernels of `cpu.c` and makes them the CPU implementation of the ops.
 
 The shared library is an optional part of the installation (extension `dropit_fx.kernels._cpu`;
-plain C, loaded with ctypes). Where it is missing the reference takes over, and one log line says so.
+plain C, loaded with ctypes). Where it is missing the reference takes over; one log line says so.
 OpenMP's symbols resolve to the runtime that torch has loaded, so both use the same threads.
 """
 
