@@ -72,9 +72,10 @@ def _insert_pack(
             if isinstance(value, fx.Node) and order[value] < order[first]:
                 needed[value] = None
     source = nodes[str(lead.read.source)]
+    autocast = lead.read.rule is not None and lead.read.rule.autocast
     with graph.inserting_before(first):
         node = graph.call_function(
-            pack, (source, tuple(needed), lead.codec, dict(lead.options)), {"autocast": True}
+            pack, (source, tuple(needed), lead.codec, dict(lead.options)), {"autocast": autocast}
         )
     node.meta = {k: v for k, v in first.meta.items() if k in ("nn_module_stack", "stack_trace")}
     order[node] = order[first]  # behind an in-place op, its source is redirected too
