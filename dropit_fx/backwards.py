@@ -99,14 +99,13 @@ def linear(grad: Tensor, saved: Saved, call: Call) -> Grads:
     if grad.dim() < 2 or len(call.shapes["weight"]) != 2:
         return vjp(grad, saved, call)
     out: Grads = {}
-    flat = grad.reshape(-1, grad.shape[-1])  # (rows, out)
+    flat = grad.flatten(0, -2)  # (rows, out)
     if "input" in call.needs:
         shape, strides = call.shapes["input"], call.strides["input"]
         columns = grad.dim() == 2 and _column_major(shape, strides)
         out["input"] = _left(flat, saved["weight"].t(), columns).reshape(shape)
     if "weight" in call.needs:
-        rows = saved["input"].reshape(-1, call.shapes["input"][-1])  # (rows, in)
-        out["weight"] = flat.t().mm(rows)
+        out["weight"] = flat.t().mm(saved["input"].flatten(0, -2))  # (out, rows) @ (rows, in)
     if "bias" in call.needs:
         # contiguous inputs go through addmm on the flat view, others through a broadcast add
         whole = _contiguous(call.shapes["input"], call.strides["input"])
@@ -169,35 +168,33 @@ def baddbmm(grad: Tensor, saved: Saved, call: Call) -> Grads:
 
 
 def matmul(grad: Tensor, saved: Saved, call: Call) -> Grads:
-    """``input: (*, m, k)``, ``other: (*, k, n)``, batch dimensions broadcast.
+    """``input: (*, m, k)``, ``other: (*, k, n)`` or ``(k, n)``.
 
-    As ``torch.matmul`` does it: folded into one ``mm`` where ``other`` is a matrix, else expanded
-    to ``bmm``.
+    As ``torch.matmul`` does it: folded into one ``mm`` where ``other`` is a matrix, else one
+    ``bmm``. How it folds batches that broadcast depends on more than their shapes: those repeat the
+    forward.
     """
     a_shape, b_shape = call.shapes["input"], call.shapes["other"]
-    if len(a_shape) < 2 or len(b_shape) < 2 or (len(a_shape) == 2 < len(b_shape)):
+    one_batch = a_shape[:-2] == b_shape[:-2]
+    if len(a_shape) < 2 or len(b_shape) < 2 or not (one_batch or len(b_shape) == 2):
         return vjp(grad, saved, call)
     out: Grads = {}
-    k, n = b_shape[-2], b_shape[-1]
     if len(b_shape) == 2:
-        flat = grad.reshape(-1, n)
+        flat = grad.flatten(0, -2)  # (rows, n)
         if "input" in call.needs:
             columns = len(a_shape) == 2 and _column_major(a_shape, call.strides["input"])
             out["input"] = _left(flat, saved["other"], columns).reshape(a_shape)
         if "other" in call.needs:
             columns = _column_major(b_shape, call.strides["other"])
-            out["other"] = _right(flat, saved["input"].reshape(-1, k), columns)
+            out["other"] = _right(flat, saved["input"].flatten(0, -2), columns)
         return out
-    batch = grad.shape[:-2]
-    flat = grad.reshape(-1, grad.shape[-2], n)  # (b, m, n)
+    flat = grad.flatten(0, -3)  # (batch, m, n)
     if "input" in call.needs:
-        b = saved["other"].expand(*batch, k, n).reshape(-1, k, n)
-        full = flat.bmm(b.transpose(1, 2)).reshape(*batch, a_shape[-2], k)
-        out["input"] = full.sum_to_size(a_shape)
+        b = saved["other"].flatten(0, -3)  # (batch, k, n)
+        out["input"] = flat.bmm(b.transpose(1, 2)).reshape(a_shape)
     if "other" in call.needs:
-        a = saved["input"].expand(*batch, a_shape[-2], k).reshape(-1, a_shape[-2], k)
-        full = a.transpose(1, 2).bmm(flat).reshape(*batch, k, n)
-        out["other"] = full.sum_to_size(b_shape)
+        a = saved["input"].flatten(0, -3)  # (batch, m, k)
+        out["other"] = a.transpose(1, 2).bmm(flat).reshape(b_shape)
     return out
 
 
