@@ -62,7 +62,10 @@ def transform(
     """
     settled = make_config(config, preset=preset, strategy=strategy, gamma=gamma, bits=bits)
     if modules is not None:
-        return _transform_submodules(model, settled, modules, example_args, example_kwargs)
+        whole: fx.GraphModule = _transform_submodules(
+            model, settled, modules, example_args, example_kwargs
+        )
+        return whole
     args, kwargs = example_inputs.settle(model, example_args, example_kwargs)
     graph_module = capture(model, args, kwargs)
     plan = rewrite(graph_module, settled, args, kwargs)

@@ -190,11 +190,11 @@ def graph_follows_decisions(plan: Plan) -> Iterator[str]:
     for label in sorted(wanted.keys() & found.keys()):
         decision, how = wanted[label], found[label]
         asked, got = f"{decision.codec} {decision.options}", f"{how}"
-        if isinstance(how, fx.Node):
+        if isinstance(how, fx.Node) and how.target is pack:
             _, _, codec, options = _arguments(how)
             got = f"{codec} {options}"
             made[str(decision.pack)].add(how)
-        else:
+        elif decision.pack is None:
             asked = decision.codec
         if asked != got:
             yield f"{label} is packed as {got} and was to be {asked}"
