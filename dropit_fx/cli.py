@@ -134,6 +134,7 @@ def _report(options: argparse.Namespace) -> int:
         data: dict[str, Any] = {
             "model": options.model,
             "batch": options.batch,
+            "size": options.size,
             "config": {k: v for k, v in config.items() if v is not None},
         }
         data |= report.to_dict()

@@ -202,7 +202,8 @@ def _draw_training(axes: Any, name: str, model: Mapping[str, Any], last: bool) -
         low, high = [100 * min(c) for c in columns], [100 * max(c) for c in columns]
         axes.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0)
         axes.plot(epochs, means, color=colour, label=f"{variant}: {means[-1]:.1f} % at the end")
-    title = f"{name}: test accuracy, mean and range of {len(curves)} seeds"
+    seeds = f"mean and range of {len(curves)} seeds" if len(curves) > 1 else "one seed"
+    title = f"{name}: test accuracy, {seeds}"
     _finish(axes, title, "%")
     axes.set_ylim(max(0, min(60, axes.get_ylim()[0])), 100.5)
     axes.legend(frameon=False, loc="lower right")

@@ -101,7 +101,7 @@ def test_json_holds_rows_and_totals(report: Report) -> None:
 
 
 def test_a_model_that_was_not_rewritten_has_no_report() -> None:
-    with pytest.raises(ValueError, match="Shared was not rewritten by dropit_fx.transform"):
+    with pytest.raises(ValueError, match=r"Shared was not rewritten by dropit_fx\.transform"):
         dropit_fx.report(Shared())
 
 

@@ -1,0 +1,165 @@
+"""The command line, in-process: what it prints, writes and refuses."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from dropit_fx.cli import main
+
+FACTORIES = """
+import torch
+from torch import nn
+
+def mlp():
+    layers = nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)
+    return nn.Sequential(*layers)
+
+def tokens():
+    model = nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    return model, (torch.arange(10).expand(2, 10),)
+
+def number():
+    return 3
+
+class Branches(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+def untraceable():
+    return nn.Sequential(nn.Linear(4, 4), Branches()), (torch.ones(2, 4),)
+"""
+
+
+@pytest.fixture
+def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module of factories in the working directory, imported anew."""
+    (tmp_path / "cli_factories.py").write_text(FACTORIES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "cli_factories", raising=False)
+    return "cli_factories"
+
+
+def test_report_of_a_factory(factories: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "--model", f"{factories}:mlp", "--batch", "64"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:2] == ["saved", "tensor"]
+    assert any("bitmask(bits=1)+mink(gamma=0.9)" in line for line in lines)
+    assert lines[-1].startswith("total")
+
+
+def test_report_of_timm_with_size(capsys: pytest.CaptureFixture[str]) -> None:
+    spec = "timm:deit_tiny_patch16_224"
+    assert main(["report", "--model", spec, "--batch", "2", "--size", "64", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    qkv = next(r for r in data["rows"] if r["module"] == "blocks.0.attn.qkv")
+    assert qkv["shape"] == [2 * (4 * 4 + 1), 192]
+    assert 0 < data["kept_bytes"] < data["dense_bytes"]
+    assert sum(r["kept_bytes"] for r in data["rows"]) == data["kept_bytes"]
+
+
+def test_report_of_torchvision_writes_json_and_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, picture = tmp_path / "r.json", tmp_path / "r.png"
+    arguments = ["--model", "torchvision:resnet18", "--batch", "2", "--size", "64", "--summary"]
+    assert main(["report", *arguments, "--json", str(out), "--plot", str(picture)]) == 0
+    data = json.loads(out.read_text())
+    assert (data["model"], data["batch"], data["size"]) == ("torchvision:resnet18", 2, 64)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    text = capsys.readouterr().out
+    assert "relu+conv2d" in text
+    assert f"{data['ratio']:.1%} of dense" in text
+
+
+def test_integer_inputs_keep_their_range(
+    factories: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", "--model", f"{factories}:tokens", "--batch", "32", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert any(r["shape"] == [32 * 10, 64] for r in rows)
+
+
+def test_what_to_pack(factories: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    report = ["report", "--model", f"{factories}:mlp", "--batch", "64", "--json"]
+
+    def codecs(*extra: str) -> set[str]:
+        assert main([*report, *extra]) == 0
+        return {r["codec"] for r in json.loads(capsys.readouterr().out)["rows"]}
+
+    config = tmp_path / "c.yaml"
+    config.write_text("preset: null\nrules:\n  - {op: linear, codec: keep}\n")
+    assert codecs("--config", str(config)) == {"keep"}
+    assert any("mink(gamma=0.5)" in c for c in codecs("--gamma", "0.5"))
+    assert any("random(gamma=0.9)" in c for c in codecs("--strategy", "random"))
+    assert not any("mink" in c for c in codecs("--preset", "lossless"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "timm:resnet8"], "timm has no model 'resnet8'. Did you mean resnet"),
+        (["--model", "torchvision:resnt18"], "torchvision has no model 'resnt18'. Did you mean"),
+        (["--model", "resnet18"], "'resnet18' is no model: write timm:NAME, torchvision:NAME"),
+        (
+            ["--model", "tim:resnet18"],
+            "no module 'tim' to import 'resnet18' from. Did you mean timm",
+        ),
+        (["--model", "cli_factories:mpl"], "has no function 'mpl'. Did you mean mlp"),
+        (["--model", "cli_factories:number"], "cli_factories:number returned int; a module was"),
+        (["--model", "cli_factories:untraceable"], "no tracer takes"),
+        (["--model", "cli_factories:mlp", "--gamma", "2"], "gamma = 2.0 for codec 'mink'"),
+        (["--model", "cli_factories:mlp", "--preset", "dropt"], "Did you mean 'dropit'?"),
+        (["--model", "cli_factories:mlp", "--config", "none.yaml"], "none.yaml"),
+        (["--model", "cli_factories:mlp", "--json", "no/such/folder.json"], "no/such/folder.json"),
+    ],
+)
+def test_errors_are_one_message_and_exit_code_2(
+    factories: str, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["report", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "dropit-fx: error: " in error  # torch may log lines of its own before
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_missing_extra_is_named(
+    factories: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in [n for n in sys.modules if n.startswith("matplotlib.")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert main(["report", "--model", f"{factories}:mlp", "--plot", "x.png"]) == 2
+    assert "pip install 'dropit-fx[plot]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["reprt"], ["report"], ["report", "--model"]])
+def test_arguments_that_do_not_parse(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["report", "--help"]])
+def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 0
+    assert "report" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_compiled(factories: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    arguments = ["--model", f"{factories}:mlp", "--batch", "64", "--json", str(out), "--compiled"]
+    assert main(["report", *arguments]) == 0
+    compiled = json.loads(out.read_text())["compiled"]
+    assert compiled["packed"]["saved_bytes"] < compiled["dense"]["saved_bytes"]
+    assert any(v["packed"] for v in compiled["packed"]["saved"])
+    assert not any(v["packed"] for v in compiled["dense"]["saved"])
+    assert compiled["packed"]["packs_in_backward"] == []
+    assert compiled["packed"]["unpacks_in_forward"] == []
+    assert "saved by the compiled forward" in capsys.readouterr().out
