@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 import importlib
 from typing import Any, NamedTuple
@@ -56,6 +57,8 @@ def _spell(node: fx.Node) -> str:
 
 
 def _resolve(name: str) -> Any:
+    if "." not in name:  # getattr, of which fx says no module
+        return getattr(builtins, name)
     module, _, rest = name.partition(".")
     found: Any = importlib.import_module(module)
     for part in rest.split("."):
