@@ -138,6 +138,8 @@ def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None 
     if not isinstance(rules, list | tuple):
         raise ConfigError(f"{origin}: 'rules' is a list of rules, not {type(rules).__name__}")
     preset = source.get("preset", DEFAULT_PRESET)
+    if preset is not None and not isinstance(preset, str):
+        raise ConfigError(f"{origin}: no preset {preset!r}.{_did_you_mean(preset, presets())}")
     force = source.get("force", False)
     if not isinstance(force, bool):
         raise ConfigError(f"{origin}: 'force' is true or false, not {force!r}")

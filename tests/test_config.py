@@ -1,0 +1,362 @@
+"""Configs from YAML, mappings and sugar; every error, with the text that says what to do."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dropit_fx
+from dropit_fx.codecs import CODEC
+from dropit_fx.config import Config, ConfigError, Rule, load_config, make_config, presets
+from dropit_fx.op_table import OP_RULES, RULES
+
+LINEAR = RULES["linear"].reads[0]
+RELU = RULES["relu"].reads[0]
+
+
+def refusal(config: Any, **sugar: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        make_config(config, **sugar)
+    return str(error.value)
+
+
+def rule(**keys: Any) -> dict[str, Any]:
+    return {"preset": None, "rules": [keys]}
+
+
+def model() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)
+    )
+
+
+# --- where a config comes from
+
+YAML = """
+preset: lossless
+rules:
+  - module: blocks.*.fc2
+    op: linear
+    codec: mink
+    gamma: 0.95
+  - module: [head, head.*]
+    codec: keep
+"""
+
+
+def test_yaml_mapping_and_config_mean_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(YAML)
+    mapping = {
+        "preset": "lossless",
+        "rules": [
+            {"module": "blocks.*.fc2", "op": "linear", "codec": "mink", "gamma": 0.95},
+            {"module": ["head", "head.*"], "codec": "keep"},
+        ],
+    }
+    config = load_config(path)
+    assert config == load_config(str(path)) == load_config(mapping) == load_config(config)
+    own = [r for r in config.rules if not r.preset]
+    assert [str(r) for r in own] == [
+        "{module: blocks.*.fc2, op: linear, codec: mink, gamma: 0.95}",
+        "{module: [head, head.*], codec: keep}",
+    ]
+
+
+def test_nothing_means_the_papers_preset() -> None:
+    assert load_config() == load_config({}) == make_config() == load_config({"preset": "dropit"})
+
+
+def test_an_empty_file_means_the_default(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("# nothing yet\n")
+    assert load_config(path) == load_config()
+
+
+def test_a_file_that_is_missing_is_said_to_be() -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_config("nowhere.yaml")
+
+
+def test_configs_and_rules_are_frozen() -> None:
+    config = load_config()
+    with pytest.raises(FrozenInstanceError):
+        config.force = True  # type: ignore[misc]
+    with pytest.raises(FrozenInstanceError):
+        config.rules[0].codec = "keep"  # type: ignore[misc]
+
+
+# --- which rule decides
+
+
+def test_the_first_rule_that_matches_wins() -> None:
+    config = load_config(
+        {
+            "rules": [
+                {"module": "a.*", "codec": "keep"},
+                {"module": "a.b", "codec": "mink", "gamma": 0.5},
+                {"module": "*", "op": "linear", "codec": "mink", "gamma": 0.25},
+            ]
+        }
+    )
+
+    def chosen(module: str) -> Rule:
+        found = config.rule_for(module, "linear", LINEAR)
+        assert found is not None
+        return found
+
+    assert chosen("a.b").codec == "keep"
+    assert chosen("z").full_options()["gamma"] == 0.25
+
+
+def test_rules_of_ones_own_come_before_the_presets() -> None:
+    config = load_config({"preset": "dropit", "rules": [{"module": "head", "codec": "mink"}]})
+    found = config.rule_for("head", "linear", LINEAR)  # the preset keeps heads
+    assert found is not None
+    assert (found.codec, found.preset) == ("mink", False)
+    preset = load_config({"preset": "dropit"}).rule_for("head", "linear", LINEAR)
+    assert preset is not None
+    assert preset.codec == "keep"
+
+
+def test_a_rule_speaks_only_of_reads_that_its_codec_serves() -> None:
+    config = load_config(rule(codec="mink"))
+    assert config.rule_for("a", "linear", LINEAR) is not None
+    assert config.rule_for("a", "relu", RELU) is None
+
+
+def test_stars_cross_dots() -> None:
+    config = load_config(rule(module="blocks.*.fc2", codec="mink"))
+    assert config.rule_for("blocks.0.mlp.fc2", "linear", LINEAR) is not None
+    assert config.rule_for("blocks.fc2", "linear", LINEAR) is None
+
+
+def test_preset_null_leaves_only_ones_own_rules() -> None:
+    assert load_config({"preset": None}).rules == ()
+    assert len(load_config(rule(codec="mink")).rules) == 1
+
+
+def test_options_that_are_not_named_have_their_defaults() -> None:
+    (only,) = load_config(rule(codec="mink", gamma=0.5)).rules
+    assert only.full_options() == CODEC["mink"].defaults() | {"gamma": 0.5}
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_loads_and_packs_something(name: str) -> None:
+    config = load_config({"preset": name})
+    assert all(r.preset for r in config.rules)
+    reads = [(row.name, read) for row in OP_RULES for read in row.reads]
+    assert any((r := config.rule_for("m", *read)) and r.codec != "keep" for read in reads)
+
+
+def test_a_preset_rule_that_matches_nothing_is_no_error() -> None:
+    x = torch.randn(8, 64)
+    dropit_fx.transform(
+        nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)), example_args=(x,)
+    )
+
+
+# --- sugar
+
+
+def test_sugar_changes_the_presets_contractions_and_leaves_its_exceptions() -> None:
+    plain, sweet = make_config(), make_config(strategy="random", gamma=0.5)
+    for before, after in zip(plain.rules, sweet.rules, strict=True):
+        if before.codec == "mink":
+            assert after.codec == "random"
+            assert after.full_options()["gamma"] == 0.5
+        else:
+            assert after == before
+    assert any(r.codec == "random" for r in sweet.rules)
+
+
+def test_sugar_leaves_rules_of_ones_own_alone() -> None:
+    config = make_config({"rules": [{"module": "a", "codec": "mink", "gamma": 0.3}]}, gamma=0.7)
+    assert config.rules[0].full_options()["gamma"] == 0.3
+    found = config.rule_for("b", "linear", LINEAR)
+    assert found is not None
+    assert found.full_options()["gamma"] == 0.7
+
+
+def test_bits_as_sugar() -> None:
+    found = make_config(bits=4).rule_for("b", "linear", LINEAR)
+    assert found is not None
+    assert found.full_options()["bits"] == 4
+
+
+def test_a_preset_given_beside_a_config_takes_the_place_of_its_preset() -> None:
+    config = make_config({"preset": "dropit", "rules": [{"codec": "mink"}]}, preset="lossless")
+    assert config == load_config({"preset": "lossless", "rules": [{"codec": "mink"}]})
+
+
+def test_the_call_of_the_published_code_works() -> None:
+    x = torch.randn(64, 64)
+    packed = dropit_fx.transform(model(), strategy="mink", gamma=0.9, example_args=(x,))
+    codecs = {r.codec for r in dropit_fx.report(packed).rows}
+    assert codecs == {"bitmask(bits=1)+mink(gamma=0.9)"}
+
+
+# --- errors
+
+ERRORS: list[tuple[str, Any, str]] = [
+    (
+        "unknown key",
+        {"presets": "dropit"},
+        "config: no key 'presets'. Did you mean 'preset'? Choose one of: preset, rules, force.",
+    ),
+    (
+        "unknown key of a rule",
+        rule(modul="a", codec="keep"),
+        "config, rule 1: no key 'modul' for codec 'keep'. Did you mean 'module'?",
+    ),
+    ("option of another codec", rule(codec="random", bits=4), "no key 'bits' for codec 'random'."),
+    ("option of keep", rule(codec="keep", gamma=0.5), "no key 'gamma' for codec 'keep'."),
+    ("option of bitmask", rule(codec="bitmask", bits=1), "no key 'bits' for codec 'bitmask'."),
+    (
+        "misspelt option",
+        rule(codec="mink", gama=0.5),
+        "no key 'gama' for codec 'mink'. Did you mean 'gamma'?",
+    ),
+    (
+        "unknown preset",
+        {"preset": "dropout"},
+        "no preset 'dropout'. Did you mean 'dropit'? Choose one of: ",
+    ),
+    ("preset of a strange type", {"preset": ["dropit"]}, "no preset ['dropit']."),
+    (
+        "unknown codec",
+        rule(codec="minks"),
+        "config, rule 1: no codec 'minks'. Did you mean 'mink'? Choose one of: keep, mink,",
+    ),
+    ("codec that only passes use", rule(codec="drop"), "config, rule 1: no codec 'drop'."),
+    ("codec of a strange type", rule(codec=["mink"]), "no codec ['mink']."),
+    ("no codec", rule(op="linear"), "config, rule 1 {'op': 'linear'}: no 'codec'. Choose one of: "),
+    (
+        "unknown op",
+        rule(op="lineal", codec="mink"),
+        "{op: lineal, codec: mink}: no op 'lineal' in the op table. Did you mean 'linear'?",
+    ),
+    (
+        "one unknown op of several",
+        rule(op=["linear", "conv9*"], codec="mink"),
+        "no op 'conv9*' in the op table.",
+    ),
+    (
+        "codec that does not serve the op",
+        rule(op="relu", codec="mink"),
+        "relu.result cannot be saved as 'mink': the backward of relu uses it as 'slope'."
+        " Choose one of: keep, bitmask",
+    ),
+    (
+        "mask codec for an operand",
+        rule(op="linear", codec="bitmask"),
+        "linear.input cannot be saved as 'bitmask': the backward of linear uses it as 'contract'."
+        " Choose one of: keep, mink, random",
+    ),
+    (
+        "rules in a mapping",
+        {"rules": {"codec": "mink"}},
+        "'rules' is a list of rules, not dict",
+    ),
+    ("rules that are a string", {"rules": "mink"}, "'rules' is a list of rules, not str"),
+    ("rule that is no mapping", {"rules": ["mink"]}, "rule 1: a rule is a mapping, not 'mink'"),
+    ("force that is no bool", {"force": "yes"}, "'force' is true or false, not 'yes'"),
+    ("a list", [1, 2], "config: a mapping was expected, not list"),
+    ("module that is no glob", rule(module=3, codec="mink"), "'module' is a glob or a list of"),
+    ("no module at all", rule(module=[], codec="mink"), "'module' is a glob or a list of globs"),
+    ("an empty glob", rule(op="", codec="mink"), "'op' is a glob or a list of globs, not ''"),
+    ("a block of no whole bytes", rule(codec="mink", block=100), "elements of a block, a multiple"),
+    ("a block of nothing", rule(codec="mink", block=0), "block = 0 for codec 'mink'"),
+    ("an unknown scope", rule(codec="mink", scope="layer"), "scope = 'layer' for codec 'mink': "),
+    ("too many bits", rule(codec="mink", bits=9), "bits = 9 for codec 'mink': bits of a kept"),
+    ("no bits", rule(codec="mink", bits=0), "bits = 0 for codec 'mink': bits of a kept value, 1"),
+    ("bits that are a bool", rule(codec="mink", bits=True), "bits = True for codec 'mink'"),
+]
+
+
+@pytest.mark.parametrize(("config", "text"), [e[1:] for e in ERRORS], ids=[e[0] for e in ERRORS])
+def test_what_cannot_be_meant_is_refused(config: Any, text: str) -> None:
+    assert text in refusal(config)
+
+
+@pytest.mark.parametrize(
+    "gamma", [1, 1.0, 1.5, -0.1, 0.99999, float("nan"), float("inf"), True, "0.9", None, [0.9]]
+)
+def test_gamma_outside_its_range_is_refused(gamma: Any) -> None:
+    text = f"gamma = {gamma!r} for codec 'mink': the dropping rate, a number in [0, 0.9999]"
+    assert text in refusal(rule(codec="mink", gamma=gamma))
+    if gamma is not None:  # as sugar, None means that it is not given
+        assert text in refusal(None, gamma=gamma)
+
+
+@pytest.mark.parametrize("gamma", [0, 0.0, 0.5, 0.9999])
+def test_gamma_inside_its_range_is_taken(gamma: float) -> None:
+    assert load_config(rule(codec="mink", gamma=gamma)).rules[0].options == (("gamma", gamma),)
+
+
+def test_sugar_is_checked_as_rules_are() -> None:
+    assert "no strategy 'mimk'. Did you mean 'mink'?" in refusal(None, strategy="mimk")
+    assert "no strategy 'bitmask'." in refusal(None, strategy="bitmask")
+    assert "codec 'random' has no option 'bits'" in refusal(None, strategy="random", bits=4)
+    assert "no preset 'x'" in refusal({"rules": []}, preset="x")
+
+
+def test_sugar_without_anything_to_sweeten_is_refused() -> None:
+    for config in ({"preset": None}, {"preset": "lossless"}):
+        text = refusal(config, gamma=0.5)
+        assert "strategy, gamma and bits change the preset's rules, and preset" in text
+        assert "has none for matmul and convolution inputs" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("rules: [", " is not YAML: "),
+        ("- a\n- b\n", ": a mapping was expected, not list"),
+        ("just words", ": a mapping was expected, not str"),
+        ("rules:\n  - codec: minke\n", ", rule 1: no codec 'minke'."),
+        ("preset: dropit\npreset2: x\n", ": no key 'preset2'."),
+    ],
+)
+def test_errors_of_a_file_name_the_file(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    assert f"{path}{reason}" in refusal(path)
+
+
+def test_a_rule_that_matches_nothing_is_printed_with_what_there_is() -> None:
+    x = torch.randn(64, 64)
+    config = {"rules": [{"module": "layer9", "op": "linear", "codec": "mink"}]}
+    text = (
+        "rule {module: layer9, op: linear, codec: mink} matched no saved tensor."
+        " Modules with packable ones: 1 (relu), 2 (linear), 3 (relu), 4 (linear)."
+    )
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        dropit_fx.transform(model(), config, example_args=(x,))
+
+
+def test_a_rule_that_an_earlier_one_overshadows_still_matches() -> None:
+    x = torch.randn(64, 64)
+    config = {"rules": [{"codec": "keep"}, {"module": "2", "codec": "mink"}]}
+    packed = dropit_fx.transform(model(), config, example_args=(x,))
+    reasons = {r.reason for r in dropit_fx.report(packed).rows}
+    assert reasons == {"the config says so: {codec: keep}"}
+
+
+def test_a_glob_of_submodules_that_matches_nothing_is_refused() -> None:
+    text = "modules='blocks.*' matches no submodule. Direct children: 0, 1, 2, 3, 4."
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        dropit_fx.transform(model(), modules="blocks.*", example_args=(torch.randn(2, 64),))
+
+
+def test_a_config_object_can_be_written_by_hand() -> None:
+    x = torch.randn(64, 64)
+    config = Config(rules=(Rule(codec="mink", op=("linear",)), Rule(codec="bitmask")), preset=None)
+    packed = dropit_fx.transform(model(), config, example_args=(x,))
+    assert not any(r.reason for r in dropit_fx.report(packed).rows)
