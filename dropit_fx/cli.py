@@ -1,4 +1,4 @@
-"""The command ``dropit-fx``: ``report`` a model, ``bench`` the kernels and formats.
+"""The command ``dropit-fx``: ``report`` what a model saves, ``bench`` what packing costs.
 
 Errors that the user can mend are one message on stderr and exit code 2.
 """
@@ -10,8 +10,7 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -19,16 +18,22 @@ from rich.table import Table
 from torch import nn
 
 import dropit_fx
-from dropit_fx import backend, model_spec
+from dropit_fx import model_spec
 from dropit_fx.capture import CaptureError
 from dropit_fx.config import ConfigError
 from dropit_fx.model_spec import SpecError
-from dropit_fx.partition import KeepPacked, Partition
 from dropit_fx.report import as_text, mib
 
+if TYPE_CHECKING:
+    from dropit_fx.partition import Partition
+
+PRESET_OPTIONS: tuple[tuple[str, type, str], ...] = (
+    ("preset", str, "its rules come after the config's own (default: dropit)"),
+    ("gamma", float, "dropping rate in [0, 1) of the preset's rules"),
+    ("bits", int, "bits of a kept value, 1 to 8, of the preset's rules"),
+)
 # What the user can mend. A missing module: the extras, and what a factory imports.
 USER_ERRORS = (CaptureError, ConfigError, SpecError, OSError, ModuleNotFoundError)
-BENCHES = ("kernels", "formats")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,17 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         " take memory.",
         epilog="example: dropit-fx report --model timm:deit_tiny_patch16_224 --batch 16",
     )
-    report.add_argument(
-        "--model",
-        required=True,
-        metavar="SPEC",
-        help="timm:NAME, torchvision:NAME, or pkg.module:factory (called without arguments;"
-        " returns a module, or (module, example_args))",
-    )
-    report.add_argument("--batch", type=_positive, default=16, help="batch size (default: 16)")
-    report.add_argument(
-        "--size", type=_positive, metavar="PX", help="image side (default: what the model tells)"
-    )
+    _add_model(report)
     _add_config(report)
     report.add_argument(
         "--summary", action="store_true", help="one line for each op, not for each tensor"
@@ -94,22 +89,44 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(run=_report)
 
-    bench = commands.add_parser(
-        "bench", help="measure kernels and formats on this machine", add_help=False
+    bench = commands.add_parser("bench", help="what packing costs on this machine")
+    benches = bench.add_subparsers(required=True, metavar="WHAT")
+    step = benches.add_parser(
+        "step",
+        help="a training step: dense, packed, and the algorithm as published",
+        description="Times the training steps of a model in turn and counts what each saves:"
+        " dense, packed, and DropIT as published; dense and packed compiled as well.",
     )
-    bench.add_argument("what", nargs="?", metavar="{" + ",".join(BENCHES) + "}")
-    bench.add_argument("rest", nargs=argparse.REMAINDER)
-    bench.set_defaults(run=_bench)
+    _add_model(step)
+    for name, kind, text in PRESET_OPTIONS:
+        step.add_argument(f"--{name}", type=kind, help=text)
+    step.add_argument("--rounds", type=_positive, default=7, help="timed steps (default: 7)")
+    step.add_argument("--no-compile", action="store_true", help="eager only, much quicker")
+    step.add_argument("--json", metavar="FILE", help="write the figures to FILE too")
+    step.set_defaults(run=_bench_step)
     return parser
 
 
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="SPEC",
+        help="timm:NAME, torchvision:NAME, or pkg.module:factory (called without arguments;"
+        " returns a module, or (module, example_args))",
+    )
+    parser.add_argument("--batch", type=_positive, default=16, help="batch size (default: 16)")
+    parser.add_argument(
+        "--size", type=_positive, metavar="PX", help="image side (default: what the model tells)"
+    )
+
+
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what to pack (default: the preset 'dropit')")
+    group = parser.add_argument_group("what to pack")
     group.add_argument("--config", metavar="FILE", help="a YAML file of rules")
-    group.add_argument("--preset", metavar="NAME", help="its rules come after the config's own")
     group.add_argument("--strategy", metavar="CODEC", help="codec of linear and conv inputs")
-    group.add_argument("--gamma", type=float, help="dropping rate in [0, 1) of the preset's rules")
-    group.add_argument("--bits", type=int, help="bits of a kept value of the preset's rules")
+    for name, kind, text in PRESET_OPTIONS:
+        group.add_argument(f"--{name}", type=kind, help=text)
 
 
 def _positive(text: str) -> int:
@@ -143,7 +160,7 @@ def _report(options: argparse.Namespace) -> int:
         _write(json.dumps(data, indent=2) + "\n", options.json)
     if options.json != "-":
         out = Console()
-        table = report.summary() if options.summary else report.table()
+        table = report.summary_table() if options.summary else report.table()
         if out.is_terminal:
             out.print(table)
         else:
@@ -153,13 +170,16 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-Partitions = dict[str, list[Partition]]  # "dense" and "packed"
+Partitions = dict[str, "list[Partition]"]  # "dense" and "packed"
 
 
 def _compiled(
     progress: Console, model: nn.Module, args: tuple[Any, ...], config: dict[str, Any]
 ) -> Partitions:
     """Compiles the model twice with inductor and reads the partitions."""
+    from dropit_fx import backend  # these import inductor, which takes seconds
+    from dropit_fx.partition import KeepPacked
+
     dense: list[Partition] = []
     before = len(backend.compiled_graphs())
     options = {k: v for k, v in config.items() if v is not None}
@@ -201,10 +221,21 @@ def _compiled_text(compiled: Partitions, summary: bool) -> str:
     return "\n" + as_text(table) + note
 
 
-def _bench(options: argparse.Namespace) -> int:
-    bench = import_module("dropit_fx.bench")
-    code: int = bench.main([*([options.what] if options.what else []), *options.rest])
-    return code
+def _bench_step(options: argparse.Namespace) -> int:
+    from dropit_fx.bench_step import bench_step
+
+    bench_step(
+        model=options.model,
+        batch=options.batch,
+        size=options.size,
+        preset=options.preset,
+        gamma=options.gamma,
+        bits=options.bits,
+        rounds=options.rounds,
+        compiled=not options.no_compile,
+        json_path=options.json,
+    )
+    return 0
 
 
 def _write(text: str, path: str) -> None:

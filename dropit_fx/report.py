@@ -99,7 +99,11 @@ class Report:
         table.add_row("total", "", "", "", *self._totals())
         return table
 
-    def summary(self) -> Table:
+    def summary(self) -> str:
+        """``summary_table`` as plain text."""
+        return as_text(self.summary_table())
+
+    def summary_table(self) -> Table:
         """One line for each op and what became of the tensors that it reads, largest first."""
         groups: dict[tuple[str, str], list[Row]] = {}
         for r in self.rows:

@@ -88,9 +88,10 @@ def test_reasons_with_brackets_are_printed_whole() -> None:
 
 
 def test_summary_adds_up(report: Report) -> None:
-    table = report.summary()
+    table = report.summary_table()
     tensors = list(table.columns[1].cells)
     assert sum(map(int, tensors[:-1])) == int(tensors[-1]) == len(report.rows)
+    assert report.summary().splitlines()[-1].split()[:2] == ["total", str(len(report.rows))]
 
 
 def test_json_holds_rows_and_totals(report: Report) -> None:
