@@ -1,0 +1,74 @@
+"""The Triton kernels: the bits of the reference in the interpreter, and code for a real GPU."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dropit_fx.kernels import ops, reference
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_same_bits_as_the_reference(dtype: str) -> None:
+    script = Path(__file__).with_name("triton_interpreted.py")
+    run = subprocess.run([sys.executable, script, dtype], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "13 formats equal\n"
+
+
+@pytest.mark.parametrize(
+    ("bits", "affine", "stochastic", "pointer"),
+    [(3, False, False, "*i16"), (5, True, True, "*i32")],
+)
+def test_compiles_for_a_gpu_without_fused_or_approximate_arithmetic(
+    bits: int, affine: bool, stochastic: bool, pointer: str
+) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from dropit_fx.kernels import triton as kernels
+
+    constants = {
+        "DTYPE": 0 if pointer == "*i32" else 1,
+        "BITS": bits,
+        "AFFINE": affine,
+        "STOCHASTIC": stochastic,
+        "SAMPLE": False,
+        "FULL_": False,
+        "COLUMNS": kernels.scale_columns(bits, affine),
+        "LANES": 256,
+    }
+    pointers = {"x_ptr": pointer, "values_ptr": "*u8", "scale_ptr": "*i16", "mask_ptr": "*u8"}
+    pointers |= {"seed_ptr": "*i64", "weight_full": "fp32", "weight_tail": "fp32"}
+    names = kernels._sparsify_kernel.arg_names
+    source = ASTSource(
+        fn=kernels._sparsify_kernel,
+        signature={n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+    )
+    target, options = GPUTarget("cuda", 80, 32), {"enable_fp_fusion": False}
+    ptx = triton.compile(source, target=target, options=options).asm["ptx"]
+    assert "sqrt.rn.f32" in ptx
+    assert "fma.rn" not in ptx
+    for approximate in ("div.full", "div.approx", "sqrt.approx"):
+        assert approximate not in ptx
+
+
+def test_a_machine_without_triton_uses_the_reference(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "dropit_fx.kernels.triton", None)  # makes the import fail
+    x = torch.randn(100)
+    with caplog.at_level(logging.WARNING):
+        packed = ops._on_cuda("sparsify")(x, 1000, 64, 0, False, False)
+    for left, right in zip(packed, reference.sparsify(x, 1000, 64, 0, False, False), strict=True):
+        assert torch.equal(left, right)
+    assert "no Triton" in caplog.text

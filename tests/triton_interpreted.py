@@ -1,0 +1,54 @@
+"""Compares the Triton kernels, run by Triton's interpreter, with the reference; a script.
+
+The interpreter is chosen when triton is imported, so this needs a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from kernel_cases import KINDS, assert_same_bits, make
+
+from dropit_fx.kernels import reference
+from dropit_fx.kernels import triton as kernels
+
+BITS_AFFINE_STOCHASTIC = [
+    *((bits, False, False) for bits in (0, 1, 2, 3, 4, 8)),
+    *((bits, True, False) for bits in (1, 5)),
+    *((bits, False, True) for bits in (1, 2, 3, 6)),
+    (4, True, True),
+]
+
+
+def main(dtype: torch.dtype) -> None:
+    count = 0
+    for i, (bits, affine, stochastic) in enumerate(BITS_AFFINE_STOCHASTIC):
+        x = make(KINDS[(i + dtype.itemsize) % len(KINDS)], 150, dtype, seed=i)
+        seed = torch.tensor([-(3**i) * 1_000_003])
+        keep = (3333, 10000, 50)[i % 3]
+        form = (keep, 96, bits, affine)  # not a power of two, with a tail
+        packed = kernels.sparsify(x, *form, stochastic, seed)
+        expected = reference.sparsify(x, *form, stochastic, seed)
+        for left, right in zip(packed, expected, strict=True):
+            assert_same_bits(left, right)
+        back = (*expected, 150, dtype, *form)
+        assert_same_bits(kernels.unsparsify(*back), reference.unsparsify(*back))
+        count += 1
+    for left, right in zip(
+        kernels.sample(x, 2500, 64, seed), reference.sample(x, 2500, 64, seed), strict=True
+    ):
+        assert_same_bits(left, right)
+    for bits in range(1, 9):
+        codes = torch.randint(0, 2**bits, (2 * bits + 1,), dtype=torch.uint8)
+        packed_codes = kernels.pack_uint(codes, bits)
+        assert_same_bits(packed_codes, reference.pack_uint(codes, bits))
+        assert_same_bits(kernels.unpack_uint(packed_codes, bits, codes.numel()), codes)
+    print(f"{count} formats equal")
+
+
+if __name__ == "__main__":
+    main(getattr(torch, sys.argv[1]))
