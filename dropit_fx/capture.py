@@ -87,6 +87,7 @@ def capture(
     missing = set(model.state_dict()) ^ set(graph_module.state_dict())
     if missing:
         _adopt(model, graph_module, missing)
+    _reorder(model, graph_module)
     return graph_module
 
 
@@ -196,6 +197,18 @@ def _check_shapes(graph_module: fx.GraphModule) -> None:
             shapes.append(tuple(s if isinstance(s, int) else None for s in value.shape))
     with graph_module.graph.inserting_before(after_placeholders(graph_module)):
         graph_module.graph.call_function(require_shapes, (tuple(inputs), tuple(shapes)))
+
+
+def _reorder(theirs: nn.Module, ours: nn.Module) -> None:
+    """Gives parameters the model's order: saved optimizer states know them by number alone."""
+    for kind in ("_parameters", "_buffers", "_modules"):
+        held = getattr(ours, kind)
+        for name in [n for n in getattr(theirs, kind) if n in held]:
+            held[name] = held.pop(name)
+    for name, child in ours.named_children():
+        original = theirs._modules.get(name)
+        if original is not None and original is not child:
+            _reorder(original, child)
 
 
 def _adopt(model: nn.Module, graph_module: fx.GraphModule, names: set[str]) -> None:
