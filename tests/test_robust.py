@@ -1,0 +1,611 @@
+"""What users do to a rewritten model, and what their models do to it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dropit_fx
+from dropit_fx import measure
+from dropit_fx.report import Row
+
+# Loses no bit. Operands packed at gamma = 0 take as much room as dense, so that has to be forced.
+LOSSLESS = {
+    "preset": None,
+    "force": True,
+    "rules": [{"op": ["linear", "conv*", "matmul"], "codec": "mink", "gamma": 0.0}],
+}
+MINK = {"preset": "lossless", "rules": [{"codec": "mink", "gamma": 0.9}]}
+
+
+def mlp(width: int = 64, depth: int = 3) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        layers += [nn.Linear(width, width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(width, 8))
+
+
+def convnet() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()
+    )
+
+
+def grads(model: nn.Module, *args: Any, **kwargs: Any) -> list[Tensor]:
+    """Gradients of every parameter that requires grad, for the sum of the squared outputs."""
+    outs = model(*args, **kwargs)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    return list(torch.autograd.grad(sum(o.square().sum() for o in outs), wanted))
+
+
+def assert_same(a: Any, b: Any) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def rows(model: nn.Module) -> dict[str, Row]:
+    return {r.name: r for r in dropit_fx.report(model).rows}
+
+
+def packs(model: nn.Module) -> list[str]:
+    return [n.name for n in model.graph.nodes if n.target is dropit_fx.packed_call.pack]
+
+
+def check(model: nn.Module, *args: Tensor, config: Any = LOSSLESS) -> Any:
+    """Rewrites, and asserts that result and gradients have the same bits; returns the rewritten."""
+    packed = dropit_fx.transform(model, config, example_args=args)
+    assert packs(packed)
+    assert_same(packed(*args), model(*args))
+    assert_same(grads(packed, *args), grads(model, *args))
+    return packed
+
+
+# --- backward
+
+
+def test_retain_graph_gives_the_same_gradients_twice() -> None:
+    x = torch.randn(32, 64)
+    packed = dropit_fx.transform(mlp(), MINK, example_args=(x,))
+    loss = packed(x).sum()
+    wanted = list(packed.parameters())
+    first = torch.autograd.grad(loss, wanted, retain_graph=True)
+    assert_same(torch.autograd.grad(loss, wanted), first)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, wanted)
+
+
+def test_double_backward_is_refused_with_the_op_and_the_way_out() -> None:
+    x = torch.randn(32, 64)
+    packed = dropit_fx.transform(mlp(), MINK, example_args=(x,))
+    text = r"packed_linear: double backward \(create_graph=True\) is not supported.*dense model"
+    with pytest.raises(RuntimeError, match=text):
+        torch.autograd.grad(packed(x).sum(), list(packed.parameters()), create_graph=True)
+
+
+def test_gradients_accumulate() -> None:
+    x = torch.randn(32, 64)
+    model = mlp()
+    packed = dropit_fx.transform(model, LOSSLESS, example_args=(x,))
+    for part in x.split(8):
+        packed(part).sum().backward()
+    many = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    for part in x.split(8):
+        model(part).sum().backward()
+    assert_same(many, [p.grad for p in model.parameters()])
+
+
+def test_hooks_and_offloading_see_the_packed_tensors() -> None:
+    x = torch.randn(32, 64)
+    packed = dropit_fx.transform(mlp(), MINK, example_args=(x,))
+    seen: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        seen.append(tensor.nbytes)
+        return tensor.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        out = packed(x)
+    assert_same(torch.autograd.grad(out.sum(), list(packed.parameters())), grads_of_sum(packed, x))
+    assert seen
+
+
+def grads_of_sum(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(model(x).sum(), list(model.parameters()))
+
+
+def test_a_training_loop_learns() -> None:
+    x, y = torch.randn(64, 64), torch.randint(8, (64,))
+    model = mlp()
+    packed = dropit_fx.transform(model, MINK, example_args=(x,))
+    optimizer = torch.optim.Adam(packed.parameters(), 3e-3)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(packed(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert_same(packed(x), model(x))  # the same parameters, updated in place
+
+
+def test_inputs_that_require_grad_get_exact_gradients() -> None:
+    x = torch.randn(32, 64, requires_grad=True)
+    model = mlp()
+    packed = dropit_fx.transform(model, MINK, example_args=(x,))
+    dx = torch.autograd.grad(packed(x).sum(), x)
+    assert_same(dx, torch.autograd.grad(model(x).sum(), x))
+
+
+# --- modes
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_nothing_is_packed_where_no_gradients_are_wanted(
+    mode: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(32, 64)
+    model = mlp()
+    packed = dropit_fx.transform(model, MINK, example_args=(x,))
+
+    def refuse(*args: Any) -> Any:
+        raise AssertionError("packed something")
+
+    monkeypatch.setattr(dropit_fx.packed_call.PackedFunction, "apply", refuse)
+    monkeypatch.setattr(dropit_fx.packed_call, "flatten", refuse)
+    with mode():
+        assert_same(packed(x), model(x))
+    with pytest.raises(AssertionError, match="packed something"):
+        packed(x)
+
+
+def test_eval_and_train_follow_the_model() -> None:
+    x = torch.randn(32, 64)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.5), nn.Linear(64, 8))
+    packed = dropit_fx.transform(model, MINK, example_args=(x,))
+    for training in (False, True):
+        model.train(training)
+        packed.train(training)
+        torch.manual_seed(1)
+        out = packed(x)
+        torch.manual_seed(1)
+        assert_same(out, model(x))
+
+
+# --- frozen, unfrozen, shared weights
+
+
+def test_a_weight_frozen_afterwards_saves_nothing() -> None:
+    x = torch.randn(512, 64)
+    packed = dropit_fx.transform(mlp(), MINK, example_args=(x,))
+    before = measure.saved_bytes(packed, x)
+    packed.get_submodule("2").weight.requires_grad_(False)
+    after = measure.saved_bytes(packed, x)
+    dense = 512 * 64 * 4
+    assert before - after == pytest.approx(dense * (0.1 + 1 / 32), rel=0.02)
+
+
+def test_a_weight_unfrozen_afterwards_gets_its_gradient() -> None:
+    x = torch.randn(32, 64)
+    model = mlp()
+    model[2].weight.requires_grad_(False)
+    packed = dropit_fx.transform(model, LOSSLESS, example_args=(x,))
+    model[2].weight.requires_grad_(True)
+    assert_same(grads(packed, x), grads(model, x))
+
+
+def test_a_frozen_model_with_a_trained_head_packs_nothing_before_the_head() -> None:
+    x = torch.randn(32, 64)
+    model = mlp()
+    model[:-1].requires_grad_(False)
+    packed = dropit_fx.transform(model, MINK | {"rules": []}, example_args=(x,), strategy=None)
+    assert {r.op for r in rows(packed).values()} == {"linear"}
+    assert len(rows(packed)) == 1
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(64, 64)
+        self.two = nn.Linear(64, 64)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(torch.tanh(self.one(torch.tanh(x)))) * 2
+
+
+def test_tied_weights() -> None:
+    packed = check(Tied(), torch.randn(32, 64))
+    assert packed.one.weight is packed.two.weight
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.tanh(self.layer(torch.tanh(x))))
+
+
+def test_a_module_called_twice() -> None:
+    packed = check(Twice(), torch.randn(32, 64))
+    assert len(packs(packed)) == 2
+
+
+class Backwards(nn.Module):
+    """Registers its layers in another order than it calls them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, 8)
+        self.norm = nn.BatchNorm1d(64)
+        self.body = nn.Linear(64, 64)
+        self.scale = nn.Parameter(torch.ones(64))
+        self.unused = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.norm(self.body(x) * self.scale)))
+
+
+def test_parameters_come_in_the_models_order() -> None:
+    # optimizers number them: state saved for one order would be loaded into another
+    model = Backwards()
+    packed = dropit_fx.transform(model, MINK, example_args=(torch.randn(32, 64),))
+    names = [n for n, _ in model.named_parameters()]
+    assert [n for n, _ in packed.named_parameters()] == names
+    assert [n for n, _ in packed.named_buffers()] == [n for n, _ in model.named_buffers()]
+    assert list(packed.state_dict()) == list(model.state_dict())
+    assert all(a is b for a, b in zip(packed.parameters(), model.parameters(), strict=True))
+
+
+# --- who else holds the tensor
+
+
+class Attention(nn.Module):
+    """q, k and v of one x, which a residual adds again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.q, self.k, self.v = (nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.inp(x))
+        return self.q(h) + self.k(h) + self.v(h) + h
+
+
+def test_three_linears_and_a_residual_share_one_copy() -> None:
+    x = torch.randn(128, 64)
+    model = Attention()
+    packed = dropit_fx.transform(model, MINK, example_args=(x,))
+    assert len(packs(packed)) == 1
+    assert_same(packed(x), model(x))
+    predicted = dropit_fx.report(packed).kept_bytes
+    assert measure.saved_bytes(packed, x) == predicted
+    assert predicted < 0.2 * dropit_fx.report(packed).dense_bytes
+
+
+def test_readers_share_the_most_accurate_packing() -> None:
+    x = torch.randn(128, 64)
+    rules = [{"module": "k", "codec": "mink", "gamma": 0.5}, {"codec": "mink", "gamma": 0.9}]
+    packed = dropit_fx.transform(
+        Attention(), {"preset": "lossless", "rules": rules}, example_args=(x,)
+    )
+    (row,) = rows(packed).values()
+    assert row.codec == "bitmask(bits=1)+mink(gamma=0.5)"
+    assert len(packs(packed)) == 1
+
+
+class Hidden(nn.Module):
+    """Returns what its last layer saves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.relu(self.one(x))
+        return self.two(h), h
+
+
+def test_a_saved_tensor_that_the_model_returns_is_kept() -> None:
+    x = torch.randn(64, 64)
+    model = Hidden()
+    packed = dropit_fx.transform(model, MINK, example_args=(x,))
+    (row,) = rows(packed).values()
+    assert row.reason == "stays in memory anyway: 'relu' is a model output"
+    assert packs(packed) == []
+    assert_same(packed(x), model(x))
+    assert_same(grads(packed, x), grads(model, x))
+
+
+class Softmax(nn.Module):
+    """A softmax keeps its result, which a product reads too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(torch.softmax(self.one(x), -1)) * 2
+
+
+def test_a_tensor_that_another_op_keeps_whole_is_kept_and_the_reader_named() -> None:
+    x = torch.randn(64, 64)
+    packed = dropit_fx.transform(Softmax(), MINK | {"preset": None}, example_args=(x,))
+    (row,) = rows(packed).values()
+    assert (row.op, row.reason) == ("softmax+linear", "no row for softmax in the op table")
+    assert packs(packed) == []
+
+
+class FirstToken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(64, 64), nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(x))[:, 0])
+
+
+def test_a_view_of_part_of_a_storage() -> None:
+    x = torch.randn(4, 16, 64)
+    check(FirstToken(), x)
+    packed = dropit_fx.transform(FirstToken(), MINK | {"preset": None}, example_args=(x,))
+    # tanh keeps the whole of it: packing the first token would free nothing
+    (row,) = rows(packed).values()
+    assert row.dense_bytes == x.nbytes
+    assert (row.op, row.reason) == ("tanh+linear", "no row for tanh in the op table")
+
+
+class InPlace(nn.Module):
+    """Writes into a tensor between two readers of it, or through a view."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.one, self.two, self.three = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.one(x)
+        if self.how == "relu of a view":
+            view = h.view(-1)
+            F.relu(h, inplace=True)
+            return self.two(view.view(h.shape)) + self.three(h)
+        if self.how == "relu, result unused":
+            F.relu(h, inplace=True)
+            return self.two(h) + self.three(h)
+        if self.how == "relu between readers":
+            a = h * 2
+            F.relu(a, inplace=True)
+            return self.two(a) + self.three(h)
+        a = self.two(h)
+        h.add_(1.0)
+        return a + self.three(h)
+
+
+@pytest.mark.parametrize("how", ["relu of a view", "relu, result unused", "relu between readers"])
+def test_in_place_writes_change_nothing(how: str) -> None:
+    x = torch.randn(64, 64)
+    config = LOSSLESS | {"rules": [*LOSSLESS["rules"], {"codec": "bitmask"}]}
+    check(InPlace(how), x, config=config)
+
+
+def test_an_in_place_op_whose_tensor_others_see_is_kept_with_the_reason() -> None:
+    x = torch.randn(64, 64)
+    config = {"preset": "lossless", "rules": []}
+    packed = dropit_fx.transform(InPlace("relu of a view"), config, example_args=(x,))
+    reasons = {r.reason for r in rows(packed).values()}
+    assert any("it writes into a tensor that 'view_1' sees through 'view'" in r for r in reasons)
+
+
+def test_a_write_between_two_readers_gives_no_wrong_gradient() -> None:
+    # dense, autograd refuses: the first reader's tensor is gone
+    x = torch.randn(64, 64)
+    model = InPlace("add")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        grads(model, x)
+    packed = dropit_fx.transform(model, LOSSLESS, example_args=(x,))
+    clean = InPlace("add")
+    clean.load_state_dict(model.state_dict())
+
+    def forward(x: Tensor) -> Tensor:
+        h = clean.one(x)
+        return clean.two(h) + clean.three(h + 1.0)
+
+    # packed before the write, it is not
+    found = grads(packed, x)
+    clean.forward = forward  # type: ignore[method-assign]
+    assert_same(found, grads(clean, x))
+
+
+# --- values, layouts, dtypes, sizes
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_nan_and_inf_in_a_packed_tensor_reach_the_gradient_as_dense(value: float) -> None:
+    x = torch.randn(64, 64)
+    x[3, 5] = value
+    layer = nn.Linear(64, 8)
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x * 1.0)
+
+    config = {"preset": None, "rules": [{"codec": "mink"}]}
+    packed = dropit_fx.transform(Scaled(), config, example_args=(x,))
+    assert packs(packed)
+    cotangent = torch.randn(64, 8)
+    ours = torch.autograd.grad(packed(x), layer.weight, cotangent)[0]
+    dense = torch.autograd.grad(layer(x), layer.weight, cotangent)[0]
+    special = ~dense.isfinite()
+    assert special.sum() == 8  # the column of the element
+    assert torch.equal(special, ~ours.isfinite())
+    assert_same(ours[special], dense[special])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_models_of_other_dtypes(dtype: torch.dtype) -> None:
+    x = torch.randn(16, 3, 12, 12, dtype=dtype)
+    packed = check(convnet().to(dtype), x)
+    assert {r.dtype for r in rows(packed).values()} == {str(dtype).removeprefix("torch.")}
+
+
+def test_channels_last() -> None:
+    x = torch.randn(8, 3, 12, 12).contiguous(memory_format=torch.channels_last)
+    check(convnet().to(memory_format=torch.channels_last), x)
+
+
+def test_other_layouts_than_the_examples() -> None:
+    x = torch.randn(8, 3, 12, 12)
+    model = convnet()
+    packed = dropit_fx.transform(model, LOSSLESS, example_args=(x,))
+    for other in (
+        x.contiguous(memory_format=torch.channels_last),
+        x.transpose(2, 3),
+        torch.randn(8, 3, 12, 24)[..., ::2],
+        torch.randn(1, 3, 12, 12).expand(8, -1, -1, -1),
+    ):
+        assert_same(packed(other), model(other))
+        assert_same(grads(packed, other), grads(model, other))
+
+
+@pytest.mark.parametrize("batch", [0, 1, 7, 33])
+def test_other_batch_sizes_than_the_examples(batch: int) -> None:
+    model = mlp()
+    packed = dropit_fx.transform(model, LOSSLESS, example_args=(torch.randn(32, 64),))
+    x = torch.randn(batch, 64)
+    assert_same(packed(x), model(x))
+    assert_same(grads(packed, x), grads(model, x))
+
+
+@pytest.mark.parametrize("batch", [0, 1, 7, 33])
+def test_lossy_packing_of_other_batch_sizes(batch: int) -> None:
+    model = mlp()
+    packed = dropit_fx.transform(model, MINK, example_args=(torch.randn(32, 64),))
+    x = torch.randn(batch, 64)
+    assert_same(packed(x), model(x))
+    for p, d in zip(grads(packed, x), grads(model, x), strict=True):
+        assert p.shape == d.shape
+        assert p.isfinite().all()
+
+
+def test_complex_tensors_are_kept_with_the_reason() -> None:
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(16, 16, dtype=torch.complex64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.matmul(x * 2, self.weight).abs()
+
+    x = torch.randn(8, 16, dtype=torch.complex64)
+    model = Complex()
+    config = {"preset": None, "rules": [{"op": "matmul", "codec": "mink"}]}
+    packed = dropit_fx.transform(model, config, example_args=(x,))
+    assert "its dtype is complex64" in {r.reason for r in rows(packed).values()}
+    assert_same(grads(packed, x), grads(model, x))
+
+
+# --- autocast
+
+
+def test_autocast_packs_the_lower_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(64, 64)
+    model = mlp()
+    packed = dropit_fx.transform(model, MINK, example_args=(x,))
+    dtypes: list[torch.dtype] = []
+    real = dropit_fx.packed_call.flatten
+
+    def note(x: Tensor) -> Tensor:
+        dtypes.append(x.dtype)
+        return real(x)
+
+    monkeypatch.setattr(dropit_fx.packed_call, "flatten", note)
+
+    def packed_bytes() -> int:
+        # what is packed is flat, weights are not
+        return sum(s.nbytes for s in measure.saved_tensors(packed, x) if len(s.shape) == 1)
+
+    # three packed inputs of linears, each behind a ReLU with a mask
+    kept, mask = 4 * 102, 64 * 64 // 8
+    assert packed_bytes() == 3 * (kept * 4 + 2 * mask)
+    assert set(dtypes) == {torch.bool, torch.float32}
+    dtypes.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert packed_bytes() == 3 * (kept * 2 + 2 * mask)
+        assert set(dtypes) == {torch.bool, torch.bfloat16}
+        assert_same(packed(x), model(x))
+
+
+def test_autocast_gradients_are_those_of_the_dense_model() -> None:
+    x = torch.randn(64, 64)
+    model = mlp()
+    packed = dropit_fx.transform(model, LOSSLESS, example_args=(x,))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = packed(x).float().sum(), model(x).float().sum()
+    wanted = list(model.parameters())
+    assert_same(torch.autograd.grad(ours, wanted), torch.autograd.grad(theirs, wanted))
+
+
+# --- ways of calling
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(64, 64), nn.Linear(64, 8)
+
+    def forward(self, x: Tensor, *, scale: Tensor, shift: float = 0.5) -> dict[str, Tensor]:
+        h = torch.tanh(self.one(x) * scale) + shift
+        return {"out": self.two(h), "norm": h.square().mean()}
+
+
+def test_keyword_arguments_and_named_outputs() -> None:
+    x, scale = torch.randn(32, 64), torch.randn(64)
+    model = Named()
+    packed = dropit_fx.transform(
+        model, LOSSLESS, example_args=(x,), example_kwargs={"scale": scale}
+    )
+    wanted = list(model.parameters())
+    results = []
+    for function in (packed, model):
+        out = function(x, scale=scale)
+        assert list(out) == ["out", "norm"]
+        loss = out["out"].square().sum() + out["norm"]
+        results.append([out["out"], out["norm"], *torch.autograd.grad(loss, wanted)])
+    assert_same(*results)
+
+
+def test_functional_call_uses_the_given_parameters() -> None:
+    x = torch.randn(32, 64)
+    model = mlp()
+    packed = dropit_fx.transform(model, LOSSLESS, example_args=(x,))
+    other = {n: torch.randn_like(p).requires_grad_() for n, p in model.named_parameters()}
+    results = []
+    for function in (packed, model):
+        out = torch.func.functional_call(function, other, (x,))
+        results.append([out, *torch.autograd.grad(out.square().sum(), list(other.values()))])
+    assert_same(*results)
+
+
+def test_copies_and_pickles_train_on_their_own(tmp_path: Any) -> None:
+    x = torch.randn(32, 64)
+    packed = dropit_fx.transform(mlp(), LOSSLESS, example_args=(x,))
+    expected = grads(packed, x)
+    path = tmp_path / "model.pt"
+    torch.save(packed, path)
+    for other in (copy.deepcopy(packed), torch.load(path, weights_only=False)):
+        assert_same(grads(other, x), expected)
+        assert str(dropit_fx.report(other)) == str(dropit_fx.report(packed))
+        assert not {id(p) for p in other.parameters()} & {id(p) for p in packed.parameters()}
