@@ -1,7 +1,7 @@
 """The plug-in: ``torch.compile(model, backend="dropit", options={...})``.
 
-Dynamo hands over one forward graph at a time; the pipeline rewrites it, and inductor (or the backend named by
-``inner``) compiles what comes out, with the partitioner guard of ``partition.py``.
+Dynamo hands over one forward graph at a time; the pipeline rewrites it, and inductor (or the
+backend named by ``inner``) compiles what comes out, with the partitioner guard of ``partition.py``.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class CompiledGraph:
 
     Attributes:
         report: What the passes decided, with bytes as eager mode saves them.
-        partitions: What the compiled forward really saves, one for each time that it was partitioned; empty where
-            a compile cache had the result already.
+        partitions: What the compiled forward really saves, one for each time that it was
+            partitioned; empty where a compile cache had the result already.
     """
 
     report: Report
@@ -67,9 +67,10 @@ def dropit(
         gm: Dynamo's graph; it is rewritten in place.
         example_inputs: Its inputs, as fake tensors.
         mode: One of inductor's modes.
-        options: ``config``, ``preset``, ``strategy``, ``gamma``, ``bits`` as for ``transform``; ``inner``: the backend
-            that compiles the rewritten graph; anything else goes to inductor. Each of ours has a default in
-            the environment (``DROPIT_PRESET=...``), for callers that cannot pass options.
+        options: ``config``, ``preset``, ``strategy``, ``gamma``, ``bits`` as for ``transform``;
+            ``inner``: the backend that compiles the rewritten graph; anything else goes to
+            inductor. Each of ours has a default in the environment (``DROPIT_PRESET=...``), for
+            callers that cannot pass options.
 
     Raises:
         ConfigError: An unknown option, or a value that cannot mean anything.
@@ -105,7 +106,9 @@ def _compile(
     given = {k: options.pop(k) for k in OPTIONS if k in options}
     ours |= {k: v for k, v in given.items() if v is not None}
     if "config" in given and "preset" not in given:
-        ours["preset"] = None  # a config says its own preset: the environment's is for callers without one
+        ours["preset"] = (
+            None  # a config says its own preset: the environment's is for callers without one
+        )
     inner = ours.pop("inner") or inner
     _check_inductor_options(options)
     config = make_config(ours.pop("config"), **ours)  # type: ignore[arg-type]
@@ -120,15 +123,15 @@ def _check_inductor_options(options: Mapping[str, Any]) -> None:
         if key.replace("-", "_") not in legal:
             hint = _did_you_mean(key, (*OPTIONS, *legal)).split(" Choose one of")[0]
             raise ConfigError(
-                f"backend 'dropit' has no option {key!r}.{hint} Its own are: {', '.join(OPTIONS)}; others go to"
-                " inductor (torch._inductor.list_options())."
+                f"backend 'dropit' has no option {key!r}.{hint} Its own are: {', '.join(OPTIONS)};"
+                " others go to inductor (torch._inductor.list_options())."
             )
 
 
 def rewrite_dynamo_graph(
     gm: fx.GraphModule, example_inputs: list[Any], config: Config
 ) -> CompiledGraph | None:
-    """Runs the pipeline over Dynamo's graph in place. None where there is no training to speak of."""
+    """Runs the pipeline over Dynamo's graph in place; None where nothing is to be trained."""
     if not torch.is_grad_enabled():
         return None
     inputs = concrete_fakes(example_inputs)
@@ -141,14 +144,18 @@ def rewrite_dynamo_graph(
         return None
     try:
         check_rules_matched((plan,), config)
-    except ConfigError as error:  # a model may be compiled in several graphs: no error for one of them
+    except (
+        ConfigError
+    ) as error:  # a model may be compiled in several graphs: no error for one of them
         log.warning("%s", error)
     record = CompiledGraph(Report(tuple(rows(plan))))
     _compiled.append(record)
     return record
 
 
-Inner = Callable[[fx.GraphModule, list[Any], str | None, dict[str, Any], CompiledGraph | None], Compiled]
+Inner = Callable[
+    [fx.GraphModule, list[Any], str | None, dict[str, Any], CompiledGraph | None], Compiled
+]
 
 
 def _inner(name: str) -> Inner:
@@ -165,7 +172,10 @@ def _inner(name: str) -> Inner:
         options: dict[str, Any],
         record: CompiledGraph | None,
     ) -> Compiled:
-        log.warning("inner backend %r partitions by itself: whether packed tensors are saved is not assured", name)
+        log.warning(
+            "inner backend %r partitions by itself: packed tensors may not be what it saves",
+            name,
+        )
         return torch._dynamo.lookup_backend(name)(gm, example_inputs)
 
     return foreign
@@ -186,7 +196,9 @@ def _inductor(
 
     patches = dict(torch._inductor.list_mode_options(mode)) if mode else {}
     patches |= {k.replace("-", "_"): v for k, v in options.items()}
-    patches["custom_partitioner_fn"] = KeepPacked(patches.get("custom_partitioner_fn"), _note(record))
+    patches["custom_partitioner_fn"] = KeepPacked(
+        patches.get("custom_partitioner_fn"), _note(record)
+    )
     passes = patches.get("post_grad_custom_post_pass") or []
     passes = list(passes) if isinstance(passes, list | tuple) else [passes]
     patches["post_grad_custom_post_pass"] = [*passes, ReturnInputsAsTheyAre()]
@@ -216,9 +228,8 @@ def _aot(decompose: bool) -> Inner:
 
         extra: dict[str, Any] = {}
         if decompose:
-            from torch._inductor.decomposition import select_decomp_table
-
             import torch._inductor.lowering  # noqa: F401  the decomposition of max_pool2d needs it
+            from torch._inductor.decomposition import select_decomp_table
 
             extra["decompositions"] = select_decomp_table
         base = None if decompose else min_cut_rematerialization_partition

@@ -23,6 +23,11 @@ def fake_mode_of(values: Iterable[Any]) -> FakeTensorMode:
     return found or FakeTensorMode(allow_non_fake_inputs=True)
 
 
+def hint(size: Any) -> Any:
+    """The number that a symbolic size stands for in the example, without a guard on it."""
+    return size if isinstance(size, int) or size.node.hint is None else size.node.hint
+
+
 def concrete_fakes(values: Iterable[Any]) -> tuple[Any, ...]:
     """Fresh fake tensors of the same layout, with hints in the place of symbolic sizes.
 
@@ -30,9 +35,6 @@ def concrete_fakes(values: Iterable[Any]) -> tuple[Any, ...]:
     number.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def hint(size: Any) -> Any:
-        return size if isinstance(size, int) or size.node.hint is None else size.node.hint
 
     def concrete(value: Any) -> Any:
         if isinstance(value, Tensor):

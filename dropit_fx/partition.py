@@ -1,9 +1,10 @@
 """Saved means saved: the partitioner guard for compiled models, and the reading of what it made.
 
-AOTAutograd traces forward and backward into one joint graph and cuts it where the least has to be saved.
-To that cut, packing and unpacking are ordinary ops: it may save the dense tensor and pack it in the
-backward, or unpack in the forward and save the result. :class:`KeepPacked` wraps the partitioner:
-packed tensors count as forward outputs while the cut is made, and unpacking is tied to the backward.
+AOTAutograd traces forward and backward into one joint graph and cuts it where the least has to be
+saved. To that cut, packing and unpacking are ordinary ops: it may save the dense tensor and pack it
+in the backward, or unpack in the forward and save the result. :class:`KeepPacked` wraps the
+partitioner: packed tensors count as forward outputs while the cut is made, and unpacking is tied to
+    the backward.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch._inductor.custom_graph_pass import (
     CustomPartitionerFn,
     get_hash_for_files,
 )
+
+from dropit_fx.fake import hint
 
 _dropit = torch.ops.dropit
 PACK_OPS = (_dropit.sparsify.default, _dropit.sample.default, _dropit.pack_uint.default)
@@ -58,7 +61,10 @@ class Partition:
 
 
 class KeepPacked(CustomPartitionerFn):
-    """The partitioner guard; ``torch.compile(rewritten, options={"custom_partitioner_fn": KeepPacked()})``.
+    """The partitioner guard.
+
+    For a rewritten model:
+    ``torch.compile(rewritten, options={"custom_partitioner_fn": KeepPacked()})``.
 
     Args:
         base: The partitioner to wrap.
@@ -121,8 +127,9 @@ class KeepPacked(CustomPartitionerFn):
 class ReturnInputsAsTheyAre(CustomGraphPass):
     """Keeps inductor from saving channels-last copies of weights.
 
-    Inductor lays out every ancestor of a convolution channels-last, saved weights and inputs among them: the
-    backward is then handed a copy of each, which stays in memory beside the original. Marked as outputs that
+    Inductor lays out every ancestor of a convolution channels-last, saved weights and inputs among
+    them: the backward is then handed a copy of each, which stays in memory beside the original.
+        Marked as outputs that
     the user sees, they are returned as they are; the forward's own copy is freed when it is done.
     """
 
@@ -143,7 +150,10 @@ class ReturnInputsAsTheyAre(CustomGraphPass):
 
 
 def read_partition(
-    forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outputs: int, static: Sequence[int] = ()
+    forward: fx.GraphModule,
+    backward: fx.GraphModule,
+    num_fwd_outputs: int,
+    static: Sequence[int] = (),
 ) -> Partition:
     """Reads what a partition saves. Graph inputs (parameters among them) are not counted."""
     placeholders = set(forward.graph.find_nodes(op="placeholder"))
@@ -156,7 +166,7 @@ def read_partition(
         origin = node.args[0] if node.target.__name__ == "getitem" else node
         saved[_storage(node)] = SavedValue(
             name=node.name,
-            nbytes=int(value.untyped_storage().nbytes()),
+            nbytes=hint(value.untyped_storage().nbytes()),
             packed=origin.target in PACK_OPS,
             source=str(origin.target),
         )
