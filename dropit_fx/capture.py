@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from dropit_fx.graph_module import RewrittenModule
 from dropit_fx.modes import after_placeholders, both_modes
-from dropit_fx.packed_call import require_shapes
+from dropit_fx.packed_call import PACKED_OPS, pack, require_shapes
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def capture(
         A graph of functions and leaf modules whose state-dict keys are the model's.
 
     Raises:
-        CaptureError: Neither tracer takes the model.
+        CaptureError: Neither tracer takes the model, or it is packed already.
     """
     if isinstance(model, fx.GraphModule):
         graph_module = fx.GraphModule(model, copy.deepcopy(model.graph), type(model).__name__)
@@ -82,6 +82,13 @@ def capture(
         except Exception as error:  # a tracer runs the user's code: anything can be raised
             log.info("symbolic_trace: %s", error)
             graph_module = _exported(model, args, kwargs, error)
+    for node in graph_module.graph.nodes:
+        if node.target is pack or node.target in PACKED_OPS.values():
+            raise CaptureError(
+                f"'{node.name}' of {type(model).__name__} is packed already: transform the"
+                " model that dropit_fx has not rewritten yet, or name its other submodules with"
+                " modules=..."
+            )
     graph_module.graph.lint()
     graph_module = RewrittenModule(graph_module, graph_module.graph, type(model).__name__)
     missing = set(model.state_dict()) ^ set(graph_module.state_dict())

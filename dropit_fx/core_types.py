@@ -142,6 +142,8 @@ class SavedRead:
             identity are the same values in memory order, whatever view each reader sees.
         bits: The fewest bits, for reads stored as codes.
         obstacle: Why this very call cannot be packed, or ``""``.
+        wanted: Whether a gradient that reads it is asked for. A convolution keeps its input for a
+            frozen weight too; its packed call does not.
     """
 
     node: str
@@ -158,6 +160,7 @@ class SavedRead:
     identity: tuple[Any, ...] = ()
     bits: int | None = None
     obstacle: str = ""
+    wanted: bool = True
 
     @property
     def label(self) -> str:

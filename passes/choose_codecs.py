@@ -71,7 +71,7 @@ def _choose(read: SavedRead, config: Config) -> Decision:
         read=read,
         codec=rule.codec,
         options=options,
-        nbytes=codec.nbytes(read.numel, read.dtype, options),
+        nbytes=codec.nbytes(read.numel, read.dtype, options) if read.wanted else 0,
     )
 
 

@@ -214,6 +214,7 @@ class _Probe(fx.Interpreter):
                 identity=identity,
                 bits=read.bits(operands) if read and read.bits else None,
                 obstacle=obstacle,
+                wanted=read is None or any(_requires_grad(operands.get(a)) for a in read.needed_by),
             )
         )
 
@@ -236,6 +237,10 @@ class _Probe(fx.Interpreter):
 
 def _is_checkpoint(n: fx.Node) -> bool:
     return getattr(n.target, "__name__", "") == "tag_activation_checkpoint"
+
+
+def _requires_grad(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _is_parameter(n: fx.Node, tensor: Tensor) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import dropit_fx
 from dropit_fx import measure
+from dropit_fx.capture import CaptureError
 from dropit_fx.report import Row
 
 # Loses no bit. Operands packed at gamma = 0 take as much room as dense, so that has to be forced.
@@ -190,6 +191,28 @@ def test_a_weight_frozen_afterwards_saves_nothing() -> None:
     after = measure.saved_bytes(packed, x)
     dense = 512 * 64 * 4
     assert before - after == pytest.approx(dense * (0.1 + 1 / 32), rel=0.02)
+
+
+def test_predicted_bytes_are_the_measured_ones_where_a_convolution_is_frozen() -> None:
+    x = torch.randn(4, 3, 16, 16)
+    model = nn.Sequential(convnet(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    model[1].weight.requires_grad_(False)
+    packed = dropit_fx.transform(model, MINK, example_args=(x,))
+    report = dropit_fx.report(packed)
+    assert measure.saved_bytes(model, x) == report.dense_bytes
+    assert measure.saved_bytes(packed, x) == report.kept_bytes
+    model[1].weight.requires_grad_(True)
+    assert measure.saved_bytes(packed, x) > report.kept_bytes  # packed again, now that it is read
+
+
+def test_a_rewritten_model_is_not_rewritten_again() -> None:
+    x = torch.randn(32, 64)
+    packed = dropit_fx.transform(mlp(), MINK, example_args=(x,))
+    for model in (packed, nn.Sequential(packed, nn.ReLU(), nn.Linear(8, 8))):
+        with pytest.raises(
+            CaptureError, match=r"'\w+' of \w+ is packed already: transform the model"
+        ):
+            dropit_fx.transform(model, MINK, example_args=(x,))
 
 
 def test_a_weight_unfrozen_afterwards_gets_its_gradient() -> None:
