@@ -208,7 +208,8 @@ def _inductor(
     patches["unsafe_marked_cacheable_functions"] = names | dict(
         patches.get("unsafe_marked_cacheable_functions") or {}
     )
-    return compile_fx(gm, example_inputs, config_patches=patches)
+    compiled: Compiled = compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[assignment]
+    return compiled
 
 
 def _aot(decompose: bool) -> Inner:
@@ -224,7 +225,8 @@ def _aot(decompose: bool) -> Inner:
         from torch._functorch.partitioners import min_cut_rematerialization_partition
 
         def nop(graph: fx.GraphModule, inputs: list[Any]) -> Compiled:
-            return make_boxed_func(graph.forward)
+            boxed: Compiled = make_boxed_func(graph.forward)
+            return boxed
 
         extra: dict[str, Any] = {}
         if decompose:

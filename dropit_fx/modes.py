@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from dropit_fx.input_guards import InputGuards
 from dropit_fx.packed_call import by_mode, require_mode
 from dropit_fx.provenance import node_module, node_where
 
@@ -47,6 +48,8 @@ def both_modes(model: nn.Module, trace: Callable[[nn.Module], fx.GraphModule]) -
         for m, mode in modes:
             m.training = mode
     differs = "it cannot be traced" if other is None else _overlay(graph_module, other, training)
+    if other is not None and not differs:
+        _require_both(graph_module, other)
     if differs:
         log.warning(
             "%s: training and eval differ in more than constants: %s", type(model).__name__, differs
@@ -57,10 +60,20 @@ def both_modes(model: nn.Module, trace: Callable[[nn.Module], fx.GraphModule]) -
     return graph_module
 
 
+def _require_both(mine: fx.GraphModule, other: fx.GraphModule) -> None:
+    """Gives ``mine`` the conditions that either mode puts on the inputs."""
+    for name, guards in other.named_modules():
+        if isinstance(guards, InputGuards):
+            own = mine.get_submodule(name)
+            assert isinstance(own, InputGuards)
+            own.require(own.conditions + guards.conditions)
+
+
 def after_placeholders(graph_module: fx.GraphModule) -> fx.Node:
     """The first node behind all placeholders (exported graphs look their parameters up before)."""
     last = next((n for n in reversed(graph_module.graph.nodes) if n.op == "placeholder"), None)
-    return next(iter(graph_module.graph.nodes)) if last is None else last.next
+    first: fx.Node = next(iter(graph_module.graph.nodes)) if last is None else last.next
+    return first
 
 
 def _flag(graph_module: fx.GraphModule, training: bool) -> fx.Node:
