@@ -1,0 +1,64 @@
+"""``dropit-fx bench kernels`` and ``dropit-fx bench formats``: their arguments.
+
+Also ``python -m dropit_fx.bench kernels`` and ``python -m dropit_fx.bench formats``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from dropit_fx.bench_formats import LOSSES, bench_formats
+from dropit_fx.bench_kernels import bench_kernels
+
+
+def kernels(**options: Any) -> dict[str, Any]:
+    """``bench_kernels.bench_kernels``."""
+    return bench_kernels(**options)
+
+
+def formats(**options: Any) -> list[dict[str, Any]]:
+    """``bench_formats.bench_formats``."""
+    return bench_formats(**options)
+
+
+def add_kernels_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``bench kernels``; their names are the parameters of ``kernels``."""
+    parser.add_argument("--shape", type=int, nargs="+", default=(16, 197, 768), metavar="N")
+    parser.add_argument("--dtypes", nargs="+", default=("float32", "bfloat16"), metavar="DTYPE")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: as torch is set")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default: 15)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--json", dest="json_path", metavar="FILE", help="write the figures to FILE"
+    )
+
+
+def add_formats_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``bench formats``; their names are the parameters of ``formats``."""
+    parser.add_argument("--loss", choices=LOSSES, default="mlm", help="default: mlm")
+    parser.add_argument(
+        "--json", dest="json_path", metavar="FILE", help="write the figures to FILE"
+    )
+    parser.add_argument("--plot", dest="plot_path", metavar="FILE", help="draw them into FILE")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one of the two benches."""
+    parser = argparse.ArgumentParser(prog="python -m dropit_fx.bench")
+    benches = parser.add_subparsers(required=True, metavar="WHAT")
+    one = benches.add_parser("kernels", help="time of packing and unpacking")
+    add_kernels_arguments(one)
+    one.set_defaults(run=kernels)
+    other = benches.add_parser("formats", help="bits and gradient error of every format")
+    add_formats_arguments(other)
+    other.set_defaults(run=formats)
+    options = vars(parser.parse_args(arguments))
+    options.pop("run")(**options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""``dropit-fx bench kernels``: the time of packing and unpacking one tensor.
+
+Beside ``clone()``, the least that any copy of the tensor costs, and beside the selection of the
+published DropIT. All of them take turns, so that the machine's moods reach all alike.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from dropit_fx import kernels
+from dropit_fx.published import scatter, select
+
+Format = tuple[int, int, int, bool]  # keep, block, bits, affine
+FORMATS: dict[str, Format] = {
+    "gamma 0.9": (1000, 1024, 0, False),
+    "gamma 0.5": (5000, 1024, 0, False),
+    "gamma 0.7, 2 bits": (3086, 1024, 2, False),
+    "gamma 0.34, 3 bits": (6611, 1024, 3, False),
+    "gamma 0.5, 4 bits": (5044, 1024, 4, False),
+    "gamma 0, 4 bits": (10000, 1024, 4, False),
+    "gamma 0, 8 bits": (10000, 1024, 8, False),
+    "affine, 5 bits": (10000, 256, 5, True),
+    "gamma 0.9, whole tensor": (1000, 0, 0, False),
+}
+
+
+def bench_kernels(
+    shape: Sequence[int] = (16, 197, 768),
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    threads: int | None = None,
+    rounds: int = 15,
+    device: str = "cpu",
+    json_path: str | None = None,
+) -> dict[str, Any]:
+    """Times the kernels on a normally distributed tensor and prints a table.
+
+    Args:
+        shape: Of the tensor.
+        dtypes: Names of torch dtypes.
+        threads: For torch and the kernels alike; None: as torch is set.
+        rounds: Timed calls of each, after two that are not.
+        device: Where the tensor lies.
+        json_path: Where to write the result.
+
+    Returns:
+        dtype -> name -> ``pack`` and ``unpack``: ``seconds`` (median), ``of_clone`` and
+        ``of_published`` (medians of each round's ratio), and ``bits`` an element.
+    """
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    result: dict[str, Any] = {}
+    try:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("", total=len(dtypes) * (rounds + 2))
+            for name in dtypes:
+                x = torch.randn(math.prod(shape), device=device).to(getattr(torch, name))
+                jobs = _jobs(x)
+                times: dict[str, list[float]] = {job: [] for job in jobs}
+                for number in range(rounds + 2):
+                    progress.update(task, description=name, advance=1)
+                    for job, run in jobs.items():
+                        elapsed = _timed(run, x.device)
+                        if number >= 2:
+                            times[job].append(elapsed)
+                result[name] = _summary(times, x)
+        used = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+    title = f"{'x'.join(map(str, shape))}, {used} threads, {rounds} rounds"
+    for name, rows in result.items():
+        Console().print(_table(f"{name}, {title}", rows))
+    if json_path is not None:
+        with open(json_path, "w") as file:
+            json.dump({"shape": list(shape), "threads": used, "dtypes": result}, file, indent=2)
+    return result
+
+
+def _jobs(x: Tensor) -> dict[str, Callable[[], object]]:
+    """Name -> what is timed; "pack" and "unpack" stand before a format's name."""
+    values, index = select(x, 0.9)
+    jobs: dict[str, Callable[[], object]] = {
+        "clone": x.clone,
+        "pack published": partial(select, x, 0.9),
+        "unpack published": partial(scatter, values, index, x.shape),
+    }
+    for name, form in FORMATS.items():
+        packed = torch.ops.dropit.sparsify(x, *form, False)
+        jobs[f"pack {name}"] = partial(torch.ops.dropit.sparsify, x, *form, False)
+        jobs[f"unpack {name}"] = partial(
+            torch.ops.dropit.unsparsify, *packed, x.numel(), x.dtype, *form
+        )
+    return jobs
+
+
+def _timed(run: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elapsed = time.perf_counter() - start
+    del result  # freeing is no part of it
+    return elapsed
+
+
+def _summary(times: dict[str, list[float]], x: Tensor) -> dict[str, Any]:
+    def ratio(job: str, base: str) -> float:
+        return statistics.median(a / b for a, b in zip(times[job], times[base], strict=True))
+
+    rows: dict[str, Any] = {"clone": {"seconds": statistics.median(times["clone"])}}
+    for name in ("published", *FORMATS):
+        bits = 0.1 * (x.element_size() * 8 + 32)
+        if name in FORMATS:
+            size = kernels.packed_nbytes(x.numel(), *FORMATS[name], x.element_size())
+            bits = size * 8 / x.numel()
+        rows[name] = {"bits": bits}
+        for way in ("pack", "unpack"):
+            job = f"{way} {name}"
+            rows[name][way] = {
+                "seconds": statistics.median(times[job]),
+                "of_clone": ratio(job, "clone"),
+                "of_published": ratio(job, f"{way} published"),
+            }
+    return rows
+
+
+def _table(title: str, rows: dict[str, Any]) -> Table:
+    clone = rows["clone"]["seconds"] * 1e3
+    table = Table(title=f"{title}; clone {clone:.2f} ms", box=None, header_style="bold")
+    table.add_column("format")
+    for name in ("bits", "pack", "of clone", "published", "unpack", "of clone", "published"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, row in rows.items():
+        if name == "clone":
+            continue
+        cells = [f"{row['bits']:.2f}"]
+        for way in ("pack", "unpack"):
+            r = row[way]
+            cells += [
+                f"{r['seconds'] * 1e3:.2f} ms",
+                f"{r['of_clone']:.2f}x",
+                f"{1 / r['of_published']:.1f}x faster" if name != "published" else "",
+            ]
+        table.add_row(name, *cells)
+    return table
