@@ -19,8 +19,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from dropit_fx.graph_module import RewrittenModule
-from dropit_fx.modes import after_placeholders, both_modes
-from dropit_fx.packed_call import PACKED_OPS, pack, require_shapes
+from dropit_fx.input_guards import exporting_input_guards
+from dropit_fx.modes import both_modes
+from dropit_fx.packed_call import PACKED_OPS, pack
 
 log = logging.getLogger(__name__)
 
@@ -171,10 +172,10 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     except Exception as error:
         log.info("torch.export with dynamic shapes: %s; retrying with the example's", error)
         program = torch.export.export(model, args, kwargs, strict=False)
-    exported = program.module()
+    with exporting_input_guards():
+        exported = program.module()
     # a plain GraphModule: the exported one refuses train() and eval()
     graph_module = fx.GraphModule(exported, exported.graph, type(model).__name__)
-    _check_shapes(graph_module)
     known = set(model.state_dict())
     for name, _ in list(graph_module.named_buffers()):
         if name not in known:  # a constant that export lifted
@@ -189,21 +190,6 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         if hasattr(owner, leaf):
             setattr(owner, leaf, value)
     return graph_module
-
-
-def _check_shapes(graph_module: fx.GraphModule) -> None:
-    """Puts our own check of input shapes in the place of export's, which does not pickle."""
-    for node in graph_module.graph.find_nodes(op="call_module", target="_guards_fn"):
-        graph_module.graph.erase_node(node)
-    graph_module.delete_submodule("_guards_fn")
-    inputs, shapes = [], []
-    for node in graph_module.graph.find_nodes(op="placeholder"):
-        value = node.meta.get("val")
-        if isinstance(value, Tensor):
-            inputs.append(node)
-            shapes.append(tuple(s if isinstance(s, int) else None for s in value.shape))
-    with graph_module.graph.inserting_before(after_placeholders(graph_module)):
-        graph_module.graph.call_function(require_shapes, (tuple(inputs), tuple(shapes)))
 
 
 def _reorder(theirs: nn.Module, ours: nn.Module) -> None:

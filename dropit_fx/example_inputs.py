@@ -82,6 +82,12 @@ def record(
     ]
     try:
         _dry_run(model, args, kwargs)
+    except Exception as error:  # the user's code ran: anything can be raised
+        if missing := [n for n in names if n not in seen]:
+            raise CaptureError(
+                f"{type(model).__name__} does not run on fake tensors of the example's shapes, and"
+                f" stopped before submodule '{missing[0]}': {type(error).__name__}: {error}"
+            ) from error
     finally:
         for hook in hooks:
             hook.remove()

@@ -129,22 +129,6 @@ def require_mode(training: bool, traced: bool, where: str) -> None:
     return None
 
 
-def require_shapes(inputs: tuple[Tensor, ...], shapes: tuple[tuple[int | None, ...], ...]) -> None:
-    """Raises ValueError where an input has not the sizes that a graph was exported for."""
-    if has_torch_function(inputs):
-        return handle_torch_function(require_shapes, inputs, inputs, shapes)
-    for i, (x, shape) in enumerate(zip(inputs, shapes, strict=True)):
-        if x.dim() != len(shape) or any(
-            s is not None and n != s for n, s in zip(x.shape, shape, strict=True)
-        ):
-            wanted = ", ".join("any" if s is None else str(s) for s in shape)
-            raise ValueError(
-                f"input {i} has shape {tuple(x.shape)}, and the graph was exported for ({wanted}):"
-                " transform the model with an example of the other shape"
-            )
-    return None
-
-
 class _Entry(NamedTuple):
     """How one operand is held between forward and backward, in plain values for Dynamo's sake."""
 

@@ -13,7 +13,7 @@ from models import Case, differing, every_model, loss_of, rewritten, step
 from torch import Tensor, nn
 
 from dropit_fx import report, transform
-from dropit_fx.packed_call import require_shapes
+from dropit_fx.input_guards import InputGuards
 
 # --- one step in training mode
 
@@ -37,7 +37,7 @@ def test_the_tracer_is_export_for_hugging_face_and_symbolic_trace_for_the_rest(c
     _, made = rewritten(case.name)
     dialect = {type(n.target) for n in made.graph.nodes if n.op == "call_function"}
     assert (torch._ops.OpOverload in dialect) == (case.exported or case.name == "torchvision_vit")
-    checks = [n for n in made.graph.nodes if n.target is require_shapes]  # export's alone
+    checks = [m for m in made.modules() if isinstance(m, InputGuards)]  # export's alone
     assert bool(checks) == case.exported
 
 

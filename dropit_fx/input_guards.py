@@ -1,0 +1,93 @@
+"""What an exported graph assumes about its inputs, checked in each call.
+
+``torch.export`` follows one branch of ``if x.shape[0] > 8`` and notes the condition. Its own check
+of these conditions does not pickle; this one does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+
+class InputGuards(nn.Module):
+    """Raises ValueError where an input is not as the graph assumes.
+
+    Attributes:
+        conditions: Python expressions over ``args``, the graph's inputs, with the text that names
+            them as the user does: ``("args[0].size()[0] >= 9", "x.size()[0] >= 9")``.
+    """
+
+    _is_impure = True  # for fx, which removes calls whose result nobody reads
+
+    def __init__(self, conditions: tuple[tuple[str, str], ...]) -> None:
+        super().__init__()
+        self.require(conditions)
+
+    def require(self, conditions: tuple[tuple[str, str], ...]) -> None:
+        """Replaces the conditions."""
+        self.conditions = tuple(dict.fromkeys(conditions))
+        self._check = _function(self.conditions)
+
+    def forward(self, *args: Any) -> None:
+        """Checks the graph's inputs."""
+        self._check(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_check"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._check = _function(self.conditions)
+
+
+def _function(conditions: tuple[tuple[str, str], ...]) -> Callable[..., None]:
+    from torch._dynamo import dont_skip_tracing  # slow to import, as is sympy
+    from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
+
+    lines = ["def check(*args):"]
+    for condition, told in conditions:
+        text = f"the graph was exported for inputs with {told}; transform the model with an"
+        text += " example like the inputs given: "
+        lines += [f"    if not ({condition}):", f"        raise ValueError({text!r} + given(args))"]
+    lines += ["    return None"]
+    names: dict[str, Any] = {**SYMPY_INTERP, "math": math, "inf": math.inf, "given": _given}
+    exec("\n".join(lines), names)  # expressions that torch.export wrote
+    check: Callable[..., None] = dont_skip_tracing(names["check"])
+    return check
+
+
+def _given(args: tuple[Any, ...]) -> str:
+    return ", ".join(str(tuple(a.shape)) if isinstance(a, Tensor) else repr(a) for a in args)
+
+
+def _of_export(guards: list[str], paths: list[pytree.KeyPath]) -> InputGuards:
+    """From export's expressions over ``L['x']`` and the paths of the graph's inputs."""
+    conditions = []
+    for guard in guards:
+        condition, told = guard.replace("\n", " "), guard.replace("\n", " ")
+        for i, path in enumerate(paths):
+            named = "L" + pytree.keystr(path)
+            first: Any = path[0]
+            condition = condition.replace(named, f"args[{i}]")
+            told = told.replace(named, str(first.key) + pytree.keystr(path[1:]))
+        conditions.append((condition, told))
+    return InputGuards(tuple(conditions))
+
+
+@contextmanager
+def exporting_input_guards() -> Iterator[None]:
+    """Makes ``ExportedProgram.module()`` put :class:`InputGuards` in the place of its own check."""
+    from torch.export import _unlift
+
+    own = _unlift._convert_guards_code_to_fn
+    _unlift._convert_guards_code_to_fn = _of_export
+    try:
+        yield
+    finally:
+        _unlift._convert_guards_code_to_fn = own
