@@ -42,7 +42,7 @@ class InputGuards(nn.Module):
         return {k: v for k, v in self.__dict__.items() if k != "_check"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._check = _function(self.conditions)
 
 
@@ -86,7 +86,7 @@ def exporting_input_guards() -> Iterator[None]:
     from torch.export import _unlift
 
     own = _unlift._convert_guards_code_to_fn
-    _unlift._convert_guards_code_to_fn = _of_export
+    _unlift._convert_guards_code_to_fn = _of_export  # type: ignore[assignment]
     try:
         yield
     finally:
