@@ -15,7 +15,7 @@ from dropit_fx.bench_formats import Format, Sample, collect, measure_format
 @pytest.fixture(scope="module")
 def samples() -> list[Sample]:
     pytest.importorskip("transformers")
-    return collect("mlm", sequences=16)
+    return collect("mlm", sequences=10)
 
 
 def test_the_format_needs_a_fifth_of_the_published_bits(samples: list[Sample]) -> None:

@@ -31,7 +31,7 @@ sizes = st.one_of(st.integers(0, 3000), st.integers(2**14, 40_000))
 @built
 @pytest.mark.usefixtures("instructions")
 def test_same_bits_as_the_reference() -> None:
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(cases(sizes, (0, 8, 64, 1024, 4096)))
     def check(case) -> None:  # type: ignore[no-untyped-def]
         x, seed, (keep, block, bits, affine, stochastic) = case

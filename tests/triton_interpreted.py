@@ -27,7 +27,9 @@ BITS_AFFINE_STOCHASTIC = [
 def main(dtype: torch.dtype) -> None:
     count = 0
     for i, (bits, affine, stochastic) in enumerate(BITS_AFFINE_STOCHASTIC):
-        x = make(KINDS[(i + dtype.itemsize) % len(KINDS)], 150, dtype, seed=i)
+        if dtype != torch.float32 and bits in (1, 3, 5, 6):
+            continue  # beyond float32 only the conversions differ
+        x = make(KINDS[(i + dtype.itemsize) % len(KINDS)], 110, dtype, seed=i)
         seed = torch.tensor([-(3**i) * 1_000_003])
         keep = (3333, 10000, 50)[i % 3]
         form = (keep, 96, bits, affine)  # not a power of two, with a tail
@@ -35,14 +37,14 @@ def main(dtype: torch.dtype) -> None:
         expected = reference.sparsify(x, *form, stochastic, seed)
         for left, right in zip(packed, expected, strict=True):
             assert_same_bits(left, right)
-        back = (*expected, 150, dtype, *form)
+        back = (*expected, 110, dtype, *form)
         assert_same_bits(kernels.unsparsify(*back), reference.unsparsify(*back))
         count += 1
     for left, right in zip(
         kernels.sample(x, 2500, 64, seed), reference.sample(x, 2500, 64, seed), strict=True
     ):
         assert_same_bits(left, right)
-    for bits in range(1, 9):
+    for bits in range(1, 9) if dtype == torch.float32 else ():
         codes = torch.randint(0, 2**bits, (2 * bits + 1,), dtype=torch.uint8)
         packed_codes = kernels.pack_uint(codes, bits)
         assert_same_bits(packed_codes, reference.pack_uint(codes, bits))
