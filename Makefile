@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint format wheel clean
+.PHONY: help demo figures test lint format wheel clean
 
 help:
 	@echo "make demo    train on scikit-learn's digits, dense and packed; prints and saves a table"
+	@echo "make figures measure what the README says, and write it there"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff (rules and format) and mypy"
 	@echo "make format  let ruff rewrite the files"
@@ -15,6 +16,10 @@ help:
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/digits.py
+
+# The figures of the README, and the README itself. Half an hour.
+figures: $(VENV)/.installed-test
+	$(BIN)/python examples/figures.py
 
 # The models of the tests are built from configs or installed as packages: nothing is downloaded.
 test: $(VENV)/.installed-test

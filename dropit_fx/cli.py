@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import nn
 
 import dropit_fx
-from dropit_fx import model_spec
+from dropit_fx import bench, model_spec
 from dropit_fx.capture import CaptureError
 from dropit_fx.config import ConfigError
 from dropit_fx.model_spec import SpecError
@@ -89,8 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(run=_report)
 
-    bench = commands.add_parser("bench", help="what packing costs on this machine")
-    benches = bench.add_subparsers(required=True, metavar="WHAT")
+    _add_benches(commands.add_parser("bench", help="what packing costs on this machine"))
+    return parser
+
+
+def _add_benches(parser: argparse.ArgumentParser) -> None:
+    benches = parser.add_subparsers(required=True, metavar="WHAT")
     step = benches.add_parser(
         "step",
         help="a training step: dense, packed, and the algorithm as published",
@@ -104,7 +108,14 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--no-compile", action="store_true", help="eager only, much quicker")
     step.add_argument("--json", metavar="FILE", help="write the figures to FILE too")
     step.set_defaults(run=_bench_step)
-    return parser
+
+    kernels = benches.add_parser("kernels", help="time of packing and unpacking")
+    bench.add_kernels_arguments(kernels)
+    kernels.set_defaults(run=lambda options: _bench(bench.kernels, options))
+
+    formats = benches.add_parser("formats", help="bits and gradient error of every format")
+    bench.add_formats_arguments(formats)
+    formats.set_defaults(run=lambda options: _bench(bench.formats, options))
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -235,6 +246,11 @@ def _bench_step(options: argparse.Namespace) -> int:
         compiled=not options.no_compile,
         json_path=options.json,
     )
+    return 0
+
+
+def _bench(run: Callable[..., object], options: argparse.Namespace) -> int:
+    run(**{name: value for name, value in vars(options).items() if name != "run"})
     return 0
 
 

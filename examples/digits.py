@@ -45,6 +45,7 @@ class Model:
     build: Callable[[], nn.Module]
     side: int  # of the images, which are 8 x 8 and enlarged
     lr: float
+    epochs: int
 
 
 MODELS = {
@@ -60,6 +61,7 @@ MODELS = {
         ),
         side=16,
         lr=1e-3,
+        epochs=20,
     ),
     "resnet": Model(
         lambda: ResNet(
@@ -67,6 +69,7 @@ MODELS = {
         ),
         side=32,
         lr=4e-3,
+        epochs=10,
     ),
 }
 
@@ -162,12 +165,12 @@ def examine(
     progress: Progress,
 ) -> dict[str, Any]:
     """Trains dense and packed with each seed, then measures the last of each."""
-    data = load(model.side)
+    data, epochs = load(model.side), options.epochs or model.epochs
     way = "compiled" if compiled else "eager"
     results: dict[str, Any] = {}
     last: dict[str, tuple[nn.Module, Any]] = {}
     for variant in ("dense", "packed"):
-        task = progress.add_task(f"{way}, {variant}", total=len(seeds) * options.epochs)
+        task = progress.add_task(f"{way}, {variant}", total=len(seeds) * epochs)
         runs = []
         for seed in seeds:
             last[variant] = make(model, variant, compiled, seed)
@@ -176,7 +179,7 @@ def examine(
                     *last[variant],
                     data,
                     model.lr,
-                    options.epochs,
+                    epochs,
                     seed,
                     lambda task=task: progress.advance(task),
                 )
@@ -231,19 +234,28 @@ def spread(accuracies: Sequence[float]) -> str:
     return f"{mean} ± {100 * statistics.stdev(accuracies):.1f}"
 
 
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=3, help="so many, from 0 (default: 3)")
-    parser.add_argument("--epochs", type=int, default=20, help="of each training (default: 20)")
-    parser.add_argument("--rounds", type=int, default=25, help="timed steps of each (default: 25)")
+    parser.add_argument("--seeds", type=positive, default=3, help="so many, from 0 (default: 3)")
+    parser.add_argument(
+        "--epochs", type=positive, help="of each training (default: vit 20, resnet 10)"
+    )
+    parser.add_argument(
+        "--rounds", type=positive, default=25, help="timed steps of each (default: 25)"
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--no-compile", action="store_true", help="eager only, much quicker")
     parser.add_argument("--out", type=Path, default=Path("build/digits"), metavar="DIR")
     options = parser.parse_args(argv)
-    if min(options.seeds, options.epochs, options.rounds) < 1:
-        parser.error("--seeds, --epochs and --rounds are at least 1")
 
     console = Console()
     start = time.perf_counter()
@@ -277,7 +289,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "preset": PRESET,
         "batch": BATCH,
-        "epochs": options.epochs,
+        "epochs": {n: options.epochs or MODELS[n].epochs for n in options.models},
         "seeds": options.seeds,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),

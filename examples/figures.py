@@ -1,0 +1,254 @@
+"""Measures the figures of the README and writes them into it.
+
+    python examples/figures.py             # run every command (half an hour on two cores)
+    python examples/figures.py --write     # only rewrite the README from examples/figures/*.json
+    python examples/figures.py --tables    # the same without running its code blocks
+
+Parts of the README between `<!-- name -->` and `<!-- end -->` come from here, and so do the `text`
+blocks behind Python and console blocks.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dropit_fx import cli
+from dropit_fx.codecs import CODECS
+from dropit_fx.op_table import OP_RULES
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+FIGURES = Path("examples/figures")
+MIB = 2**20
+
+DEMO = "python examples/digits.py --out examples/figures"
+STEPS = {
+    name: f"dropit-fx bench step --model timm:{name} --batch 16 --json {FIGURES / name}.json"
+    for name in ("deit_tiny_patch16_224", "resnet18")
+}
+FORMATS = f"dropit-fx bench formats --json {FIGURES}/formats.json"
+KERNELS = f"dropit-fx bench kernels --json {FIGURES}/kernels.json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="measure nothing, rewrite the README")
+    parser.add_argument("--tables", action="store_true", help="rewrite its tables only")
+    options = parser.parse_args(argv)
+    if not (options.write or options.tables):
+        for command in (DEMO, *STEPS.values(), FORMATS, KERNELS):
+            print(f"$ {command}", flush=True)
+            program = Path(sys.executable).with_name(command.split()[0])
+            subprocess.run([program, *shlex.split(command)[1:]], cwd=ROOT, check=True)
+    text = with_tables(README.read_text())
+    README.write_text(text if options.tables else with_output(text))
+    return 0
+
+
+def with_tables(text: str) -> str:
+    """Makes the parts between `<!-- name -->` and `<!-- end -->` anew."""
+    for name, make in SECTIONS.items():
+        part = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        made = make()
+        text = re.sub(part, lambda m, made=made: f"{m[1]}{made}\n{m[2]}", text, flags=re.DOTALL)
+    return text
+
+
+# Blocks that are run ------------------------------------------------------------------------------
+
+
+def blocks(text: str) -> Iterator[tuple[str, str, re.Match[str] | None]]:
+    """Each fenced block: its language, its code, and the `text` block that follows it, if any."""
+    fence = re.compile(r"^```(\w+)\n(.*?)^```\n", re.DOTALL | re.MULTILINE)
+    follows = re.compile(r"\n```text\n(.*?)^```\n", re.DOTALL | re.MULTILINE)
+    for match in fence.finditer(text):
+        yield match[1], match[2], follows.match(text, match.end())
+
+
+def with_output(text: str) -> str:
+    """Runs the blocks that have output and puts that in."""
+    names: dict[str, Any] = {}
+    pieces, at = [], 0
+    for language, code, shown in blocks(text):
+        if language == "python":
+            output = run_python(code, names)
+        elif language == "console" and shown:
+            output = run_console(code)
+        else:
+            continue
+        if shown:
+            pieces += [text[at : shown.start(1)], output]
+            at = shown.end(1)
+    return "".join(pieces) + text[at:]
+
+
+def run_python(code: str, names: dict[str, Any]) -> str:
+    """Executes a block in the names that the blocks before it left."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(code, "README.md", "exec"), names)
+    return plain(out.getvalue())
+
+
+def run_console(code: str) -> str:
+    """Runs the `dropit-fx` commands of a block in this process."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        for line in code.splitlines():
+            program, *arguments = shlex.split(line.removeprefix("$ "), comments=True)
+            assert program == "dropit-fx", line
+            assert cli.main(arguments) == 0, line
+    return plain(out.getvalue())
+
+
+def plain(text: str) -> str:
+    lines = [line.rstrip() for line in text.strip("\n").splitlines()]
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+# Tables -------------------------------------------------------------------------------------------
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def codecs() -> str:
+    rows = []
+    for codec in (c for c in CODECS if c.name != "drop"):
+        options = "<br>".join(
+            f"`{o.name}` (default `{json.dumps(o.default)}`): {o.meaning}" for o in codec.options
+        )
+        rows.append([f"`{codec.name}`", ", ".join(sorted(codec.serves)), options or "none"])
+    return markdown(["codec", "for tensors that the backward uses as", "options"], rows)
+
+
+def ops() -> str:
+    return ", ".join(f"`{rule.name}`" for rule in OP_RULES) + "."
+
+
+def layout() -> str:
+    """Every module with the first sentence of its docstring."""
+    lines = []
+    for folder in ("dropit_fx", "passes", "dropit_fx/codecs", "dropit_fx/kernels"):
+        lines.append(f"{folder}/")
+        for path in sorted((ROOT / folder).glob("*.py")):
+            lines.append(f"  {path.name:<18} {first_sentence(path)}")
+    return "```\n" + "\n".join(lines) + "\n```"
+
+
+def first_sentence(path: Path) -> str:
+    match = re.search(r'"""(.*?)(?:"""|\n\n)', path.read_text(), re.DOTALL)
+    line = " ".join(match[1].split()) if match else ""
+    return re.sub(r":\w+:(?=`)|`", "", line).removesuffix(".")
+
+
+def measured() -> str:
+    tables = [
+        ("`make demo`", "digits", demo_table),
+        *((f"`{command}`", name, step_table) for name, command in STEPS.items()),
+        (f"`{FORMATS}`", "formats", formats_table),
+        (f"`{KERNELS}`", "kernels", kernels_table),
+    ]
+    parts = []
+    for command, name, table in tables:
+        path = ROOT / FIGURES / f"{name}.json"
+        if path.exists():
+            parts += [command, table(json.loads(path.read_text()))]
+    return "\n\n".join(parts)
+
+
+def demo_table(results: dict[str, Any]) -> str:
+    from digits import spread
+
+    rows = []
+    for name, model in results["models"].items():
+        for way in (w for w in ("eager", "compiled") if w in model):
+            for variant in ("dense", "packed"):
+                got, ratio = model[way][variant], model[way]["ratio"]
+                packed = variant == "packed"
+                rows.append(
+                    [
+                        f"{name}, {way}, {variant}",
+                        spread([run["accuracy"][-1] for run in got["runs"]]),
+                        *(
+                            f"{got[k] / MIB:.2f} MiB" + (f" ({ratio[k]:.0%})" if packed else "")
+                            for k in ("saved_bytes", "peak_memory")
+                        ),
+                        f"{ratio['time']:.2f}" if packed else "1",
+                    ]
+                )
+    settings = results["settings"]
+    note = (
+        f"Batch {settings['batch']}, {settings['threads']} threads; accuracy: mean ± standard"
+        f" deviation over {settings['seeds']} seeds (compiled: one seed)."
+    )
+    head = ["model", "test accuracy", "saved", "peak memory", "step time"]
+    return markdown(head, rows) + "\n\n" + note
+
+
+def step_table(results: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            f"{row['saved_bytes'] / MIB:.1f} MiB",
+            f"{row['saved_ratio']:.1%}",
+            f"{row['ratio']:.2f}",
+        ]
+        for name, row in results["variants"].items()
+    ]
+    return markdown(["step", "saved", "of dense", "time, of dense"], rows)
+
+
+def formats_table(results: dict[str, Any]) -> str:
+    """The formats that no smaller one beats, and the published one."""
+    rows = [
+        [row["name"], f"{row['bits']:.2f}", f"{row['error']:.3f}", f"{row['projection']:.3f}"]
+        for row in results["rows"]
+        if row["best"] or row["family"] == "published"
+    ]
+    note = (
+        f"The inputs of all linear layers of `{results['model']}` on English text; formats that"
+        " are the most accurate of their size, and the published one."
+    )
+    head = ["format", "bits an element", "relative error of dW", "projection on dW"]
+    return markdown(head, rows) + "\n\n" + note
+
+
+def kernels_table(results: dict[str, Any]) -> str:
+    formats = results["dtypes"]["float32"]
+    rows = [
+        [
+            name,
+            f"{row['bits']:.2f}",
+            f"{row['pack']['of_clone']:.1f}",
+            f"{row['unpack']['of_clone']:.1f}",
+        ]
+        for name, row in formats.items()
+        if name != "clone"
+    ]
+    shape = " x ".join(map(str, results["shape"]))
+    note = f"fp32, {shape}, {results['threads']} threads; a clone of the tensor takes 1."
+    return markdown(["format", "bits an element", "pack", "unpack"], rows) + "\n\n" + note
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "codecs": codecs,
+    "ops": ops,
+    "layout": layout,
+    "measured": measured,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

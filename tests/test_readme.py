@@ -1,0 +1,99 @@
+"""The README cannot go stale: its code runs, its output and its tables are what the code gives."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dropit_fx
+from dropit_fx import backend
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+sys.path.insert(0, str(ROOT / "examples"))
+import figures  # noqa: E402
+
+HINT = "run: python examples/figures.py --write"
+
+
+@pytest.mark.slow
+def test_python_blocks_run_and_print_what_is_shown() -> None:
+    names: dict[str, Any] = {}
+    found = 0
+    for language, code, shown in figures.blocks(README):
+        if language == "python":
+            found += 1
+            output = figures.run_python(code, names)
+            assert output == (shown[1] if shown else ""), HINT
+    assert found >= 6
+
+
+def test_console_blocks_print_what_is_shown() -> None:
+    shown_blocks = [b for b in figures.blocks(README) if b[0] == "console" and b[2]]
+    assert shown_blocks
+    for _, code, shown in shown_blocks:
+        assert shown is not None
+        assert figures.run_console(code) == shown[1], HINT
+
+
+@pytest.mark.parametrize("name", figures.SECTIONS)
+def test_generated_sections_are_up_to_date(name: str) -> None:
+    part = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end -->", README, re.DOTALL)
+    assert part, f"the README has no section {name!r}"
+    assert part[1] == figures.SECTIONS[name](), HINT
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for text in (README, (ROOT / "CONTRIBUTING.md").read_text()):
+        for target in re.findall(r"^\$? ?make (\w+)", text, re.MULTILINE):
+            assert f"\n{target}:" in makefile
+
+
+def test_files_that_documents_name_exist() -> None:
+    for document in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / document).read_text()
+        for path in re.findall(r"`((?:dropit_fx|passes|tests|examples)/[\w./*]*)`", text):
+            assert list(ROOT.glob(path)), f"{document} names {path}"
+        for path in re.findall(r"\]\((?!http)([^)]+)\)", text):
+            assert (ROOT / path).exists(), f"{document} links to {path}"
+
+
+def test_every_environment_default_is_named() -> None:
+    for option in backend.OPTIONS:
+        assert f"`DROPIT_{option.upper()}`" in README
+
+
+def test_yaml_blocks_are_configs() -> None:
+    model, x = vit()
+    found = [code for language, code, _ in figures.blocks(README) if language == "yaml"]
+    assert found
+    for code in found:
+        config = figures_yaml(code)
+        assert dropit_fx.report(dropit_fx.transform(model, config, example_args=(x,))).rows
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples/configs").glob("*.yaml")), ids=lambda path: path.name
+)
+def test_example_configs_fit_a_vit(path: Path) -> None:
+    model, x = vit()
+    report = dropit_fx.report(dropit_fx.transform(model, path, example_args=(x,)))
+    assert report.kept_bytes < report.dense_bytes
+
+
+def vit() -> tuple[torch.nn.Module, torch.Tensor]:
+    import timm
+
+    model = timm.create_model("deit_tiny_patch16_224", img_size=64, depth=3)
+    return model, torch.randn(2, 3, 64, 64)
+
+
+def figures_yaml(code: str) -> Any:
+    import yaml
+
+    return yaml.safe_load(code)
