@@ -13,7 +13,7 @@ __all__ = [
     "ConfigError",
     "Report",
     "load_config",
-    # m
+    "measure",
     "report",
     "transform",
 ]

@@ -1,4 +1,4 @@
-"""The GraphModule that ``transform`` returns: an ordinary one whose copies and pickles lose nothing."""
+"""What ``transform`` returns: an ordinary GraphModule whose copies and pickles lose nothing."""
 
 from __future__ import annotations
 
@@ -19,21 +19,23 @@ _STATE = ("training", "_parameters", "_buffers", "_non_persistent_buffers_set", 
 class _Ref(NamedTuple):
     """Stands for the node with this index in a pickled graph."""
 
-    index: int
+    at: int
 
 
 class RewrittenModule(fx.GraphModule):
     """A rewritten model.
 
-    fx pickles a graph as source code and traces it again, which cannot be done to aten calls with symbolic
-    sizes, and which drops parameters that no node reads. Here the nodes themselves are pickled.
+    fx pickles a graph as source code and traces it again, which cannot be done to aten calls with
+    symbolic sizes, and which drops parameters that no node reads. Here the nodes themselves are
+    pickled.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
         nodes = list(self.graph.nodes)
         index = {n: _Ref(i) for i, n in enumerate(nodes)}
         specs = [
-            (n.op, n.name, _spell(n), *map_arg((n.args, n.kwargs), index.__getitem__)) for n in nodes
+            (n.op, n.name, _spell(n), *map_arg((n.args, n.kwargs), index.__getitem__))
+            for n in nodes
         ]
         codegen = self.graph._codegen
         state = {name: self.__dict__[name] for name in _STATE}
@@ -81,11 +83,13 @@ def _restore(
 
     def linked(value: Any) -> Any:
         if isinstance(value, _Ref):
-            return nodes[value.index]
+            return nodes[value.at]
         if isinstance(value, slice):
             return slice(linked(value.start), linked(value.stop), linked(value.step))
         if isinstance(value, tuple | list):
-            return tuple(map(linked, value)) if isinstance(value, tuple) else list(map(linked, value))
+            return (
+                tuple(map(linked, value)) if isinstance(value, tuple) else list(map(linked, value))
+            )
         return {k: linked(v) for k, v in value.items()} if isinstance(value, dict) else value
 
     for op, label, target, args, kwargs in specs:

@@ -37,7 +37,7 @@ ALL_CASES = [(name, c) for name, cases in CASES.items() for c in cases]
 def case_id(value: Any) -> str:
     if isinstance(value, Case):
         return value.name
-    return value if isinstance(value, str) else str(value).removeprefix("<built-in function ")[:40]
+    return str(value) if isinstance(value, str | torch._ops.OpOverload) else value.__name__
 
 
 def test_every_row_has_cases() -> None:
@@ -440,7 +440,7 @@ def samples(name: str, limit: int) -> list[Any]:
     return [(op, s.input, s.args, s.kwargs) for s in found[::step][:limit]]
 
 
-@pytest.mark.parametrize(("backend", "limit"), [("dropit_eager", 5), ("aot_eager", 3)])
+@pytest.mark.parametrize(("backend", "limit"), [("dropit_eager", 5), ("aot_eager", 2)])
 @pytest.mark.parametrize("name", OP_DB)
 def test_op_db_samples_have_the_same_bits(name: str, backend: str, limit: int) -> None:
     eager = backend == "dropit_eager"
