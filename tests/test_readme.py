@@ -1,12 +1,15 @@
 """The README cannot go stale: its code runs, its output and its tables are what the code gives."""
 
+import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+import yaml
 
 import dropit_fx
 from dropit_fx import backend
@@ -73,7 +76,7 @@ def test_yaml_blocks_are_configs() -> None:
     found = [code for language, code, _ in figures.blocks(README) if language == "yaml"]
     assert found
     for code in found:
-        config = figures_yaml(code)
+        config = yaml.safe_load(code)
         assert dropit_fx.report(dropit_fx.transform(model, config, example_args=(x,))).rows
 
 
@@ -86,14 +89,23 @@ def test_example_configs_fit_a_vit(path: Path) -> None:
     assert report.kept_bytes < report.dense_bytes
 
 
-def vit() -> tuple[torch.nn.Module, torch.Tensor]:
-    import timm
+@pytest.mark.slow
+def test_the_demo_runs_and_writes_what_the_readme_shows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import digits
 
+    quick = ["--seeds", "1", "--epochs", "1", "--rounds", "1", "--models", "resnet", "--no-compile"]
+    assert digits.main([*quick, "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "digits.json").read_text())
+    eager = results["models"]["resnet"]["eager"]
+    assert eager["ratio"]["saved_bytes"] < 1
+    assert eager["dense"]["runs"][0]["loss"][0] == eager["packed"]["runs"][0]["loss"][0]
+    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+    assert "resnet, eager, packed" in figures.demo_table(results)
+    assert "test accuracy" in capsys.readouterr().out
+
+
+def vit() -> tuple[torch.nn.Module, torch.Tensor]:
     model = timm.create_model("deit_tiny_patch16_224", img_size=64, depth=3)
     return model, torch.randn(2, 3, 64, 64)
-
-
-def figures_yaml(code: str) -> Any:
-    import yaml
-
-    return yaml.safe_load(code)

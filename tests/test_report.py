@@ -9,7 +9,7 @@ from torch import nn
 
 import dropit_fx
 from dropit_fx import measure
-from dropit_fx.plot import report_picture
+from dropit_fx.plot import demo_picture, report_picture
 from dropit_fx.report import Report, Row
 
 
@@ -132,6 +132,16 @@ def test_picture_of_many_tensors(report: Report, tmp_path: Path) -> None:
 def test_picture_of_nothing() -> None:
     with pytest.raises(ValueError, match="saves no tensor"):
         report_picture(Report(()), "unused.png")
+
+
+def test_demo_picture(tmp_path: Path) -> None:
+    """As examples/digits.py calls it, with and without the compiled half."""
+    runs = [{"accuracy": [0.3, 0.8, 0.9]}, {"accuracy": [0.4, 0.7, 0.95]}]
+    ratio = {"saved_bytes": 0.5, "peak_memory": 0.7, "time": 1.2}
+    way = {"dense": {"runs": runs}, "packed": {"runs": runs[:1]}, "ratio": ratio}
+    models = {"vit": {"eager": way, "compiled": way}, "resnet": {"eager": way}}
+    demo_picture({"models": models}, tmp_path / "demo.png")
+    assert (tmp_path / "demo.png").stat().st_size > 5_000
 
 
 def _line_of(code: str) -> int:
