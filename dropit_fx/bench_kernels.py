@@ -143,9 +143,11 @@ def _table(title: str, rows: dict[str, Any]) -> Table:
     clone = rows["clone"]["seconds"] * 1e3
     caption = "clones: time of so many clone(); faster: than the published selection"
     heading = f"{title}; clone {clone:.2f} ms"
-    table = Table(title=heading, caption=caption, box=None, header_style="bold", pad_edge=False)
+    table = Table(
+        title=heading, caption=caption, box=None, header_style="bold", padding=(0, 1, 0, 0)
+    )
     table.add_column("format", no_wrap=True)
-    for name in ("bits", "pack", "clones", "faster", "unpack", "clones", "faster"):
+    for name in ("bits", "pack ms", "clones", "faster", "unpack ms", "clones", "faster"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, row in rows.items():
         if name == "clone":
@@ -154,7 +156,7 @@ def _table(title: str, rows: dict[str, Any]) -> Table:
         for way in ("pack", "unpack"):
             r = row[way]
             cells += [
-                f"{r['seconds'] * 1e3:.2f} ms",
+                f"{r['seconds'] * 1e3:.2f}",
                 f"{r['of_clone']:.2f}",
                 f"{1 / r['of_published']:.1f}x" if name != "published" else "",
             ]
