@@ -207,6 +207,7 @@ def _draw_training(axes: Any, name: str, model: Mapping[str, Any], last: bool) -
     _finish(axes, title, "%")
     axes.set_ylim(max(0, min(60, axes.get_ylim()[0])), 100.5)
     axes.legend(frameon=False, loc="lower right")
+    axes.locator_params(axis="x", integer=True)
     if last:
         axes.set_xlabel("epoch")
 
