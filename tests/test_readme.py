@@ -62,7 +62,8 @@ def test_files_that_documents_name_exist() -> None:
         text = (ROOT / document).read_text()
         for path in re.findall(r"`((?:dropit_fx|passes|tests|examples)/[\w./*]*)`", text):
             assert list(ROOT.glob(path)), f"{document} names {path}"
-        for path in re.findall(r"\]\((?!http)([^)]+)\)", text):
+        prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+        for path in re.findall(r"\]\((?!http)([^)]+)\)", prose):
             assert (ROOT / path).exists(), f"{document} links to {path}"
 
 
