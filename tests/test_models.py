@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Case, differing, every_model, loss_of, rewritten, step
+from models import CASE, CASES, Case, differing, every_model, loss_of, rewritten, step
 from torch import Tensor, nn
 
 from dropit_fx import report, transform
@@ -148,8 +148,15 @@ def saved(module: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
-@every_model
-@pytest.mark.parametrize("copied", [deep_copied, pickled, saved])
+COPIES = (deep_copied, pickled)
+
+
+@pytest.mark.parametrize(
+    ("case", "copied"),
+    [(case, saved) for case in CASES]
+    + [(CASE[name], how) for name in ("swin_tiny_patch4_window7_224", "t5") for how in COPIES],
+    ids=lambda value: getattr(value, "name", None) or value.__name__,
+)
 def test_copies_give_the_same_outputs_and_gradients(case: Case, copied: Any) -> None:
     _, made = rewritten(case.name)
     args, kwargs = case.inputs()
@@ -163,8 +170,8 @@ def test_copies_give_the_same_outputs_and_gradients(case: Case, copied: Any) -> 
 
 
 @every_model
-@pytest.mark.parametrize("batch", [3, 5])
-def test_another_batch_size_runs_on_the_same_graph(case: Case, batch: int) -> None:
+def test_another_batch_size_runs_on_the_same_graph(case: Case) -> None:
+    batch = 5
     model, made = rewritten(case.name, lossless=True)
     args, kwargs = case.inputs(batch)
     dense = case.dense(model, "gradients", batch)
