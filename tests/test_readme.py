@@ -101,7 +101,6 @@ def test_the_demo_runs_and_writes_what_the_readme_shows(
     results = json.loads((tmp_path / "digits.json").read_text())
     eager = results["models"]["resnet"]["eager"]
     assert eager["ratio"]["saved_bytes"] < 1
-    assert eager["dense"]["runs"][0]["loss"][0] == eager["packed"]["runs"][0]["loss"][0]
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
     assert "resnet, eager, packed" in figures.demo_table(results)
     assert "test accuracy" in capsys.readouterr().out
