@@ -157,6 +157,76 @@ def test_opcheck_uint() -> None:
     torch.library.opcheck(OPS.unpack_uint.default, (OPS.pack_uint(codes, 5), 5, 30))
 
 
+def test_opcheck_steps() -> None:
+    for bits, borders in ((2, [-1.0, 0.0, 1.5]), (4, [])):
+        x = torch.randn(45)
+        packed = OPS.encode_steps(x, borders, bits)
+        torch.library.opcheck(OPS.encode_steps.default, (x, borders, bits))
+        levels = [0.5, *borders]
+        torch.library.opcheck(OPS.decode_steps.default, (packed, levels, bits, 45, torch.bfloat16))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    tensors,
+    st.integers(1, 8),
+    st.lists(st.sampled_from([float("-inf"), -2.0, -0.0, 0.0, 1e-45, 0.1, 1.0, 7e4, 1e39])),
+)
+def test_steps_count_the_borders_that_are_reached(
+    x: torch.Tensor, bits: int, some: list[float]
+) -> None:
+    borders = sorted(some)[: 2**bits - 1]
+    packed = OPS.encode_steps(x, borders, bits)
+    single = torch.tensor(borders, dtype=torch.float32).tolist()
+    expected = [sum(v >= b for b in single) for v in x.float().tolist()]
+    assert packed.numel() == (x.numel() * bits + 7) // 8
+    assert OPS.unpack_uint(packed, bits, x.numel()).tolist() == expected
+    levels = [i / 3 - 1 for i in range(len(borders) + 1)]
+    back = OPS.decode_steps(packed, levels, bits, x.numel(), x.dtype)
+    rounded = torch.tensor([levels[code] for code in expected], dtype=x.dtype)
+    torch.testing.assert_close(back, rounded, rtol=0, atol=0)
+
+
+def test_codes_beyond_the_levels_have_the_last_one() -> None:
+    packed = OPS.pack_uint(torch.arange(16, dtype=torch.uint8), 4)
+    back = OPS.decode_steps(packed, [1.0, 2.0, 3.0], 4, 16, torch.float32)
+    assert back.tolist() == [1.0, 2.0, *[3.0] * 14]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the C kernel, the reference
+@pytest.mark.parametrize(
+    ("borders", "bits", "text"),
+    [
+        ([1.0, 0.0], 2, r"borders \[1.0, 0.0\]: must ascend, without NaN"),
+        ([float("nan")], 2, "must ascend, without NaN"),
+        ([0.0, float("nan")], 2, "must ascend, without NaN"),
+        ([0.0, 1.0], 1, "2 borders: codes of 1 bits tell 1 apart"),
+        ([], 9, "bits=9: must be 1..8"),
+    ],
+)
+def test_impossible_borders_are_refused(
+    borders: list[float], bits: int, text: str, dtype: torch.dtype
+) -> None:
+    with pytest.raises(ValueError, match=text):
+        OPS.encode_steps(torch.randn(9, dtype=dtype), borders, bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_impossible_levels_are_refused(dtype: torch.dtype) -> None:
+    packed = torch.zeros(2, dtype=torch.uint8)
+    for levels, numel, text in (
+        ([], 8, "0 levels: codes of 2 bits need 1..4"),
+        ([0.0] * 5, 8, "5 levels: codes of 2 bits need 1..4"),
+        ([0.0] * 4, 9, "2 bytes cannot hold 9 codes of 2 bits"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            OPS.decode_steps(packed, levels, 2, numel, dtype)
+    with pytest.raises(TypeError, match=r"dtype torch\.int8: packed codes are uint8"):
+        OPS.decode_steps(packed.to(torch.int8), [0.0], 2, 8, dtype)
+    with pytest.raises(TypeError, match=r"dtype torch\.int32: must be one of"):
+        OPS.decode_steps(packed, [0.0], 2, 8, torch.int32)
+
+
 @pytest.mark.parametrize("bits", [0])
 def test_a_symbolic_size_does_not_specialise(bits: int) -> None:
     compiles = 0
@@ -195,3 +265,5 @@ def test_impossible_formats_are_refused(keep: int, block: int, bits: int, text: 
 def test_integer_tensors_are_refused() -> None:
     with pytest.raises(TypeError, match=r"dtype torch\.int32: must be one of"):
         OPS.sparsify(torch.ones(9, dtype=torch.int32), 1000, 0, 0, False, False)
+    with pytest.raises(TypeError, match=r"dtype torch\.int32: must be one of"):
+        OPS.encode_steps(torch.ones(9, dtype=torch.int32), [0.0], 1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import assert_same_bits, cases
+from kernel_cases import DTYPES, KINDS, assert_same_bits, cases, make
 
 from dropit_fx.kernels import cpu, reference
 
@@ -90,6 +90,20 @@ def test_same_uint_streams_as_the_reference(bits: int) -> None:
 
 
 @built
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_same_steps_as_the_reference(bits: int) -> None:
+    for i, count in enumerate((0, 1, 7, 31, 32, 63, 1000, 33_001, 70_001)):
+        x = make(KINDS[(i + bits) % len(KINDS)], count, DTYPES[i % len(DTYPES)], seed=i)
+        borders = x[:: count // 2**bits + 1].float().nan_to_num().sort().values.tolist()[1:]
+        packed = cpu.encode_steps(x, borders, bits)
+        assert torch.equal(packed, reference.encode_steps(x, borders, bits))
+        levels = [1.0, *borders]
+        back = (packed, levels, bits, count, x.dtype)
+        assert_same_bits(cpu.decode_steps(*back), reference.decode_steps(*back))
+
+
+@built
 def test_buffers_of_the_wrong_size_are_refused() -> None:
     values, scale, mask = cpu.sparsify(torch.randn(2048), 1000, 1024, 4, False, False)
     with pytest.raises(ValueError, match="values has 101 elements, but a tensor of 2048 packed"):
@@ -110,6 +124,8 @@ def test_without_the_library_the_reference_runs_and_says_so_once(
             packed = torch.ops.dropit.sparsify(x, 1000, 1024, 4, False, False)
             torch.ops.dropit.unsparsify(*packed, 3000, torch.float32, 1000, 1024, 4, False)
             torch.ops.dropit.unpack_uint(torch.ops.dropit.pack_uint(x > 0, 1), 1, 3000)
+            steps = torch.ops.dropit.encode_steps(x, [0.0], 1)
+            torch.ops.dropit.decode_steps(steps, [0.0, 1.0], 1, 3000, torch.float32)
     finally:
         cpu.library.cache_clear()
     for left, right in zip(packed, expected, strict=True):

@@ -49,6 +49,14 @@ def main(dtype: torch.dtype) -> None:
         packed_codes = kernels.pack_uint(codes, bits)
         assert_same_bits(packed_codes, reference.pack_uint(codes, bits))
         assert_same_bits(kernels.unpack_uint(packed_codes, bits, codes.numel()), codes)
+    for bits, numel in ((1, 9), (3, 110), (4, 2100)):
+        x = make(KINDS[bits], numel, dtype, seed=bits)
+        borders = [-1.0, -0.0, 0.1, 1e-40, 1.0, 2.5, float("inf")][: 2**bits - 1]
+        borders.sort()
+        steps = kernels.encode_steps(x, borders, bits)
+        assert_same_bits(steps, reference.encode_steps(x, borders, bits))
+        back = (steps, [-0.0, *borders], bits, numel, dtype)
+        assert_same_bits(kernels.decode_steps(*back), reference.decode_steps(*back))
     print(f"{count} formats equal")
 
 

@@ -138,9 +138,102 @@ INLINE uint64_t part8(uint64_t v, int bits) {
     return (v & m1) | (v >> bits & m1) << 8;
 }
 
-INLINE void pack_codes(const uint8_t *codes, int64_t count, int bits, uint8_t *out) {
-    uint8_t *end = out + (count * bits + 7) / 8;
+#ifdef X86
+#define VECTOR __attribute__((target("avx2,bmi,bmi2,popcnt"))) static
+#define WITH_AVX2(name, ...) (vector ? name##_avx2(__VA_ARGS__) : 0)
+
+/* The AVX2 functions do what they can in whole steps and return how many elements that was. */
+
+/* `join8` on four words at once. */
+VECTOR int64_t pack_codes_avx2(const uint8_t *codes, int64_t count, int bits, uint8_t *out) {
+    const uint8_t *end = out + (count * bits + 7) / 8;
+    __m256i even8 = _mm256_set1_epi16(0x00FF), even16 = _mm256_set1_epi32(0x0000FFFF);
+    __m256i even32 = _mm256_set1_epi64x(0x00000000FFFFFFFF);
+    __m128i by8 = _mm_cvtsi32_si128(8 - bits), by16 = _mm_cvtsi32_si128(16 - 2 * bits);
+    __m128i by32 = _mm_cvtsi32_si128(32 - 4 * bits);
     int64_t i = 0;
+    for (; i + 32 <= count && out + 3 * bits + 8 <= end; i += 32, out += 4 * bits) {
+        __m256i v = _mm256_loadu_si256((const __m256i *)(codes + i));
+        v = _mm256_or_si256(_mm256_and_si256(v, even8), _mm256_srl_epi64(_mm256_andnot_si256(even8, v), by8));
+        v = _mm256_or_si256(_mm256_and_si256(v, even16), _mm256_srl_epi64(_mm256_andnot_si256(even16, v), by16));
+        v = _mm256_or_si256(_mm256_and_si256(v, even32), _mm256_srl_epi64(_mm256_andnot_si256(even32, v), by32));
+        __m128i low = _mm256_castsi256_si128(v), high = _mm256_extracti128_si256(v, 1);
+        _mm_storel_epi64((__m128i *)out, low); /* beyond `bits` bytes are zeros, which the next word overwrites */
+        _mm_storel_epi64((__m128i *)(out + bits), _mm_unpackhi_epi64(low, low));
+        _mm_storel_epi64((__m128i *)(out + 2 * bits), high);
+        _mm_storel_epi64((__m128i *)(out + 3 * bits), _mm_unpackhi_epi64(high, high));
+    }
+    return i;
+}
+
+/* The entry of each code of 1..4 bits in a table of 16, to 4 bytes (`wide`) or 2. Below 4 bits the table repeats:
+ * what lies above a code in its lane does no harm. */
+VECTOR int64_t look_up_avx2(const uint8_t *in, int64_t count, int bits, const uint32_t *table, int wide, void *out) {
+    const uint8_t *end = in + (count * bits + 7) / 8;
+    __m256i first = _mm256_loadu_si256((const __m256i *)table), second = _mm256_loadu_si256((const __m256i *)table + 1);
+    __m256i shift = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(bits));
+    int64_t i = 0;
+    for (; i + 16 <= count && in + bits + 4 <= end; i += 16, in += 2 * bits) {
+        __m256i pair[2];
+        for (int j = 0; j < 2; j++) {
+            int32_t word;
+            memcpy(&word, in + j * bits, 4);
+            __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(word), shift);
+            pair[j] = _mm256_permutevar8x32_epi32(first, code);
+            if (bits == 4) {
+                __m256 upper = _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(second, code));
+                __m256 which = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));
+                pair[j] = _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(pair[j]), upper, which));
+            }
+        }
+        if (wide) {
+            _mm256_storeu_si256((__m256i *)((uint32_t *)out + i), pair[0]);
+            _mm256_storeu_si256((__m256i *)((uint32_t *)out + i + 8), pair[1]);
+        } else {
+            __m256i both = _mm256_permute4x64_epi64(_mm256_packus_epi32(pair[0], pair[1]), 0xD8);
+            _mm256_storeu_si256((__m256i *)((uint16_t *)out + i), both);
+        }
+    }
+    return i;
+}
+
+/* The codes of `border_codes` for 1..4 bits: the search of each lane takes its borders from one register. */
+VECTOR int64_t border_codes_avx2(const float *x, int64_t n, const float *border, int bits, uint8_t *codes) {
+    float level[4][8] = {{0}};
+    for (int l = 0; l < bits; l++)
+        for (int j = 0; j < 1 << l; j++) level[l][j] = border[((2 * j + 1) << (bits - 1 - l)) - 1];
+    __m256 root = _mm256_set1_ps(level[0][0]), t1 = _mm256_loadu_ps(level[1]), t2 = _mm256_loadu_ps(level[2]);
+    __m256 t3 = _mm256_loadu_ps(level[3]);
+    __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        __m256i code[4];
+        for (int j = 0; j < 4; j++) {
+            __m256 v = _mm256_loadu_ps(x + i + 8 * j);
+            __m256i at = _mm256_srli_epi32(_mm256_castps_si256(_mm256_cmp_ps(v, root, _CMP_GE_OQ)), 31);
+#define STEP(table)                                                                                          \
+    at = _mm256_sub_epi32(_mm256_add_epi32(at, at), _mm256_castps_si256(_mm256_cmp_ps(                       \
+                                                        v, _mm256_permutevar8x32_ps(table, at), _CMP_GE_OQ)))
+            if (bits > 1) STEP(t1);
+            if (bits > 2) STEP(t2);
+            if (bits > 3) STEP(t3);
+#undef STEP
+            code[j] = at;
+        }
+        __m256i a = _mm256_packs_epi32(code[0], code[1]), b = _mm256_packs_epi32(code[2], code[3]);
+        a = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, b), order);
+        _mm256_storeu_si256((__m256i *)(codes + i), a);
+    }
+    return i;
+}
+#else
+#define WITH_AVX2(name, ...) ((void)vector, 0)
+#endif
+
+INLINE void pack_codes(const uint8_t *codes, int64_t count, int bits, int vector, uint8_t *out) {
+    uint8_t *end = out + (count * bits + 7) / 8;
+    int64_t i = WITH_AVX2(pack_codes, codes, count, bits, out);
+    out += i / 8 * bits;
     for (; i + 8 <= count && out + 8 <= end; i += 8, out += bits) {
         uint64_t v;
         memcpy(&v, codes + i, 8);
@@ -417,7 +510,7 @@ INLINE void encode_block(const Job *job, Scratch *s, int64_t k, uint8_t *values,
     } else {
         for (int j = 0; j < columns; j++) scale_out[j] = (uint16_t)(bits_of(scale[j]) >> 16);
     }
-    pack_codes(s->codes, k, bits, values);
+    pack_codes(s->codes, k, bits, job->vector, values);
 }
 
 /* The value of a code, as a pattern of the output's dtype. */
@@ -492,7 +585,6 @@ INLINE void mark(const void *key, int wide, int64_t n, int64_t k, uint8_t *flag,
 /* Where few are kept the set bits are walked, else every element is stored and the position moves on by its flag;
  * with AVX2 eight at a time. Nothing is written beyond out[k - 1]. */
 #ifdef X86
-#define VECTOR __attribute__((target("avx2,bmi,bmi2,popcnt"))) static
 #define BYTES 0x0706050403020100ull /* the indices 0..7 */
 
 VECTOR int64_t compact32_avx2(const uint32_t *x, const uint8_t *mask, int64_t n, int64_t k, uint32_t *out, int64_t *at) {
@@ -551,12 +643,6 @@ VECTOR int64_t expand16_avx2(const uint16_t *v, const uint8_t *mask, int64_t n, 
     *at = from;
     return i;
 }
-#endif
-
-#ifdef X86
-#define WITH_AVX2(name, ...) (vector ? name##_avx2(__VA_ARGS__) : 0)
-#else
-#define WITH_AVX2(name, ...) ((void)vector, 0)
 #endif
 
 #define COMPACT(width)                                                                                         \
@@ -717,9 +803,64 @@ INLINE void unsparsify_block(const Job *job, Scratch *s, int64_t b) {
         expand16(v, mask, n, k, job->vector, out);
 }
 
+/* ------------------------------------------------------------------------------------------- steps, flags */
+
+enum { SLICE = 1 << 15, STRIP = 512 }; /* codes: multiples of 8, so that each slice of a stream is whole bytes */
+
+typedef struct {
+    const void *in;
+    void *out;
+    int64_t numel;
+    int dtype, bits, vector;
+    float border[255];    /* ascending; NaN after the last */
+    uint32_t table[256];  /* the level of each code, in the pattern of the dtype */
+} Steps;
+
+/* How many borders x reaches: 2^bits - 1 of them, searched without a branch. */
+INLINE void border_codes(const float *x, int64_t n, const float *border, int bits, int vector, uint8_t *codes) {
+    for (int64_t i = bits <= 4 ? WITH_AVX2(border_codes, x, n, border, bits, codes) : 0; i < n; i++) {
+        uint32_t at = 0;
+        for (uint32_t half = 1u << bits >> 1; half; half >>= 1) at += x[i] >= border[at + half - 1] ? half : 0;
+        codes[i] = (uint8_t)at;
+    }
+}
+
+INLINE void encode_slice(const Steps *job, int64_t from, int64_t to) {
+    float wide[STRIP];
+    uint8_t codes[STRIP];
+    for (int64_t i = from; i < to; i += STRIP) {
+        int64_t n = to - i < STRIP ? to - i : STRIP;
+        const float *x = (const float *)job->in + i;
+        if (job->dtype != F32) {
+            widen((const uint16_t *)job->in + i, n, job->dtype, wide);
+            x = wide;
+        }
+        border_codes(x, n, job->border, job->bits, job->vector, codes);
+        pack_codes(codes, n, job->bits, job->vector, (uint8_t *)job->out + i / 8 * job->bits);
+    }
+}
+
+INLINE void decode_slice(const Steps *job, int64_t from, int64_t to) {
+    uint8_t codes[STRIP];
+    const uint8_t *in = (const uint8_t *)job->in + from / 8 * job->bits;
+    int64_t n = to - from, done = 0;
+    int wide = job->dtype == F32, vector = job->vector;
+    uint8_t *out = (uint8_t *)job->out + from * (wide ? 4 : 2);
+    if (job->bits <= 4) done = WITH_AVX2(look_up, in, n, job->bits, job->table, wide, out);
+    for (int64_t i = done; i < n; i += STRIP) {
+        int64_t m = n - i < STRIP ? n - i : STRIP;
+        unpack_codes(in + i / 8 * job->bits, m, job->bits, codes);
+        if (wide)
+            for (int64_t j = 0; j < m; j++) ((uint32_t *)out)[i + j] = job->table[codes[j]];
+        else
+            for (int64_t j = 0; j < m; j++) ((uint16_t *)out)[i + j] = (uint16_t)job->table[codes[j]];
+    }
+}
+
 /* --------------------------------------------------------------------------------------- dispatch, threads */
 
 typedef void (*Worker)(const Job *, Scratch *, int64_t, int64_t);
+typedef void (*StepsWorker)(const Steps *, int64_t, int64_t);
 
 #define WORKER(suffix, attribute)                                                                       \
     attribute static void sparsify_##suffix(const Job *job, Scratch *s, int64_t from, int64_t to) {     \
@@ -727,6 +868,12 @@ typedef void (*Worker)(const Job *, Scratch *, int64_t, int64_t);
     }                                                                                                   \
     attribute static void unsparsify_##suffix(const Job *job, Scratch *s, int64_t from, int64_t to) {   \
         for (int64_t b = from; b < to; b++) unsparsify_block(job, s, b);                                \
+    }                                                                                                   \
+    attribute static void encode_##suffix(const Steps *job, int64_t from, int64_t to) {                 \
+        encode_slice(job, from, to);                                                                    \
+    }                                                                                                   \
+    attribute static void decode_##suffix(const Steps *job, int64_t from, int64_t to) {                 \
+        decode_slice(job, from, to);                                                                    \
     }
 
 WORKER(plain, )
@@ -751,14 +898,26 @@ EXPORT int dropit_level(int wanted) {
     return forced_level;
 }
 
+static int level_in_use(void) { return forced_level < 0 ? dropit_level(-1) : forced_level; }
+
 static Worker choose(int back) {
-    int level = forced_level < 0 ? dropit_level(-1) : forced_level;
+    int level = level_in_use();
 #ifdef X86
     if (level == 2) return back ? unsparsify_avx512 : sparsify_avx512;
     if (level == 1) return back ? unsparsify_avx2 : sparsify_avx2;
 #endif
     (void)level;
     return back ? unsparsify_plain : sparsify_plain;
+}
+
+static StepsWorker choose_steps(int back) {
+    int level = level_in_use();
+#ifdef X86
+    if (level == 2) return back ? decode_avx512 : encode_avx512;
+    if (level == 1) return back ? decode_avx2 : encode_avx2;
+#endif
+    (void)level;
+    return back ? decode_plain : encode_plain;
 }
 
 /* Returns 0, or 1 where memory ran out. */
@@ -821,7 +980,37 @@ EXPORT int dropit_unsparsify(void *out, void *values, void *scale, void *mask, i
     return run(&job, 1, threads);
 }
 
-enum { SLICE = 1 << 15 }; /* codes: a multiple of 8, so that each slice of the stream is whole bytes */
+static void run_steps(Steps *job, int back, int threads) {
+    int64_t slices = (job->numel + SLICE - 1) / SLICE;
+    StepsWorker worker = choose_steps(back);
+    job->vector = forced_level > 0;
+    threads = threads < 1 ? 1 : threads;
+#pragma omp parallel for num_threads(threads) if (slices > 1)
+    for (int64_t i = 0; i < slices; i++) {
+        int64_t end = (i + 1) * SLICE;
+        worker(job, i * SLICE, end < job->numel ? end : job->numel);
+    }
+}
+
+EXPORT void dropit_encode_steps(const void *x, void *packed, const float *borders, int64_t numel, int count, int dtype,
+                                int bits, int threads) {
+    Steps job = {x, packed, numel, dtype, bits, 0, {0}, {0}};
+    for (int j = 0; j < (1 << bits) - 1; j++) job.border[j] = j < count ? borders[j] : NAN;
+    run_steps(&job, 0, threads);
+}
+
+/* A code without a level has the last one. */
+EXPORT void dropit_decode_steps(const void *packed, void *out, const float *levels, int64_t numel, int count, int dtype,
+                                int bits, int threads) {
+    Steps job = {packed, out, numel, dtype, bits, 0, {0}, {0}};
+    int codes = 1 << bits, room = codes < 16 ? 16 : codes;
+    for (int c = 0; c < room; c++) {
+        int at = c & (codes - 1);
+        uint32_t u = bits_of(levels[at < count ? at : count - 1]);
+        job.table[c] = dtype == F32 ? u : dtype == BF16 ? single_to_bfloat(u) : single_to_half(u);
+    }
+    run_steps(&job, 1, threads);
+}
 
 EXPORT void dropit_pack(const uint8_t *codes, uint8_t *out, int64_t count, int bits, int threads) {
     int64_t slices = (count + SLICE - 1) / SLICE;
@@ -835,9 +1024,9 @@ EXPORT void dropit_pack(const uint8_t *codes, uint8_t *out, int64_t count, int b
                 memcpy(&v, codes + first + j, 8);
                 out[(first + j) / 8] = flags_to_byte(v);
             }
-            if (n % 8) pack_codes(codes + first + n / 8 * 8, n % 8, 1, out + (first + n) / 8);
+            if (n % 8) pack_codes(codes + first + n / 8 * 8, n % 8, 1, 0, out + (first + n) / 8);
         } else {
-            pack_codes(codes + first, n, bits, out + first / 8 * bits);
+            pack_codes(codes + first, n, bits, level_in_use() > 0, out + first / 8 * bits);
         }
     }
 }

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import logging
 import sys
+from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -20,7 +21,10 @@ from torch import Tensor
 from dropit_fx.kernels import reference
 from dropit_fx.kernels.layout import (
     block_count,
+    check_borders,
     check_format,
+    check_levels,
+    check_stream,
     check_uint,
     codes_nbytes,
     kept,
@@ -37,6 +41,8 @@ _SIGNATURES = {
     "dropit_unsparsify": [_POINTER] * 4 + [_INT64] * 3 + [_INT] * 4,
     "dropit_pack": [_POINTER] * 2 + [_INT64, _INT, _INT],
     "dropit_unpack": [_POINTER] * 2 + [_INT64, _INT, _INT],
+    "dropit_encode_steps": [_POINTER] * 3 + [_INT64] + [_INT] * 4,
+    "dropit_decode_steps": [_POINTER] * 3 + [_INT64] + [_INT] * 4,
     "dropit_level": [_INT],
 }
 
@@ -224,9 +230,53 @@ def unpack_uint(packed: Tensor, bits: int, numel: int) -> Tensor:
     if lib is None:
         return reference.unpack_uint(packed, bits, numel)
     check_uint(packed, bits)
-    if packed.numel() != uint_nbytes(numel, bits):
-        raise ValueError(f"{packed.numel()} bytes cannot hold {numel} codes of {bits} bits")
+    check_stream(packed, bits, numel)
     packed = packed.contiguous()
     out = torch.empty(numel, dtype=torch.uint8)
     lib.dropit_unpack(packed.data_ptr(), out.data_ptr(), numel, bits, torch.get_num_threads())
+    return out
+
+
+def encode_steps(x: Tensor, borders: Sequence[float], bits: int) -> Tensor:
+    """As `reference.encode_steps`."""
+    lib = library()
+    if lib is None or x.dtype not in _DTYPES:
+        return reference.encode_steps(x, borders, bits)
+    check_borders(x.dtype, borders, bits)
+    x = x.contiguous()
+    out = torch.empty(uint_nbytes(x.numel(), bits), dtype=torch.uint8)
+    lib.dropit_encode_steps(
+        x.data_ptr(),
+        out.data_ptr(),
+        (ctypes.c_float * len(borders))(*borders),
+        x.numel(),
+        len(borders),
+        _DTYPES[x.dtype],
+        bits,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def decode_steps(
+    packed: Tensor, levels: Sequence[float], bits: int, numel: int, dtype: torch.dtype
+) -> Tensor:
+    """As `reference.decode_steps`."""
+    lib = library()
+    if lib is None or dtype not in _DTYPES:
+        return reference.decode_steps(packed, levels, bits, numel, dtype)
+    check_levels(packed, levels, bits, dtype)
+    check_stream(packed, bits, numel)
+    packed = packed.contiguous()
+    out = torch.empty(numel, dtype=dtype)
+    lib.dropit_decode_steps(
+        packed.data_ptr(),
+        out.data_ptr(),
+        (ctypes.c_float * len(levels))(*levels),
+        numel,
+        len(levels),
+        _DTYPES[dtype],
+        bits,
+        torch.get_num_threads(),
+    )
     return out

@@ -22,9 +22,14 @@ Nothing here branches on a size, so that a `torch.SymInt` stays symbolic.
 
 from __future__ import annotations
 
+import math
+import operator
+from collections.abc import Sequence
+
 import torch
 
 FULL = 10_000  # `keep` of a format that drops nothing
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_format(keep: int, block: int, bits: int = 0) -> None:
@@ -48,6 +53,43 @@ def check_uint(x: torch.Tensor, bits: int) -> None:
     """Raises for what `pack_uint` and `unpack_uint` cannot take."""
     if x.dtype not in (torch.uint8, torch.bool):
         raise TypeError(f"dtype {x.dtype}: codes are uint8 or bool")
+    _check_bits(bits)
+
+
+def check_borders(dtype: torch.dtype, borders: Sequence[float], bits: int) -> None:
+    """Raises for what `encode_steps` cannot take: see `reference`."""
+    _check_float(dtype)
+    _check_bits(bits)
+    if len(borders) > 2**bits - 1:
+        raise ValueError(f"{len(borders)} borders: codes of {bits} bits tell {2**bits - 1} apart")
+    if not all(map(operator.le, borders, [*borders[1:], math.inf])):
+        raise ValueError(f"borders {list(borders)}: must ascend, without NaN")
+
+
+def check_levels(
+    packed: torch.Tensor, levels: Sequence[float], bits: int, dtype: torch.dtype
+) -> None:
+    """Raises for what `decode_steps` cannot take: see `reference`."""
+    _check_float(dtype)
+    _check_bits(bits)
+    if packed.dtype != torch.uint8:
+        raise TypeError(f"dtype {packed.dtype}: packed codes are uint8")
+    if not 1 <= len(levels) <= 2**bits:
+        raise ValueError(f"{len(levels)} levels: codes of {bits} bits need 1..{2**bits}")
+
+
+def check_stream(packed: torch.Tensor, bits: int, numel: int) -> None:
+    """Raises ValueError unless `packed` has the bytes of `numel` codes."""
+    if packed.numel() != uint_nbytes(numel, bits):
+        raise ValueError(f"{packed.numel()} bytes cannot hold {numel} codes of {bits} bits")
+
+
+def _check_float(dtype: torch.dtype) -> None:
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype {dtype}: must be one of {', '.join(map(str, FLOATS))}")
+
+
+def _check_bits(bits: int) -> None:
     if not 1 <= bits <= 8:
         raise ValueError(f"bits={bits}: must be 1..8")
 

@@ -7,6 +7,9 @@
     dropit::sample(Tensor x, int keep, int block) -> (Tensor values, Tensor mask)
     dropit::pack_uint(Tensor x, int bits) -> Tensor
     dropit::unpack_uint(Tensor packed, int bits, SymInt numel) -> Tensor
+    dropit::encode_steps(Tensor x, float[] borders, int bits) -> Tensor
+    dropit::decode_steps(Tensor packed, float[] levels, int bits, SymInt numel, ScalarType dtype)
+        -> Tensor
 
 `x` is 1-D. `keep` counts kept elements per 10000, `block` is in elements (0: the whole tensor),
 `bits` is 0 (values as they are) or 1..8. Output shapes follow from input shapes and these integers
@@ -19,7 +22,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -28,7 +31,9 @@ from torch import Tensor
 from dropit_fx.kernels import cpu, reference
 from dropit_fx.kernels.layout import (
     block_count,
+    check_borders,
     check_format,
+    check_levels,
     codes_nbytes,
     kept,
     mask_nbytes,
@@ -46,6 +51,9 @@ _SCHEMAS = {
     "sample": "(Tensor x, int keep, int block) -> (Tensor values, Tensor mask)",
     "pack_uint": "(Tensor x, int bits) -> Tensor",
     "unpack_uint": "(Tensor packed, int bits, SymInt numel) -> Tensor",
+    "encode_steps": "(Tensor x, float[] borders, int bits) -> Tensor",
+    "decode_steps": "(Tensor packed, float[] levels, int bits, SymInt numel, ScalarType dtype)"
+    " -> Tensor",
 }
 _TAGS = {"sample": (torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded)}
 
@@ -119,3 +127,15 @@ def _(x: Tensor, bits: int) -> Tensor:
 @torch.library.register_fake("dropit::unpack_uint")
 def _(packed: Tensor, bits: int, numel: int) -> Tensor:
     return packed.new_empty(numel, dtype=torch.uint8)
+
+
+@torch.library.register_fake("dropit::encode_steps")
+def _(x: Tensor, borders: Sequence[float], bits: int) -> Tensor:
+    check_borders(x.dtype, borders, bits)
+    return x.new_empty(uint_nbytes(x.numel(), bits), dtype=torch.uint8)
+
+
+@torch.library.register_fake("dropit::decode_steps")
+def _(packed: Tensor, levels: Sequence[float], bits: int, numel: int, dtype: torch.dtype) -> Tensor:
+    check_levels(packed, levels, bits, dtype)
+    return packed.new_empty(numel, dtype=dtype)

@@ -5,13 +5,18 @@ Works on every device, without host synchronisation. See `layout` for the format
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from dropit_fx.kernels.coder import decode, encode
 from dropit_fx.kernels.layout import (
     FULL,
+    check_borders,
     check_format,
+    check_levels,
+    check_stream,
     check_uint,
     kept_in_block,
     scale_columns,
@@ -143,6 +148,49 @@ def unpack_uint(packed: Tensor, bits: int, numel: int) -> Tensor:
     """Inverse of `pack_uint`: (ceil(numel * bits / 8),) uint8 -> (numel,) uint8."""
     check_uint(packed, bits)
     return unpack_rows(packed[None], bits, numel)[0] if numel else torch.empty_like(packed)
+
+
+def encode_steps(x: Tensor, borders: Sequence[float], bits: int) -> Tensor:
+    """Packs the number of borders that each value reaches: codes for a step function of x.
+
+    Code i counts the borders b with x[i] >= b, both as float32. NaN reaches none.
+
+    Args:
+        x: (n,) float32, bfloat16, float16 or float64.
+        borders: ascending, at most 2**bits - 1; equal ones count apart.
+        bits: 1..8.
+
+    Returns:
+        (ceil(n * bits / 8),) uint8, packed as by `pack_uint`.
+    """
+    check_borders(x.dtype, borders, bits)
+    single = x.to(torch.float32)
+    codes = torch.zeros_like(x, dtype=torch.uint8)
+    for border in torch.tensor(borders, dtype=torch.float32).tolist():
+        codes += single >= border
+    return pack_uint(codes, bits)
+
+
+def decode_steps(
+    packed: Tensor, levels: Sequence[float], bits: int, numel: int, dtype: torch.dtype
+) -> Tensor:
+    """The level of each code that `encode_steps` packed.
+
+    Args:
+        packed: (ceil(numel * bits / 8),) uint8.
+        levels: 1..2**bits values, rounded to `dtype`; codes beyond them have the last one.
+        bits: 1..8.
+        numel: number of codes.
+        dtype: float32, bfloat16, float16 or float64.
+
+    Returns:
+        (numel,) of `dtype`.
+    """
+    check_levels(packed, levels, bits, dtype)
+    check_stream(packed, bits, numel)
+    codes = unpack_uint(packed, bits, numel).to(torch.int64)
+    table = torch.tensor(levels, dtype=dtype).to(packed.device)
+    return table[codes.clamp(max=len(levels) - 1)]
 
 
 def _rows(x: Tensor, block: int) -> list[Tensor]:

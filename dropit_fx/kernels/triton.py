@@ -13,6 +13,7 @@ divisions and roots are the `_rn` ones and kernels are launched with `enable_fp_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,10 @@ from dropit_fx.kernels import reference
 from dropit_fx.kernels.layout import (
     FULL,
     block_count,
+    check_borders,
     check_format,
+    check_levels,
+    check_stream,
     check_uint,
     codes_nbytes,
     kept,
@@ -422,14 +426,65 @@ def _pack_kernel(codes_ptr, out_ptr, rows, k_full, k_tail, BITS: tl.constexpr, T
 
 
 @triton.jit
-def _unpack_kernel(packed_ptr, out_ptr, count, BITS: tl.constexpr, TILE: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+def _code_at(packed_ptr, i, count, BITS: tl.constexpr):
+    """Codes `i` of one stream of `count`."""
     at = i * BITS
     size = (count * BITS + 7) // 8
     code = tl.load(packed_ptr + at // 8, mask=at // 8 < size, other=0).to(tl.int32)
     rest = tl.load(packed_ptr + at // 8 + 1, mask=at // 8 + 1 < size, other=0).to(tl.int32)
-    code = ((code | (rest << 8)) >> (at % 8).to(tl.int32)) & (2**BITS - 1)
-    tl.store(out_ptr + i, code.to(tl.uint8), mask=i < count)
+    return ((code | (rest << 8)) >> (at % 8).to(tl.int32)) & (2**BITS - 1)
+
+
+@triton.jit
+def _unpack_kernel(packed_ptr, out_ptr, count, BITS: tl.constexpr, TILE: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    tl.store(out_ptr + i, _code_at(packed_ptr, i, count, BITS).to(tl.uint8), mask=i < count)
+
+
+@triton.jit
+def _encode_steps_kernel(
+    x_ptr,
+    out_ptr,
+    numel,
+    BORDERS: tl.constexpr,
+    COUNT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BITS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """BORDERS: COUNT patterns of float32."""
+    group = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    member = tl.arange(0, 8)
+    i = group[:, None] * 8 + member[None, :]
+    x = _single(_widen(tl.load(x_ptr + i, mask=i < numel, other=0), DTYPE))
+    codes = tl.zeros_like(i)
+    for j in tl.static_range(COUNT):
+        codes += (x >= _single(tl.full((), BORDERS[j], tl.int32))).to(tl.int64)
+    codes = tl.where(i < numel, codes, 0)
+    word = tl.sum(codes << (member * BITS).to(tl.int64)[None, :], 1)
+    size = (numel * BITS + 7) // 8
+    for j in tl.static_range(BITS):
+        byte = group * BITS + j
+        tl.store(out_ptr + byte, ((word >> (8 * j)) & 0xFF).to(tl.uint8), mask=byte < size)
+
+
+@triton.jit
+def _decode_steps_kernel(
+    packed_ptr,
+    out_ptr,
+    numel,
+    LEVELS: tl.constexpr,
+    COUNT: tl.constexpr,
+    BITS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """LEVELS: COUNT patterns of the output's dtype."""
+    i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    code = _code_at(packed_ptr, i, numel, BITS)
+    level = tl.full((TILE,), LEVELS[0], tl.int32)
+    for j in tl.static_range(1, COUNT):
+        level = tl.where(code >= j, tl.full((), LEVELS[j], tl.int32), level)
+    tl.store(out_ptr + i, level, mask=i < numel)
 
 
 def _fits(dtype: torch.dtype, numel: int, block: int) -> bool:
@@ -595,4 +650,58 @@ def unpack_uint(packed: Tensor, bits: int, numel: int) -> Tensor:
     return out
 
 
-__all__ = ["pack_uint", "sample", "sparsify", "unpack_uint", "unsparsify"]
+def _patterns(values: Sequence[float], dtype: torch.dtype) -> tuple[int, ...]:
+    return tuple(torch.tensor(values, dtype=dtype).view(_INT_OF[dtype]).tolist())
+
+
+def encode_steps(x: Tensor, borders: Sequence[float], bits: int) -> Tensor:
+    """As `reference.encode_steps`; compiled anew for each list of borders."""
+    if x.dtype not in _DTYPES:
+        return reference.encode_steps(x, borders, bits)
+    check_borders(x.dtype, borders, bits)
+    out = x.new_empty(uint_nbytes(x.numel(), bits), dtype=torch.uint8)
+    if x.numel():
+        _encode_steps_kernel[(triton.cdiv(x.numel(), 8 * _TILE),)](
+            x.contiguous().view(_INT_OF[x.dtype]),
+            out,
+            x.numel(),
+            BORDERS=_patterns(borders, torch.float32),
+            COUNT=len(borders),
+            DTYPE=_DTYPES[x.dtype],
+            BITS=bits,
+            TILE=_TILE,
+        )
+    return out
+
+
+def decode_steps(
+    packed: Tensor, levels: Sequence[float], bits: int, numel: int, dtype: torch.dtype
+) -> Tensor:
+    """As `reference.decode_steps`; compiled anew for each list of levels."""
+    if dtype not in _DTYPES:
+        return reference.decode_steps(packed, levels, bits, numel, dtype)
+    check_levels(packed, levels, bits, dtype)
+    check_stream(packed, bits, numel)
+    out = packed.new_empty(numel, dtype=dtype)
+    if numel:
+        _decode_steps_kernel[(triton.cdiv(numel, 1024),)](
+            packed.contiguous(),
+            out.view(_INT_OF[dtype]),
+            numel,
+            LEVELS=_patterns(levels, dtype),
+            COUNT=len(levels),
+            BITS=bits,
+            TILE=1024,
+        )
+    return out
+
+
+__all__ = [
+    "decode_steps",
+    "encode_steps",
+    "pack_uint",
+    "sample",
+    "sparsify",
+    "unpack_uint",
+    "unsparsify",
+]
