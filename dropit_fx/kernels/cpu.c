@@ -54,6 +54,7 @@ typedef struct {
     uint8_t *mask;
     int64_t numel, keep, block; /* block > 0 here: the caller replaces 0 by numel */
     int64_t k_full, k_tail;     /* kept in a full block and in the tail */
+    int64_t blocks, nbytes;     /* the tail included; of `values`, where it holds codes */
     const int64_t *seed;   /* NULL: nearest */
     int dtype, bits, affine, is_sample, vector; /* vector: AVX2 may be used */
 } Job;
@@ -145,8 +146,7 @@ INLINE uint64_t part8(uint64_t v, int bits) {
 /* The AVX2 functions do what they can in whole steps and return how many elements that was. */
 
 /* `join8` on four words at once. */
-VECTOR int64_t pack_codes_avx2(const uint8_t *codes, int64_t count, int bits, uint8_t *out) {
-    const uint8_t *end = out + (count * bits + 7) / 8;
+VECTOR int64_t pack_codes_avx2(const uint8_t *codes, int64_t count, int bits, uint8_t *out, const uint8_t *end) {
     __m256i even8 = _mm256_set1_epi16(0x00FF), even16 = _mm256_set1_epi32(0x0000FFFF);
     __m256i even32 = _mm256_set1_epi64x(0x00000000FFFFFFFF);
     __m128i by8 = _mm_cvtsi32_si128(8 - bits), by16 = _mm_cvtsi32_si128(16 - 2 * bits);
@@ -166,10 +166,31 @@ VECTOR int64_t pack_codes_avx2(const uint8_t *codes, int64_t count, int bits, ui
     return i;
 }
 
+/* `part8` on four words at once. */
+VECTOR int64_t unpack_codes_avx2(const uint8_t *in, const uint8_t *end, int64_t count, int bits, uint8_t *codes) {
+    __m256i low4 = _mm256_set1_epi64x(bits == 8 ? 0xFFFFFFFFll : (1ll << 4 * bits) - 1);
+    __m256i low2 = _mm256_set1_epi32((1 << 2 * bits) - 1), low1 = _mm256_set1_epi16((int16_t)((1 << bits) - 1));
+    __m128i by4 = _mm_cvtsi32_si128(4 * bits), by2 = _mm_cvtsi32_si128(2 * bits), by1 = _mm_cvtsi32_si128(bits);
+    int64_t i = 0;
+    for (; i + 32 <= count && in + 3 * bits + 8 <= end; i += 32, in += 4 * bits) {
+        int64_t word[4];
+        for (int j = 0; j < 4; j++) memcpy(word + j, in + j * bits, 8);
+        __m256i v = _mm256_setr_epi64x(word[0], word[1], word[2], word[3]);
+        __m256i upper = _mm256_and_si256(_mm256_srl_epi64(v, by4), low4);
+        v = _mm256_or_si256(_mm256_and_si256(v, low4), _mm256_slli_epi64(upper, 32));
+        upper = _mm256_and_si256(_mm256_srl_epi32(v, by2), low2);
+        v = _mm256_or_si256(_mm256_and_si256(v, low2), _mm256_slli_epi32(upper, 16));
+        upper = _mm256_and_si256(_mm256_srl_epi16(v, by1), low1);
+        v = _mm256_or_si256(_mm256_and_si256(v, low1), _mm256_slli_epi16(upper, 8));
+        _mm256_storeu_si256((__m256i *)(codes + i), v);
+    }
+    return i;
+}
+
 /* The entry of each code of 1..4 bits in a table of 16, to 4 bytes (`wide`) or 2. Below 4 bits the table repeats:
  * what lies above a code in its lane does no harm. */
-VECTOR int64_t look_up_avx2(const uint8_t *in, int64_t count, int bits, const uint32_t *table, int wide, void *out) {
-    const uint8_t *end = in + (count * bits + 7) / 8;
+VECTOR int64_t look_up_avx2(const uint8_t *in, const uint8_t *end, int64_t count, int bits, const uint32_t *table,
+                            int wide, void *out) {
     __m256i first = _mm256_loadu_si256((const __m256i *)table), second = _mm256_loadu_si256((const __m256i *)table + 1);
     __m256i shift = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(bits));
     int64_t i = 0;
@@ -230,9 +251,10 @@ VECTOR int64_t border_codes_avx2(const float *x, int64_t n, const float *border,
 #define WITH_AVX2(name, ...) ((void)vector, 0)
 #endif
 
-INLINE void pack_codes(const uint8_t *codes, int64_t count, int bits, int vector, uint8_t *out) {
+/* Zeros may be written after the codes, up to `room` bytes from `out` on. */
+INLINE void pack_codes(const uint8_t *codes, int64_t count, int bits, int vector, uint8_t *out, int64_t room) {
     uint8_t *end = out + (count * bits + 7) / 8;
-    int64_t i = WITH_AVX2(pack_codes, codes, count, bits, out);
+    int64_t i = WITH_AVX2(pack_codes, codes, count, bits, out, out + room);
     out += i / 8 * bits;
     for (; i + 8 <= count && out + 8 <= end; i += 8, out += bits) {
         uint64_t v;
@@ -248,10 +270,12 @@ INLINE void pack_codes(const uint8_t *codes, int64_t count, int bits, int vector
     }
 }
 
-/* Writes 8 * ceil(count / 8) codes. */
-INLINE void unpack_codes(const uint8_t *in, int64_t count, int bits, uint8_t *codes) {
-    const uint8_t *end = in + (count * bits + 7) / 8;
-    for (int64_t i = 0; i < count; i += 8, in += bits) {
+/* Writes 8 * ceil(count / 8) codes; `room` bytes from `in` on may be read. */
+INLINE void unpack_codes(const uint8_t *in, int64_t room, int64_t count, int bits, int vector, uint8_t *codes) {
+    const uint8_t *end = in + room;
+    int64_t i = WITH_AVX2(unpack_codes, in, end, count, bits, codes);
+    in += i / 8 * bits;
+    for (; i < count; i += 8, in += bits) {
         uint64_t v = 0;
         if (in + 8 <= end)
             memcpy(&v, in, 8);
@@ -462,30 +486,41 @@ INLINE void encode_grid(const float *x, const uint32_t *index, const int64_t *se
     }
 }
 
-INLINE void encode_block(const Job *job, Scratch *s, int64_t k, uint8_t *values, uint16_t *scale_out) {
+/* Least and greatest magnitude or, affine, value, in an order of integers: NaN beyond Inf. */
+INLINE int32_t order_key(uint32_t u, int affine) {
+    return affine ? (int32_t)(u ^ (uint32_t)((int32_t)u >> 31) >> 1) : (int32_t)(u & 0x7FFFFFFF);
+}
+
+INLINE void find_range(const float *x, int64_t k, int affine, float *least, float *most) {
+    int32_t low = order_key(bits_of(x[0]), affine), high = low;
+    for (int64_t i = 1; i < k; i++) {
+        int32_t key = order_key(bits_of(x[i]), affine);
+        low = key < low ? key : low;
+        high = key > high ? key : high;
+    }
+    *least = float_of((uint32_t)order_key((uint32_t)low, affine));
+    *most = float_of((uint32_t)order_key((uint32_t)high, affine));
+}
+
+INLINE int is_finite(float x) { return (bits_of(x) & 0x7FFFFFFF) < INFINITY_BITS; }
+
+/* `room`: bytes from `values` on that this thread owns and has not written yet. */
+INLINE void encode_block(const Job *job, Scratch *s, const float *x, int64_t k, uint8_t *values, int64_t room,
+                         uint16_t *scale_out) {
     int bits = job->bits, affine = job->affine, columns = scale_columns(bits, affine);
-    const float *x = s->x;
     float scale[4] = {0};
     int poisoned = 0;
     if (k > 0) {
-        uint32_t low_key = 0x7FFFFFFF, high_key = 0;
-        float least = x[0];
-        for (int64_t i = 0; i < k; i++) {
-            uint32_t m = bits_of(x[i]) & 0x7FFFFFFF;
-            low_key = m < low_key ? m : low_key;
-            high_key = m > high_key ? m : high_key;
-        }
-        float low = float_of(low_key), high = float_of(high_key);
-        poisoned = high_key >= INFINITY_BITS;
+        float low, high;
+        if (affine)
+            find_range(x, k, 1, &low, &high);
+        else
+            find_range(x, k, 0, &low, &high);
+        poisoned = !is_finite(low) || !is_finite(high);
         if (!poisoned && affine) {
-            float most = x[0];
-            for (int64_t i = 0; i < k; i++) {
-                least = x[i] < least ? x[i] : least;
-                most = x[i] > most ? x[i] : most;
-            }
-            float base = least < 0 ? -round_up(-least) : round_down(least);
-            float widest = most - base;
-            poisoned = (bits_of(widest) & 0x7FFFFFFF) >= INFINITY_BITS;
+            float base = low < 0 ? -round_up(-low) : round_down(low);
+            float widest = high - base;
+            poisoned = !is_finite(widest);
             scale[0] = base;
             scale[1] = round_up(sqrtf(widest < 0 ? 0 : widest));
             if (!poisoned) encode_grid(x, s->index, job->seed, k, 1, 1 << bits, base, 0.0f, scale[1], s->codes);
@@ -510,32 +545,67 @@ INLINE void encode_block(const Job *job, Scratch *s, int64_t k, uint8_t *values,
     } else {
         for (int j = 0; j < columns; j++) scale_out[j] = (uint16_t)(bits_of(scale[j]) >> 16);
     }
-    pack_codes(s->codes, k, bits, job->vector, values);
+    pack_codes(s->codes, k, bits, job->vector, values, room);
 }
 
-/* The value of a code, as a pattern of the output's dtype. */
-INLINE uint32_t level_of(uint32_t code, const uint16_t *scale, int bits, int affine, int dtype) {
-    float level;
-    float a = float_of((uint32_t)scale[0] << 16);
-    uint32_t sign = 0;
-    if (affine) {
-        float top = float_of((uint32_t)scale[1] << 16), width = top / (float)((1 << bits) - 1);
-        float root = (float)code * width;
-        level = a + root * root;
-    } else {
-        uint32_t count = 1u << (bits - 1), step = code & (count - 1);
-        sign = code >> (bits - 1) << 31;
-        if (is_codebook(bits, affine)) {
-            level = float_of((uint32_t)scale[step] << 16);
-        } else {
-            float end = float_of((uint32_t)scale[1] << 16);
-            level = grid(a, (end - a) / (float)(count - 1), (float)step);
-        }
-    }
-    uint32_t top = dtype == F16 ? 0x477FE000 : dtype == BF16 ? TOP_BITS : 0x7F7FFFFF;
-    uint32_t u = bits_of(level) ^ sign, m = u & 0x7FFFFFFF;
-    if (m <= INFINITY_BITS && m > top) u = (u & 0x80000000) | top;
+/* A level, as a pattern of the output's dtype; finite ones beyond its greatest number become that. */
+INLINE uint32_t narrow(uint32_t u, int dtype) {
     return dtype == F32 ? u : dtype == BF16 ? single_to_bfloat(u) : single_to_half(u);
+}
+
+INLINE uint32_t greatest(int dtype) { return dtype == F16 ? 0x477FE000 : dtype == BF16 ? TOP_BITS : 0x7F7FFFFF; }
+
+INLINE uint32_t clamp_and_narrow(uint32_t u, int dtype) {
+    uint32_t m = u & 0x7FFFFFFF, top = greatest(dtype);
+    return narrow(m <= INFINITY_BITS && m > top ? (u & 0x80000000) | top : u, dtype);
+}
+
+/* Codes of a grid: base + (start + step * width)^2, with base or start 0. */
+INLINE void decode_grid(const uint8_t *codes, int64_t k, const uint16_t *scale, int bits, int affine, int dtype,
+                        void *out) {
+    float first = float_of((uint32_t)scale[0] << 16), last = float_of((uint32_t)scale[1] << 16);
+    float base = affine ? first : 0.0f, start = affine ? 0.0f : first;
+    int32_t steps = (1 << (affine ? bits : bits - 1)) - 1;
+    float width = (last - start) / (float)steps;
+    uint32_t signs = affine ? 0 : 0x80000000;
+    float high = base + grid(start, width, (float)steps), low = base + start * start;
+    float top = float_of(greatest(dtype));
+    int tame = fabsf(high) <= top && fabsf(low) <= top;
+#define LEVEL                                                                        \
+    bits_of(base + grid(start, width, (float)((int32_t)codes[i] & steps))) ^         \
+        ((uint32_t)codes[i] << (32 - bits) & signs)
+    if (tame && dtype == F32)
+        for (int64_t i = 0; i < k; i++) ((uint32_t *)out)[i] = LEVEL;
+    else if (tame && dtype == BF16)
+        for (int64_t i = 0; i < k; i++) {
+            uint32_t u = LEVEL;
+            ((uint16_t *)out)[i] = (uint16_t)((u + 0x7FFF + (u >> 16 & 1)) >> 16);
+        }
+    else if (tame)
+        for (int64_t i = 0; i < k; i++) ((uint16_t *)out)[i] = single_to_half(LEVEL);
+    else
+        for (int64_t i = 0; i < k; i++) {
+            uint32_t u = clamp_and_narrow(LEVEL, dtype);
+            if (dtype == F32)
+                ((uint32_t *)out)[i] = u;
+            else
+                ((uint16_t *)out)[i] = (uint16_t)u;
+        }
+#undef LEVEL
+}
+
+/* The value of each code, for 1..3 bits and 16 codes, which repeat. */
+INLINE void codebook_table(const uint16_t *scale, int bits, int dtype, uint32_t *table) {
+    uint32_t count = 1u << (bits - 1);
+    for (uint32_t c = 0; c < 16; c++)
+        table[c] = clamp_and_narrow(((uint32_t)scale[c & (count - 1)] << 16) ^ (c & count ? 0x80000000 : 0), dtype);
+}
+
+INLINE void look_up(const uint8_t *codes, int64_t k, const uint32_t *table, int wide, void *out) {
+    if (wide)
+        for (int64_t i = 0; i < k; i++) ((uint32_t *)out)[i] = table[codes[i]];
+    else
+        for (int64_t i = 0; i < k; i++) ((uint16_t *)out)[i] = (uint16_t)table[codes[i]];
 }
 
 /* ------------------------------------------------------------------------------------------- one block */
@@ -691,7 +761,8 @@ INLINE void widen(const uint16_t *in, int64_t n, int dtype, float *out) {
         for (int64_t i = 0; i < n; i++) out[i] = float_of(half_to_single(in[i]));
 }
 
-INLINE void sparsify_block(const Job *job, Scratch *s, int64_t b) {
+/* Block b; this thread owns those before `to`. */
+INLINE void sparsify_block(const Job *job, Scratch *s, int64_t b, int64_t to) {
     int64_t first = b * job->block, n = job->numel - first;
     int64_t k = n < job->block ? job->k_tail : job->k_full;
     n = n < job->block ? n : job->block;
@@ -744,11 +815,11 @@ INLINE void sparsify_block(const Job *job, Scratch *s, int64_t b) {
             at += full ? 1 : s->flag[i];
         }
     }
-    if (wide) {
-        if (full)
-            memcpy(s->x, x, (size_t)n * 4);
-        else
-            compact32((const uint32_t *)x, s->flag, mask, n, k, job->vector, (uint32_t *)s->x);
+    const float *kept_x = s->x;
+    if (wide && full) {
+        kept_x = (const float *)x;
+    } else if (wide) {
+        compact32((const uint32_t *)x, s->flag, mask, n, k, job->vector, (uint32_t *)s->x);
     } else {
         const uint16_t *kept = (const uint16_t *)x;
         if (!full) {
@@ -758,8 +829,9 @@ INLINE void sparsify_block(const Job *job, Scratch *s, int64_t b) {
         widen(kept, k, job->dtype, s->x);
     }
     int64_t stride = (job->k_full * job->bits + 7) / 8;
+    int64_t room = to == job->blocks ? job->nbytes : to * stride;
     int columns = scale_columns(job->bits, job->affine);
-    encode_block(job, s, k, (uint8_t *)job->values + b * stride, job->scale + b * columns);
+    encode_block(job, s, kept_x, k, (uint8_t *)job->values + b * stride, room - b * stride, job->scale + b * columns);
 }
 
 /* `job->x` is the output here; scale and values the input. */
@@ -767,7 +839,7 @@ INLINE void unsparsify_block(const Job *job, Scratch *s, int64_t b) {
     int64_t first = b * job->block, n = job->numel - first;
     int64_t k = n < job->block ? job->k_tail : job->k_full;
     n = n < job->block ? n : job->block;
-    int wide = job->dtype == F32, full = job->keep == 10000, size = wide ? 4 : 2, bits = job->bits;
+    int wide = job->dtype == F32, full = job->keep == 10000, size = wide ? 4 : 2, bits = job->bits, vector = job->vector;
     void *out = (uint8_t *)job->x + first * size;
     const uint8_t *mask = full ? NULL : job->mask + first / 8;
     const void *v = (const uint8_t *)job->values + b * job->k_full * size;
@@ -775,22 +847,17 @@ INLINE void unsparsify_block(const Job *job, Scratch *s, int64_t b) {
         const uint8_t *packed = (const uint8_t *)job->values + b * ((job->k_full * bits + 7) / 8);
         const uint16_t *scale = job->scale + b * scale_columns(bits, job->affine);
         void *kept = full ? out : (void *)s->x;
-        unpack_codes(packed, k, bits, s->codes);
-        if (k >= 1 << bits) {
-            uint32_t table[256];
-            for (uint32_t c = 0; c < 1u << bits; c++) table[c] = level_of(c, scale, bits, job->affine, job->dtype);
-            if (wide)
-                for (int64_t i = 0; i < k; i++) ((uint32_t *)kept)[i] = table[s->codes[i]];
-            else
-                for (int64_t i = 0; i < k; i++) ((uint16_t *)kept)[i] = (uint16_t)table[s->codes[i]];
+        int64_t room = (const uint8_t *)job->values + job->nbytes - packed;
+        if (is_codebook(bits, job->affine)) {
+            uint32_t table[16];
+            codebook_table(scale, bits, job->dtype, table);
+            int64_t done = WITH_AVX2(look_up, packed, packed + room, k, bits, table, wide, kept);
+            packed += done / 8 * bits;
+            unpack_codes(packed, room - done / 8 * bits, k - done, bits, vector, s->codes);
+            look_up(s->codes, k - done, table, wide, (uint8_t *)kept + done * size);
         } else {
-            for (int64_t i = 0; i < k; i++) {
-                uint32_t u = level_of(s->codes[i], scale, bits, job->affine, job->dtype);
-                if (wide)
-                    ((uint32_t *)kept)[i] = u;
-                else
-                    ((uint16_t *)kept)[i] = (uint16_t)u;
-            }
+            unpack_codes(packed, room, k, bits, vector, s->codes);
+            decode_grid(s->codes, k, scale, bits, job->affine, job->dtype, kept);
         }
         if (full) return;
         v = kept;
@@ -836,7 +903,8 @@ INLINE void encode_slice(const Steps *job, int64_t from, int64_t to) {
             x = wide;
         }
         border_codes(x, n, job->border, job->bits, job->vector, codes);
-        pack_codes(codes, n, job->bits, job->vector, (uint8_t *)job->out + i / 8 * job->bits);
+        int64_t at = i / 8 * job->bits, end = (to * job->bits + 7) / 8;
+        pack_codes(codes, n, job->bits, job->vector, (uint8_t *)job->out + at, end - at);
     }
 }
 
@@ -846,14 +914,12 @@ INLINE void decode_slice(const Steps *job, int64_t from, int64_t to) {
     int64_t n = to - from, done = 0;
     int wide = job->dtype == F32, vector = job->vector;
     uint8_t *out = (uint8_t *)job->out + from * (wide ? 4 : 2);
-    if (job->bits <= 4) done = WITH_AVX2(look_up, in, n, job->bits, job->table, wide, out);
+    int64_t room = (job->numel * job->bits + 7) / 8 - from / 8 * job->bits;
+    if (job->bits <= 4) done = WITH_AVX2(look_up, in, in + room, n, job->bits, job->table, wide, out);
     for (int64_t i = done; i < n; i += STRIP) {
-        int64_t m = n - i < STRIP ? n - i : STRIP;
-        unpack_codes(in + i / 8 * job->bits, m, job->bits, codes);
-        if (wide)
-            for (int64_t j = 0; j < m; j++) ((uint32_t *)out)[i + j] = job->table[codes[j]];
-        else
-            for (int64_t j = 0; j < m; j++) ((uint16_t *)out)[i + j] = (uint16_t)job->table[codes[j]];
+        int64_t m = n - i < STRIP ? n - i : STRIP, at = i / 8 * job->bits;
+        unpack_codes(in + at, room - at, m, job->bits, vector, codes);
+        look_up(codes, m, job->table, wide, out + i * (wide ? 4 : 2));
     }
 }
 
@@ -864,7 +930,7 @@ typedef void (*StepsWorker)(const Steps *, int64_t, int64_t);
 
 #define WORKER(suffix, attribute)                                                                       \
     attribute static void sparsify_##suffix(const Job *job, Scratch *s, int64_t from, int64_t to) {     \
-        for (int64_t b = from; b < to; b++) sparsify_block(job, s, b);                                  \
+        for (int64_t b = from; b < to; b++) sparsify_block(job, s, b, to);                              \
     }                                                                                                   \
     attribute static void unsparsify_##suffix(const Job *job, Scratch *s, int64_t from, int64_t to) {   \
         for (int64_t b = from; b < to; b++) unsparsify_block(job, s, b);                                \
@@ -923,7 +989,7 @@ static StepsWorker choose_steps(int back) {
 /* Returns 0, or 1 where memory ran out. */
 static int run(Job *job, int back, int threads) {
     if (job->numel == 0) return 0;
-    int64_t blocks = (job->numel + job->block - 1) / job->block;
+    int64_t blocks = job->blocks;
     int64_t room = job->block < job->numel ? job->block : job->numel;
     /* One contiguous run of blocks a thread. Which block follows which gives first guesses only: no bit of the
      * result depends on the number of threads. */
@@ -964,18 +1030,22 @@ static void set_sizes(Job *job) {
         job->k_full = (job->block * job->keep + 5000) / 10000;
         job->k_tail = (job->numel % job->block * job->keep + 5000) / 10000;
     }
+    int64_t full = job->numel / job->block, tail = job->numel % job->block;
+    job->blocks = full + (tail > 0);
+    job->nbytes = full * ((job->k_full * job->bits + 7) / 8);
+    if (tail) job->nbytes += (job->k_tail * job->bits + 7) / 8;
 }
 
 EXPORT int dropit_sparsify(const void *x, void *values, void *scale, void *mask, const int64_t *seed, int64_t numel,
                            int64_t keep, int64_t block, int dtype, int bits, int affine, int is_sample, int threads) {
-    Job job = {x, values, scale, mask, numel, keep, block, 0, 0, seed, dtype, bits, affine, is_sample, 0};
+    Job job = {x, values, scale, mask, numel, keep, block, 0, 0, 0, 0, seed, dtype, bits, affine, is_sample, 0};
     set_sizes(&job);
     return run(&job, 0, threads);
 }
 
 EXPORT int dropit_unsparsify(void *out, void *values, void *scale, void *mask, int64_t numel, int64_t keep,
                              int64_t block, int dtype, int bits, int affine, int threads) {
-    Job job = {out, values, scale, mask, numel, keep, block, 0, 0, NULL, dtype, bits, affine, 0, 0};
+    Job job = {out, values, scale, mask, numel, keep, block, 0, 0, 0, 0, NULL, dtype, bits, affine, 0, 0};
     set_sizes(&job);
     return run(&job, 1, threads);
 }
@@ -1006,14 +1076,14 @@ EXPORT void dropit_decode_steps(const void *packed, void *out, const float *leve
     int codes = 1 << bits, room = codes < 16 ? 16 : codes;
     for (int c = 0; c < room; c++) {
         int at = c & (codes - 1);
-        uint32_t u = bits_of(levels[at < count ? at : count - 1]);
-        job.table[c] = dtype == F32 ? u : dtype == BF16 ? single_to_bfloat(u) : single_to_half(u);
+        job.table[c] = narrow(bits_of(levels[at < count ? at : count - 1]), dtype);
     }
     run_steps(&job, 1, threads);
 }
 
 EXPORT void dropit_pack(const uint8_t *codes, uint8_t *out, int64_t count, int bits, int threads) {
     int64_t slices = (count + SLICE - 1) / SLICE;
+    int vector = level_in_use() > 0;
     threads = threads < 1 ? 1 : threads;
 #pragma omp parallel for num_threads(threads) if (slices > 1)
     for (int64_t i = 0; i < slices; i++) {
@@ -1024,23 +1094,26 @@ EXPORT void dropit_pack(const uint8_t *codes, uint8_t *out, int64_t count, int b
                 memcpy(&v, codes + first + j, 8);
                 out[(first + j) / 8] = flags_to_byte(v);
             }
-            if (n % 8) pack_codes(codes + first + n / 8 * 8, n % 8, 1, 0, out + (first + n) / 8);
+            if (n % 8) pack_codes(codes + first + n / 8 * 8, n % 8, 1, 0, out + (first + n) / 8, 1);
         } else {
-            pack_codes(codes + first, n, bits, level_in_use() > 0, out + first / 8 * bits);
+            pack_codes(codes + first, n, bits, vector, out + first / 8 * bits, (n * bits + 7) / 8);
         }
     }
 }
 
 EXPORT void dropit_unpack(const uint8_t *in, uint8_t *codes, int64_t count, int bits, int threads) {
     int64_t slices = (count + SLICE - 1) / SLICE;
+    int vector = level_in_use() > 0;
     threads = threads < 1 ? 1 : threads;
 #pragma omp parallel for num_threads(threads) if (slices > 1)
     for (int64_t i = 0; i < slices; i++) {
         int64_t first = i * SLICE, n = count - first < SLICE ? count - first : SLICE, whole = n / 8 * 8;
-        unpack_codes(in + first / 8 * bits, whole, bits, codes + first);
+        int64_t at = first / 8 * bits, size = (count * bits + 7) / 8;
+        unpack_codes(in + at, size - at, whole, bits, vector, codes + first);
         if (n % 8) {
             uint8_t rest[8];
-            unpack_codes(in + (first + whole) / 8 * bits, n % 8, bits, rest);
+            at += whole / 8 * bits;
+            unpack_codes(in + at, size - at, n % 8, bits, 0, rest);
             memcpy(codes + first + whole, rest, (size_t)(n % 8));
         }
     }
