@@ -218,6 +218,12 @@ VECTOR int64_t look_up_avx2(const uint8_t *in, const uint8_t *end, int64_t count
     return i;
 }
 
+/* The bytes of four vectors of 8 codes, in order. */
+#define BYTES_OF(code)                                                                                          \
+    _mm256_permutevar8x32_epi32(_mm256_packus_epi16(_mm256_packs_epi32(code[0], code[1]),                       \
+                                                    _mm256_packs_epi32(code[2], code[3])),                      \
+                                _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))
+
 /* The codes of `border_codes` for 1..4 bits: the search of each lane takes its borders from one register. */
 VECTOR int64_t border_codes_avx2(const float *x, int64_t n, const float *border, int bits, uint8_t *codes) {
     float level[4][8] = {{0}};
@@ -225,7 +231,6 @@ VECTOR int64_t border_codes_avx2(const float *x, int64_t n, const float *border,
         for (int j = 0; j < 1 << l; j++) level[l][j] = border[((2 * j + 1) << (bits - 1 - l)) - 1];
     __m256 root = _mm256_set1_ps(level[0][0]), t1 = _mm256_loadu_ps(level[1]), t2 = _mm256_loadu_ps(level[2]);
     __m256 t3 = _mm256_loadu_ps(level[3]);
-    __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     int64_t i = 0;
     for (; i + 32 <= n; i += 32) {
         __m256i code[4];
@@ -241,9 +246,7 @@ VECTOR int64_t border_codes_avx2(const float *x, int64_t n, const float *border,
 #undef STEP
             code[j] = at;
         }
-        __m256i a = _mm256_packs_epi32(code[0], code[1]), b = _mm256_packs_epi32(code[2], code[3]);
-        a = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, b), order);
-        _mm256_storeu_si256((__m256i *)(codes + i), a);
+        _mm256_storeu_si256((__m256i *)(codes + i), BYTES_OF(code));
     }
     return i;
 }
@@ -291,42 +294,97 @@ INLINE uint8_t flags_to_byte(uint64_t flags) { return (uint8_t)(flags * 0x010204
 
 /* ----------------------------------------------------------------------------------------- selection */
 
-INLINE int64_t count_from_u32(const uint32_t *key, int64_t n, uint32_t least) {
-    int64_t total = 0;
-    for (int64_t i = 0; i < n; i += CHUNK) {
-        int64_t m = n - i < CHUNK ? n - i : CHUNK;
-        int32_t c = 0;
-        for (int64_t j = 0; j < m; j++) c += key[i + j] >= least;
-        total += c;
-    }
-    return total;
+#ifdef X86
+VECTOR int64_t count32_avx2(const uint32_t *key, int64_t n, uint32_t least, int64_t *total) {
+    __m256i from = _mm256_set1_epi32((int32_t)least), sum[4] = {_mm256_setzero_si256()};
+    sum[1] = sum[2] = sum[3] = sum[0];
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32)
+        for (int j = 0; j < 4; j++) {
+            __m256i v = _mm256_loadu_si256((const __m256i *)(key + i + 8 * j));
+            sum[j] = _mm256_sub_epi32(sum[j], _mm256_cmpeq_epi32(_mm256_max_epu32(v, from), v));
+        }
+    int32_t lane[8];
+    sum[0] = _mm256_add_epi32(_mm256_add_epi32(sum[0], sum[1]), _mm256_add_epi32(sum[2], sum[3]));
+    _mm256_storeu_si256((__m256i *)lane, sum[0]);
+    for (int j = 0; j < 8; j++) *total += lane[j];
+    return i;
 }
 
-INLINE int64_t count_from_u16(const uint16_t *key, int64_t n, uint16_t least) {
-    int64_t total = 0;
-    for (int64_t i = 0; i < n; i += CHUNK) {
-        int64_t m = n - i < CHUNK ? n - i : CHUNK;
-        uint16_t c = 0;
-        for (int64_t j = 0; j < m; j++) c = (uint16_t)(c + (uint16_t)(key[i + j] >= least));
-        total += c;
-    }
-    return total;
+VECTOR int64_t count16_avx2(const uint16_t *key, int64_t n, uint16_t least, int64_t *total) {
+    __m256i from = _mm256_set1_epi16((int16_t)least), sum[2] = {_mm256_setzero_si256()};
+    sum[1] = sum[0];
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32)
+        for (int j = 0; j < 2; j++) {
+            __m256i v = _mm256_loadu_si256((const __m256i *)(key + i + 16 * j));
+            sum[j] = _mm256_sub_epi16(sum[j], _mm256_cmpeq_epi16(_mm256_max_epu16(v, from), v));
+        }
+    uint16_t lane[16];
+    _mm256_storeu_si256((__m256i *)lane, _mm256_add_epi16(sum[0], sum[1]));
+    for (int j = 0; j < 16; j++) *total += lane[j];
+    return i;
 }
 
-INLINE int64_t count_from(const void *key, int wide, int64_t n, uint32_t least) {
-    return wide ? count_from_u32(key, n, least) : count_from_u16(key, n, (uint16_t)least);
+VECTOR int64_t mark32_avx2(const uint32_t *key, int64_t n, uint32_t least, uint8_t *mask) {
+    __m256i from = _mm256_set1_epi32((int32_t)least);
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256i v = _mm256_loadu_si256((const __m256i *)(key + i));
+        v = _mm256_cmpeq_epi32(_mm256_max_epu32(v, from), v);
+        mask[i / 8] = (uint8_t)_mm256_movemask_ps(_mm256_castsi256_ps(v));
+    }
+    return i;
 }
+
+VECTOR int64_t mark16_avx2(const uint16_t *key, int64_t n, uint16_t least, uint8_t *mask) {
+    __m128i from = _mm_set1_epi16((int16_t)least);
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m128i v = _mm_loadu_si128((const __m128i *)(key + i));
+        v = _mm_cmpeq_epi16(_mm_max_epu16(v, from), v);
+        mask[i / 8] = (uint8_t)_mm_movemask_epi8(_mm_packs_epi16(v, _mm_setzero_si128()));
+    }
+    return i;
+}
+#endif
+
+/* How many keys are at least `least`, and one bit a key that says so. */
+#define REACH(width)                                                                                              \
+    INLINE int64_t count##width(const uint##width##_t *key, int64_t n, uint##width##_t least, int vector) {       \
+        int64_t total = 0;                                                                                        \
+        for (int64_t i = 0; i < n; i += CHUNK) {                                                                  \
+            int64_t m = n - i < CHUNK ? n - i : CHUNK;                                                            \
+            uint##width##_t c = 0;                                                                                \
+            for (int64_t j = WITH_AVX2(count##width, key + i, m, least, &total); j < m; j++)                      \
+                c = (uint##width##_t)(c + (uint##width##_t)(key[i + j] >= least));                                \
+            total += c;                                                                                           \
+        }                                                                                                         \
+        return total;                                                                                             \
+    }                                                                                                             \
+    INLINE void mark##width(const uint##width##_t *key, int64_t n, uint##width##_t least, int vector,             \
+                            uint8_t *mask) {                                                                      \
+        for (int64_t i = WITH_AVX2(mark##width, key, n, least, mask); i < n; i += 8) {                            \
+            uint32_t byte = 0;                                                                                    \
+            for (int64_t j = 0; j < 8 && i + j < n; j++) byte |= (uint32_t)(key[i + j] >= least) << j;            \
+            mask[i / 8] = (uint8_t)byte;                                                                          \
+        }                                                                                                         \
+    }
+
+REACH(32)
+REACH(16)
 
 /* A threshold that at least k keys reach, and the count that does; more than k only where keys are equal.
  * 0 < k < n. Invariant: `below` keys reach lo, `above` keys reach hi, below > k > above. */
-INLINE uint32_t find_threshold(const void *key, int wide, int64_t n, int64_t k, uint32_t guess, int64_t *reached) {
+INLINE uint32_t find_threshold(const void *key, int wide, int64_t n, int64_t k, int vector, uint32_t guess,
+                               int64_t *reached) {
     int64_t lo = 0, hi = wide ? 0x100000000ll : 0x10000;
     int64_t below = n, above = 0, step = wide ? 1 << 18 : 4;
     int64_t at = guess;
     for (int round = 0; hi - lo > 1; round++) {
         if (at <= lo) at = lo + 1;
         if (at >= hi) at = hi - 1;
-        int64_t count = count_from(key, wide, n, (uint32_t)at);
+        int64_t count = wide ? count32(key, n, (uint32_t)at, vector) : count16(key, n, (uint16_t)at, vector);
         if (count == k) {
             lo = at;
             below = count;
@@ -356,7 +414,6 @@ typedef struct {
     uint8_t *codes;
     uint32_t *index;   /* their flat indices, for stochastic rounding */
     uint32_t *key;     /* selection keys */
-    uint8_t *flag;
     uint32_t guess;
 } Scratch;
 
@@ -377,8 +434,7 @@ INLINE int32_t fixed_point(uint32_t magnitude, int32_t largest) {
     return (int32_t)((mantissa >> (shift > 31 ? 31 : shift)) + 1) >> 1;
 }
 
-INLINE void encode_codebook(const float *x, int64_t k, int bits, float low, float high, int32_t *fixed, uint8_t *codes,
-                            float *scale) {
+INLINE void encode_codebook(const float *x, int64_t k, int bits, float low, float high, uint8_t *codes, float *scale) {
     int count = 1 << (bits - 1);
     uint32_t border[4] = {0, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF};
     float low_root = sqrtf(low), high_root = sqrtf(high);
@@ -400,20 +456,28 @@ INLINE void encode_codebook(const float *x, int64_t k, int bits, float low, floa
     int32_t largest = (int32_t)(bits_of(high) >> 23);
     largest = largest > 0 ? largest : 1;
     int64_t sum[5] = {0}, square[5] = {0}; /* of what reaches border j */
-    for (int64_t i = 0; i < k; i++) fixed[i] = fixed_point(bits_of(x[i]) & 0x7FFFFFFF, largest);
-    for (int j = 0; j < count; j++) {
-        uint32_t least = border[j];
-        for (int64_t i = 0; i < k; i += CHUNK) {
-            int64_t end = k - i < CHUNK ? k : i + CHUNK;
-            int32_t s = 0;
-            uint64_t q = 0;
-            for (int64_t l = i; l < end; l++) {
-                uint32_t u = (bits_of(x[l]) & 0x7FFFFFFF) >= least ? (uint32_t)fixed[l] : 0;
-                s += (int32_t)u;
-                q += (uint64_t)u * u;
+    for (int64_t from = 0; from < k; from += CHUNK) {
+        int64_t to = k - from < CHUNK ? k : from + CHUNK;
+        uint32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+        uint32_t l0 = 0, l1 = 0, l2 = 0, l3 = 0, h0 = 0, h1 = 0, h2 = 0, h3 = 0; /* low and high halves of squares */
+        for (int64_t i = from; i < to; i++) {
+            uint32_t m = bits_of(x[i]) & 0x7FFFFFFF;
+            uint32_t v = (uint32_t)fixed_point(m, largest), q = v * v, l = q & 0xFFFF, h = q >> 16;
+            s0 += v, l0 += l, h0 += h;
+            if (count > 1) {
+                uint32_t in = 0u - (m >= b1);
+                s1 += v & in, l1 += l & in, h1 += h & in;
             }
-            sum[j] += s;
-            square[j] += (int64_t)q;
+            if (count > 2) {
+                uint32_t in2 = 0u - (m >= b2), in3 = 0u - (m >= b3);
+                s2 += v & in2, l2 += l & in2, h2 += h & in2;
+                s3 += v & in3, l3 += l & in3, h3 += h & in3;
+            }
+        }
+        uint32_t sums[4] = {s0, s1, s2, s3}, lows[4] = {l0, l1, l2, l3}, highs[4] = {h0, h1, h2, h3};
+        for (int j = 0; j < count; j++) {
+            sum[j] += sums[j];
+            square[j] += (int64_t)lows[j] + ((int64_t)highs[j] << 16);
         }
     }
     for (int j = 0; j < count; j++) {
@@ -454,14 +518,41 @@ INLINE void encode_codebook_stochastic(const float *x, const uint32_t *index, in
     }
 }
 
+#ifdef X86
+VECTOR int64_t encode_grid_avx2(const float *x, int64_t k, int affine, int count, float base, float start, float inverse,
+                                uint8_t *codes) {
+    __m256 zero = _mm256_setzero_ps(), first = _mm256_set1_ps(start), less = _mm256_set1_ps(base);
+    __m256 scale = _mm256_set1_ps(inverse), half = _mm256_set1_ps(0.5f), minus = _mm256_set1_ps(-0.0f);
+    __m256i top = _mm256_set1_epi32(count - 1), sign = _mm256_set1_epi32(affine ? 0 : count);
+    int64_t i = 0;
+    for (; i + 32 <= k; i += 32) {
+        __m256i code[4];
+        for (int j = 0; j < 4; j++) {
+            __m256 v = _mm256_loadu_ps(x + i + 8 * j);
+            __m256 m = affine ? _mm256_max_ps(_mm256_sub_ps(v, less), zero) : _mm256_andnot_ps(minus, v);
+            m = _mm256_mul_ps(_mm256_sub_ps(_mm256_sqrt_ps(m), first), scale);
+            m = _mm256_add_ps(m, half);
+            code[j] = _mm256_min_epi32(_mm256_cvttps_epi32(m), top);
+            if (!affine)
+                code[j] = _mm256_or_si256(code[j],
+                                          _mm256_and_si256(_mm256_srai_epi32(_mm256_castps_si256(v), 31), sign));
+        }
+        _mm256_storeu_si256((__m256i *)(codes + i), BYTES_OF(code));
+    }
+    return i;
+}
+#endif
+
 /* Equal steps of the square root of |x| or, affine, of x - base. */
 INLINE void encode_grid(const float *x, const uint32_t *index, const int64_t *seed, int64_t k, int affine, int count,
-                        float base, float start, float end, uint8_t *codes) {
+                        float base, float start, float end, int vector, uint8_t *codes) {
     float span = end - start;
     float inverse = span > 0 ? (float)(count - 1) / span : 0.0f, width = span / (float)(count - 1);
     int32_t top = count - 1;
     if (!seed) {
-        for (int64_t i = 0; i < k; i++) {
+        int64_t done = affine ? WITH_AVX2(encode_grid, x, k, 1, count, base, start, inverse, codes)
+                              : WITH_AVX2(encode_grid, x, k, 0, count, base, start, inverse, codes);
+        for (int64_t i = done; i < k; i++) {
             float m = affine ? x[i] - base : fabsf(x[i]);
             m = m < 0 ? 0 : m;
             float root = sqrtf(m) - start;
@@ -493,6 +584,9 @@ INLINE int32_t order_key(uint32_t u, int affine) {
 
 INLINE void find_range(const float *x, int64_t k, int affine, float *least, float *most) {
     int32_t low = order_key(bits_of(x[0]), affine), high = low;
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC unroll 4
+#endif
     for (int64_t i = 1; i < k; i++) {
         int32_t key = order_key(bits_of(x[i]), affine);
         low = key < low ? key : low;
@@ -523,20 +617,20 @@ INLINE void encode_block(const Job *job, Scratch *s, const float *x, int64_t k, 
             poisoned = !is_finite(widest);
             scale[0] = base;
             scale[1] = round_up(sqrtf(widest < 0 ? 0 : widest));
-            if (!poisoned) encode_grid(x, s->index, job->seed, k, 1, 1 << bits, base, 0.0f, scale[1], s->codes);
+            if (!poisoned) encode_grid(x, s->index, job->seed, k, 1, 1 << bits, base, 0.0f, scale[1], job->vector, s->codes);
         } else if (!poisoned && is_codebook(bits, affine)) {
             if (job->seed)
                 encode_codebook_stochastic(x, s->index, *job->seed, k, bits, low, high, s->codes, scale);
             else if (bits == 1)
-                encode_codebook(x, k, 1, low, high, (int32_t *)s->key, s->codes, scale);
+                encode_codebook(x, k, 1, low, high, s->codes, scale);
             else if (bits == 2)
-                encode_codebook(x, k, 2, low, high, (int32_t *)s->key, s->codes, scale);
+                encode_codebook(x, k, 2, low, high, s->codes, scale);
             else
-                encode_codebook(x, k, 3, low, high, (int32_t *)s->key, s->codes, scale);
+                encode_codebook(x, k, 3, low, high, s->codes, scale);
         } else if (!poisoned) {
             scale[0] = round_down(sqrtf(low));
             scale[1] = round_up(sqrtf(high));
-            encode_grid(x, s->index, job->seed, k, 0, 1 << (bits - 1), 0.0f, scale[0], scale[1], s->codes);
+            encode_grid(x, s->index, job->seed, k, 0, 1 << (bits - 1), 0.0f, scale[0], scale[1], job->vector, s->codes);
         }
     }
     if (poisoned) {
@@ -560,9 +654,70 @@ INLINE uint32_t clamp_and_narrow(uint32_t u, int dtype) {
     return narrow(m <= INFINITY_BITS && m > top ? (u & 0x80000000) | top : u, dtype);
 }
 
-/* Codes of a grid: base + (start + step * width)^2, with base or start 0. */
-INLINE void decode_grid(const uint8_t *codes, int64_t k, const uint16_t *scale, int bits, int affine, int dtype,
-                        void *out) {
+#ifdef X86
+/* The levels of a stream of codes; none beyond the greatest number of the dtype, which is not F16. */
+VECTOR inline __attribute__((always_inline)) int64_t decode_grid_as(const uint8_t *in, const uint8_t *end, int64_t k,
+                                                                    int bits, int affine, int wide, float base,
+                                                                    float start, float width, void *out) {
+    __m256 from = _mm256_set1_ps(affine ? base : start), unit = _mm256_set1_ps(width);
+    __m256i steps = _mm256_set1_epi32((1 << (affine ? bits : bits - 1)) - 1), one = _mm256_set1_epi32(1);
+    __m256i minus = _mm256_set1_epi32(INT32_MIN), half = _mm256_set1_epi32(0x7FFF);
+    /* Four codes from the first byte on, four from where the fifth begins */
+    __m256i lane = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 0, 1, 2, 3), _mm256_set1_epi32(bits));
+    int odd = bits % 2 * 4;
+    __m256i shift = _mm256_add_epi32(lane, _mm256_setr_epi32(0, 0, 0, 0, odd, odd, odd, odd));
+    __m256i up = _mm256_sub_epi32(_mm256_set1_epi32(32 - bits), shift);
+    __m128i down = _mm_cvtsi32_si128(32 - bits);
+    int64_t i = 0;
+    for (; i + 16 <= k && in + bits + bits / 2 + 4 <= end; i += 16, in += 2 * bits) {
+        __m256i level[2];
+        for (int j = 0; j < 2; j++) {
+            int32_t word[2];
+            memcpy(word, in + j * bits, 4);
+            memcpy(word + 1, in + j * bits + bits / 2, 4);
+            __m256i v = _mm256_blend_epi32(_mm256_set1_epi32(word[0]), _mm256_set1_epi32(word[1]), 0xF0);
+            __m256 root;
+            if (affine) {
+                root = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srlv_epi32(v, shift), steps));
+                root = _mm256_mul_ps(root, unit);
+                root = _mm256_add_ps(from, _mm256_mul_ps(root, root));
+                level[j] = _mm256_castps_si256(root);
+            } else {
+                v = _mm256_sllv_epi32(v, up); /* the sign is the first bit now */
+                root = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srl_epi32(v, down), steps));
+                root = _mm256_add_ps(from, _mm256_mul_ps(root, unit));
+                level[j] = _mm256_castps_si256(_mm256_mul_ps(root, root));
+                level[j] = _mm256_or_si256(level[j], _mm256_and_si256(v, minus));
+            }
+            if (!wide) {
+                v = _mm256_and_si256(_mm256_srli_epi32(level[j], 16), one);
+                level[j] = _mm256_srli_epi32(_mm256_add_epi32(level[j], _mm256_add_epi32(v, half)), 16);
+            }
+        }
+        if (wide) {
+            _mm256_storeu_si256((__m256i *)((uint32_t *)out + i), level[0]);
+            _mm256_storeu_si256((__m256i *)((uint32_t *)out + i + 8), level[1]);
+        } else {
+            __m256i both = _mm256_permute4x64_epi64(_mm256_packus_epi32(level[0], level[1]), 0xD8);
+            _mm256_storeu_si256((__m256i *)((uint16_t *)out + i), both);
+        }
+    }
+    return i;
+}
+
+VECTOR int64_t decode_grid_avx2(const uint8_t *in, const uint8_t *end, int64_t k, int bits, int affine, int wide,
+                                float base, float start, float width, void *out) {
+    if (affine)
+        return wide ? decode_grid_as(in, end, k, bits, 1, 1, base, start, width, out)
+                    : decode_grid_as(in, end, k, bits, 1, 0, base, start, width, out);
+    return wide ? decode_grid_as(in, end, k, bits, 0, 1, base, start, width, out)
+                : decode_grid_as(in, end, k, bits, 0, 0, base, start, width, out);
+}
+#endif
+
+/* k codes of a grid: base + (start + step * width)^2, with base or start 0. `room` bytes may be read. */
+INLINE void decode_grid(const uint8_t *packed, int64_t room, int64_t k, const uint16_t *scale, int bits, int affine,
+                        int dtype, int vector, uint8_t *codes, void *out) {
     float first = float_of((uint32_t)scale[0] << 16), last = float_of((uint32_t)scale[1] << 16);
     float base = affine ? first : 0.0f, start = affine ? 0.0f : first;
     int32_t steps = (1 << (affine ? bits : bits - 1)) - 1;
@@ -574,14 +729,16 @@ INLINE void decode_grid(const uint8_t *codes, int64_t k, const uint16_t *scale, 
 #define LEVEL                                                                        \
     bits_of(base + grid(start, width, (float)((int32_t)codes[i] & steps))) ^         \
         ((uint32_t)codes[i] << (32 - bits) & signs)
+    if (tame && dtype != F16) {
+        int64_t done = WITH_AVX2(decode_grid, packed, packed + room, k, bits, affine, dtype == F32, base, start, width, out);
+        int64_t bytes = done / 8 * bits;
+        packed += bytes, room -= bytes, k -= done;
+        out = (uint8_t *)out + done * (dtype == F32 ? 4 : 2);
+    }
+    unpack_codes(packed, room, k, bits, vector, codes);
     if (tame && dtype == F32)
         for (int64_t i = 0; i < k; i++) ((uint32_t *)out)[i] = LEVEL;
-    else if (tame && dtype == BF16)
-        for (int64_t i = 0; i < k; i++) {
-            uint32_t u = LEVEL;
-            ((uint16_t *)out)[i] = (uint16_t)((u + 0x7FFF + (u >> 16 & 1)) >> 16);
-        }
-    else if (tame)
+    else if (tame && dtype == F16)
         for (int64_t i = 0; i < k; i++) ((uint16_t *)out)[i] = single_to_half(LEVEL);
     else
         for (int64_t i = 0; i < k; i++) {
@@ -621,38 +778,26 @@ INLINE uint64_t mask_word(const uint8_t *mask, int64_t n, int64_t i) {
     return word;
 }
 
-/* Writes the block's mask and, in `flag`, one byte an element. */
-INLINE void mark(const void *key, int wide, int64_t n, int64_t k, uint8_t *flag, uint8_t *mask, uint32_t *guess) {
-    int64_t reached = 0;
+/* Writes the block's mask. */
+INLINE void mark(const void *key, int wide, int64_t n, int64_t k, int vector, uint8_t *mask, uint32_t *guess) {
+    int64_t reached = n;
     uint32_t least = 0;
     if (k == 0) {
-        memset(flag, 0, (size_t)(n + 8));
-    } else {
-        if (k == n)
-            reached = n;
-        else
-            least = *guess = find_threshold(key, wide, n, k, *guess, &reached);
-        if (wide) {
-            const uint32_t *w = key;
-            for (int64_t i = 0; i < n; i++) flag[i] = w[i] >= least;
-        } else {
-            const uint16_t *h = key;
-            for (int64_t i = 0; i < n; i++) flag[i] = h[i] >= (uint16_t)least;
-        }
-        memset(flag + n, 0, 8);
-        for (int64_t i = n - 1; reached > k; i--) { /* ties: the last ones go */
-            uint32_t at = wide ? ((const uint32_t *)key)[i] : ((const uint16_t *)key)[i];
-            if (at == least) flag[i] = 0, reached--;
-        }
+        memset(mask, 0, (size_t)(n + 7) / 8);
+        return;
     }
-    for (int64_t i = 0; i < n; i += 8) {
-        uint64_t v;
-        memcpy(&v, flag + i, 8);
-        mask[i / 8] = flags_to_byte(v);
+    if (k < n) least = *guess = find_threshold(key, wide, n, k, vector, *guess, &reached);
+    if (wide)
+        mark32(key, n, least, vector, mask);
+    else
+        mark16(key, n, (uint16_t)least, vector, mask);
+    for (int64_t i = n - 1; reached > k; i--) { /* ties: the last ones go */
+        uint32_t at = wide ? ((const uint32_t *)key)[i] : ((const uint16_t *)key)[i];
+        if (at == least) mask[i / 8] &= (uint8_t)~(1u << (i & 7)), reached--;
     }
 }
 
-/* Where few are kept the set bits are walked, else every element is stored and the position moves on by its flag;
+/* Where few are kept the set bits are walked, else every element is stored and the position moves on by its bit;
  * with AVX2 eight at a time. Nothing is written beyond out[k - 1]. */
 #ifdef X86
 #define BYTES 0x0706050403020100ull /* the indices 0..7 */
@@ -716,8 +861,8 @@ VECTOR int64_t expand16_avx2(const uint16_t *v, const uint8_t *mask, int64_t n, 
 #endif
 
 #define COMPACT(width)                                                                                         \
-    INLINE void compact##width(const uint##width##_t *x, const uint8_t *flag, const uint8_t *mask, int64_t n,  \
-                               int64_t k, int vector, uint##width##_t *out) {                                  \
+    INLINE void compact##width(const uint##width##_t *x, const uint8_t *mask, int64_t n, int64_t k, int vector,   \
+                               uint##width##_t *out) {                                                         \
         int64_t at = 0;                                                                                        \
         if (k * 16 < n) {                                                                                      \
             for (int64_t i = 0; i < n; i += 64)                                                                \
@@ -727,7 +872,7 @@ VECTOR int64_t expand16_avx2(const uint16_t *v, const uint8_t *mask, int64_t n, 
         }                                                                                                      \
         for (int64_t i = WITH_AVX2(compact##width, x, mask, n, k, out, &at); at < k; i++) {                    \
             out[at] = x[i];                                                                                    \
-            at += flag[i];                                                                                     \
+            at += mask[i / 8] >> (i & 7) & 1;                                                                  \
         }                                                                                                      \
     }
 
@@ -772,16 +917,16 @@ INLINE void sparsify_block(const Job *job, Scratch *s, int64_t b, int64_t to) {
     if (!full) {
         if (job->is_sample) {
             for (int64_t i = 0; i < n; i++) s->key[i] = draw(*job->seed, (uint32_t)(first + i));
-            mark(s->key, 1, n, k, s->flag, mask, &s->guess);
+            mark(s->key, 1, n, k, job->vector, mask, &s->guess);
         } else if (wide) {
             const uint32_t *w = (const uint32_t *)x;
             for (int64_t i = 0; i < n; i++) s->key[i] = w[i] & 0x7FFFFFFF;
-            mark(s->key, 1, n, k, s->flag, mask, &s->guess);
+            mark(s->key, 1, n, k, job->vector, mask, &s->guess);
         } else {
             const uint16_t *h = (const uint16_t *)x;
             uint16_t *key = (uint16_t *)s->key;
             for (int64_t i = 0; i < n; i++) key[i] = h[i] & 0x7FFF;
-            mark(key, 0, n, k, s->flag, mask, &s->guess);
+            mark(key, 0, n, k, job->vector, mask, &s->guess);
         }
     }
     if (job->bits == 0) {
@@ -789,9 +934,9 @@ INLINE void sparsify_block(const Job *job, Scratch *s, int64_t b, int64_t to) {
         if (full)
             memcpy(out, x, (size_t)(n * size));
         else if (wide)
-            compact32((const uint32_t *)x, s->flag, mask, n, k, job->vector, (uint32_t *)out);
+            compact32((const uint32_t *)x, mask, n, k, job->vector, (uint32_t *)out);
         else
-            compact16((const uint16_t *)x, s->flag, mask, n, k, job->vector, (uint16_t *)out);
+            compact16((const uint16_t *)x, mask, n, k, job->vector, (uint16_t *)out);
         if (job->is_sample) {
             float weight = (float)(k ? (double)n / (double)k : 0.0);
             for (int64_t i = 0; i < k; i++) {
@@ -812,18 +957,18 @@ INLINE void sparsify_block(const Job *job, Scratch *s, int64_t b, int64_t to) {
         int64_t at = 0;
         for (int64_t i = 0; at < k; i++) {
             s->index[at] = (uint32_t)(first + i);
-            at += full ? 1 : s->flag[i];
+            at += full ? 1 : mask[i / 8] >> (i & 7) & 1;
         }
     }
     const float *kept_x = s->x;
     if (wide && full) {
         kept_x = (const float *)x;
     } else if (wide) {
-        compact32((const uint32_t *)x, s->flag, mask, n, k, job->vector, (uint32_t *)s->x);
+        compact32((const uint32_t *)x, mask, n, k, job->vector, (uint32_t *)s->x);
     } else {
         const uint16_t *kept = (const uint16_t *)x;
         if (!full) {
-            compact16((const uint16_t *)x, s->flag, mask, n, k, job->vector, (uint16_t *)s->key);
+            compact16((const uint16_t *)x, mask, n, k, job->vector, (uint16_t *)s->key);
             kept = (const uint16_t *)s->key;
         }
         widen(kept, k, job->dtype, s->x);
@@ -856,8 +1001,7 @@ INLINE void unsparsify_block(const Job *job, Scratch *s, int64_t b) {
             unpack_codes(packed, room - done / 8 * bits, k - done, bits, vector, s->codes);
             look_up(s->codes, k - done, table, wide, (uint8_t *)kept + done * size);
         } else {
-            unpack_codes(packed, room, k, bits, vector, s->codes);
-            decode_grid(s->codes, k, scale, bits, job->affine, job->dtype, kept);
+            decode_grid(packed, room, k, scale, bits, job->affine, job->dtype, vector, s->codes, kept);
         }
         if (full) return;
         v = kept;
@@ -1002,18 +1146,17 @@ static int run(Job *job, int back, int threads) {
     for (int64_t part = 0; part < parts; part++) {
         size_t n = (size_t)room + 64;
         n = (n + 63) / 64 * 64;
-        uint8_t *memory = malloc(n * (job->bits ? 14 : 5)); /* what follows, in this order */
+        uint8_t *memory = malloc(n * (job->bits ? 13 : 4)); /* what follows, in this order */
         if (!memory) {
             failed = 1;
             continue;
         }
         Scratch s = {0};
         s.key = (uint32_t *)memory;
-        s.flag = memory + n * 4;
         if (job->bits) {
-            s.codes = memory + n * 5;
-            s.x = (float *)(memory + n * 6);
-            s.index = (uint32_t *)(memory + n * 10);
+            s.x = (float *)(memory + n * 4);
+            s.index = (uint32_t *)(memory + n * 8);
+            s.codes = memory + n * 12;
         }
         s.guess = job->dtype == F32 || job->is_sample ? 0x3F800000 : 0x3C00;
         worker(job, &s, blocks * part / parts, blocks * (part + 1) / parts);
