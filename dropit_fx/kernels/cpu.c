@@ -587,7 +587,7 @@ INLINE void find_range(const float *x, int64_t k, int affine, float *least, floa
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC unroll 4
 #endif
-    for (int64_t i = 1; i < k; i++) {
+    for (int64_t i = 0; i < k; i++) {
         int32_t key = order_key(bits_of(x[i]), affine);
         low = key < low ? key : low;
         high = key > high ? key : high;
