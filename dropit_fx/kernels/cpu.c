@@ -197,9 +197,8 @@ VECTOR int64_t look_up_avx2(const uint8_t *in, const uint8_t *end, int64_t count
     for (; i + 16 <= count && in + bits + 4 <= end; i += 16, in += 2 * bits) {
         __m256i pair[2];
         for (int j = 0; j < 2; j++) {
-            int32_t word;
-            memcpy(&word, in + j * bits, 4);
-            __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(word), shift);
+            __m256i word = _mm256_castps_si256(_mm256_broadcast_ss((const float *)(in + j * bits)));
+            __m256i code = _mm256_srlv_epi32(word, shift);
             pair[j] = _mm256_permutevar8x32_epi32(first, code);
             if (bits == 4) {
                 __m256 upper = _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(second, code));
@@ -426,15 +425,76 @@ INLINE float grid(float start, float width, float step) {
     return root * root;
 }
 
-/* |x| in units of 2^exponent, exponent = largest - 141: integers up to 2^15 */
-INLINE int32_t fixed_point(uint32_t magnitude, int32_t largest) {
-    int32_t raw = (int32_t)(magnitude >> 23), exponent = raw > 0 ? raw : 1;
-    uint32_t mantissa = (magnitude & 0x7FFFFF) | (raw > 0 ? 0x800000u : 0u);
-    int32_t shift = 8 + largest - exponent;
-    return (int32_t)((mantissa >> (shift > 31 ? 31 : shift)) + 1) >> 1;
+#ifdef X86
+/* Of what reaches a border: the sums of values and of the low and high halves of their squares. */
+typedef struct {
+    __m256i sum, low, high;
+} Sums;
+
+INLINE __attribute__((target("avx2"))) void add_masked(Sums *to, __m256i in, __m256i v, __m256i low, __m256i high) {
+    to->sum = _mm256_add_epi32(to->sum, _mm256_and_si256(v, in));
+    to->low = _mm256_add_epi32(to->low, _mm256_and_si256(low, in));
+    to->high = _mm256_add_epi32(to->high, _mm256_and_si256(high, in));
 }
 
-INLINE void encode_codebook(const float *x, int64_t k, int bits, float low, float high, uint8_t *codes, float *scale) {
+INLINE __attribute__((target("avx2"))) uint64_t total(__m256i v) {
+    uint32_t lane[8];
+    uint64_t all = 0;
+    _mm256_storeu_si256((__m256i *)lane, v);
+    for (int j = 0; j < 8; j++) all += lane[j];
+    return all;
+}
+
+INLINE __attribute__((target("avx2"))) int64_t codebook_as(const float *x, int64_t k, int count, const uint32_t *border,
+                                                           float unit, float rest, uint8_t *codes, int64_t *sum,
+                                                           int64_t *square) {
+    __m256i magnitude = _mm256_set1_epi32(INT32_MAX), one = _mm256_set1_epi32(1), half = _mm256_set1_epi32(0xFFFF);
+    __m256i sign = _mm256_set1_epi32(count);
+    __m256 scale = _mm256_set1_ps(unit), scale2 = _mm256_set1_ps(rest);
+    __m256i under[4]; /* one less than the border: the comparison is strict */
+    Sums sums[4];
+    for (int j = 0; j < count; j++) {
+        under[j] = _mm256_set1_epi32((int32_t)border[j] - 1);
+        sums[j].sum = sums[j].low = sums[j].high = _mm256_setzero_si256();
+    }
+    int64_t i = 0;
+    for (; i + 32 <= k; i += 32) {
+        __m256i code[4];
+        for (int part = 0; part < 4; part++) {
+            __m256i u = _mm256_loadu_si256((const __m256i *)(x + i + 8 * part)), m = _mm256_and_si256(u, magnitude);
+            __m256 scaled = _mm256_mul_ps(_mm256_mul_ps(_mm256_castsi256_ps(m), scale), scale2);
+            __m256i v = _mm256_srli_epi32(_mm256_add_epi32(_mm256_cvttps_epi32(scaled), one), 1);
+            __m256i q = _mm256_madd_epi16(v, v); /* right for 2^15 too, which is -2^15 there */
+            __m256i low = _mm256_and_si256(q, half), high = _mm256_srli_epi32(q, 16);
+            code[part] = _mm256_and_si256(_mm256_srai_epi32(u, 31), sign);
+            sums[0].sum = _mm256_add_epi32(sums[0].sum, v);
+            sums[0].low = _mm256_add_epi32(sums[0].low, low);
+            sums[0].high = _mm256_add_epi32(sums[0].high, high);
+            for (int j = 1; j < count; j++) {
+                __m256i in = _mm256_cmpgt_epi32(m, under[j]);
+                add_masked(&sums[j], in, v, low, high);
+                code[part] = _mm256_sub_epi32(code[part], in);
+            }
+        }
+        _mm256_storeu_si256((__m256i *)(codes + i), BYTES_OF(code));
+    }
+    for (int j = 0; j < count; j++) {
+        sum[j] += (int64_t)total(sums[j].sum);
+        square[j] += (int64_t)(total(sums[j].low) + (total(sums[j].high) << 16));
+    }
+    return i;
+}
+
+VECTOR int64_t codebook_avx2(const float *x, int64_t k, int count, const uint32_t *border, float unit, float rest,
+                             uint8_t *codes, int64_t *sum, int64_t *square) {
+    if (count == 1) return codebook_as(x, k, 1, border, unit, rest, codes, sum, square);
+    if (count == 2) return codebook_as(x, k, 2, border, unit, rest, codes, sum, square);
+    return codebook_as(x, k, 4, border, unit, rest, codes, sum, square);
+}
+#endif
+
+INLINE void encode_codebook(const float *x, int64_t k, int bits, float low, float high, int vector, uint8_t *codes,
+                            float *scale) {
     int count = 1 << (bits - 1);
     uint32_t border[4] = {0, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF};
     float low_root = sqrtf(low), high_root = sqrtf(high);
@@ -448,36 +508,28 @@ INLINE void encode_codebook(const float *x, int64_t k, int bits, float low, floa
         if (bits == 3) b = b * b;
         border[j] = bits_of((float)b);
     }
-    uint32_t b1 = border[1], b2 = border[2], b3 = border[3];
-    for (int64_t i = 0; i < k; i++) {
-        uint32_t u = bits_of(x[i]), m = u & 0x7FFFFFFF;
-        codes[i] = (uint8_t)((m >= b1) + (m >= b2) + (m >= b3) + (u >> 31) * (uint32_t)count);
-    }
     int32_t largest = (int32_t)(bits_of(high) >> 23);
     largest = largest > 0 ? largest : 1;
+    /* |x| in units of 2^(largest - 141), integers up to 2^15, rounded half up: twice that is cut off, then halved.
+     * The factor is a power of two, in two parts that no exponent can make overflow. */
+    int32_t power = 142 - largest, part = power / 2;
+    float unit = float_of((uint32_t)(127 + part) << 23), rest = float_of((uint32_t)(127 + power - part) << 23);
     int64_t sum[5] = {0}, square[5] = {0}; /* of what reaches border j */
     for (int64_t from = 0; from < k; from += CHUNK) {
-        int64_t to = k - from < CHUNK ? k : from + CHUNK;
-        uint32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-        uint32_t l0 = 0, l1 = 0, l2 = 0, l3 = 0, h0 = 0, h1 = 0, h2 = 0, h3 = 0; /* low and high halves of squares */
-        for (int64_t i = from; i < to; i++) {
-            uint32_t m = bits_of(x[i]) & 0x7FFFFFFF;
-            uint32_t v = (uint32_t)fixed_point(m, largest), q = v * v, l = q & 0xFFFF, h = q >> 16;
-            s0 += v, l0 += l, h0 += h;
-            if (count > 1) {
-                uint32_t in = 0u - (m >= b1);
-                s1 += v & in, l1 += l & in, h1 += h & in;
+        int64_t n = k - from < CHUNK ? k - from : CHUNK;
+        const float *y = x + from;
+        uint8_t *c = codes + from;
+        for (int64_t i = WITH_AVX2(codebook, y, n, count, border, unit, rest, c, sum, square); i < n; i++) {
+            uint32_t u = bits_of(y[i]), m = u & 0x7FFFFFFF, code = (u >> 31) * (uint32_t)count;
+            float scaled = float_of(m) * unit;
+            int64_t v = ((int32_t)(scaled * rest) + 1) >> 1;
+            for (int j = 0; j < count; j++) {
+                int64_t in = m >= border[j];
+                sum[j] += in * v;
+                square[j] += in * v * v;
+                code += j > 0 && in;
             }
-            if (count > 2) {
-                uint32_t in2 = 0u - (m >= b2), in3 = 0u - (m >= b3);
-                s2 += v & in2, l2 += l & in2, h2 += h & in2;
-                s3 += v & in3, l3 += l & in3, h3 += h & in3;
-            }
-        }
-        uint32_t sums[4] = {s0, s1, s2, s3}, lows[4] = {l0, l1, l2, l3}, highs[4] = {h0, h1, h2, h3};
-        for (int j = 0; j < count; j++) {
-            sum[j] += sums[j];
-            square[j] += (int64_t)lows[j] + ((int64_t)highs[j] << 16);
+            c[i] = (uint8_t)code;
         }
     }
     for (int j = 0; j < count; j++) {
@@ -622,11 +674,11 @@ INLINE void encode_block(const Job *job, Scratch *s, const float *x, int64_t k, 
             if (job->seed)
                 encode_codebook_stochastic(x, s->index, *job->seed, k, bits, low, high, s->codes, scale);
             else if (bits == 1)
-                encode_codebook(x, k, 1, low, high, s->codes, scale);
+                encode_codebook(x, k, 1, low, high, job->vector, s->codes, scale);
             else if (bits == 2)
-                encode_codebook(x, k, 2, low, high, s->codes, scale);
+                encode_codebook(x, k, 2, low, high, job->vector, s->codes, scale);
             else
-                encode_codebook(x, k, 3, low, high, s->codes, scale);
+                encode_codebook(x, k, 3, low, high, job->vector, s->codes, scale);
         } else if (!poisoned) {
             scale[0] = round_down(sqrtf(low));
             scale[1] = round_up(sqrtf(high));
@@ -672,10 +724,10 @@ VECTOR inline __attribute__((always_inline)) int64_t decode_grid_as(const uint8_
     for (; i + 16 <= k && in + bits + bits / 2 + 4 <= end; i += 16, in += 2 * bits) {
         __m256i level[2];
         for (int j = 0; j < 2; j++) {
-            int32_t word[2];
-            memcpy(word, in + j * bits, 4);
-            memcpy(word + 1, in + j * bits + bits / 2, 4);
-            __m256i v = _mm256_blend_epi32(_mm256_set1_epi32(word[0]), _mm256_set1_epi32(word[1]), 0xF0);
+            const uint8_t *word = in + j * bits;
+            __m256 four = _mm256_broadcast_ss((const float *)word);
+            __m256 next = _mm256_broadcast_ss((const float *)(word + bits / 2));
+            __m256i v = _mm256_castps_si256(_mm256_blend_ps(four, next, 0xF0));
             __m256 root;
             if (affine) {
                 root = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srlv_epi32(v, shift), steps));
