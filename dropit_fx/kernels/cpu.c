@@ -140,7 +140,7 @@ INLINE uint64_t part8(uint64_t v, int bits) {
 }
 
 #ifdef X86
-#define VECTOR __attribute__((target("avx2,bmi,bmi2,popcnt"))) static
+#define VECTOR __attribute__((target("avx2,bmi,bmi2,f16c,popcnt"))) static
 #define WITH_AVX2(name, ...) (vector ? name##_avx2(__VA_ARGS__) : 0)
 
 /* The AVX2 functions do what they can in whole steps and return how many elements that was. */
@@ -227,21 +227,21 @@ VECTOR int64_t look_up_avx2(const uint8_t *in, const uint8_t *end, int64_t count
 VECTOR int64_t border_codes_avx2(const float *x, int64_t n, const float *border, int bits, uint8_t *codes) {
     float level[4][8] = {{0}};
     for (int l = 0; l < bits; l++)
-        for (int j = 0; j < 1 << l; j++) level[l][j] = border[((2 * j + 1) << (bits - 1 - l)) - 1];
-    __m256 root = _mm256_set1_ps(level[0][0]), t1 = _mm256_loadu_ps(level[1]), t2 = _mm256_loadu_ps(level[2]);
-    __m256 t3 = _mm256_loadu_ps(level[3]);
+        for (int j = 0; j < 8; j++) level[l][j] = border[((2 * (j & ((1 << l) - 1)) + 1) << (bits - 1 - l)) - 1];
+    __m256 root = _mm256_loadu_ps(level[0]), left = _mm256_set1_ps(level[1][0]), right = _mm256_set1_ps(level[1][1]);
+    __m256 four = _mm256_loadu_ps(level[2]), eight = _mm256_loadu_ps(level[3]);
     int64_t i = 0;
     for (; i + 32 <= n; i += 32) {
         __m256i code[4];
         for (int j = 0; j < 4; j++) {
-            __m256 v = _mm256_loadu_ps(x + i + 8 * j);
-            __m256i at = _mm256_srli_epi32(_mm256_castps_si256(_mm256_cmp_ps(v, root, _CMP_GE_OQ)), 31);
-#define STEP(table)                                                                                          \
-    at = _mm256_sub_epi32(_mm256_add_epi32(at, at), _mm256_castps_si256(_mm256_cmp_ps(                       \
-                                                        v, _mm256_permutevar8x32_ps(table, at), _CMP_GE_OQ)))
-            if (bits > 1) STEP(t1);
-            if (bits > 2) STEP(t2);
-            if (bits > 3) STEP(t3);
+            __m256 v = _mm256_loadu_ps(x + i + 8 * j), reached = _mm256_cmp_ps(v, root, _CMP_GE_OQ);
+            __m256i at = _mm256_srli_epi32(_mm256_castps_si256(reached), 31);
+#define STEP(border)                                                                               \
+    at = _mm256_sub_epi32(_mm256_add_epi32(at, at),                                                \
+                          _mm256_castps_si256(_mm256_cmp_ps(v, border, _CMP_GE_OQ)))
+            if (bits > 1) STEP(_mm256_blendv_ps(left, right, reached));
+            if (bits > 2) STEP(_mm256_permutevar_ps(four, at));
+            if (bits > 3) STEP(_mm256_permutevar8x32_ps(eight, at));
 #undef STEP
             code[j] = at;
         }
@@ -290,6 +290,23 @@ INLINE void unpack_codes(const uint8_t *in, int64_t room, int64_t count, int bit
 
 /* 8 flags, 0 or 1 in each byte, to 8 bits */
 INLINE uint8_t flags_to_byte(uint64_t flags) { return (uint8_t)(flags * 0x0102040810204080ull >> 56); }
+
+#ifdef X86
+VECTOR int64_t widen_avx2(const uint16_t *in, int64_t n, int dtype, float *out) {
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m128i v = _mm_loadu_si128((const __m128i *)(in + i));
+        __m256 bfloat = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+        _mm256_storeu_ps(out + i, dtype == BF16 ? bfloat : _mm256_cvtph_ps(v));
+    }
+    return i;
+}
+#endif
+
+INLINE void widen(const uint16_t *in, int64_t n, int dtype, int vector, float *out) {
+    for (int64_t i = WITH_AVX2(widen, in, n, dtype, out); i < n; i++)
+        out[i] = float_of(dtype == BF16 ? (uint32_t)in[i] << 16 : half_to_single(in[i]));
+}
 
 /* ----------------------------------------------------------------------------------------- selection */
 
@@ -951,13 +968,6 @@ COMPACT(16)
 EXPAND(32)
 EXPAND(16)
 
-INLINE void widen(const uint16_t *in, int64_t n, int dtype, float *out) {
-    if (dtype == BF16)
-        for (int64_t i = 0; i < n; i++) out[i] = float_of((uint32_t)in[i] << 16);
-    else
-        for (int64_t i = 0; i < n; i++) out[i] = float_of(half_to_single(in[i]));
-}
-
 /* Block b; this thread owns those before `to`. */
 INLINE void sparsify_block(const Job *job, Scratch *s, int64_t b, int64_t to) {
     int64_t first = b * job->block, n = job->numel - first;
@@ -1023,7 +1033,7 @@ INLINE void sparsify_block(const Job *job, Scratch *s, int64_t b, int64_t to) {
             compact16((const uint16_t *)x, mask, n, k, job->vector, (uint16_t *)s->key);
             kept = (const uint16_t *)s->key;
         }
-        widen(kept, k, job->dtype, s->x);
+        widen(kept, k, job->dtype, job->vector, s->x);
     }
     int64_t stride = (job->k_full * job->bits + 7) / 8;
     int64_t room = to == job->blocks ? job->nbytes : to * stride;
@@ -1095,7 +1105,7 @@ INLINE void encode_slice(const Steps *job, int64_t from, int64_t to) {
         int64_t n = to - i < STRIP ? to - i : STRIP;
         const float *x = (const float *)job->in + i;
         if (job->dtype != F32) {
-            widen((const uint16_t *)job->in + i, n, job->dtype, wide);
+            widen((const uint16_t *)job->in + i, n, job->dtype, job->vector, wide);
             x = wide;
         }
         border_codes(x, n, job->border, job->bits, job->vector, codes);
@@ -1151,7 +1161,7 @@ EXPORT int dropit_level(int wanted) {
     int best = 0;
 #ifdef X86
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")) best = 1;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c")) best = 1;
     if (best && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
         best = 2;
