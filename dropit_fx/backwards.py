@@ -17,12 +17,14 @@ Where only X is packed, dX and db do not touch it: they are exact (DropIT, arXiv
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dropit_fx import runs
 from dropit_fx.core_types import OpRule
 
 Grads = dict[str, Tensor | None]
@@ -38,6 +40,7 @@ class Call:
         args: Argument name -> value, with None in the place of each tensor.
         shapes: Argument name -> shape, for tensor arguments.
         strides: Argument name -> strides, for tensor arguments.
+        dtypes: Argument name -> dtype, for tensor arguments.
         needs: The arguments whose gradients are wanted.
     """
 
@@ -47,13 +50,18 @@ class Call:
         args: dict[str, Any],
         shapes: dict[str, Any],
         strides: dict[str, Any],
+        dtypes: dict[str, torch.dtype],
         needs: frozenset[str],
     ) -> None:
         self.rule = rule
         self.args = args
         self.shapes = shapes
         self.strides = strides
+        self.dtypes = dtypes
         self.needs = needs
+
+
+Formula = Callable[[Tensor, Saved, Call], Grads]
 
 
 def vjp(grad: Tensor, saved: Saved, call: Call) -> Grads:
@@ -250,3 +258,131 @@ def dropout(grad: Tensor, saved: Saved, call: Call) -> Grads:
     return {
         "input": aten.native_dropout_backward(grad, saved["mask"], 0.0 if p == 1 else 1 / (1 - p))
     }
+
+
+def slopes(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """``dX = dY * f'(x)`` where what is kept gives ``f'(x)`` itself (codec ``few_bit``)."""
+    (operand,) = saved
+    return {"input": grad * saved[operand]}
+
+
+def pointwise(op: Callable[..., Tensor], *names: str, operand: str = "input") -> Formula:
+    """``dX = op(grad, x, *args)``: one of ATen's own backward functions."""
+
+    def backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+        return {"input": op(grad, saved[operand], *[call.args[n] for n in names])}
+
+    return backward
+
+
+def gelu(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """As ATen."""
+    return {"input": aten.gelu_backward(grad, saved["input"], approximate=call.args["approximate"])}
+
+
+def elu(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """As ATen, from the input."""
+    alpha = call.args["alpha"]
+    return {"input": aten.elu_backward(grad, alpha, 1.0, 1.0, False, saved["input"])}
+
+
+def mul(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """``dA = dY * B``, ``dB = dY * A``, summed over what was broadcast."""
+    out: Grads = {}
+    for name, factor in (("input", "other"), ("other", "input")):
+        if name in call.needs:
+            by = saved[factor] if factor in call.shapes else call.args[factor]
+            out[name] = (grad * by).sum_to_size(call.shapes[name])
+    return out
+
+
+def layer_norm(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """ATen's own, with the statistics of the exact input."""
+    names = ("input", "weight", "bias")
+    grads = aten.native_layer_norm_backward(
+        grad.contiguous(),
+        saved["input"],
+        list(call.args["normalized_shape"]),
+        saved["mean"],
+        saved["rstd"],
+        saved["weight"] if "weight" in call.shapes else None,
+        saved["bias"] if "bias" in call.shapes else None,
+        [n in call.needs for n in names],
+    )
+    return dict(zip(names, grads, strict=True))
+
+
+def group_norm(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """ATen's own, with the statistics of the exact input."""
+    names = ("input", "weight", "bias")
+    shape = call.shapes["input"]
+    cells = 1
+    for size in shape[2:]:
+        cells = cells * size
+    grads = aten.native_group_norm_backward(
+        grad.contiguous(),
+        saved["input"].contiguous(),
+        saved["mean"],
+        saved["rstd"],
+        saved["weight"] if "weight" in call.shapes else None,
+        shape[0],
+        shape[1],
+        cells,
+        call.args["num_groups"],
+        [n in call.needs for n in names],
+    )
+    return dict(zip(names, grads, strict=True))
+
+
+def batch_norm(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """ATen's own, with the statistics of the exact input; the running ones in eval mode."""
+    names = ("input", "weight", "bias")
+    training = bool(call.args["training"])
+    grads = aten.native_batch_norm_backward(
+        grad,
+        saved["input"],
+        saved["weight"] if "weight" in call.shapes else None,
+        saved["running_mean"] if "running_mean" in call.shapes and not training else None,
+        saved["running_var"] if "running_var" in call.shapes and not training else None,
+        saved["mean"],
+        saved["invstd"],
+        training,
+        call.args["eps"],
+        [n in call.needs for n in names],
+    )
+    return dict(zip(names, grads, strict=True))
+
+
+def softmax(log: bool) -> Formula:
+    """``dX = y (dY - sum(dY y))``, and ``dY - exp(y) sum(dY)`` of the logarithm."""
+    op = aten._log_softmax_backward_data if log else aten._softmax_backward_data
+
+    def backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+        dtype = call.dtypes["input"]
+        return {"input": op(grad, saved["result"], call.args["dim"], dtype)}
+
+    return backward
+
+
+def cross_entropy(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """``dX = (softmax(x) - onehot(target)) * dY``, from the packed ``log softmax(x)``."""
+    log_probs, target = saved["log_probs"], saved["target"]
+    dim = 0 if log_probs.dim() == 1 else 1
+    reduction, ignored = runs.reduction_enum(call.args["reduction"]), call.args["ignore_index"]
+    loss = functools.partial(
+        aten.nll_loss_nd, target=target, reduction=reduction, ignore_index=ignored
+    )
+    (inner,) = torch.func.vjp(loss, log_probs)[1](grad)
+    out = aten._log_softmax_backward_data(inner, log_probs, dim, call.dtypes["input"])
+    return {"input": out}
+
+
+def avg_pool2d(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """Reads only the shape of the input: the tensor given here is blank memory."""
+    a = call.args
+    kernel = per_dimension(a["kernel_size"], 2)
+    stride = kernel if a["stride"] in (None, (), []) else per_dimension(a["stride"], 2)
+    padding = per_dimension(a["padding"], 2)
+    counted = a["ceil_mode"], a["count_include_pad"], a["divisor_override"]
+    out = aten.avg_pool2d_backward(grad, saved["input"], kernel, stride, padding, *counted)
+    return {"input": out}

@@ -32,9 +32,14 @@ FORMATS: dict[str, Format] = {
     "gamma 0.5, 4 bits": (5044, 1024, 4, False),
     "gamma 0, 4 bits": (10000, 1024, 4, False),
     "gamma 0, 8 bits": (10000, 1024, 8, False),
+    "gamma 0, 4 bits, blocks of 256": (10000, 256, 4, False),
+    "affine, 4 bits": (10000, 256, 4, True),
     "affine, 5 bits": (10000, 256, 5, True),
+    "affine, 6 bits": (10000, 256, 6, True),
+    "affine, 8 bits": (10000, 256, 8, True),
     "gamma 0.9, whole tensor": (1000, 0, 0, False),
 }
+STEPS = {"steps, 1 bit": 1, "steps, 2 bits": 2, "steps, 3 bits": 3, "steps, 4 bits": 4}
 
 
 def bench_kernels(
@@ -103,6 +108,13 @@ def _jobs(x: Tensor) -> dict[str, Callable[[], object]]:
         jobs[f"unpack {name}"] = partial(
             torch.ops.dropit.unsparsify, *packed, x.numel(), x.dtype, *form
         )
+    for name, bits in STEPS.items():
+        levels = [4 * code / 2**bits - 2 for code in range(2**bits)]
+        codes = torch.ops.dropit.encode_steps(x, levels[1:], bits)
+        jobs[f"pack {name}"] = partial(torch.ops.dropit.encode_steps, x, levels[1:], bits)
+        jobs[f"unpack {name}"] = partial(
+            torch.ops.dropit.decode_steps, codes, levels, bits, x.numel(), x.dtype
+        )
     return jobs
 
 
@@ -123,11 +135,13 @@ def _summary(times: dict[str, list[float]], x: Tensor) -> dict[str, Any]:
         return statistics.median(a / b for a, b in zip(times[job], times[base], strict=True))
 
     rows: dict[str, Any] = {"clone": {"seconds": statistics.median(times["clone"])}}
-    for name in ("published", *FORMATS):
+    for name in ("published", *FORMATS, *STEPS):
         bits = 0.1 * (x.element_size() * 8 + 32)
         if name in FORMATS:
             size = kernels.packed_nbytes(x.numel(), *FORMATS[name], x.element_size())
             bits = size * 8 / x.numel()
+        elif name in STEPS:
+            bits = STEPS[name]
         rows[name] = {"bits": bits}
         for way in ("pack", "unpack"):
             job = f"{way} {name}"

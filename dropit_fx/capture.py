@@ -13,6 +13,7 @@ import logging
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.utils._pytree as pytree
@@ -34,8 +35,8 @@ class Tracer(fx.Tracer):
     """Symbolic tracer that sees through ``torch.nn`` modules, down to functions.
 
     A module stays a leaf where its forward reads ``self.training`` to do more than pass it on:
-    normalisation with running statistics, and any module without children whose own code names
-    ``training`` (DropPath).
+    batch norm with a cumulative average, instance norm, and any module without children whose own
+    code names ``training`` (DropPath).
     """
 
     record_stack_traces = True
@@ -44,12 +45,28 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether ``m`` becomes one ``call_module`` node."""
-        if isinstance(m, (nn.modules.batchnorm._NormBase, nn.MultiheadAttention, nn.RNNBase)):
+        if isinstance(m, nn.modules.batchnorm._NormBase):
+            seen_through = isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
+            return not seen_through or m.momentum is None
+        if isinstance(m, (nn.MultiheadAttention, nn.RNNBase)):
             return True
         if type(m).__module__.startswith("torch.nn"):
             return isinstance(m, fx.GraphModule)
         reads_mode = "training" in _names(type(m).forward)
         return reads_mode and not any(True for _ in m.children())
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Batch norm's check of the number of dimensions is left out: proxies have none."""
+        if not isinstance(m, nn.modules.batchnorm._BatchNorm):
+            return super().call_module(m, forward, args, kwargs)
+        with mock.patch.object(m, "_check_input_dim", return_value=None):
+            return super().call_module(m, forward, args, kwargs)
 
 
 def _names(function: Callable[..., Any]) -> tuple[str, ...]:

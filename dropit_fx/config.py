@@ -69,6 +69,8 @@ def serves(codec: Codec, read: Read) -> bool:
         return True  # a tensor of which only the shape is read goes with the rest of its op
     if read.bits is not None:
         return codec.name == "bitmask"
+    if codec.slope:
+        return read.function is not None
     return read.use in codec.serves and codec.name != "bitmask"
 
 
@@ -79,12 +81,15 @@ class Config:
     Attributes:
         rules: The config's own rules, then the preset's; the first match wins.
         preset: The preset that the last of them come from, or None.
+        derive: Keep no copy of what is a cheap function of something packed: make it again in the
+            backward.
         force: Pack also where that frees nothing or takes more room: for tests of the formulas.
     """
 
     rules: tuple[Rule, ...] = ()
     preset: str | None = DEFAULT_PRESET
     force: bool = False
+    derive: bool = False
 
     def rule_for(self, module: str, op: str, read: Read) -> Rule | None:
         """The first rule that speaks of ``read``."""
@@ -100,11 +105,13 @@ def presets() -> tuple[str, ...]:
 
 
 @cache
-def _preset_rules(name: str) -> tuple[Rule, ...]:
+def _preset(name: str) -> Config:
     if name not in presets():
         raise ConfigError(f"no preset {name!r}.{_did_you_mean(name, presets())}")
     text = (resources.files("dropit_fx") / "presets" / f"{name}.yaml").read_text()
-    return tuple(_rule(r, f"preset {name}", preset=True) for r in yaml.safe_load(text)["rules"])
+    loaded = yaml.safe_load(text)
+    rules = tuple(_rule(r, f"preset {name}", preset=True) for r in loaded["rules"])
+    return Config(rules=rules, preset=name, derive=loaded.get("derive", False))
 
 
 def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None = None) -> Config:
@@ -113,7 +120,7 @@ def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None 
     Args:
         source: Path of a YAML file, a mapping of the same shape, a Config (returned as it is), or
             None for the default preset. Keys: ``preset`` (a name, or null for none), ``rules`` (a
-            list of ``{module, op, codec, <options of the codec>}``), ``force``.
+            list of ``{module, op, codec, <options of the codec>}``), ``derive``, ``force``.
 
     Raises:
         ConfigError: An unknown key, preset, codec, op or option, or a value out of range.
@@ -133,19 +140,20 @@ def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None 
         source = {} if loaded is None else loaded
     if not isinstance(source, Mapping):
         raise ConfigError(f"{origin}: a mapping was expected, not {type(source).__name__}")
-    _known(source, ("preset", "rules", "force"), origin)
+    _known(source, ("preset", "rules", "derive", "force"), origin)
     rules = source.get("rules") or []
     if not isinstance(rules, list | tuple):
         raise ConfigError(f"{origin}: 'rules' is a list of rules, not {type(rules).__name__}")
     preset = source.get("preset", DEFAULT_PRESET)
     if preset is not None and not isinstance(preset, str):
         raise ConfigError(f"{origin}: no preset {preset!r}.{_did_you_mean(preset, presets())}")
-    force = source.get("force", False)
-    if not isinstance(force, bool):
-        raise ConfigError(f"{origin}: 'force' is true or false, not {force!r}")
+    base = Config(preset=None) if preset is None else _preset(preset)
+    switches = {"derive": source.get("derive", base.derive), "force": source.get("force", False)}
+    for key, value in switches.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"{origin}: {key!r} is true or false, not {value!r}")
     own = tuple(_rule(r, f"{origin}, rule {i + 1}") for i, r in enumerate(rules))
-    given = () if preset is None else _preset_rules(preset)
-    return Config(rules=own + given, preset=preset, force=force)
+    return Config(rules=own + base.rules, preset=preset, **switches)
 
 
 def make_config(
@@ -164,7 +172,8 @@ def make_config(
     if preset is not None and config is not None:
         named = load_config(config)
         own = tuple(r for r in named.rules if not r.preset)
-        loaded = replace(named, rules=own + _preset_rules(preset), preset=preset)
+        chosen = _preset(preset)
+        loaded = replace(named, rules=own + chosen.rules, preset=preset, derive=chosen.derive)
     else:
         loaded = load_config({"preset": preset} if preset is not None else config)
     changes = {k: v for k, v in (("gamma", gamma), ("bits", bits)) if v is not None}

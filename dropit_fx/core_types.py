@@ -29,25 +29,35 @@ class Use(enum.StrEnum):
     SHAPE = "shape"  # only its sizes are read: it need not be kept at all
 
 
+INSIDE = "inside"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Read:
     """One tensor that the backward of an op reads.
 
     Attributes:
-        operand: An argument of the row's ``run``, ``"result"``, or a name that ``run_saving``
-            returns.
+        operand: An argument of the row's ``run``, ``"result"``, a name that ``run_saving``
+            returns, or ``INSIDE``: whatever else autograd keeps inside the op, which the row's
+            backward makes again.
         use: How it is read.
         needed_by: The arguments whose gradients need it; nothing is saved where none requires grad.
-        lossy: False where an approximation would reach a gradient that the house keeps exact.
+        lossy: False where an approximation would reach a gradient that the house keeps exact, or a
+            function of the call's arguments that says so.
+        like: For what the op makes itself: the argument of its shape, or ``"result"``.
         bits: For reads stored as small integers (masks, indices): from the call's arguments to
             the fewest bits that lose nothing. ``run_saving`` returns these codes.
+        function: For the input of a pointwise function f: from the call's arguments to the name of
+            f in ``step_tables``, ``""`` where there is no table for these arguments.
     """
 
     operand: str
     use: Use
     needed_by: tuple[str, ...]
-    lossy: bool = True
+    lossy: bool | Callable[[Mapping[str, Any]], bool] = True
+    like: str = "result"
     bits: Callable[[Mapping[str, Any]], int] | None = None
+    function: Callable[[Mapping[str, Any]], str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +68,7 @@ class OpRule:
         name: The word in config files and reports.
         targets: All spellings of the op in fx graphs: functions, ``OpOverload`` s, and for methods
             their name.
+        orders: The names of the positional arguments, for spellings that order them otherwise.
         reads: What its backward reads.
         run: The op itself, as a function of plain arguments; its signature names the operands.
         run_saving: For ops with reads that are neither argument nor result:
@@ -65,7 +76,10 @@ class OpRule:
         backward: ``(grad, saved, call) -> {argument: gradient}``; None means the generic one,
             ``torch.func.vjp`` of ``run`` over the saved operands.
         autocast: Autocast runs it in the lower precision, so that is what is packed.
-        applies: False for calls that save nothing whatever requires grad (dropout in eval).
+        derive: Makes the result again, from the arguments of ``run`` and without side effects, at
+            the cost of a pass over memory. A reader of the result may then live on what is packed
+            of the operands. None where that costs more.
+        obstacle: Why the row does not cover a call (dropout in eval mode), or ``""``.
     """
 
     name: str
@@ -74,8 +88,10 @@ class OpRule:
     run: Callable[..., Any]
     run_saving: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None
     backward: Callable[..., dict[str, Tensor | None]] | None = None
+    orders: Mapping[Any, tuple[str, ...]] = field(default_factory=dict)
     autocast: bool = False
-    applies: Callable[[Mapping[str, Any]], bool] = lambda args: True
+    derive: Callable[..., Tensor] | None = None
+    obstacle: Callable[[Mapping[str, Any]], str] = lambda args: ""
 
     def read(self, operand: str) -> Read | None:
         """The row's read of ``operand``, or None."""
@@ -105,8 +121,11 @@ class Codec:
         options: What a config rule may set.
         pack: ``(flat, options) -> parts``: a 1-D contiguous tensor to the tensors that are kept.
         unpack: ``(parts, options, numel, dtype) -> flat``.
+        buffers: How many tensors ``parts`` are.
         nbytes: ``(numel, dtype, options) -> int``: exactly the bytes of ``parts``.
         lossless: Whether these options give back every bit.
+        faithful: Whether other values may be made from what these options give back.
+        slope: ``unpack`` gives the derivative at the packed values, not the values.
     """
 
     name: str
@@ -115,7 +134,10 @@ class Codec:
     pack: Callable[[Tensor, Options], tuple[Tensor, ...]]
     unpack: Callable[[tuple[Tensor, ...], Options, Any, torch.dtype], Tensor]
     nbytes: Callable[[int, torch.dtype, Options], int]
+    buffers: int = 1
     lossless: Callable[[Options], bool] = lambda options: False
+    faithful: Callable[[Options], bool] = lambda options: False
+    slope: bool = False
 
     def defaults(self) -> Options:
         """Every option at its default."""
@@ -140,7 +162,9 @@ class SavedRead:
         source: Name of the node whose output would be packed, None for tensors made inside the op.
         identity: ``(storage, offset, numel, layout, version)`` of the operand; operands with equal
             identity are the same values in memory order, whatever view each reader sees.
+        lossy: Whether it may be approximated.
         bits: The fewest bits, for reads stored as codes.
+        function: The pointwise function that it is the input of, as ``step_tables`` names it.
         obstacle: Why this very call cannot be packed, or ``""``.
         wanted: Whether a gradient that reads it is asked for. A convolution keeps its input for a
             frozen weight too; its packed call does not.
@@ -158,7 +182,9 @@ class SavedRead:
     shape: tuple[int, ...]
     source: str | None
     identity: tuple[Any, ...] = ()
+    lossy: bool = True
     bits: int | None = None
+    function: str = ""
     obstacle: str = ""
     wanted: bool = True
 
@@ -166,6 +192,21 @@ class SavedRead:
     def label(self) -> str:
         """``relu_1.result``: how reasons and errors name a read."""
         return f"{self.node}.{self.operand}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Values:
+    """What ``find_saved`` knows of the values in a graph, by the names of their nodes.
+
+    Attributes:
+        alive: Values that stay whatever is packed, each with the reason; numbers among them.
+        views: Views of all elements of another value -> that value.
+        stale: ``(reader, value)`` where the value was written to after its node had made it.
+    """
+
+    alive: Mapping[str, str] = field(default_factory=dict)
+    views: Mapping[str, str] = field(default_factory=dict)
+    stale: frozenset[tuple[str, str]] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +236,8 @@ class Decision:
     nbytes: int = 0  # of the packed parts; readers that share one copy count it once
     reason: str = ""  # why it is kept
     pack: str | None = None  # the key of the packed copy that it shares with others
+    own: bool = False  # chosen by a rule of the user's own, not by a preset's
+    derived: str = ""  # the node whose result is made again from what is packed of its operands
 
     @property
     def packed(self) -> bool:
@@ -211,6 +254,7 @@ class Plan:
         inputs: Fake tensors (or plain values) for its placeholders, in order.
         config: The rules.
         sites: From ``find_saved``.
+        values: From ``find_saved``.
         decisions: From ``choose_codecs``: one for each read of each site, in the same order.
         bodies: Plans of nested graphs (checkpointed regions) by attribute name.
     """
@@ -219,6 +263,7 @@ class Plan:
     inputs: tuple[Any, ...]
     config: Config
     sites: tuple[Site, ...] = ()
+    values: Values = Values()
     decisions: tuple[Decision, ...] = ()
     bodies: dict[str, Plan] = field(default_factory=dict)
 

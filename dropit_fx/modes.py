@@ -22,6 +22,7 @@ from dropit_fx.provenance import node_module, node_where
 log = logging.getLogger(__name__)
 
 TRAINING_FLAG = "training_flag"
+COUNTER = "num_batches_tracked"  # of batch norm, which counts in training mode only
 
 
 class TrainingFlag(nn.Module):
@@ -76,9 +77,11 @@ def after_placeholders(graph_module: fx.GraphModule) -> fx.Node:
     return first
 
 
-def _flag(graph_module: fx.GraphModule, training: bool) -> fx.Node:
-    graph_module.add_submodule(TRAINING_FLAG, TrainingFlag().train(training))
-    return graph_module.graph.call_module(TRAINING_FLAG)
+def _flag(graph_module: fx.GraphModule, training: bool, path: str = "") -> fx.Node:
+    """Reads the mode of the submodule ``path``, so that one layer alone can be put in eval mode."""
+    name = f"{path}.{TRAINING_FLAG}".removeprefix(".")
+    graph_module.add_submodule(name, TrainingFlag().train(training))
+    return graph_module.graph.call_module(name)
 
 
 def _overlay(mine: fx.GraphModule, other: fx.GraphModule, training: bool) -> str:
@@ -98,7 +101,14 @@ def _overlay(mine: fx.GraphModule, other: fx.GraphModule, training: bool) -> str
             return f"'{a.name}' ({node_where(a) or node_module(a) or a.target})"
     if len(ours) != len(theirs):
         return f"'{ours[-1].name}'"
-    flag: list[fx.Node] = []
+    flags: dict[str, fx.Node] = {}
+
+    def flag_for(node: fx.Node) -> fx.Node:
+        path = node_module(node)
+        if path not in flags:
+            with mine.graph.inserting_before(after_placeholders(mine)):
+                flags[path] = _flag(mine, training, path)
+        return flags[path]
 
     def lay(x: Any, y: Any, before: fx.Node) -> Any:
         if isinstance(x, fx.Node) or _equal(x, y):
@@ -110,14 +120,11 @@ def _overlay(mine: fx.GraphModule, other: fx.GraphModule, training: bool) -> str
             return type(x)(lay(p, q, before) for p, q in zip(x, y, strict=True))
         if isinstance(x, dict):
             return {k: lay(v, y[k], before) for k, v in x.items()}
-        if not flag:
-            with mine.graph.inserting_before(after_placeholders(mine)):
-                flag.append(_flag(mine, training))
         in_training, in_eval = (x, y) if training else (y, x)
         if in_training is True and in_eval is False:
-            return flag[0]
+            return flag_for(before)
         with mine.graph.inserting_before(before):
-            return mine.graph.call_function(by_mode, (flag[0], in_training, in_eval))
+            return mine.graph.call_function(by_mode, (flag_for(before), in_training, in_eval))
 
     for a, b in zip(ours, theirs, strict=True):
         a.args, a.kwargs = (
@@ -128,29 +135,52 @@ def _overlay(mine: fx.GraphModule, other: fx.GraphModule, training: bool) -> str
 
 
 def _level(mine: fx.Graph, other: fx.Graph) -> None:
-    """Gives each graph the ``contiguous`` calls of the other.
+    """Gives each graph what the other has and what changes nothing in it.
 
-    Export drops those that have nothing to do, which depends on the attention kernel, and that on
-    dropout.
+    Those are ``contiguous`` calls (export drops those that have nothing to do, which depends on the
+    attention kernel, and that on dropout), and in eval mode, a count of batches that adds 0.
     """
+    twins: dict[fx.Node, fx.Node] = {}
     a, b = next(iter(mine.nodes)), next(iter(other.nodes))
     while a.op != "output" and b.op != "output":
         if str(a.target) != str(b.target):
             for node, graph, ahead in ((a, other, b), (b, mine, a)):
-                if node.target is torch.ops.aten.contiguous.default:
-                    source = ahead.prev
-                    with graph.inserting_after(source):
-                        added = graph.call_function(node.target, (source,), dict(node.kwargs))
-                    added.args = (source, *node.args[1:])
-                    added.meta = dict(source.meta)
-                    source.replace_all_uses_with(
-                        added, delete_user_cb=lambda u, n=added: u is not n
-                    )
+                added = _copy_of_no_effect(node, graph, ahead, twins)
+                if added is not None:
                     a, b = (a, added) if graph is other else (added, b)
                     break
             else:
                 return
+        twins[a], twins[b] = b, a
         a, b = a.next, b.next
+
+
+def _copy_of_no_effect(
+    node: fx.Node, graph: fx.Graph, ahead: fx.Node, twins: dict[fx.Node, fx.Node]
+) -> fx.Node | None:
+    """A copy of ``node`` in the other graph, before ``ahead``; None where it would do something."""
+    if node.target is torch.ops.aten.contiguous.default:
+        source = ahead.prev
+        with graph.inserting_after(source):
+            added = graph.call_function(node.target, (source,), dict(node.kwargs))
+        added.args = (source, *node.args[1:])
+        source.replace_all_uses_with(added, delete_user_cb=lambda u: u is not added)
+        added.meta = dict(source.meta)
+        return added
+    counter = node.args[0] if node.args else node
+    if not isinstance(counter, fx.Node) or not str(counter.target).endswith(COUNTER):
+        return None
+    with graph.inserting_before(ahead):
+        if node.op == "get_attr":
+            added = graph.get_attr(str(node.target))
+        elif str(node.target) in ("add_", "aten.add_.Tensor") and node.args[1] == 1:
+            added = graph.create_node(
+                node.op, node.target, (twins[counter], 0, *node.args[2:]), dict(node.kwargs)
+            )
+        else:
+            return None
+    added.meta = dict(node.meta)
+    return added
 
 
 def _spell_out(node: fx.Node) -> None:

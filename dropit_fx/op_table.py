@@ -10,151 +10,19 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 
 from dropit_fx import backwards as bw
-from dropit_fx.core_types import OpRule, Read, Use
+from dropit_fx import runs
+from dropit_fx.core_types import INSIDE, OpRule, Read, Use
 from dropit_fx.pooling import max_pool_backward, max_pool_saving, packable, window_bits
 
 aten = torch.ops.aten
-
-
-# Builtins have no signature to bind to: these name their arguments.
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.linear(input, weight, bias)
-
-
-def _matmul(input: Tensor, other: Tensor) -> Tensor:
-    return torch.matmul(input, other)
-
-
-def _mm(input: Tensor, mat2: Tensor) -> Tensor:
-    return torch.mm(input, mat2)
-
-
-def _bmm(input: Tensor, mat2: Tensor) -> Tensor:
-    return torch.bmm(input, mat2)
-
-
-def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, beta: Any = 1, alpha: Any = 1) -> Tensor:
-    return torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha)
-
-
-def _baddbmm(
-    input: Tensor, batch1: Tensor, batch2: Tensor, beta: Any = 1, alpha: Any = 1
-) -> Tensor:
-    return torch.baddbmm(input, batch1, batch2, beta=beta, alpha=alpha)
-
-
-def _conv(dims: int) -> Callable[..., Tensor]:
-    op = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
-
-    def conv(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Tensor:
-        return op(input, weight, bias, stride, padding, dilation, groups)
-
-    return conv
-
-
-def _conv_transpose(dims: int) -> Callable[..., Tensor]:
-    op = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
-
-    def conv_transpose(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        output_padding: Any = 0,
-        groups: int = 1,
-        dilation: Any = 1,
-    ) -> Tensor:
-        return op(input, weight, bias, stride, padding, output_padding, groups, dilation)
-
-    return conv_transpose
-
-
-def _relu(input: Tensor, inplace: bool = False) -> Tensor:
-    return F.relu(input)
-
-
-def _relu_saving(input: Tensor, inplace: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-    out = F.relu(input)
-    return out, {"result": ~(out <= 0)}  # NaN passes its gradient on, as in aten.threshold_backward
-
-
-def _relu6(input: Tensor, inplace: bool = False) -> Tensor:
-    return F.relu6(input)
-
-
-def _relu6_saving(input: Tensor, inplace: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-    return _hardtanh_saving(input, 0.0, 6.0)
-
-
-def _hardtanh(
-    input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
-) -> Tensor:
-    return F.hardtanh(input, min_val, max_val)
-
-
-def _hardtanh_saving(
-    input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
-) -> tuple[Tensor, dict[str, Tensor]]:
-    inside = ~((input <= min_val) | (input >= max_val))
-    return F.hardtanh(input, min_val, max_val), {"result": inside}
-
-
-def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-    return F.leaky_relu(input, negative_slope)
-
-
-def _leaky_relu_saving(
-    input: Tensor, negative_slope: float = 0.01, inplace: bool = False
-) -> tuple[Tensor, dict[str, Tensor]]:
-    return F.leaky_relu(input, negative_slope), {"input": input > 0}
-
-
-def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    return F.dropout(input, p, training)
-
-
-def _dropout_saving(
-    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> tuple[Tensor, dict[str, Tensor]]:
-    # draws the same random numbers as F.dropout, whose own saved tensor is a mask of floats
-    out, mask = torch.native_dropout(input, p, True)
-    return out, {"mask": mask}
-
-
-def _max_pool(dims: int) -> Callable[..., Tensor]:
-    op: Callable[..., Tensor] = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[dims - 1]
-
-    def max_pool(
-        input: Tensor,
-        kernel_size: Any,
-        stride: Any = None,
-        padding: Any = 0,
-        dilation: Any = 1,
-        ceil_mode: bool = False,
-        return_indices: bool = False,
-    ) -> Tensor:
-        return op(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-
-    return max_pool
 
 
 def _one_bit(args: Mapping[str, Any]) -> int:
@@ -183,12 +51,77 @@ def _piecewise(name: str, operand: str, targets: tuple[Any, ...], **row: Any) ->
     return OpRule(name=name, targets=targets, reads=(read,), **row)
 
 
+def _smooth(
+    name: str,
+    targets: tuple[Any, ...],
+    *,
+    operand: str = "input",
+    function: Callable[[Mapping[str, Any]], str] | None = None,
+    inside: bool = False,
+    **row: Any,
+) -> OpRule:
+    """A row of a smooth pointwise function: what is read gives the slope, element by element."""
+    read = Read(
+        operand=operand,
+        use=Use.SLOPE,
+        needed_by=("input",),
+        function=function or (lambda args: name),
+    )
+    reads = (read, Read(operand=INSIDE, use=Use.SHAPE, needed_by=("input",)))[: 1 + inside]
+    run = getattr(runs, name)
+    return OpRule(name=name, targets=targets, reads=reads, run=run, derive=run, **row)
+
+
+def _standard(name: str, **defaults: Any) -> Callable[[Mapping[str, Any]], str]:
+    """Names the table of ``name`` where the call has its standard parameters."""
+    return lambda args: name if all(args[k] == v for k, v in defaults.items()) else ""
+
+
+def _norm(*statistics: str, affine: tuple[str, ...] = ("weight", "bias")) -> tuple[Read, ...]:
+    """The reads of a normalisation: its input, and what was computed from the exact input."""
+    both = ("input", "weight")
+    exact = [
+        Read(operand=s, use=Use.REDUCE, needed_by=both, lossy=False, like="") for s in statistics
+    ]
+    return (
+        Read(operand="input", use=Use.REDUCE, needed_by=both),
+        Read(operand="weight", use=Use.REDUCE, needed_by=("input",), lossy=False),
+        *[Read(operand=n, use=Use.SHAPE, needed_by=both) for n in affine if n == "bias"],
+        *exact,
+    )
+
+
+def _full_size(operand: str) -> Callable[[Mapping[str, Any]], bool]:
+    """False for an operand that is broadcast: a scale of many elements, and small."""
+    return lambda args: bool(args[operand].numel() == args["result"].numel())
+
+
+def _no_attention_dropout(args: Mapping[str, Any]) -> str:
+    if args["dropout_p"]:
+        return "attention dropout: its random state would have to be replayed in the backward"
+    return ""
+
+
+def _plain_cross_entropy(args: Mapping[str, Any]) -> str:
+    if args["target"].is_floating_point():
+        return "its targets are probabilities"
+    if args["weight"] is not None or args["label_smoothing"]:
+        return "class weights and label smoothing read more than the logarithms"
+    if args["size_average"] is not None or args["reduce"] is not None:
+        return "it is called with deprecated arguments"
+    return ""
+
+
+def _dropout_draws(args: Mapping[str, Any]) -> str:
+    return "" if args["training"] and 0 < args["p"] < 1 else "this dropout draws no mask"
+
+
 OP_RULES: tuple[OpRule, ...] = (
     OpRule(
         name="linear",
         targets=(F.linear, aten.linear.default),
         reads=_layer(),
-        run=_linear,
+        run=runs.linear,
         backward=bw.linear,
         autocast=True,
     ),
@@ -201,7 +134,7 @@ OP_RULES: tuple[OpRule, ...] = (
                 getattr(aten, f"conv{d}d").padding,
             ),
             reads=_layer(),
-            run=_conv(d),
+            run=runs.conv(d),
             backward=bw.convolution(d, transposed=False),
             autocast=True,
         )
@@ -217,7 +150,7 @@ OP_RULES: tuple[OpRule, ...] = (
                 else getattr(aten, f"conv_transpose{d}d").input,
             ),
             reads=_layer(),
-            run=_conv_transpose(d),
+            run=runs.conv_transpose(d),
             backward=bw.convolution(d, transposed=True),
             autocast=True,
         )
@@ -233,7 +166,7 @@ OP_RULES: tuple[OpRule, ...] = (
             aten.matmul.default,
         ),
         reads=_product("input", "other"),
-        run=_matmul,
+        run=runs.matmul,
         backward=bw.matmul,
         autocast=True,
     ),
@@ -241,7 +174,7 @@ OP_RULES: tuple[OpRule, ...] = (
         name="mm",
         targets=(torch.mm, "mm", aten.mm.default),
         reads=_product("input", "mat2"),
-        run=_mm,
+        run=runs.mm,
         backward=bw.mm,
         autocast=True,
     ),
@@ -249,7 +182,7 @@ OP_RULES: tuple[OpRule, ...] = (
         name="bmm",
         targets=(torch.bmm, "bmm", aten.bmm.default),
         reads=_product("input", "mat2"),
-        run=_bmm,
+        run=runs.bmm,
         backward=bw.bmm,
         autocast=True,
     ),
@@ -257,7 +190,7 @@ OP_RULES: tuple[OpRule, ...] = (
         name="addmm",
         targets=(torch.addmm, "addmm", aten.addmm.default),
         reads=_product("mat1", "mat2"),
-        run=_addmm,
+        run=runs.addmm,
         backward=bw.addmm,
         autocast=True,
     ),
@@ -265,7 +198,7 @@ OP_RULES: tuple[OpRule, ...] = (
         name="baddbmm",
         targets=(torch.baddbmm, "baddbmm", aten.baddbmm.default),
         reads=_product("batch1", "batch2"),
-        run=_baddbmm,
+        run=runs.baddbmm,
         backward=bw.baddbmm,
         autocast=True,
     ),
@@ -273,32 +206,36 @@ OP_RULES: tuple[OpRule, ...] = (
         "relu",
         "result",
         (F.relu, torch.relu, torch.relu_, "relu", "relu_", aten.relu.default, aten.relu_.default),
-        run=_relu,
-        run_saving=_relu_saving,
+        run=runs.relu,
+        derive=runs.relu,
+        run_saving=runs.relu_saving,
         backward=bw.masked,
     ),
     _piecewise(
         "relu6",
         "result",
         (F.relu6, aten.relu6.default, aten.relu6_.default),
-        run=_relu6,
-        run_saving=_relu6_saving,
+        run=runs.relu6,
+        derive=runs.relu6,
+        run_saving=runs.relu6_saving,
         backward=bw.masked,
     ),
     _piecewise(
         "hardtanh",
         "result",
         (F.hardtanh, F.hardtanh_, aten.hardtanh.default, aten.hardtanh_.default),
-        run=_hardtanh,
-        run_saving=_hardtanh_saving,
+        run=runs.hardtanh,
+        derive=runs.hardtanh,
+        run_saving=runs.hardtanh_saving,
         backward=bw.masked,
     ),
     _piecewise(
         "leaky_relu",
         "input",
         (F.leaky_relu, F.leaky_relu_, aten.leaky_relu.default, aten.leaky_relu_.default),
-        run=_leaky_relu,
-        run_saving=_leaky_relu_saving,
+        run=runs.leaky_relu,
+        derive=runs.leaky_relu,
+        run_saving=runs.leaky_relu_saving,
         backward=bw.leaky_relu,
     ),
     OpRule(
@@ -311,10 +248,10 @@ OP_RULES: tuple[OpRule, ...] = (
             aten.dropout_.default,
         ),
         reads=(Read(operand="mask", use=Use.SLOPE, needed_by=("input",), bits=_one_bit),),
-        run=_dropout,
-        run_saving=_dropout_saving,
+        run=runs.dropout,
+        run_saving=runs.dropout_saving,
         backward=bw.dropout,
-        applies=lambda args: bool(args["training"]) and 0 < args["p"] < 1,
+        obstacle=_dropout_draws,
     ),
     *(
         OpRule(
@@ -328,17 +265,262 @@ OP_RULES: tuple[OpRule, ...] = (
                 Read(operand="indices", use=Use.SLOPE, needed_by=("input",), bits=window_bits(d)),
                 Read(operand="input", use=Use.SHAPE, needed_by=("input",)),
             ),
-            run=_max_pool(d),
+            run=runs.max_pool(d),
             run_saving=max_pool_saving(d),
             backward=max_pool_backward(d),
-            applies=packable(d),
+            obstacle=packable(d),
         )
         for d in (1, 2, 3)
+    ),
+    _smooth(
+        "gelu",
+        (F.gelu, aten.gelu.default),
+        function=lambda args: "gelu_tanh" if args["approximate"] == "tanh" else "gelu",
+        backward=bw.gelu,
+    ),
+    _smooth(
+        "silu",
+        (F.silu, aten.silu.default, aten.silu_.default),
+        backward=bw.pointwise(aten.silu_backward),
+    ),
+    _smooth(
+        "mish",
+        (F.mish, aten.mish.default, aten.mish_.default),
+        backward=bw.pointwise(aten.mish_backward),
+    ),
+    _smooth(
+        "elu",
+        (F.elu, F.elu_, aten.elu.default, aten.elu_.default),
+        function=_standard("elu", alpha=1.0),
+        backward=bw.elu,
+    ),
+    _smooth(
+        "selu",
+        (F.selu, torch.selu, torch.selu_, aten.selu.default, aten.selu_.default),
+    ),
+    _smooth(
+        "celu",
+        (F.celu, torch.celu, torch.celu_, aten.celu.default, aten.celu_.default),
+        function=_standard("celu", alpha=1.0),
+    ),
+    _smooth(
+        "softplus",
+        (F.softplus, aten.softplus.default),
+        function=_standard("softplus", beta=1, threshold=20),
+        backward=bw.pointwise(aten.softplus_backward, "beta", "threshold"),
+    ),
+    _smooth(
+        "hardswish",
+        (F.hardswish, aten.hardswish.default, aten.hardswish_.default),
+        backward=bw.pointwise(aten.hardswish_backward),
+    ),
+    _smooth(
+        "hardsigmoid",
+        (F.hardsigmoid, aten.hardsigmoid.default, aten.hardsigmoid_.default),
+        backward=bw.pointwise(aten.hardsigmoid_backward),
+    ),
+    _smooth("logsigmoid", (F.logsigmoid, aten.log_sigmoid.default), inside=True),
+    _smooth("softsign", (F.softsign,), inside=True),
+    _smooth(
+        "sigmoid",
+        (torch.sigmoid, F.sigmoid, "sigmoid", aten.sigmoid.default),
+        operand="result",
+        function=lambda args: "sigmoid of result",
+        backward=bw.pointwise(aten.sigmoid_backward, operand="result"),
+    ),
+    _smooth(
+        "tanh",
+        (torch.tanh, F.tanh, "tanh", aten.tanh.default),
+        operand="result",
+        function=lambda args: "tanh of result",
+        backward=bw.pointwise(aten.tanh_backward, operand="result"),
+    ),
+    OpRule(
+        name="mul",
+        targets=(
+            operator.mul,
+            operator.imul,
+            torch.mul,
+            "mul",
+            "mul_",
+            "__mul__",
+            aten.mul.Tensor,
+            aten.mul_.Tensor,
+        ),
+        reads=(
+            Read(operand="input", use=Use.REDUCE, needed_by=("other",), lossy=_full_size("input")),
+            Read(operand="other", use=Use.REDUCE, needed_by=("input",), lossy=_full_size("other")),
+        ),
+        run=runs.mul,
+        backward=bw.mul,
+        derive=runs.mul,
+    ),
+    OpRule(
+        name="div",
+        targets=(operator.truediv, torch.div, "div", "__truediv__", aten.div.Tensor),
+        reads=(
+            Read(operand="input", use=Use.REDUCE, needed_by=("other",), lossy=_full_size("input")),
+            Read(
+                operand="other",
+                use=Use.REDUCE,
+                needed_by=("input", "other"),
+                lossy=_full_size("other"),
+            ),
+        ),
+        run=runs.div,
+        derive=runs.div,
+    ),
+    OpRule(
+        name="pow",
+        targets=(operator.pow, torch.pow, "pow", "__pow__", aten.pow.Tensor_Scalar),
+        reads=(Read(operand="input", use=Use.REDUCE, needed_by=("input",)),),
+        run=runs.pow,
+        derive=runs.pow,
+        obstacle=lambda args: (
+            "" if isinstance(args["exponent"], int | float) else "its exponent is a tensor"
+        ),
+    ),
+    OpRule(
+        name="layer_norm",
+        targets=(F.layer_norm, torch.layer_norm, aten.layer_norm.default),
+        orders=dict.fromkeys(
+            (torch.layer_norm, aten.layer_norm.default),
+            ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable"),
+        ),
+        reads=_norm("mean", "rstd"),
+        run=runs.layer_norm,
+        run_saving=runs.layer_norm_saving,
+        backward=bw.layer_norm,
+        derive=runs.layer_norm_again,
+    ),
+    OpRule(
+        name="group_norm",
+        targets=(F.group_norm, torch.group_norm, aten.group_norm.default),
+        orders=dict.fromkeys(
+            (torch.group_norm, aten.group_norm.default),
+            ("input", "num_groups", "weight", "bias", "eps", "cudnn_enabled"),
+        ),
+        reads=_norm("mean", "rstd", affine=()),
+        run=runs.group_norm,
+        run_saving=runs.group_norm_saving,
+        backward=bw.group_norm,
+        derive=runs.group_norm,
+    ),
+    OpRule(  # PyTorch computes it from simpler ops, whose saved tensors are made again
+        name="rms_norm",
+        targets=(F.rms_norm, torch.rms_norm, aten.rms_norm.default),
+        reads=(
+            Read(operand="input", use=Use.REDUCE, needed_by=("input", "weight")),
+            Read(operand="weight", use=Use.REDUCE, needed_by=("input",), lossy=False),
+            Read(operand=INSIDE, use=Use.SHAPE, needed_by=("input", "weight")),
+        ),
+        run=runs.rms_norm,
+        derive=runs.rms_norm,
+    ),
+    OpRule(
+        name="batch_norm",
+        targets=(F.batch_norm, torch.batch_norm, aten.batch_norm.default),
+        orders=dict.fromkeys(
+            (torch.batch_norm, aten.batch_norm.default),
+            (
+                "input",
+                "weight",
+                "bias",
+                "running_mean",
+                "running_var",
+                "training",
+                "momentum",
+                "eps",
+                "cudnn_enabled",
+            ),
+        ),
+        reads=(
+            *_norm("mean", "invstd", affine=()),
+            # of the statistics, only eval mode reads values
+            Read(
+                operand="running_mean", use=Use.REDUCE, needed_by=("input", "weight"), lossy=False
+            ),
+            Read(operand="running_var", use=Use.REDUCE, needed_by=("input", "weight"), lossy=False),
+        ),
+        run=runs.batch_norm,
+        run_saving=runs.batch_norm_saving,
+        backward=bw.batch_norm,
+        derive=runs.batch_norm_again,
+    ),
+    OpRule(  # attention is run again in the backward, from the packed operands
+        name="scaled_dot_product_attention",
+        targets=(F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default),
+        reads=(
+            *[
+                Read(operand=n, use=Use.REDUCE, needed_by=("query", "key", "value"))
+                for n in ("query", "key", "value")
+            ],
+            Read(
+                operand="attn_mask",
+                use=Use.REDUCE,
+                needed_by=("query", "key", "value"),
+                lossy=False,
+            ),
+            Read(operand="result", use=Use.SHAPE, needed_by=("query", "key", "value")),
+            Read(operand=INSIDE, use=Use.SHAPE, needed_by=("query", "key", "value")),
+        ),
+        run=runs.scaled_dot_product_attention,
+        autocast=True,
+        obstacle=_no_attention_dropout,
+    ),
+    *(
+        OpRule(
+            name=name,
+            targets=(
+                getattr(F, name),
+                getattr(torch, name),
+                name,
+                getattr(aten, name).int,
+            ),
+            orders={getattr(F, name): ("input", "dim", "_stacklevel", "dtype")},
+            reads=(Read(operand="result", use=Use.REDUCE, needed_by=("input",)),),
+            run=getattr(runs, name),
+            backward=bw.softmax(log=name == "log_softmax"),
+        )
+        for name in ("softmax", "log_softmax")
+    ),
+    OpRule(
+        name="cross_entropy",
+        targets=(F.cross_entropy, aten.cross_entropy_loss.default),
+        orders={
+            aten.cross_entropy_loss.default: (
+                "input",
+                "target",
+                "weight",
+                "reduction",
+                "ignore_index",
+                "label_smoothing",
+            )
+        },
+        reads=(
+            Read(operand="log_probs", use=Use.REDUCE, needed_by=("input",), like="input"),
+            Read(operand="target", use=Use.REDUCE, needed_by=("input",), lossy=False),
+            Read(operand=INSIDE, use=Use.SHAPE, needed_by=("input",)),
+        ),
+        run=runs.cross_entropy,
+        run_saving=runs.cross_entropy_saving,
+        backward=bw.cross_entropy,
+        obstacle=_plain_cross_entropy,
+    ),
+    OpRule(
+        name="avg_pool2d",
+        targets=(F.avg_pool2d, torch._C._nn.avg_pool2d, aten.avg_pool2d.default),
+        reads=(Read(operand="input", use=Use.SHAPE, needed_by=("input",)),),
+        run=runs.avg_pool2d,
+        backward=bw.avg_pool2d,
     ),
 )
 
 RULES: dict[str, OpRule] = {rule.name: rule for rule in OP_RULES}
 _BY_TARGET: dict[Any, OpRule] = {t: rule for rule in OP_RULES for t in rule.targets}
+
+# Arguments that change nothing.
+_MEANINGLESS = {"_stacklevel", "cudnn_enabled", "cudnn_enable"}
 
 # Some spellings call an argument otherwise.
 _ALIASES = {"self": "input", "train": "training", "mat1": "input", "batch1": "input"}
@@ -354,13 +536,21 @@ def rule_of(node: fx.Node) -> OpRule | None:
         return None
 
 
-def bind(rule: OpRule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+def bind(
+    rule: OpRule, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any = None
+) -> dict[str, Any] | None:
     """Argument name -> value, defaults included, in the order of the row's signature.
 
     None where the call has arguments that the row does not know (``out=``), which keeps it dense.
     """
     signature = inspect.signature(rule.run)
     known = {(k if k in signature.parameters else _ALIASES.get(k, k)): v for k, v in kwargs.items()}
+    order = rule.orders.get(target) if isinstance(target, Hashable) else None
+    if order is not None:
+        known |= dict(zip(order, args, strict=False))
+        args = ()
+    for name in _MEANINGLESS - set(signature.parameters):
+        known.pop(name, None)
     try:
         bound = signature.bind(*args, **known)
     except TypeError:

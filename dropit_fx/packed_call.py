@@ -1,21 +1,24 @@
 """How a row runs with packed saved tensors: the functions that appear in rewritten graphs.
 
-Two kinds of node::
+Three kinds of node::
 
     %p = dropit_fx.packed_call.pack(%x, (%w,), 'mink', {'gamma': 0.9, ...})       -> Packed or None
     %y = dropit_fx.packed_call.packed_linear(%x, %w, %b, packed={'input': %p})    -> the op's result
+    %d = dropit_fx.packed_call.derived('layer_norm', (%x, ...), {'input': %p}, %y)   -> Packed
 
 ``pack`` makes the copy that is kept (once for all readers of a value); ``packed_<row>`` runs the op
-exactly and keeps the packed form in the place of the dense tensor. Reads that the op makes itself
-(masks, indices) name only their codec: ``packed={'result': 'bitmask'}``. One
-``torch.autograd.Function`` runs every row; packed tensors go through ``save_for_backward``, so
-hooks, offloading and fake tensors see them.
+exactly and keeps the packed form in the place of the dense tensor; ``derived`` keeps nothing new:
+it says how a value is made again from what is packed of the operands of the op that made it. Reads
+that the op makes itself (masks, indices, its result) name their codec and options:
+``packed={'result': ('bitmask', {'bits': 1})}``; with ``gives=('result',)`` the call returns the
+packed form of these too, for other readers. One ``torch.autograd.Function`` runs every row; packed
+tensors go through ``save_for_backward``, so hooks, offloading and fake tensors see them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +55,10 @@ def memory_order(x: Tensor) -> list[int] | None:
 
 def flatten(x: Tensor) -> Tensor:
     """The elements of ``x`` as a 1-D contiguous tensor, in memory order where ``x`` is dense."""
-    order = memory_order(x)
+    return _in_order(x, memory_order(x))
+
+
+def _in_order(x: Tensor, order: list[int] | None) -> Tensor:
     return x.reshape(-1) if order is None else x.permute(order).reshape(-1)
 
 
@@ -139,32 +145,98 @@ class _Entry(NamedTuple):
     tensors: int  # in save_for_backward
 
 
+DERIVED = "derived"
+_Layout = tuple[Any, ...]  # shape, strides, memory order, dtype, device
+
+
+def derived(
+    rule_name: str, args: tuple[Any, ...], packs: Mapping[str, Packed | None], like: Tensor
+) -> Packed | None:
+    """The result of a row's call, to be made again from packed operands when it is read.
+
+    Args:
+        rule_name: A row with ``derive``.
+        args: All its arguments, in the order of its signature. Tensors that are not in ``packs``
+            are held as they are (parameters, statistics).
+        packs: Operand -> its packed form; also of what the call made inside (statistics).
+        like: The result itself; only its layout is read.
+
+    Returns:
+        None where one of ``packs`` is: nothing will read it.
+    """
+    tensors = [a for a in (*args, like) if isinstance(a, Tensor)]
+    if has_torch_function(tensors):
+        return handle_torch_function(derived, tensors, rule_name, args, packs, like)
+    entries: list[_Entry] = []
+    layouts: list[_Layout] = []
+    parts: list[Tensor] = []
+    named = dict(zip(_names(RULES[rule_name]), args, strict=True))
+    plain = tuple(None if isinstance(a, Tensor) else a for a in args)
+    for name in dict.fromkeys((*named, *packs)):
+        value = named.get(name)
+        packed = packs.get(name)
+        if name in packs and packed is None:
+            return None
+        if packed is None and isinstance(value, Tensor):
+            packed = Packed((value.detach(),), "keep", (), value.dtype)
+        if packed is None:
+            continue
+        entries.append(_Entry(name, packed.codec, packed.options, packed.dtype, len(packed.parts)))
+        layouts.append(_layout(value if isinstance(value, Tensor) else packed.parts[0]))
+        parts += packed.parts
+    recipe = (rule_name, plain, tuple(entries), tuple(layouts), _layout(like))
+    return Packed(tuple(parts), DERIVED, (("recipe", recipe),), like.dtype)
+
+
+def _names(rule: OpRule) -> tuple[str, ...]:
+    return tuple(n for n in rule.run.__annotations__ if n != "return")
+
+
+def _value(entry: _Entry, parts: tuple[Tensor, ...], layout: _Layout) -> Tensor:
+    """The dense tensor (or the slopes) that an entry stands for, in its layout."""
+    shape, _, order, _, _ = layout
+    if entry.codec == "keep":
+        return parts[0]
+    if entry.codec == DERIVED:
+        flat = _derive(dict(entry.options)["recipe"], parts).to(entry.dtype)
+        return unflatten(flat, shape, order)
+    numel = 1
+    for size in shape:
+        numel = numel * size
+    flat = CODEC[entry.codec].unpack(parts, dict(entry.options), numel, entry.dtype)
+    return unflatten(flat, shape, order)
+
+
+def _derive(recipe: tuple[Any, ...], parts: tuple[Tensor, ...]) -> Tensor:
+    """Makes a derived value again: 1-D, in the memory order of the tensor that it stands for."""
+    rule_name, plain, entries, layouts, (_, _, order, _, _) = recipe
+    rule = RULES[rule_name]
+    assert rule.derive is not None
+    values, at = dict(zip(_names(rule), plain, strict=True)), 0
+    for entry, layout in zip(entries, layouts, strict=True):
+        values[entry.operand] = _value(entry, parts[at : at + entry.tensors], layout)
+        at += entry.tensors
+    return _in_order(rule.derive(**values), order)
+
+
 class _SavedTensors(Mapping[str, Tensor]):
     """Operand -> dense tensor, unpacked when read; operands that nobody saved are blank memory."""
 
-    def __init__(self, ctx: Any, call: backwards.Call) -> None:
-        self._call = call
+    def __init__(self, ctx: Any) -> None:
         self._slots: dict[str, tuple[_Entry, tuple[Tensor, ...]]] = {}
         tensors, at = ctx.saved_tensors, 0
-        self._like = tensors[0] if tensors else None
         for entry in ctx.entries:
             self._slots[entry.operand] = entry, tensors[at : at + entry.tensors]
             at += entry.tensors
         self._layouts = ctx.layouts
 
     def __getitem__(self, operand: str) -> Tensor:
-        shape, strides, order, dtype, device = self._layouts[operand]
-        if operand not in self._slots:
-            # a formula asks for its shape only: the gradients that read its values are not wanted
-            return torch.empty_strided(shape, strides, dtype=dtype, device=device)
-        entry, parts = self._slots[operand]
-        if entry.codec == "keep":
-            return parts[0]
-        numel = 1
-        for size in shape:
-            numel = numel * size
-        flat = CODEC[entry.codec].unpack(parts, dict(entry.options), numel, entry.dtype)
-        return unflatten(flat, shape, order)
+        layout = self._layouts[operand]
+        if operand in self._slots:
+            return _value(*self._slots[operand], layout)
+        # a formula asks for its shape only: the gradients that read its values are not wanted
+        shape, strides, _, dtype, device = layout
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._slots)
@@ -173,34 +245,41 @@ class _SavedTensors(Mapping[str, Tensor]):
         return len(self._slots)
 
 
-def _layout(x: Tensor) -> tuple[Any, ...]:
+def _layout(x: Tensor) -> _Layout:
     return tuple(x.shape), tuple(x.stride()), memory_order(x), x.dtype, x.device
+
+
+_Held = tuple[str, str, tuple[tuple[str, Any], ...]]  # operand, codec, options
 
 
 class PackedFunction(torch.autograd.Function):
     """Runs a row: its own forward, its formula in the backward, packed tensors in between.
 
-    ``apply(rule, needs, held, given, nargs, *args, *parts)``: ``held`` maps each operand that the
-    op makes itself to its codec, ``given`` lists how the trailing ``parts`` belong to operands.
+    ``apply(rule, needs, held, given, *args, *parts)``: ``held`` says how each operand that the op
+    makes itself is kept, ``given`` lists how the trailing ``parts`` belong to operands.
     """
 
     @staticmethod
     def forward(
         rule_name: str,
         needs: tuple[str, ...],
-        held: tuple[tuple[str, str, int], ...],
+        held: tuple[_Held, ...],
         given: tuple[_Entry, ...],
         *flat: Any,
     ) -> Any:
         """Runs the row; what it makes itself is packed here and returned behind the result."""
         rule = RULES[rule_name]
         args = flat[: len(flat) - sum(e.tensors for e in given)]
-        if rule.run_saving is None:
-            return rule.run(*args)
-        out, made = rule.run_saving(*args)
+        out, made = (rule.run_saving or _no_more(rule))(*args)
+        made["result"] = made.get("result", out)
         extra: list[Tensor] = []
-        for operand, codec, bits in held:
-            extra += CODEC[codec].pack(flatten(made[operand]), {"bits": bits})
+        for operand, codec, options in held:
+            value = made[operand]
+            if codec == "keep":
+                extra.append(value)
+            else:
+                order = memory_order(_shaped_like(rule, operand, args, out))
+                extra += CODEC[codec].pack(_in_order(value, order), dict(options))
         return (out, *extra)
 
     @staticmethod
@@ -210,22 +289,21 @@ class PackedFunction(torch.autograd.Function):
         rule = RULES[rule_name]
         count = sum(e.tensors for e in given)
         args, parts = flat[: len(flat) - count], flat[len(flat) - count :]
-        out, made = (output[0], output[1:]) if isinstance(output, tuple) else (output, ())
-        if made:
-            ctx.mark_non_differentiable(*made)
-        named = dict(zip(rule.run.__annotations__, args, strict=False))
+        out, made = output[0], output[1:]
+        ctx.mark_non_differentiable(*made)
+        ctx.set_materialize_grads(False)
+        named = dict(zip(_names(rule), args, strict=True))
         tensors = {n: a for n, a in named.items() if isinstance(a, Tensor)}
-        entries, saved = [], []
+        entries = list(given)
+        saved = [*parts, *made]
         layouts = {n: _layout(a) for n, a in tensors.items()}
         at = 0
-        for entry in given:
-            entries.append(entry)
-            saved += parts[at : at + entry.tensors]
-            at += entry.tensors
-        for (operand, codec, bits), tensor in zip(held, made, strict=True):
-            entries.append(_Entry(operand, codec, (("bits", bits),), tensor.dtype, 1))
-            saved.append(tensor)
-            layouts[operand] = _layout(out)
+        for operand, codec, options in held:
+            buffers = 1 if codec == "keep" else CODEC[codec].buffers
+            like = made[at] if codec == "keep" else _shaped_like(rule, operand, args, out)
+            entries.append(_Entry(operand, codec, options, like.dtype, buffers))
+            layouts[operand] = _layout(like)
+            at += buffers
         covered = {e.operand for e in entries}
         for read in rule.reads:
             if read.operand in covered or read.operand not in tensors:
@@ -237,9 +315,10 @@ class PackedFunction(torch.autograd.Function):
         ctx.save_for_backward(*saved)
         ctx.rule_name, ctx.needs, ctx.entries, ctx.layouts = rule_name, needs, entries, layouts
         ctx.plain = {n: None if n in tensors else a for n, a in named.items()}
+        ctx.parts = count
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *unused: Any) -> Any:
+    def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> Any:
         """Runs the row's formula, which unpacks what it reads."""
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
@@ -248,51 +327,81 @@ class PackedFunction(torch.autograd.Function):
                 " where a loss differentiates a gradient."
             )
         rule = RULES[ctx.rule_name]
-        call = backwards.Call(
-            rule,
-            ctx.plain,
-            {n: lay[0] for n, lay in ctx.layouts.items() if n in ctx.plain},
-            {n: lay[1] for n, lay in ctx.layouts.items() if n in ctx.plain},
-            frozenset(ctx.needs),
-        )
-        formula = rule.backward or backwards.vjp
-        with torch.autocast(grad.device.type, enabled=False):
-            grads = formula(grad, _SavedTensors(ctx, call), call)
-        count = sum(e.tensors for e in ctx.entries if e.codec != "keep" and rule.run_saving is None)
+        grads: backwards.Grads = {}
+        if grad is not None:
+            tensors = {n: lay for n, lay in ctx.layouts.items() if n in ctx.plain}
+            call = backwards.Call(
+                rule,
+                ctx.plain,
+                {n: shape for n, (shape, _, _, _, _) in tensors.items()},
+                {n: strides for n, (_, strides, _, _, _) in tensors.items()},
+                {n: dtype for n, (_, _, _, dtype, _) in tensors.items()},
+                frozenset(ctx.needs),
+            )
+            formula = rule.backward or backwards.vjp
+            if any(e.codec != DERIVED and CODEC[e.codec].slope for e in ctx.entries):
+                formula = backwards.slopes
+            with torch.autocast(grad.device.type, enabled=False):
+                grads = formula(grad, _SavedTensors(ctx), call)
         by_argument = [grads.get(n) if n in ctx.needs else None for n in ctx.plain]
-        return (None, None, None, None, *by_argument, *[None] * count)
+        return (None, None, None, None, *by_argument, *[None] * ctx.parts)
 
 
-def _packed_op(rule: OpRule) -> Callable[..., Tensor]:
-    def packed_op(*args: Any, packed: Mapping[str, Any], **kwargs: Any) -> Any:
+def _shaped_like(rule: OpRule, operand: str, args: Sequence[Any], out: Tensor) -> Tensor:
+    """The argument or result that has the shape of what the op makes under the name ``operand``."""
+    read = rule.read(operand)
+    assert read is not None
+    like: Tensor = out if read.like == "result" else args[_names(rule).index(read.like)]
+    return like
+
+
+def _no_more(rule: OpRule) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+    return lambda *args: (rule.run(*args), {})
+
+
+def _packed_op(rule: OpRule) -> Callable[..., Any]:
+    made = tuple(r for r in rule.reads if r.operand not in _names(rule) and r.use != "shape")
+
+    def packed_op(
+        *args: Any, packed: Mapping[str, Any], gives: tuple[str, ...] = (), **kwargs: Any
+    ) -> Any:
         bound = bind(rule, args, kwargs)
         assert bound is not None, f"packed_{rule.name}: {args} {kwargs}"
         if has_torch_function(tuple(bound.values())):
             return handle_torch_function(
-                packed_op, tuple(bound.values()), *args, packed=packed, **kwargs
+                packed_op, tuple(bound.values()), *args, packed=packed, gives=gives, **kwargs
             )
         needs = tuple(n for n, a in bound.items() if isinstance(a, Tensor) and a.requires_grad)
-        if not torch.is_grad_enabled() or not needs or not rule.applies(bound):
-            return rule.run(*bound.values())
+        if not torch.is_grad_enabled() or not needs or rule.obstacle(bound):
+            plain = rule.run(*bound.values())
+            return (plain, *[None] * len(gives)) if gives else plain
         if rule.autocast:
             bound = {n: _autocast(a) if isinstance(a, Tensor) else a for n, a in bound.items()}
-        held: list[tuple[str, str, int]] = []
+        held: list[_Held] = []
         given: list[_Entry] = []
         parts: list[Tensor] = []
+        for read in made:
+            codec, options = packed.get(read.operand, ("keep", {}))
+            if read.operand != "result" or codec != "keep":
+                held.append((read.operand, codec, tuple(options.items())))
         for operand, how in packed.items():
-            read = rule.read(operand)
-            assert read is not None, f"packed_{rule.name}: no read {operand!r}"
-            if read.bits is not None:
-                held.append((operand, how, read.bits(bound)))
-            elif isinstance(how, Packed):
+            if isinstance(how, Packed):
                 given.append(_Entry(operand, how.codec, how.options, how.dtype, len(how.parts)))
                 parts += how.parts
         device = next(a.device.type for a in bound.values() if isinstance(a, Tensor))
         with torch.autocast(device, enabled=False):
-            out = PackedFunction.apply(
+            out, *kept = PackedFunction.apply(
                 rule.name, needs, tuple(held), tuple(given), *bound.values(), *parts
             )
-        return out[0] if isinstance(out, tuple) else out
+        if not gives:
+            return out
+        copies: dict[str, Packed] = {}
+        for operand, codec, options in held:
+            count = 1 if codec == "keep" else CODEC[codec].buffers
+            mine, kept = tuple(kept[:count]), kept[count:]
+            dtype = mine[0].dtype if codec == "keep" else out.dtype
+            copies[operand] = Packed(mine, codec, options, dtype)
+        return (out, *[copies[name] for name in gives])
 
     packed_op.__name__ = packed_op.__qualname__ = f"packed_{rule.name}"
     packed_op.__doc__ = (
@@ -309,7 +418,11 @@ globals().update({f"packed_{name}": op for name, op in PACKED_OPS.items()})
 def _cache_version() -> str:
     """Hash of every formula and kernel: what compile caches do not look into, and must key on."""
     here = Path(__file__).parent
-    files = [here / f"{n}.py" for n in ("backwards", "op_table", "packed_call", "pooling")]
+    files = [
+        here / f"{n}.py"
+        for n in ("backwards", "op_table", "packed_call", "pooling", "runs", "step_tables")
+    ]
+    files += [here / "step_tables.json"]
     files += sorted((here / "codecs").glob("*.py")) + sorted((here / "kernels").glob("*.[pc]*"))
     digest = hashlib.sha256()
     for file in files:

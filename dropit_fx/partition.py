@@ -26,8 +26,17 @@ from torch._inductor.custom_graph_pass import (
 from dropit_fx.fake import hint
 
 _dropit = torch.ops.dropit
-PACK_OPS = (_dropit.sparsify.default, _dropit.sample.default, _dropit.pack_uint.default)
-UNPACK_OPS = (_dropit.unsparsify.default, _dropit.unpack_uint.default)
+PACK_OPS = (
+    _dropit.sparsify.default,
+    _dropit.sample.default,
+    _dropit.pack_uint.default,
+    _dropit.encode_steps.default,
+)
+UNPACK_OPS = (
+    _dropit.unsparsify.default,
+    _dropit.unpack_uint.default,
+    _dropit.decode_steps.default,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

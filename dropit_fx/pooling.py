@@ -90,13 +90,15 @@ def window_bits(dims: int) -> Callable[[Mapping[str, Any]], int]:
     return bits
 
 
-def packable(dims: int) -> Callable[[Mapping[str, Any]], bool]:
-    """False where the caller wants the indices themselves, or a window has more than 256 cells."""
+def packable(dims: int) -> Callable[[Mapping[str, Any]], str]:
+    """Why a call's indices cannot be packed: the caller wants them, or the window is too large."""
 
-    def check(args: Mapping[str, Any]) -> bool:
-        return not args["return_indices"] and window_bits(dims)(args) <= 8
+    def obstacle(args: Mapping[str, Any]) -> str:
+        if args["return_indices"]:
+            return "the caller wants the indices themselves"
+        return "" if window_bits(dims)(args) <= 8 else "its window has more than 256 cells"
 
-    return check
+    return obstacle
 
 
 def max_pool_saving(dims: int) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from dropit_fx.core_types import Plan
 from dropit_fx.passes.choose_codecs import choose_codecs
+from dropit_fx.passes.derive_values import derive_values
 from dropit_fx.passes.find_saved import find_saved
 from dropit_fx.passes.insert_packing import insert_packing
 from dropit_fx.passes.share_packed import share_packed
@@ -18,6 +19,7 @@ PIPELINE: tuple[Callable[[Plan], Plan], ...] = (
     find_saved,
     choose_codecs,
     share_packed,
+    derive_values,
     insert_packing,
 )
 

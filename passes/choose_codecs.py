@@ -13,8 +13,12 @@ import torch
 
 from dropit_fx.codecs import CODEC
 from dropit_fx.config import Config, ConfigError
-from dropit_fx.core_types import Decision, Plan, SavedRead, Site, Use
+from dropit_fx.core_types import Decision, Options, Plan, SavedRead, Site, Use
 
+_EXACT = {
+    Use.CONTRACT: "the gradient of {} depends on it, and stays exact",
+    Use.REDUCE: "small beside what is packed, it stays exact",
+}
 PACKABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -62,9 +66,13 @@ def _choose(read: SavedRead, config: Config) -> Decision:
     if read.read.use is Use.SHAPE:
         return Decision(read=read, codec="drop")
     codec = CODEC[rule.codec]
-    options = {"bits": read.bits} if read.bits is not None else rule.full_options()
-    if not read.read.lossy and not codec.lossless(options):
-        return kept(f"the gradient of {read.read.needed_by[0]} depends on it, and stays exact")
+    options: Options = {"bits": read.bits} if read.bits is not None else rule.full_options()
+    if codec.slope and not read.function:
+        return kept(f"no table of slopes for these arguments of {read.rule.name}")
+    if codec.slope:
+        options["function"] = read.function
+    if not read.lossy and not codec.lossless(options):
+        return kept(_EXACT.get(read.read.use, _EXACT[Use.REDUCE]).format(read.read.needed_by[0]))
     if read.bits is None and read.dtype not in PACKABLE_DTYPES:
         return kept(f"its dtype is {str(read.dtype).removeprefix('torch.')}")
     return Decision(
@@ -72,6 +80,7 @@ def _choose(read: SavedRead, config: Config) -> Decision:
         codec=rule.codec,
         options=options,
         nbytes=codec.nbytes(read.numel, read.dtype, options) if read.wanted else 0,
+        own=not rule.preset,
     )
 
 

@@ -20,11 +20,14 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from dropit_fx.core_types import OpRule, Plan, Read, SavedRead, Site
+from dropit_fx.core_types import INSIDE, OpRule, Plan, Read, SavedRead, Site, Values
 from dropit_fx.fake import fake_mode_of, fake_state, storage_id
 from dropit_fx.op_table import bind, is_inplace, rule_of
 from dropit_fx.packed_call import memory_order
 from dropit_fx.provenance import node_module, node_where
+
+_FREE = ("a parameter", "a buffer", "a model input")
+_ALIVE = (*_FREE, "a constant of the graph")
 
 
 class FakeRunError(RuntimeError):
@@ -41,7 +44,7 @@ def find_saved(plan: Plan) -> Plan:
     with mode, torch.enable_grad(), fake_state(plan.module, mode) as state:
         probe = _Probe(plan, state)
         probe.run(*plan.inputs)
-        return replace(plan, sites=tuple(probe.sites()), bodies=probe.bodies)
+        return probe.result()
 
 
 @dataclass
@@ -74,7 +77,11 @@ class _Probe(fx.Interpreter):
         }
         self.reads: dict[int, list[SavedRead]] = {}
         self.bodies: dict[str, Plan] = {}
-        self._before: dict[str, Any] = {}
+        self._versions: dict[int, int] = {}  # of a node's operands, before it runs
+        self._made: dict[str, int] = {}  # the version of each node's result, when it was made
+        self._alive: dict[str, str] = {}
+        self._views: dict[str, str] = {}
+        self._stale: set[tuple[str, str]] = set()
         self._order = {n: i for i, n in enumerate(plan.module.graph.nodes)}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -85,6 +92,13 @@ class _Probe(fx.Interpreter):
             return tensor
 
         args, kwargs = self.fetch_args_kwargs_from_env(n)
+        self._versions = {
+            id(t): t._version for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)
+        }
+        for operand in n.all_input_nodes:
+            value = self.env[operand]
+            if isinstance(value, Tensor) and value._version != self._made[operand.name]:
+                self._stale.add((n.name, operand.name))
         try:
             with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
                 if _is_checkpoint(n):
@@ -110,8 +124,36 @@ class _Probe(fx.Interpreter):
             for tensor in pytree.tree_leaves(result):
                 if isinstance(tensor, Tensor) and not self.stories[storage_id(tensor)].alive:
                     self.stories[storage_id(tensor)].alive = "a model output"
+        self._describe(n, result)
         self._explain(n, args, kwargs, result, mine)
         return result
+
+    def _describe(self, n: fx.Node, result: Any) -> None:
+        """What later passes ask of a value: does it stay, is it a view of another?"""
+        if not isinstance(result, Tensor):
+            if not pytree.tree_any(lambda leaf: isinstance(leaf, Tensor), result):
+                self._alive[n.name] = "a number"
+            return
+        self._made[n.name] = result._version
+        story = self.stories[storage_id(result)]
+        if story.alive in _ALIVE:
+            self._alive[n.name] = story.alive
+        for operand in n.all_input_nodes:
+            x = self.env[operand]
+            if (
+                isinstance(x, Tensor)
+                and storage_id(x) == storage_id(result)
+                and x.numel() == result.numel()
+                and result._version == self._versions.get(id(x))
+                and memory_order(x) is not None
+                and memory_order(result) is not None
+            ):
+                self._views[n.name] = operand.name
+
+    def result(self) -> Plan:
+        """The plan with all that was found."""
+        values = Values(alive=self._alive, views=self._views, stale=frozenset(self._stale))
+        return replace(self.plan, sites=tuple(self.sites()), values=values, bodies=self.bodies)
 
     def _run_body(self, n: fx.Node, args: tuple[Any, ...]) -> Any:
         body = args[0]
@@ -119,9 +161,7 @@ class _Probe(fx.Interpreter):
         with fake_state(body, fake_mode_of(args)) as state:
             probe = _Probe(plan, state)
             result = probe.run(*args[1:])
-        self.bodies[str(n.args[0].target)] = replace(  # type: ignore[union-attr]
-            plan, sites=tuple(probe.sites()), bodies=probe.bodies
-        )
+        self.bodies[str(n.args[0].target)] = probe.result()  # type: ignore[union-attr]
         return result
 
     def _explain(self, n: fx.Node, args: Any, kwargs: Any, result: Any, mine: list[_Kept]) -> None:
@@ -130,19 +170,19 @@ class _Probe(fx.Interpreter):
         if not mine:
             return
         rule, obstacle = rule_of(n), ""
-        values = bind(rule, args, kwargs) if rule is not None else None
-        nodes = bind(rule, n.args, n.kwargs) if rule is not None else None
+        values = bind(rule, args, kwargs, n.target) if rule is not None else None
+        nodes = bind(rule, n.args, n.kwargs, n.target) if rule is not None else None
         if rule is not None and values is None:
             obstacle = f"called with arguments that the row of {rule.name} does not know"
-        elif rule is not None and values is not None and not rule.applies(values):
-            obstacle = f"this call of {rule.name} is of a kind that its row does not cover"
+        elif rule is not None and values is not None:
+            obstacle = rule.obstacle(values)
         if values is not None and is_inplace(n, values):
             obstacle = obstacle or self._seen_by_others(n, args)
         operands = {} if rule is None or values is None else dict(values) | {"result": result}
         taken: set[str] = set()
         for kept in mine:
             read = _match(kept.tensor, rule, operands, taken) if operands else None
-            if read is not None:
+            if read is not None and read.operand != INSIDE:
                 taken.add(read.operand)
             self._add(n, kept.tensor, rule, read, operands, nodes or {}, obstacle)
         if rule is not None and values is not None and taken:
@@ -158,12 +198,12 @@ class _Probe(fx.Interpreter):
 
     def _is_free(self, tensor: Tensor) -> bool:
         story = self.stories.get(storage_id(tensor))
-        return story is not None and story.alive in ("a parameter", "a buffer", "a model input")
+        return story is not None and story.alive in _FREE
 
     def _seen_by_others(self, n: fx.Node, args: Any) -> str:
         """Who else sees the tensor that an in-place call writes, so that it cannot be packed."""
         story = self.stories[storage_id(args[0])]
-        if story.alive in ("a parameter", "a buffer", "a model input"):
+        if story.alive in _FREE:
             return f"it writes into {story.alive}"
         at = self._order[n]
         for other in story.nodes:
@@ -185,12 +225,13 @@ class _Probe(fx.Interpreter):
         obstacle: str,
     ) -> None:
         operand = read.operand if read else "?"
-        source = nodes.get(operand) if read else None
+        source = (nodes | {"result": n}).get(operand) if read else None
         identity: tuple[Any, ...] = ()
         if isinstance(source, fx.Node):
             x = operands[operand]
             layout = None if memory_order(x) is not None else tuple(x.stride())
-            identity = (storage_id(x), int(x.storage_offset()), x.numel(), layout, x._version)
+            version = self._versions.get(id(x), x._version) if source is not n else x._version
+            identity = (storage_id(x), int(x.storage_offset()), x.numel(), layout, version)
         storage = storage_id(tensor)
         if storage not in self.stories:
             self.stories[storage] = _Story(owner=f"{n.name}.{operand}")
@@ -212,7 +253,10 @@ class _Probe(fx.Interpreter):
                 shape=tuple(tensor.shape),
                 source=source.name if isinstance(source, fx.Node) else None,
                 identity=identity,
+                lossy=read is None
+                or (read.lossy if isinstance(read.lossy, bool) else read.lossy(operands)),
                 bits=read.bits(operands) if read and read.bits else None,
+                function=read.function(operands) if read and read.function else "",
                 obstacle=obstacle,
                 wanted=read is None or any(_requires_grad(operands.get(a)) for a in read.needed_by),
             )

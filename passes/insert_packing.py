@@ -1,101 +1,218 @@
-"""Pass 4: put the pack node before the first reader, and swap each reader for its packed call.
+"""Pass 5: put the pack node before the first reader, and swap each reader for its packed call.
 
 Requires: decisions whose pack keys are settled. Ensures: every packed decision stands in the graph,
-    and
-nothing else changed; in-place ops that are packed run out of place, with later readers redirected.
+and nothing else changed; in-place ops that are packed run out of place, with later readers
+redirected.
 """
 
 from __future__ import annotations
 
+import inspect
+import operator
 from collections import defaultdict
 from typing import Any
 
 from torch import fx
 
 from dropit_fx.core_types import Decision, OpRule, Plan
-from dropit_fx.op_table import bind, is_inplace
-from dropit_fx.packed_call import PACKED_OPS, pack
+from dropit_fx.op_table import bind, is_inplace, rule_of
+from dropit_fx.packed_call import PACKED_OPS, derived, pack
+from dropit_fx.passes.derive_values import producer
 
 
 def insert_packing(plan: Plan) -> Plan:
     """Rewrites ``plan.module`` (and the nested graphs) in place."""
-    graph = plan.module.graph
-    nodes = {n.name: n for n in graph.nodes}
-    packed = [d for d in plan.decisions if d.packed]
-    if packed:
-        _hoist_attributes(graph)
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    operands: dict[str, dict[str, Any]] = defaultdict(dict)
-    groups: dict[str, list[Decision]] = defaultdict(list)
-    for decision in packed:
-        if decision.pack is not None:
-            groups[decision.pack].append(decision)
-        else:
-            operands[decision.read.node][decision.read.operand] = decision.codec
-    for group in groups.values():
-        node = _insert_pack(graph, nodes, order, group)
-        for decision in group:
-            operands[decision.read.node][decision.read.operand] = node
-    for name, packs in operands.items():
-        rule = next(d.read.rule for d in packed if d.read.node == name)
-        assert rule is not None
-        _swap(graph, nodes[name], packs, rule, order)
+    writer = _Writer(plan)
+    for node in list(plan.module.graph.nodes):
+        if node.name in writer.by_node:
+            writer.swap(node)
     for body in plan.bodies.values():
         insert_packing(body)
-    graph.lint()
+    plan.module.graph.lint()
     plan.module.recompile()
     return plan
 
 
-def _hoist_attributes(graph: fx.Graph) -> None:
-    """Moves parameter look-ups to the top, so that a shared pack can name every weight."""
-    first = next(n for n in graph.nodes if n.op != "placeholder")
-    for node in [n for n in graph.nodes if n.op == "get_attr"]:
-        if node is not first:
-            first.prepend(node)
+class _Writer:
+    """Writes the decisions of one plan into its graph, node by node in their order."""
 
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.graph = plan.module.graph
+        self.by_node: dict[str, list[Decision]] = defaultdict(list)
+        self.by_key: dict[str, list[Decision]] = defaultdict(list)
+        for decision in plan.decisions:
+            if decision.packed:
+                self.by_node[decision.read.node].append(decision)
+                if decision.pack is not None:
+                    self.by_key[decision.pack].append(decision)
+        if self.by_node:
+            self._hoist_attributes()
+        self.order = {n: i for i, n in enumerate(self.graph.nodes)}
+        self.copies: dict[str, fx.Node] = {}  # pack key -> the node that makes it
+        self.calls: dict[str, tuple[OpRule, dict[str, Any]]] = {}  # rows' calls, arguments by name
+        self.results: dict[str, fx.Node] = {}
+        # before anything changes: what each derived value is made from
+        self.sources: dict[str, dict[str, fx.Node]] = {}
+        self.statistics: dict[str, tuple[str, ...]] = {}
+        for decision in plan.decisions:
+            if decision.derived:
+                self._learn(next(n for n in self.graph.nodes if n.name == decision.derived))
 
-def _insert_pack(
-    graph: fx.Graph, nodes: dict[str, fx.Node], order: dict[fx.Node, int], group: list[Decision]
-) -> fx.Node:
-    first = min((nodes[d.read.node] for d in group), key=order.__getitem__)
-    lead = next(d for d in group if d.read.node == first.name)
-    needed: dict[fx.Node, None] = {}
-    for decision in group:
-        rule, read = decision.read.rule, decision.read.read
+    def _hoist_attributes(self) -> None:
+        """Moves parameter look-ups to the top, so that a shared pack can name every weight."""
+        first = next(n for n in self.graph.nodes if n.op != "placeholder")
+        for node in [n for n in self.graph.nodes if n.op == "get_attr"]:
+            if node is not first:
+                first.prepend(node)
+
+    def _learn(self, node: fx.Node) -> None:
+        """Notes the operands of ``node`` that are derived themselves, by argument name."""
+        rule = rule_of(node)
         assert rule is not None
-        assert read is not None
-        reader = nodes[decision.read.node]
-        bound = bind(rule, reader.args, reader.kwargs) or {}
-        for name in read.needed_by:
-            value = bound.get(name)
-            if isinstance(value, fx.Node) and order[value] < order[first]:
-                needed[value] = None
-    source = nodes[str(lead.read.source)]
-    autocast = lead.read.rule is not None and lead.read.rule.autocast
-    with graph.inserting_before(first):
-        node = graph.call_function(
-            pack, (source, tuple(needed), lead.codec, dict(lead.options)), {"autocast": autocast}
+        bound = bind(rule, node.args, node.kwargs, node.target) or {}
+        self.calls[node.name] = rule, bound
+        self.results[node.name] = node
+        self.sources[node.name] = {}
+        if node.name in self.by_node and rule.derive is not None:
+            wanted = inspect.signature(rule.derive).parameters.keys() - bound.keys()
+            self.statistics[node.name] = tuple(sorted(wanted))
+        kept = {d.read.label for d in self.plan.decisions if not d.derived and d.read.wanted}
+        for name, value in bound.items():
+            if not isinstance(value, fx.Node) or value.name in self.plan.values.alive:
+                continue
+            if f"{node.name}.{name}" in kept:
+                continue
+            source = producer(node, value.name, self.plan)
+            if source is not None:
+                self.sources[node.name][name] = source
+                self._learn(source)
+
+    def swap(self, node: fx.Node) -> None:
+        """Replaces a reader by its packed call."""
+        decisions = self.by_node[node.name]
+        rule = decisions[0].read.rule
+        assert rule is not None
+        bound = bind(rule, node.args, node.kwargs, node.target) or {}
+        packed: dict[str, Any] = {}
+        gives = {name: f"{node.name}.{name}" for name in self.statistics.get(node.name, ())}
+        for d in decisions:
+            if d.pack is None or d.read.operand == "result":
+                packed[d.read.operand] = (d.codec, dict(d.options))
+                if d.pack is not None and len(self.by_key[d.pack]) > 1:
+                    gives["result"] = d.pack
+            else:
+                packed[d.read.operand] = self._copy(d, node)
+        args, kwargs = node.args, dict(node.kwargs)
+        if node.target in rule.orders:
+            args, kwargs = tuple(bound.values()), {}
+        kwargs["packed"] = packed
+        if gives:
+            kwargs["gives"] = tuple(gives)
+        with self.graph.inserting_after(node):
+            call = self.graph.call_function(PACKED_OPS[rule.name], args, kwargs)
+        call.meta = dict(node.meta)
+        self.order[call] = at = self.order[node]
+        result = call
+        if gives:
+            result = self._item(call, 0, at)
+            result.meta = dict(node.meta)
+            for i, key in enumerate(gives.values()):
+                self.copies[key] = self._item(call, i + 1, at)
+        written = node.args[0] if is_inplace(node, bound) else None
+        node.replace_all_uses_with(result)
+        if isinstance(written, fx.Node):
+            # out of place now: who read the written tensor afterwards reads the result
+            written.replace_all_uses_with(
+                result,
+                delete_user_cb=lambda user: user is not call and self.order.get(user, -1) > at,
+            )
+        self.graph.erase_node(node)
+        call.name = node.name  # decisions and reports go by name
+        for name, (row, arguments) in self.calls.items():
+            self.calls[name] = row, {k: result if v is node else v for k, v in arguments.items()}
+        if node.name in self.results:
+            self.results[node.name] = result
+
+    def _item(self, call: fx.Node, index: int, order: int) -> fx.Node:
+        with self.graph.inserting_after(call):
+            item = self.graph.call_function(operator.getitem, (call, index))
+        self.order[item] = order
+        return item
+
+    def _copy(self, decision: Decision, reader: fx.Node) -> fx.Node:
+        """The node that makes the packed copy; inserted before its first reader."""
+        key = str(decision.pack)
+        if key not in self.copies:
+            with self.graph.inserting_before(reader):
+                if decision.derived:
+                    self.copies[key] = self._derived(decision.derived, reader)
+                else:
+                    self.copies[key] = self._pack(key, decision, reader)
+        if decision.derived:
+            self._need(self.copies[key], [decision])
+        return self.copies[key]
+
+    def _pack(self, key: str, lead: Decision, reader: fx.Node) -> fx.Node:
+        bound = _arguments(lead, reader)
+        rule = lead.read.rule
+        node = self.graph.call_function(
+            pack,
+            (bound[lead.read.operand], (), lead.codec, dict(lead.options)),
+            {"autocast": rule is not None and rule.autocast},
         )
-    node.meta = {k: v for k, v in first.meta.items() if k in ("nn_module_stack", "stack_trace")}
-    order[node] = order[first]  # behind an in-place op, its source is redirected too
-    return node
+        node.meta = _origin(reader)
+        self.order[node] = self.order[reader]  # behind an in-place op, its source is redirected too
+        self._need(node, self.by_key[key])
+        return node
+
+    def _need(self, copy: Any, decisions: list[Decision]) -> None:
+        """Names the tensors whose gradients read a copy, through derived values too."""
+        if copy.target is derived:
+            for inner in copy.args[2].values():
+                self._need(inner, decisions)
+        if copy.target is not pack:
+            return
+        needed = dict.fromkeys(copy.args[1])
+        readers = {n.name: n for n in self.graph.nodes}
+        for d in decisions:
+            assert d.read.read is not None
+            bound = _arguments(d, readers[d.read.node])
+            for name in d.read.read.needed_by:
+                value = bound.get(name)
+                if isinstance(value, fx.Node) and self.order[value] < self.order[copy]:
+                    needed[value] = None
+        copy.args = (copy.args[0], tuple(needed), *copy.args[2:])
+
+    def _derived(self, name: str, reader: fx.Node) -> fx.Node:
+        rule, bound = self.calls[name]
+        packs: dict[str, fx.Node] = {}
+        for operand, value in bound.items():
+            if operand in self.sources[name]:
+                source = self.sources[name][operand].name
+                key = f"derived {source}"
+                if key not in self.copies:
+                    self.copies[key] = self._derived(source, reader)
+                packs[operand] = self.copies[key]
+            elif isinstance(value, fx.Node):
+                mine = [d for d in self.by_node.get(name, ()) if d.read.operand == operand]
+                if mine:
+                    packs[operand] = self.copies[str(mine[0].pack)]
+        for statistic in self.statistics.get(name, ()):
+            packs[statistic] = self.copies[f"{name}.{statistic}"]
+        args = (rule.name, tuple(bound.values()), packs, self.results[name])
+        node = self.graph.call_function(derived, args)
+        node.meta = _origin(reader)
+        self.order[node] = self.order[reader]
+        return node
 
 
-def _swap(
-    graph: fx.Graph, node: fx.Node, packs: dict[str, Any], rule: OpRule, order: dict[fx.Node, int]
-) -> None:
-    with graph.inserting_after(node):
-        kwargs = {**node.kwargs, "packed": packs}
-        new = graph.call_function(PACKED_OPS[rule.name], node.args, kwargs)
-    new.meta = dict(node.meta)
-    order[new] = at = order[node]
-    written = node.args[0] if is_inplace(node, bind(rule, node.args, node.kwargs) or {}) else None
-    node.replace_all_uses_with(new)
-    if isinstance(written, fx.Node):
-        # out of place now: who read the written tensor afterwards reads the result
-        written.replace_all_uses_with(
-            new, delete_user_cb=lambda user: user is not new and order.get(user, -1) > at
-        )
-    graph.erase_node(node)
-    new.name = node.name  # decisions and reports go by name
+def _arguments(decision: Decision, reader: fx.Node) -> dict[str, Any]:
+    """The arguments of a row's call, swapped already or not."""
+    assert decision.read.rule is not None
+    kwargs = {k: v for k, v in reader.kwargs.items() if k not in ("packed", "gives")}
+    return bind(decision.read.rule, reader.args, kwargs, reader.target) or {}
+
+
+def _origin(node: fx.Node) -> dict[str, Any]:
+    return {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from dropit_fx.codecs import CODEC
 from dropit_fx.core_types import Decision, Plan, Site
 from dropit_fx.passes.choose_codecs import keep
 
@@ -20,15 +21,13 @@ def share_packed(plan: Plan) -> Plan:
     """Gives each packed operand its ``pack`` key, and drops packings that do not pay."""
     groups: dict[object, list[Decision]] = {}
     for decision in plan.decisions:
-        read = decision.read
-        by_value = read.source is not None and read.bits is None and decision.codec != "drop"
-        if decision.packed and by_value:
-            groups.setdefault((read.identity, read.dtype), []).append(decision)
+        if is_copy(decision):
+            groups.setdefault(value_of(decision), []).append(decision)
     best = {key: max(group, key=lambda d: d.nbytes) for key, group in groups.items()}
     names = {key: f"{group[0].read.source}" for key, group in groups.items()}
     shared: list[Decision] = []
     for decision in plan.decisions:
-        key = (decision.read.identity, decision.read.dtype)
+        key = value_of(decision)
         if key in groups and decision in groups[key]:
             chosen, number = best[key], list(groups).index(key)
             decision = replace(
@@ -41,6 +40,20 @@ def share_packed(plan: Plan) -> Plan:
         shared.append(decision)
     bodies = {name: share_packed(body) for name, body in plan.bodies.items()}
     return replace(plan, decisions=_never_larger(plan, shared), bodies=bodies)
+
+
+def is_copy(decision: Decision) -> bool:
+    """Whether it packs a value of the graph, which others may read as well."""
+    read = decision.read
+    named = read.source is not None and read.bits is None
+    return decision.packed and named and decision.codec != "drop"
+
+
+def value_of(decision: Decision) -> object:
+    """Equal for reads of the same elements in the same precision; slopes are other values."""
+    read = decision.read
+    slopes = read.function if decision.codec in CODEC and CODEC[decision.codec].slope else ""
+    return (read.identity, read.dtype, slopes)
 
 
 def _never_larger(plan: Plan, decisions: list[Decision]) -> tuple[Decision, ...]:

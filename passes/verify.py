@@ -6,6 +6,7 @@ says from which pass on a check must hold.
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
@@ -16,8 +17,9 @@ from dropit_fx.codecs import CODEC
 from dropit_fx.config import serves
 from dropit_fx.core_types import OpRule, Plan, Use
 from dropit_fx.op_table import RULES, bind
-from dropit_fx.packed_call import PACKED_OPS, pack
-from dropit_fx.passes.share_packed import by_site, packed_bytes
+from dropit_fx.packed_call import PACKED_OPS, derived, pack
+from dropit_fx.passes.derive_values import is_base
+from dropit_fx.passes.share_packed import by_site, packed_bytes, value_of
 
 _RULE_OF_CALL: dict[Any, OpRule] = {op: RULES[name] for name, op in PACKED_OPS.items()}
 
@@ -80,14 +82,17 @@ def one_decision_each(plan: Plan) -> Iterator[str]:
 def served(plan: Plan) -> Iterator[str]:
     """A codec serves the use of every read that it is chosen for."""
     for d in plan.decisions:
-        read, codec = d.read.read, CODEC[d.codec]
         if not d.packed:
             continue
+        read, codec = d.read.read, CODEC.get(d.codec, CODEC["keep"])
         if read is None:
             yield f"{d.read.label} is packed, but no row knows it"
+        elif d.derived:
+            if read.bits is not None or read.use is Use.SHAPE:
+                yield f"{d.read.label} is derived, but its backward does not read it by value"
         elif read.use not in codec.serves or not serves(codec, read):
             yield f"{d.read.label} is packed as {d.codec!r}, which does not serve '{read.use}'"
-        elif not read.lossy and not codec.lossless(d.options):
+        elif not d.read.lossy and not codec.lossless(d.options):
             yield f"{d.read.label} must stay exact, but {d.codec!r} is not lossless"
 
 
@@ -127,8 +132,8 @@ def one_copy(plan: Plan) -> Iterator[str]:
     values: dict[str, set[object]] = defaultdict(set)
     copies: dict[object, set[str]] = defaultdict(set)
     for d in plan.decisions:
-        if d.pack is not None:
-            value = (d.read.identity, d.read.dtype)
+        if d.pack is not None and not d.derived:
+            value = value_of(d)
             formats[d.pack].add(f"{d.codec} {d.options}")
             values[d.pack].add(value)
             copies[value].add(d.pack)
@@ -143,11 +148,37 @@ def one_copy(plan: Plan) -> Iterator[str]:
             yield f"one value has {len(keys)} copies: {sorted(keys)}"
 
 
+def derived_from_what_is_there(plan: Plan) -> Iterator[str]:
+    """A derived value comes, call by call, from what the backward has whatever happens to it."""
+    reads = {d.read.label: d for d in plan.decisions}
+    for n in plan.module.graph.nodes:
+        if n.target is not derived:
+            continue
+        rule_name, args, packs, made = _arguments(n)
+        if RULES[rule_name].derive is None:
+            yield f"'{n.name}' derives {rule_name}, whose row does not say how"
+            continue
+        maker = made.args[0] if made.target is operator.getitem else made
+        for name, value in (bind(RULES[rule_name], args, {}) or {}).items():
+            if not isinstance(value, fx.Node) or value.name in plan.values.alive or name in packs:
+                continue
+            decision = reads.get(f"{maker.name}.{name}")
+            if decision is None or decision.packed or not is_base(decision):
+                yield f"'{n.name}' keeps '{value}' whole, which nobody else does"
+
+
 def packs_are_read(plan: Plan) -> Iterator[str]:
-    """A pack node feeds packed calls with what they read, and nothing else."""
+    """A pack node feeds packed calls with what they read, derived values, and nothing else."""
     operands = defaultdict(set)
     for call, rule, operand, how in _packed_reads(plan):
-        operands[how].add((bind(rule, call.args, _without_packed(call)) or {}).get(operand))
+        if isinstance(how, fx.Node):
+            operands[how].add((bind(rule, call.args, _plain(call)) or {}).get(operand))
+    for n in plan.module.graph.nodes:
+        if n.target is derived:
+            rule_name, args, packs, _ = _arguments(n)
+            bound = bind(RULES[rule_name], args, {}) or {}
+            for operand, how in packs.items():
+                operands[how].add(bound.get(operand))
     for n in _packs(plan):
         source, needed, codec, options = _arguments(n)
         if not n.users:
@@ -155,9 +186,9 @@ def packs_are_read(plan: Plan) -> Iterator[str]:
         elif source not in operands[n]:
             yield f"'{n.name}' packs '{source}', which none of its readers reads"
         for user in n.users:
-            if user.target not in _RULE_OF_CALL:
+            if user.target not in _RULE_OF_CALL and user.target is not derived:
                 yield f"'{n.name}' is read by '{user.name}', which is no packed call"
-        if codec not in CODEC or set(options) != set(CODEC[codec].defaults()):
+        if codec not in CODEC or set(CODEC[codec].defaults()) - set(options):
             yield f"'{n.name}' has options {sorted(options)} for codec {codec!r}"
         if not all(isinstance(v, str | int | float | None) for v in options.values()):
             yield f"'{n.name}' has an option that is no plain value"
@@ -165,17 +196,27 @@ def packs_are_read(plan: Plan) -> Iterator[str]:
             yield f"'{n.name}' names nobody who needs it, so it would never be made"
 
 
+def _is_copy(how: Any) -> bool:
+    """A node that makes a packed copy: a pack, a derived value, or a call that gives its result."""
+    if not isinstance(how, fx.Node):
+        return False
+    if how.target is operator.getitem:
+        call, index = _arguments(how)
+        return bool(index > 0 and call.kwargs.get("gives"))
+    return how.target in (pack, derived)
+
+
 def calls_know_their_reads(plan: Plan) -> Iterator[str]:
-    """A packed call gives its own row's reads: operands a pack node, what it makes a codec."""
+    """A packed call gives its own row's reads: operands a copy, what it makes a codec."""
     for call, rule, operand, how in _packed_reads(plan):
         read = rule.read(operand)
         if read is None:
             yield f"'{call.name}': {rule.name} has no read {operand!r}"
-        elif read.bits is not None or read.use is Use.SHAPE:
-            if how not in CODEC:
-                yield f"'{call.name}': {operand!r} is packed as {how}, which is no codec"
-        elif not isinstance(how, fx.Node) or how.target is not pack:
-            yield f"'{call.name}': {operand!r} is packed as {how}, which is no pack node"
+        elif isinstance(how, fx.Node):
+            if read.bits is not None or read.use is Use.SHAPE or not _is_copy(how):
+                yield f"'{call.name}': {operand!r} is packed as {how}, which is no pack node"
+        elif how[0] not in CODEC:
+            yield f"'{call.name}': {operand!r} is packed as {how}, which is no codec"
 
 
 def graph_follows_decisions(plan: Plan) -> Iterator[str]:
@@ -193,9 +234,12 @@ def graph_follows_decisions(plan: Plan) -> Iterator[str]:
         if isinstance(how, fx.Node) and how.target is pack:
             _, _, codec, options = _arguments(how)
             got = f"{codec} {options}"
-            made[str(decision.pack)].add(how)
-        elif decision.pack is None:
-            asked = decision.codec
+        elif _is_copy(how):
+            got = "derived {}" if how.target is derived else asked
+        elif not isinstance(how, fx.Node):
+            got = f"{how[0]} {how[1]}"
+        if isinstance(how, fx.Node) and decision.pack is not None:
+            made[decision.pack].add(how)
         if asked != got:
             yield f"{label} is packed as {got} and was to be {asked}"
     for key, nodes in made.items():
@@ -205,8 +249,8 @@ def graph_follows_decisions(plan: Plan) -> Iterator[str]:
         yield f"{len(made)} values share fewer pack nodes"
 
 
-def _without_packed(call: fx.Node) -> dict[str, Any]:
-    return {k: v for k, v in call.kwargs.items() if k != "packed"}
+def _plain(call: fx.Node) -> dict[str, Any]:
+    return {k: v for k, v in call.kwargs.items() if k not in ("packed", "gives")}
 
 
 def _arguments(node: fx.Node) -> tuple[Any, ...]:
@@ -228,6 +272,7 @@ CHECKS: tuple[Check, ...] = (
     Check("choose_codecs", whole_or_none),
     Check("share_packed", never_larger),
     Check("share_packed", one_copy),
+    Check("insert_packing", derived_from_what_is_there),
     Check("insert_packing", packs_are_read),
     Check("insert_packing", calls_know_their_reads),
     Check("insert_packing", graph_follows_decisions),

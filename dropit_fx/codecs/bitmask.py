@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dropit_fx.core_types import Codec, Options, Use
+from dropit_fx.kernels.layout import uint_nbytes
 
 
 def _unpack(parts: tuple[Tensor, ...], options: Options, numel: Any, dtype: torch.dtype) -> Tensor:
@@ -22,6 +23,6 @@ BITMASK = Codec(
     serves=frozenset({Use.SLOPE}),
     pack=lambda flat, options: (torch.ops.dropit.pack_uint(flat, options["bits"]),),
     unpack=_unpack,
-    nbytes=lambda numel, dtype, options: (numel * options["bits"] + 7) // 8,
+    nbytes=lambda numel, dtype, options: uint_nbytes(numel, options["bits"]),
     lossless=lambda options: True,
 )

@@ -10,6 +10,7 @@ KEEP = Codec(
     pack=lambda flat, options: (flat,),
     unpack=lambda parts, options, numel, dtype: parts[0],
     nbytes=lambda numel, dtype, options: numel * dtype.itemsize,
+    faithful=lambda options: True,
     lossless=lambda options: True,
 )
 

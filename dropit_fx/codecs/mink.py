@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _whole(value: Any) -> bool:
+def whole(value: Any) -> bool:
+    """Whether a config value is an integer."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -48,19 +50,14 @@ GAMMA = Option(
 BITS = Option(
     name="bits",
     default=None,
-    legal=lambda v: v is None or (_whole(v) and 1 <= v <= 8),
+    legal=lambda v: v is None or (whole(v) and 1 <= v <= 8),
     meaning="bits of a kept value, 1 to 8, or null for the tensor's own dtype",
 )
-QUANT_BITS = Option(
-    name="bits",
-    default=4,
-    legal=lambda v: _whole(v) and 1 <= v <= 8,
-    meaning="bits of a value, 1 to 8",
-)
+QUANT_BITS = replace(BITS, default=4)
 BLOCK = Option(
     name="block",
     default=1024,
-    legal=lambda v: _whole(v) and v >= 8 and v % 8 == 0,
+    legal=lambda v: whole(v) and v >= 8 and v % 8 == 0,
     meaning="elements of a block, a multiple of 8",
 )
 SCOPE = Option(
@@ -100,7 +97,7 @@ def _random_format(options: Options) -> tuple[int, int, int, bool, bool]:
 
 def _quant_format(options: Options) -> tuple[int, int, int, bool, bool]:
     affine, stochastic = options["range"] == "affine", options["rounding"] == "stochastic"
-    return FULL, options["block"], options["bits"], affine, stochastic
+    return FULL, options["block"], options["bits"] or 0, affine, stochastic
 
 
 def _pack(format_of: Format) -> Callable[[Tensor, Options], tuple[Tensor, ...]]:
@@ -137,7 +134,12 @@ def _nbytes(format_of: Format) -> Callable[[int, torch.dtype, Options], int]:
 
 
 def _keeps_all(options: Options) -> bool:
-    return keep_ratio(options["gamma"]) == FULL and options.get("bits") is None
+    return keep_ratio(options.get("gamma", 0.0)) == FULL and options.get("bits") is None
+
+
+def _faithful(options: Options) -> bool:
+    """Every element is kept, in at least four bits."""
+    return keep_ratio(options.get("gamma", 0.0)) == FULL and (options.get("bits") or 8) >= 4
 
 
 MINK = Codec(
@@ -147,7 +149,9 @@ MINK = Codec(
     pack=_pack(_mink_format),
     unpack=_unpack(_mink_format),
     nbytes=_nbytes(_mink_format),
+    buffers=3,
     lossless=_keeps_all,
+    faithful=_faithful,
 )
 
 RANDOM = Codec(
@@ -157,14 +161,19 @@ RANDOM = Codec(
     pack=_sample,
     unpack=_unpack(_random_format),
     nbytes=_nbytes(_random_format),
+    buffers=3,
     lossless=_keeps_all,
+    faithful=_faithful,
 )
 
 QUANT = Codec(
     name="quant",
-    serves=frozenset({Use.CONTRACT}),
+    serves=frozenset({Use.CONTRACT, Use.SLOPE, Use.REDUCE}),
     options=(QUANT_BITS, BLOCK, RANGE, ROUNDING),
     pack=_pack(_quant_format),
     unpack=_unpack(_quant_format),
     nbytes=_nbytes(_quant_format),
+    buffers=3,
+    lossless=_keeps_all,
+    faithful=_faithful,
 )

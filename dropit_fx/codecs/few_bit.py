@@ -1,0 +1,58 @@
+"""``few_bit``: of the input of a pointwise function f, the interval in which f' is nearly constant.
+
+The backward multiplies by the level of that interval in the place of ``f'(x)`` (Few-Bit Backward,
+arXiv 2202.00441). The forward is exact. Borders and levels are those of ``step_tables``, chosen by
+the name of the function, which the row of the op gives. NaN gets the lowest interval: the result of
+the forward is NaN there already.
+"""
+
+import torch
+from torch import Tensor
+
+from dropit_fx.codecs.mink import whole
+from dropit_fx.core_types import Codec, Option, Options, Use
+from dropit_fx.kernels.layout import uint_nbytes
+from dropit_fx.step_tables import FUNCTIONS, StepTable, table
+
+OF_RESULT = " of result"  # f is increasing, and what is packed is f(x)
+
+
+def _table(options: Options) -> StepTable:
+    return table(options["function"].removesuffix(OF_RESULT), options["bits"])
+
+
+def _borders(options: Options) -> list[float]:
+    borders = list(_table(options).borders)
+    if not options["function"].endswith(OF_RESULT):
+        return borders
+    f = FUNCTIONS[options["function"].removesuffix(OF_RESULT)]
+    out: list[float] = f(torch.tensor(borders, dtype=torch.float64)).tolist()
+    return out
+
+
+def _pack(flat: Tensor, options: Options) -> tuple[Tensor, ...]:
+    return (torch.ops.dropit.encode_steps(flat, _borders(options), options["bits"]),)
+
+
+def _unpack(parts: tuple[Tensor, ...], options: Options, numel: int, dtype: torch.dtype) -> Tensor:
+    levels = list(_table(options).levels)
+    out: Tensor = torch.ops.dropit.decode_steps(parts[0], levels, options["bits"], numel, dtype)
+    return out
+
+
+FEW_BIT = Codec(
+    name="few_bit",
+    serves=frozenset({Use.SLOPE}),
+    options=(
+        Option(
+            name="bits",
+            default=3,
+            legal=lambda v: whole(v) and 1 <= v <= 4,
+            meaning="bits of an interval's number, 1 to 4",
+        ),
+    ),
+    pack=_pack,
+    unpack=_unpack,
+    nbytes=lambda numel, dtype, options: uint_nbytes(numel, options["bits"]),
+    slope=True,
+)

@@ -1,0 +1,424 @@
+"""How the rows of the op table run: each op as a function of named arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(input, weight, bias)
+
+
+def matmul(input: Tensor, other: Tensor) -> Tensor:
+    return torch.matmul(input, other)
+
+
+def mm(input: Tensor, mat2: Tensor) -> Tensor:
+    return torch.mm(input, mat2)
+
+
+def bmm(input: Tensor, mat2: Tensor) -> Tensor:
+    return torch.bmm(input, mat2)
+
+
+def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    return torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha)
+
+
+def baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    return torch.baddbmm(input, batch1, batch2, beta=beta, alpha=alpha)
+
+
+def conv(dims: int) -> Callable[..., Tensor]:
+    op = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+
+    def conv(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        return op(input, weight, bias, stride, padding, dilation, groups)
+
+    return conv
+
+
+def conv_transpose(dims: int) -> Callable[..., Tensor]:
+    op = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+
+    def conv_transpose(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Tensor:
+        return op(input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+    return conv_transpose
+
+
+def relu(input: Tensor, inplace: bool = False) -> Tensor:
+    return F.relu(input)
+
+
+def relu_saving(input: Tensor, inplace: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    out = F.relu(input)
+    return out, {"result": ~(out <= 0)}  # NaN passes its gradient on, as in aten.threshold_backward
+
+
+def relu6(input: Tensor, inplace: bool = False) -> Tensor:
+    return F.relu6(input)
+
+
+def relu6_saving(input: Tensor, inplace: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    return hardtanh_saving(input, 0.0, 6.0)
+
+
+def hardtanh(
+    input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> Tensor:
+    return F.hardtanh(input, min_val, max_val)
+
+
+def hardtanh_saving(
+    input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    inside = ~((input <= min_val) | (input >= max_val))
+    return F.hardtanh(input, min_val, max_val), {"result": inside}
+
+
+def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    return F.leaky_relu(input, negative_slope)
+
+
+def leaky_relu_saving(
+    input: Tensor, negative_slope: float = 0.01, inplace: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    return F.leaky_relu(input, negative_slope), {"input": input > 0}
+
+
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return F.dropout(input, p, training)
+
+
+def dropout_saving(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    # draws the same random numbers as F.dropout, whose own saved tensor is a mask of floats
+    out, mask = torch.native_dropout(input, p, True)
+    return out, {"mask": mask}
+
+
+def max_pool(dims: int) -> Callable[..., Tensor]:
+    op: Callable[..., Tensor] = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[dims - 1]
+
+    def max_pool(
+        input: Tensor,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> Tensor:
+        return op(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+
+    return max_pool
+
+
+# Pointwise nonlinearities
+
+
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    return F.gelu(input, approximate=approximate)
+
+
+def silu(input: Tensor, inplace: bool = False) -> Tensor:
+    return F.silu(input)
+
+
+def mish(input: Tensor, inplace: bool = False) -> Tensor:
+    return F.mish(input)
+
+
+def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    return F.elu(input, alpha)
+
+
+def selu(input: Tensor, inplace: bool = False) -> Tensor:
+    return F.selu(input)
+
+
+def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    return F.celu(input, alpha)
+
+
+def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    return F.softplus(input, beta, threshold)
+
+
+def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
+    return F.hardswish(input)
+
+
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    return F.hardsigmoid(input)
+
+
+def logsigmoid(input: Tensor) -> Tensor:
+    return F.logsigmoid(input)
+
+
+def softsign(input: Tensor) -> Tensor:
+    return F.softsign(input)
+
+
+def sigmoid(input: Tensor) -> Tensor:
+    return torch.sigmoid(input)
+
+
+def tanh(input: Tensor) -> Tensor:
+    return torch.tanh(input)
+
+
+# Arithmetic
+
+
+def mul(input: Any, other: Any) -> Tensor:
+    out: Tensor = torch.mul(input, other)
+    return out
+
+
+def div(input: Any, other: Any) -> Tensor:
+    out: Tensor = torch.div(input, other)
+    return out
+
+
+def pow(input: Any, exponent: Any) -> Tensor:
+    return torch.pow(input, exponent)
+
+
+# Normalisation: the statistics are made once, and kept as they are.
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    return F.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def layer_norm_saving(
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    out, mean, rstd = torch.native_layer_norm(input, list(normalized_shape), weight, bias, eps)
+    return out, {"mean": mean, "rstd": rstd}
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    return F.group_norm(input, num_groups, weight, bias, eps)
+
+
+def group_norm_saving(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    n, channels = input.shape[:2]
+    out, mean, rstd = torch.native_group_norm(
+        input.contiguous(), weight, bias, n, channels, input[0, 0].numel(), num_groups, eps
+    )
+    return out, {"mean": mean, "rstd": rstd}
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    return F.rms_norm(input, list(normalized_shape), weight, eps)
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def batch_norm_saving(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    out, mean, invstd = torch.native_batch_norm(
+        input, weight, bias, running_mean, running_var, training, momentum, eps
+    )
+    return out, {"mean": mean, "invstd": invstd}
+
+
+def layer_norm_again(
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
+) -> Tensor:
+    """From statistics that are kept: one pass over ``input``, no sums."""
+    if mean is None or rstd is None:
+        return layer_norm(input, normalized_shape, weight, bias, eps)
+    return _affine((input - mean) * rstd, weight, bias).to(input.dtype)
+
+
+def batch_norm_again(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    mean: Tensor | None = None,
+    invstd: Tensor | None = None,
+) -> Tensor:
+    """From the statistics of the batch, which is not counted into the running ones again."""
+    if not training:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    if mean is None or invstd is None:
+        return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
+    scale = invstd if weight is None else invstd * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    across = [1, -1] + [1] * (input.dim() - 2)
+    return (input * scale.view(across) + shift.view(across)).to(input.dtype)
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+# Attention and losses
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.softmax(input, dim, dtype)
+
+
+def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.log_softmax(input, dim, dtype)
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: Any = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    out: Tensor = torch.ops.aten.cross_entropy_loss(
+        input, target, weight, reduction_enum(reduction), ignore_index, label_smoothing
+    )
+    return out
+
+
+def cross_entropy_saving(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: Any = "mean",
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    log_probs = torch.log_softmax(input, class_dim(input))
+    out = torch.ops.aten.nll_loss_nd(
+        log_probs, target, weight, reduction_enum(reduction), ignore_index
+    )
+    return out, {"log_probs": log_probs}
+
+
+def class_dim(input: Tensor) -> int:
+    """The dimension of the classes: the second, or the only one."""
+    return 0 if input.dim() == 1 else 1
+
+
+def reduction_enum(reduction: Any) -> int:
+    """``"mean"`` as ATen's number for it."""
+    if isinstance(reduction, int):
+        return reduction
+    return {"none": 0, "mean": 1, "sum": 2}[reduction]
+
+
+def avg_pool2d(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    return F.avg_pool2d(
+        input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+    )
