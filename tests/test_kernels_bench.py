@@ -49,6 +49,8 @@ def test_bench_kernels_writes_what_it_prints(
     written = json.loads(path.read_text())["dtypes"]
     assert written["float32"]["published"]["bits"] == pytest.approx(6.4)
     assert written["bfloat16"]["gamma 0.9"]["bits"] == pytest.approx(2.6, abs=0.05)
+    assert written["float32"]["steps, 3 bits"]["bits"] == 3
+    assert written["float32"]["steps, 3 bits"]["unpack"]["of_clone"] > 0
     assert all(row["seconds"] > 0 for row in (w["clone"] for w in written.values()))
     assert "gamma 0.7, 2 bits" in capsys.readouterr().out
 
