@@ -65,18 +65,26 @@ def test_every_half_and_bfloat_is_converted_as_torch_does() -> None:
 
 
 @built
-def test_the_number_of_threads_changes_nothing() -> None:
-    x = torch.randn(100_000)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = cpu.sparsify(x, 2000, 256, 3, False, False)
-        torch.set_num_threads(3)
-        together = cpu.sparsify(x, 2000, 256, 3, False, False)
-    finally:
+@pytest.mark.parametrize(("keep", "block", "bits"), [(2000, 256, 3), (10000, 8, 3), (10000, 40, 5)])
+def test_the_number_of_threads_changes_nothing(keep: int, block: int, bits: int) -> None:
+    x = torch.randn(100_001)
+    form = (keep, block, bits, False)
+
+    def there_and_back(threads: int) -> list[torch.Tensor]:
         torch.set_num_threads(threads)
+        packed = cpu.sparsify(x, *form, False)
+        steps = cpu.encode_steps(x, [-1.0, 0.0, 1.0], bits)
+        back = cpu.unsparsify(*packed, x.numel(), x.dtype, *form)
+        levels = cpu.decode_steps(steps, [1.0, 2.0], bits, x.numel(), x.dtype)
+        return [*packed, steps, back, levels]
+
+    before = torch.get_num_threads()
+    try:
+        alone, together = there_and_back(1), there_and_back(3)
+    finally:
+        torch.set_num_threads(before)
     for left, right in zip(alone, together, strict=True):
-        assert_same_bits(left, right)
+        assert left.view(torch.uint8).equal(right.view(torch.uint8))
 
 
 @built

@@ -197,8 +197,9 @@ VECTOR int64_t look_up_avx2(const uint8_t *in, const uint8_t *end, int64_t count
     for (; i + 16 <= count && in + bits + 4 <= end; i += 16, in += 2 * bits) {
         __m256i pair[2];
         for (int j = 0; j < 2; j++) {
-            __m256i word = _mm256_castps_si256(_mm256_broadcast_ss((const float *)(in + j * bits)));
-            __m256i code = _mm256_srlv_epi32(word, shift);
+            int32_t word;
+            memcpy(&word, in + j * bits, 4);
+            __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(word), shift);
             pair[j] = _mm256_permutevar8x32_epi32(first, code);
             if (bits == 4) {
                 __m256 upper = _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(second, code));
@@ -741,10 +742,10 @@ VECTOR inline __attribute__((always_inline)) int64_t decode_grid_as(const uint8_
     for (; i + 16 <= k && in + bits + bits / 2 + 4 <= end; i += 16, in += 2 * bits) {
         __m256i level[2];
         for (int j = 0; j < 2; j++) {
-            const uint8_t *word = in + j * bits;
-            __m256 four = _mm256_broadcast_ss((const float *)word);
-            __m256 next = _mm256_broadcast_ss((const float *)(word + bits / 2));
-            __m256i v = _mm256_castps_si256(_mm256_blend_ps(four, next, 0xF0));
+            int32_t word[2];
+            memcpy(word, in + j * bits, 4);
+            memcpy(word + 1, in + j * bits + bits / 2, 4);
+            __m256i v = _mm256_blend_epi32(_mm256_set1_epi32(word[0]), _mm256_set1_epi32(word[1]), 0xF0);
             __m256 root;
             if (affine) {
                 root = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srlv_epi32(v, shift), steps));
@@ -776,6 +777,14 @@ VECTOR inline __attribute__((always_inline)) int64_t decode_grid_as(const uint8_
 
 VECTOR int64_t decode_grid_avx2(const uint8_t *in, const uint8_t *end, int64_t k, int bits, int affine, int wide,
                                 float base, float start, float width, void *out) {
+    if (bits == 4 && k >= 64) { /* few levels: made once, then looked up */
+        static const uint8_t every_code[16] = {0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE};
+        uint32_t table[16] = {0};
+        decode_grid_as(every_code, every_code + 16, 16, 4, affine, 1, base, start, width, table);
+        if (!wide)
+            for (int c = 0; c < 16; c++) table[c] = (table[c] + 0x7FFF + (table[c] >> 16 & 1)) >> 16;
+        return look_up_avx2(in, end, k, 4, table, wide, out);
+    }
     if (affine)
         return wide ? decode_grid_as(in, end, k, bits, 1, 1, base, start, width, out)
                     : decode_grid_as(in, end, k, bits, 1, 0, base, start, width, out);
@@ -1150,8 +1159,8 @@ typedef void (*StepsWorker)(const Steps *, int64_t, int64_t);
 
 WORKER(plain, )
 #ifdef X86
-WORKER(avx2, __attribute__((target("avx2,bmi,bmi2,popcnt"))))
-WORKER(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,bmi,bmi2,popcnt"))))
+WORKER(avx2, __attribute__((target("avx2,bmi,bmi2,f16c,popcnt"))))
+WORKER(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,bmi,bmi2,f16c,popcnt"))))
 #endif
 
 static int forced_level = -1;
