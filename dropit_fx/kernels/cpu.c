@@ -218,6 +218,20 @@ VECTOR int64_t look_up_avx2(const uint8_t *in, const uint8_t *end, int64_t count
     return i;
 }
 
+/* Values i..i+7 of a tensor of any dtype. */
+VECTOR inline __attribute__((always_inline)) __m256 load8(const void *x, int64_t i, int dtype) {
+    if (dtype == F32) return _mm256_loadu_ps((const float *)x + i);
+    __m128i v = _mm_loadu_si128((const __m128i *)((const uint16_t *)x + i));
+    if (dtype == F16) return _mm256_cvtph_ps(v);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+}
+
+/* `name`_as for each dtype. */
+#define FOR_DTYPE(name, dtype, x, ...)                       \
+    if (dtype == F32) return name(x, F32, __VA_ARGS__);      \
+    if (dtype == BF16) return name(x, BF16, __VA_ARGS__);    \
+    return name(x, F16, __VA_ARGS__)
+
 /* The bytes of four vectors of 8 codes, in order. */
 #define BYTES_OF(code)                                                                                          \
     _mm256_permutevar8x32_epi32(_mm256_packus_epi16(_mm256_packs_epi32(code[0], code[1]),                       \
@@ -225,7 +239,8 @@ VECTOR int64_t look_up_avx2(const uint8_t *in, const uint8_t *end, int64_t count
                                 _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))
 
 /* The codes of `border_codes` for 1..4 bits: the search of each lane takes its borders from one register. */
-VECTOR int64_t border_codes_avx2(const float *x, int64_t n, const float *border, int bits, uint8_t *codes) {
+VECTOR inline __attribute__((always_inline)) int64_t border_codes_as(const void *x, int dtype, int64_t n,
+                                                                     const float *border, int bits, uint8_t *codes) {
     float level[4][8] = {{0}};
     for (int l = 0; l < bits; l++)
         for (int j = 0; j < 8; j++) level[l][j] = border[((2 * (j & ((1 << l) - 1)) + 1) << (bits - 1 - l)) - 1];
@@ -235,7 +250,7 @@ VECTOR int64_t border_codes_avx2(const float *x, int64_t n, const float *border,
     for (; i + 32 <= n; i += 32) {
         __m256i code[4];
         for (int j = 0; j < 4; j++) {
-            __m256 v = _mm256_loadu_ps(x + i + 8 * j), reached = _mm256_cmp_ps(v, root, _CMP_GE_OQ);
+            __m256 v = load8(x, i + 8 * j, dtype), reached = _mm256_cmp_ps(v, root, _CMP_GE_OQ);
             __m256i at = _mm256_srli_epi32(_mm256_castps_si256(reached), 31);
 #define STEP(border)                                                                               \
     at = _mm256_sub_epi32(_mm256_add_epi32(at, at),                                                \
@@ -249,6 +264,10 @@ VECTOR int64_t border_codes_avx2(const float *x, int64_t n, const float *border,
         _mm256_storeu_si256((__m256i *)(codes + i), BYTES_OF(code));
     }
     return i;
+}
+
+VECTOR int64_t border_codes_avx2(const void *x, int dtype, int64_t n, const float *border, int bits, uint8_t *codes) {
+    FOR_DTYPE(border_codes_as, dtype, x, n, border, bits, codes);
 }
 #else
 #define WITH_AVX2(name, ...) ((void)vector, 0)
@@ -295,18 +314,20 @@ INLINE uint8_t flags_to_byte(uint64_t flags) { return (uint8_t)(flags * 0x010204
 #ifdef X86
 VECTOR int64_t widen_avx2(const uint16_t *in, int64_t n, int dtype, float *out) {
     int64_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        __m128i v = _mm_loadu_si128((const __m128i *)(in + i));
-        __m256 bfloat = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
-        _mm256_storeu_ps(out + i, dtype == BF16 ? bfloat : _mm256_cvtph_ps(v));
-    }
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, dtype == BF16 ? load8(in, i, BF16) : load8(in, i, F16));
     return i;
 }
 #endif
 
-INLINE void widen(const uint16_t *in, int64_t n, int dtype, int vector, float *out) {
+/* Values from..n-1 as float32: in `room`, where they are not. */
+INLINE const float *widened(const void *x, int64_t from, int64_t n, int dtype, int vector, float *room) {
+    if (dtype == F32) return x;
+    const uint16_t *in = (const uint16_t *)x + from;
+    float *out = room + from;
+    n -= from;
     for (int64_t i = WITH_AVX2(widen, in, n, dtype, out); i < n; i++)
         out[i] = float_of(dtype == BF16 ? (uint32_t)in[i] << 16 : half_to_single(in[i]));
+    return room;
 }
 
 /* ----------------------------------------------------------------------------------------- selection */
@@ -589,8 +610,9 @@ INLINE void encode_codebook_stochastic(const float *x, const uint32_t *index, in
 }
 
 #ifdef X86
-VECTOR int64_t encode_grid_avx2(const float *x, int64_t k, int affine, int count, float base, float start, float inverse,
-                                uint8_t *codes) {
+VECTOR inline __attribute__((always_inline)) int64_t encode_grid_as(const void *x, int dtype, int64_t k, int affine,
+                                                                    int count, float base, float start, float inverse,
+                                                                    uint8_t *codes) {
     __m256 zero = _mm256_setzero_ps(), first = _mm256_set1_ps(start), less = _mm256_set1_ps(base);
     __m256 scale = _mm256_set1_ps(inverse), half = _mm256_set1_ps(0.5f), minus = _mm256_set1_ps(-0.0f);
     __m256i top = _mm256_set1_epi32(count - 1), sign = _mm256_set1_epi32(affine ? 0 : count);
@@ -598,7 +620,7 @@ VECTOR int64_t encode_grid_avx2(const float *x, int64_t k, int affine, int count
     for (; i + 32 <= k; i += 32) {
         __m256i code[4];
         for (int j = 0; j < 4; j++) {
-            __m256 v = _mm256_loadu_ps(x + i + 8 * j);
+            __m256 v = load8(x, i + 8 * j, dtype);
             __m256 m = affine ? _mm256_max_ps(_mm256_sub_ps(v, less), zero) : _mm256_andnot_ps(minus, v);
             m = _mm256_mul_ps(_mm256_sub_ps(_mm256_sqrt_ps(m), first), scale);
             m = _mm256_add_ps(m, half);
@@ -611,17 +633,25 @@ VECTOR int64_t encode_grid_avx2(const float *x, int64_t k, int affine, int count
     }
     return i;
 }
+
+VECTOR int64_t encode_grid_avx2(const void *x, int dtype, int64_t k, int affine, int count, float base, float start,
+                                float inverse, uint8_t *codes) {
+    if (affine) {
+        FOR_DTYPE(encode_grid_as, dtype, x, k, 1, count, base, start, inverse, codes);
+    }
+    FOR_DTYPE(encode_grid_as, dtype, x, k, 0, count, base, start, inverse, codes);
+}
 #endif
 
 /* Equal steps of the square root of |x| or, affine, of x - base. */
-INLINE void encode_grid(const float *x, const uint32_t *index, const int64_t *seed, int64_t k, int affine, int count,
-                        float base, float start, float end, int vector, uint8_t *codes) {
+INLINE void encode_grid(const void *kept, int dtype, float *room, const uint32_t *index, const int64_t *seed, int64_t k,
+                        int affine, int count, float base, float start, float end, int vector, uint8_t *codes) {
     float span = end - start;
     float inverse = span > 0 ? (float)(count - 1) / span : 0.0f, width = span / (float)(count - 1);
     int32_t top = count - 1;
+    int64_t done = seed ? 0 : WITH_AVX2(encode_grid, kept, dtype, k, affine, count, base, start, inverse, codes);
+    const float *x = widened(kept, done, k, dtype, vector, room);
     if (!seed) {
-        int64_t done = affine ? WITH_AVX2(encode_grid, x, k, 1, count, base, start, inverse, codes)
-                              : WITH_AVX2(encode_grid, x, k, 0, count, base, start, inverse, codes);
         for (int64_t i = done; i < k; i++) {
             float m = affine ? x[i] - base : fabsf(x[i]);
             m = m < 0 ? 0 : m;
@@ -652,34 +682,65 @@ INLINE int32_t order_key(uint32_t u, int affine) {
     return affine ? (int32_t)(u ^ (uint32_t)((int32_t)u >> 31) >> 1) : (int32_t)(u & 0x7FFFFFFF);
 }
 
-INLINE void find_range(const float *x, int64_t k, int affine, float *least, float *most) {
-    int32_t low = order_key(bits_of(x[0]), affine), high = low;
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC unroll 4
-#endif
+INLINE void find_range32(const uint32_t *x, int64_t k, int affine, uint32_t *least, uint32_t *most) {
+    int32_t low = INT32_MAX, high = INT32_MIN;
     for (int64_t i = 0; i < k; i++) {
-        int32_t key = order_key(bits_of(x[i]), affine);
+        int32_t key = order_key(x[i], affine);
         low = key < low ? key : low;
         high = key > high ? key : high;
     }
-    *least = float_of((uint32_t)order_key((uint32_t)low, affine));
-    *most = float_of((uint32_t)order_key((uint32_t)high, affine));
+    *least = (uint32_t)order_key((uint32_t)low, affine);
+    *most = (uint32_t)order_key((uint32_t)high, affine);
+}
+
+INLINE int16_t order_key16(uint16_t u, int affine) {
+    return affine ? (int16_t)(u ^ (uint16_t)((int16_t)u >> 15) >> 1) : (int16_t)(u & 0x7FFF);
+}
+
+INLINE void find_range16(const uint16_t *x, int64_t k, int affine, uint16_t *least, uint16_t *most) {
+    int16_t low = INT16_MAX, high = INT16_MIN;
+    for (int64_t i = 0; i < k; i++) {
+        int16_t key = order_key16(x[i], affine);
+        low = key < low ? key : low;
+        high = key > high ? key : high;
+    }
+    *least = (uint16_t)order_key16((uint16_t)low, affine);
+    *most = (uint16_t)order_key16((uint16_t)high, affine);
+}
+
+INLINE void find_range(const void *x, int dtype, int64_t k, int affine, float *least, float *most) {
+    if (dtype == F32) {
+        uint32_t low, high;
+        if (affine)
+            find_range32(x, k, 1, &low, &high);
+        else
+            find_range32(x, k, 0, &low, &high);
+        *least = float_of(low);
+        *most = float_of(high);
+    } else {
+        uint16_t ends[2];
+        float wide[2];
+        if (affine)
+            find_range16(x, k, 1, ends, ends + 1);
+        else
+            find_range16(x, k, 0, ends, ends + 1);
+        widened(ends, 0, 2, dtype, 0, wide);
+        *least = wide[0];
+        *most = wide[1];
+    }
 }
 
 INLINE int is_finite(float x) { return (bits_of(x) & 0x7FFFFFFF) < INFINITY_BITS; }
 
 /* `room`: bytes from `values` on that this thread owns and has not written yet. */
-INLINE void encode_block(const Job *job, Scratch *s, const float *x, int64_t k, uint8_t *values, int64_t room,
+INLINE void encode_block(const Job *job, Scratch *s, const void *kept, int64_t k, uint8_t *values, int64_t room,
                          uint16_t *scale_out) {
-    int bits = job->bits, affine = job->affine, columns = scale_columns(bits, affine);
+    int bits = job->bits, affine = job->affine, dtype = job->dtype, vector = job->vector, columns = scale_columns(bits, affine);
     float scale[4] = {0};
     int poisoned = 0;
     if (k > 0) {
         float low, high;
-        if (affine)
-            find_range(x, k, 1, &low, &high);
-        else
-            find_range(x, k, 0, &low, &high);
+        find_range(kept, dtype, k, affine, &low, &high);
         poisoned = !is_finite(low) || !is_finite(high);
         if (!poisoned && affine) {
             float base = low < 0 ? -round_up(-low) : round_down(low);
@@ -687,20 +748,23 @@ INLINE void encode_block(const Job *job, Scratch *s, const float *x, int64_t k, 
             poisoned = !is_finite(widest);
             scale[0] = base;
             scale[1] = round_up(sqrtf(widest < 0 ? 0 : widest));
-            if (!poisoned) encode_grid(x, s->index, job->seed, k, 1, 1 << bits, base, 0.0f, scale[1], job->vector, s->codes);
+            if (!poisoned)
+                encode_grid(kept, dtype, s->x, s->index, job->seed, k, 1, 1 << bits, base, 0.0f, scale[1], vector, s->codes);
         } else if (!poisoned && is_codebook(bits, affine)) {
+            const float *x = widened(kept, 0, k, dtype, vector, s->x);
             if (job->seed)
                 encode_codebook_stochastic(x, s->index, *job->seed, k, bits, low, high, s->codes, scale);
             else if (bits == 1)
-                encode_codebook(x, k, 1, low, high, job->vector, s->codes, scale);
+                encode_codebook(x, k, 1, low, high, vector, s->codes, scale);
             else if (bits == 2)
-                encode_codebook(x, k, 2, low, high, job->vector, s->codes, scale);
+                encode_codebook(x, k, 2, low, high, vector, s->codes, scale);
             else
-                encode_codebook(x, k, 3, low, high, job->vector, s->codes, scale);
+                encode_codebook(x, k, 3, low, high, vector, s->codes, scale);
         } else if (!poisoned) {
             scale[0] = round_down(sqrtf(low));
             scale[1] = round_up(sqrtf(high));
-            encode_grid(x, s->index, job->seed, k, 0, 1 << (bits - 1), 0.0f, scale[0], scale[1], job->vector, s->codes);
+            encode_grid(kept, dtype, s->x, s->index, job->seed, k, 0, 1 << (bits - 1), 0.0f, scale[0], scale[1], vector,
+                        s->codes);
         }
     }
     if (poisoned) {
@@ -709,7 +773,7 @@ INLINE void encode_block(const Job *job, Scratch *s, const float *x, int64_t k, 
     } else {
         for (int j = 0; j < columns; j++) scale_out[j] = (uint16_t)(bits_of(scale[j]) >> 16);
     }
-    pack_codes(s->codes, k, bits, job->vector, values, room);
+    pack_codes(s->codes, k, bits, vector, values, room);
 }
 
 /* A level, as a pattern of the output's dtype; finite ones beyond its greatest number become that. */
@@ -1031,23 +1095,18 @@ INLINE void sparsify_block(const Job *job, Scratch *s, int64_t b, int64_t to) {
             at += full ? 1 : mask[i / 8] >> (i & 7) & 1;
         }
     }
-    const float *kept_x = s->x;
-    if (wide && full) {
-        kept_x = (const float *)x;
-    } else if (wide) {
+    const void *kept = x;
+    if (!full && wide) {
         compact32((const uint32_t *)x, mask, n, k, job->vector, (uint32_t *)s->x);
-    } else {
-        const uint16_t *kept = (const uint16_t *)x;
-        if (!full) {
-            compact16((const uint16_t *)x, mask, n, k, job->vector, (uint16_t *)s->key);
-            kept = (const uint16_t *)s->key;
-        }
-        widen(kept, k, job->dtype, job->vector, s->x);
+        kept = s->x;
+    } else if (!full) {
+        compact16((const uint16_t *)x, mask, n, k, job->vector, (uint16_t *)s->key);
+        kept = s->key;
     }
     int64_t stride = (job->k_full * job->bits + 7) / 8;
     int64_t room = to == job->blocks ? job->nbytes : to * stride;
     int columns = scale_columns(job->bits, job->affine);
-    encode_block(job, s, kept_x, k, (uint8_t *)job->values + b * stride, room - b * stride, job->scale + b * columns);
+    encode_block(job, s, kept, k, (uint8_t *)job->values + b * stride, room - b * stride, job->scale + b * columns);
 }
 
 /* `job->x` is the output here; scale and values the input. */
@@ -1099,8 +1158,14 @@ typedef struct {
 } Steps;
 
 /* How many borders x reaches: 2^bits - 1 of them, searched without a branch. */
-INLINE void border_codes(const float *x, int64_t n, const float *border, int bits, int vector, uint8_t *codes) {
-    for (int64_t i = bits <= 4 ? WITH_AVX2(border_codes, x, n, border, bits, codes) : 0; i < n; i++) {
+INLINE void border_codes(const Steps *job, int64_t from, int64_t n, uint8_t *codes) {
+    float room[STRIP];
+    int dtype = job->dtype, bits = job->bits, vector = job->vector;
+    const float *border = job->border;
+    const void *in = (const uint8_t *)job->in + from * (dtype == F32 ? 4 : 2);
+    int64_t done = bits <= 4 ? WITH_AVX2(border_codes, in, dtype, n, border, bits, codes) : 0;
+    const float *x = widened(in, done, n, dtype, vector, room);
+    for (int64_t i = done; i < n; i++) {
         uint32_t at = 0;
         for (uint32_t half = 1u << bits >> 1; half; half >>= 1) at += x[i] >= border[at + half - 1] ? half : 0;
         codes[i] = (uint8_t)at;
@@ -1108,16 +1173,10 @@ INLINE void border_codes(const float *x, int64_t n, const float *border, int bit
 }
 
 INLINE void encode_slice(const Steps *job, int64_t from, int64_t to) {
-    float wide[STRIP];
     uint8_t codes[STRIP];
     for (int64_t i = from; i < to; i += STRIP) {
         int64_t n = to - i < STRIP ? to - i : STRIP;
-        const float *x = (const float *)job->in + i;
-        if (job->dtype != F32) {
-            widen((const uint16_t *)job->in + i, n, job->dtype, job->vector, wide);
-            x = wide;
-        }
-        border_codes(x, n, job->border, job->bits, job->vector, codes);
+        border_codes(job, i, n, codes);
         int64_t at = i / 8 * job->bits, end = (to * job->bits + 7) / 8;
         pack_codes(codes, n, job->bits, job->vector, (uint8_t *)job->out + at, end - at);
     }
