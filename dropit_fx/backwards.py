@@ -316,9 +316,6 @@ def group_norm(grad: Tensor, saved: Saved, call: Call) -> Grads:
     """ATen's own, with the statistics of the exact input."""
     names = ("input", "weight", "bias")
     shape = call.shapes["input"]
-    cells = 1
-    for size in shape[2:]:
-        cells = cells * size
     grads = aten.native_group_norm_backward(
         grad.contiguous(),
         saved["input"].contiguous(),
@@ -327,7 +324,7 @@ def group_norm(grad: Tensor, saved: Saved, call: Call) -> Grads:
         saved["weight"] if "weight" in call.shapes else None,
         shape[0],
         shape[1],
-        cells,
+        runs.cells(shape),
         call.args["num_groups"],
         [n in call.needs for n in names],
     )

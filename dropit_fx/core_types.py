@@ -218,12 +218,15 @@ class Site:
         nbytes: Bytes of the whole storage.
         reads: Every read of it, in graph order.
         alive: Why it stays in memory whatever is packed (``"a model input"``), or ``""``.
+        dense: False where autograd would not keep it: a packed call does, that makes more again in
+            its backward (the mask of attention).
     """
 
     name: str
     nbytes: int
     reads: tuple[SavedRead, ...]
     alive: str = ""
+    dense: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -516,8 +516,29 @@ OP_RULES: tuple[OpRule, ...] = (
     ),
 )
 
+# Ops that save nothing: the rows are here for the values that are derived through them.
+SAVES_NOTHING: tuple[OpRule, ...] = tuple(
+    OpRule(
+        name=name,
+        targets=(
+            getattr(operator, name),
+            getattr(operator, f"i{name}"),
+            getattr(torch, name),
+            name,
+            f"__{name}__",
+            getattr(aten, name).Tensor,
+        ),
+        reads=(),
+        run=getattr(runs, name),
+        derive=getattr(runs, name),
+    )
+    for name in ("add", "sub")
+)
+
 RULES: dict[str, OpRule] = {rule.name: rule for rule in OP_RULES}
+DERIVABLE: dict[str, OpRule] = {r.name: r for r in (*OP_RULES, *SAVES_NOTHING) if r.derive}
 _BY_TARGET: dict[Any, OpRule] = {t: rule for rule in OP_RULES for t in rule.targets}
+_DERIVABLE_BY_TARGET = {t: rule for rule in DERIVABLE.values() for t in rule.targets}
 
 # Arguments that change nothing.
 _MEANINGLESS = {"_stacklevel", "cudnn_enabled", "cudnn_enable"}
@@ -528,12 +549,17 @@ _ALIASES = {"self": "input", "train": "training", "mat1": "input", "batch1": "in
 
 def rule_of(node: fx.Node) -> OpRule | None:
     """The row for a ``call_function`` or ``call_method`` node, or None."""
-    if node.op not in ("call_function", "call_method"):
-        return None
-    try:
-        return _BY_TARGET.get(node.target)
-    except TypeError:  # an unhashable target
-        return None
+    return _row(_BY_TARGET, node)
+
+
+def derivable_rule_of(node: fx.Node) -> OpRule | None:
+    """The row by which the result of a node can be made again, or None."""
+    return _row(_DERIVABLE_BY_TARGET, node)
+
+
+def _row(rows: dict[Any, OpRule], node: fx.Node) -> OpRule | None:
+    calls = node.op in ("call_function", "call_method")
+    return rows.get(node.target) if calls and isinstance(node.target, Hashable) else None
 
 
 def bind(

@@ -29,7 +29,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from dropit_fx import backwards
 from dropit_fx.codecs import CODEC
 from dropit_fx.core_types import OpRule
-from dropit_fx.op_table import OP_RULES, RULES, bind
+from dropit_fx.op_table import DERIVABLE, OP_RULES, RULES, bind
 
 
 class Packed(NamedTuple):
@@ -159,7 +159,7 @@ def derived(
         args: All its arguments, in the order of its signature. Tensors that are not in ``packs``
             are held as they are (parameters, statistics).
         packs: Operand -> its packed form; also of what the call made inside (statistics).
-        like: The result itself; only its layout is read.
+        like: The result itself, or what has its layout; nothing else is read of it.
 
     Returns:
         None where one of ``packs`` is: nothing will read it.
@@ -170,7 +170,7 @@ def derived(
     entries: list[_Entry] = []
     layouts: list[_Layout] = []
     parts: list[Tensor] = []
-    named = dict(zip(_names(RULES[rule_name]), args, strict=True))
+    named = dict(zip(_names(DERIVABLE[rule_name]), args, strict=True))
     plain = tuple(None if isinstance(a, Tensor) else a for a in args)
     for name in dict.fromkeys((*named, *packs)):
         value = named.get(name)
@@ -210,7 +210,7 @@ def _value(entry: _Entry, parts: tuple[Tensor, ...], layout: _Layout) -> Tensor:
 def _derive(recipe: tuple[Any, ...], parts: tuple[Tensor, ...]) -> Tensor:
     """Makes a derived value again: 1-D, in the memory order of the tensor that it stands for."""
     rule_name, plain, entries, layouts, (_, _, order, _, _) = recipe
-    rule = RULES[rule_name]
+    rule = DERIVABLE[rule_name]
     assert rule.derive is not None
     values, at = dict(zip(_names(rule), plain, strict=True)), 0
     for entry, layout in zip(entries, layouts, strict=True):
@@ -296,7 +296,7 @@ class PackedFunction(torch.autograd.Function):
         tensors = {n: a for n, a in named.items() if isinstance(a, Tensor)}
         entries = list(given)
         saved = [*parts, *made]
-        layouts = {n: _layout(a) for n, a in tensors.items()}
+        layouts = {"result": _layout(out)} | {n: _layout(a) for n, a in tensors.items()}
         at = 0
         for operand, codec, options in held:
             buffers = 1 if codec == "keep" else CODEC[codec].buffers
@@ -372,7 +372,8 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
                 packed_op, tuple(bound.values()), *args, packed=packed, gives=gives, **kwargs
             )
         needs = tuple(n for n, a in bound.items() if isinstance(a, Tensor) and a.requires_grad)
-        if not torch.is_grad_enabled() or not needs or rule.obstacle(bound):
+        derived_for_nobody = packed.get("result", "") is None
+        if not torch.is_grad_enabled() or not needs or derived_for_nobody or rule.obstacle(bound):
             plain = rule.run(*bound.values())
             return (plain, *[None] * len(gives)) if gives else plain
         if rule.autocast:
@@ -381,7 +382,10 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
         given: list[_Entry] = []
         parts: list[Tensor] = []
         for read in made:
-            codec, options = packed.get(read.operand, ("keep", {}))
+            how = packed.get(read.operand, ("keep", {}))
+            if isinstance(how, Packed):
+                continue
+            codec, options = how
             if read.operand != "result" or codec != "keep":
                 held.append((read.operand, codec, tuple(options.items())))
         for operand, how in packed.items():

@@ -186,7 +186,10 @@ def attach(graph_module: fx.GraphModule, plan: Plan, prefix: str = "") -> None:
 def rows(plan: Plan, prefix: str = "", region: str = "") -> Iterator[Row]:
     """The rows of a finished plan."""
     counted: set[str] = set()
+    swapped = {d.read.node for d in plan.decisions if d.packed}
     for site, decisions in by_site(plan.sites, plan.decisions):
+        if not site.dense and not any(d.read.node in swapped for d in decisions):
+            continue
         first = decisions[0].read
         packed = [d for d in decisions if d.packed]
         kept = [d for d in decisions if not d.packed]
@@ -198,7 +201,7 @@ def rows(plan: Plan, prefix: str = "", region: str = "") -> Iterator[Row]:
             where=first.where,
             shape=first.shape,
             dtype=str(first.dtype).removeprefix("torch."),
-            dense_bytes=site.nbytes,
+            dense_bytes=site.nbytes if site.dense else 0,
             kept_bytes=size,
             codec="keep" if kept else "+".join(dict.fromkeys(_spelled(d) for d in packed)),
             reason=kept[0].reason if kept else "",

@@ -196,6 +196,14 @@ def tanh(input: Tensor) -> Tensor:
 # Arithmetic
 
 
+def add(input: Any, other: Any, alpha: Any = 1) -> Tensor:
+    return torch.add(input, other, alpha=alpha)
+
+
+def sub(input: Any, other: Any, alpha: Any = 1) -> Tensor:
+    return torch.sub(input, other, alpha=alpha)
+
+
 def mul(input: Any, other: Any) -> Tensor:
     out: Tensor = torch.mul(input, other)
     return out
@@ -253,9 +261,17 @@ def group_norm_saving(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     n, channels = input.shape[:2]
     out, mean, rstd = torch.native_group_norm(
-        input.contiguous(), weight, bias, n, channels, input[0, 0].numel(), num_groups, eps
+        input.contiguous(), weight, bias, n, channels, cells(input.shape), num_groups, eps
     )
     return out, {"mean": mean, "rstd": rstd}
+
+
+def cells(shape: Any) -> Any:
+    """Elements of one channel."""
+    count = 1
+    for size in shape[2:]:
+        count = count * size
+    return count
 
 
 def rms_norm(

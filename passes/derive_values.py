@@ -11,13 +11,14 @@ Requires: decisions whose formats are settled. Ensures: every derived value come
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
 from dropit_fx.codecs import CODEC
 from dropit_fx.core_types import Decision, Plan, Site
-from dropit_fx.op_table import bind, rule_of
+from dropit_fx.op_table import bind, derivable_rule_of
 from dropit_fx.passes.share_packed import by_site
 
 
@@ -26,14 +27,16 @@ def derive_values(plan: Plan) -> Plan:
     bodies = {name: derive_values(body) for name, body in plan.bodies.items()}
     if not plan.config.derive:
         return replace(plan, bodies=bodies)
-    reads = {d.read.label: d for d in plan.decisions}
     nodes = {n.name: n for n in plan.module.graph.nodes}
+    bases = bases_of(plan)
     decisions: list[Decision] = []
     for site, mine in by_site(plan.sites, plan.decisions):
         for decision in mine:
             if _may_change(decision, site):
-                source = producer(nodes[decision.read.node], str(decision.read.source), plan)
-                if source is not None and derivable(source, reads, plan):
+                reader, name = nodes[decision.read.node], str(decision.read.source)
+                source = made_by(reader, name, plan)
+                if source is not None and recipe(source, plan, bases) is not None:
+                    bases.packed.pop(source.name, None)
                     decision = replace(
                         decision,
                         codec="derived",
@@ -42,64 +45,88 @@ def derive_values(plan: Plan) -> Plan:
                         pack=f"derived {source.name}",
                         derived=source.name,
                     )
-                    reads[decision.read.label] = decision
             decisions.append(decision)
     return replace(plan, decisions=tuple(decisions), bodies=bodies)
 
 
 def _may_change(decision: Decision, site: Site) -> bool:
     """Packed by value for a preset's rule; a rule of the user's own says how to keep it."""
-    read = decision.read
-    return (
-        decision.packed
-        and decision.pack is not None
-        and not decision.own
-        and not CODEC[decision.codec].slope
-        and read.source != read.node  # its own result: the op makes it before anyone can derive it
-        and not site.alive
-    )
+    return _by_value(decision) and not decision.own and not site.alive
 
 
-def producer(reader: fx.Node, name: str, plan: Plan) -> fx.Node | None:
-    """The node with a row that made the elements which ``reader`` sees as ``name``.
+def _by_value(decision: Decision) -> bool:
+    known = decision.pack is not None and decision.codec in CODEC
+    return decision.packed and known and not CODEC[decision.codec].slope
 
-    Views of all elements are seen through; None where nothing is known to have made them, or where
-    they were written to in between.
+
+def made_by(reader: fx.Node, name: str, plan: Plan) -> fx.Node | None:
+    """The node that made the elements which ``reader`` sees as ``name``, or gives as its result.
+
+    Views of all elements are seen through; None where they were written to in between.
     """
     facts = plan.values
+    if reader.name == name:
+        return reader
     if (reader.name, name) in facts.stale:
         return None
     node = next(n for n in reader.all_input_nodes if n.name == name)
     while node.name in facts.views:
         viewed = facts.views[node.name]
         node = next(n for n in node.all_input_nodes if n.name == viewed)
-    return node if rule_of(node) is not None else None
+    return node
 
 
-def derivable(node: fx.Node, reads: dict[str, Decision], plan: Plan) -> bool:
-    """Whether ``node``'s result can be made again in the backward from what is there anyway."""
-    rule = rule_of(node)
-    if rule is None or rule.derive is None:
-        return False
-    bound = bind(rule, node.args, node.kwargs, node.target)
+@dataclass
+class Bases:
+    """What the backward has whatever is derived, by the name of the node that made it."""
+
+    packed: dict[str, Decision] = field(default_factory=dict)  # faithful copies
+    whole: set[str] = field(default_factory=set)
+
+
+def bases_of(plan: Plan, decisions: Iterable[Decision] | None = None) -> Bases:
+    """The values that others may be made from."""
+    nodes = {n.name: n for n in plan.module.graph.nodes}
+    bases = Bases(whole=set(plan.values.alive))
+    for decision in plan.decisions if decisions is None else decisions:
+        read = decision.read
+        if read.source is None or not read.wanted or read.read is None or read.bits is not None:
+            continue
+        maker = made_by(nodes[read.node], read.source, plan)
+        if maker is None:
+            continue
+        if not decision.packed:
+            bases.whole.add(maker.name)
+        elif _by_value(decision) and CODEC[decision.codec].faithful(decision.options):
+            bases.packed.setdefault(maker.name, decision)
+    return bases
+
+
+def recipe(node: fx.Node, plan: Plan, bases: Bases) -> dict[str, Decision | fx.Node] | None:
+    """How ``node``'s result can be made again in the backward.
+
+    Returns:
+        For the operands that are not there as they are: the packed copy, or the node whose result
+        is derived in turn. None where an operand is lost, or the op costs more than a pass over
+        memory.
+    """
+    rule = derivable_rule_of(node)
+    bound = bind(rule, node.args, node.kwargs, node.target) if rule is not None else None
     if bound is None:
-        return False
+        return None
+    found: dict[str, Decision | fx.Node] = {}
     for name, value in bound.items():
-        if not isinstance(value, fx.Node) or value.name in plan.values.alive:
+        if not isinstance(value, fx.Node) or value.name in bases.whole:
             continue
-        decision = reads.get(f"{node.name}.{name}")
-        if decision is not None and is_base(decision):
+        maker = made_by(node, value.name, plan)
+        if maker is None:
+            return None
+        if maker.name in bases.whole:
             continue
-        source = producer(node, value.name, plan)
-        if source is None or not derivable(source, reads, plan):
-            return False
-    return True
-
-
-def is_base(decision: Decision) -> bool:
-    """Whether other values may be made from what this read keeps."""
-    if not decision.read.wanted:
-        return False
-    if not decision.packed:
-        return True
-    return decision.codec in CODEC and CODEC[decision.codec].faithful(decision.options)
+        if maker.name in bases.packed:
+            found[name] = bases.packed[maker.name]
+        elif recipe(maker, plan, bases) is not None:
+            found[name] = maker
+        else:
+            return None
+    return found

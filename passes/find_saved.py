@@ -20,7 +20,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from dropit_fx.core_types import INSIDE, OpRule, Plan, Read, SavedRead, Site, Values
+from dropit_fx.core_types import INSIDE, OpRule, Plan, Read, SavedRead, Site, Use, Values
 from dropit_fx.fake import fake_mode_of, fake_state, storage_id
 from dropit_fx.op_table import bind, is_inplace, rule_of
 from dropit_fx.packed_call import memory_order
@@ -53,6 +53,7 @@ class _Kept:
 
     node: fx.Node
     tensor: Tensor
+    dense: bool = True  # by autograd, not by a packed call
 
 
 @dataclass
@@ -185,6 +186,8 @@ class _Probe(fx.Interpreter):
             if read is not None and read.operand != INSIDE:
                 taken.add(read.operand)
             self._add(n, kept.tensor, rule, read, operands, nodes or {}, obstacle)
+        if rule is not None and not obstacle and rule.read(INSIDE) is not None:
+            self._add_what_is_run_again(n, rule, operands, nodes or {}, taken)
         if rule is not None and values is not None and taken:
             # autograd may keep one tensor for two reads, or where only the shape is read
             for read in rule.reads:
@@ -195,6 +198,24 @@ class _Probe(fx.Interpreter):
                     and any(storage_id(k.tensor) == storage_id(operand) for k in mine)
                 ):
                     self._add(n, operand, rule, read, operands, nodes or {}, obstacle)
+
+    def _add_what_is_run_again(
+        self,
+        n: fx.Node,
+        rule: OpRule,
+        operands: dict[str, Any],
+        nodes: dict[str, Any],
+        taken: set[str],
+    ) -> None:
+        """Operands that autograd does not keep, and that the op's packed call reads again."""
+        for read in rule.reads:
+            x = operands.get(read.operand)
+            if not isinstance(x, Tensor) or read.use is Use.SHAPE or read.operand in taken:
+                continue
+            if not self._is_free(x) and any(
+                _requires_grad(operands.get(a)) for a in read.needed_by
+            ):
+                self._add(n, x, rule, read, operands, nodes, "", dense=False)
 
     def _is_free(self, tensor: Tensor) -> bool:
         story = self.stories.get(storage_id(tensor))
@@ -223,6 +244,7 @@ class _Probe(fx.Interpreter):
         operands: dict[str, Any],
         nodes: dict[str, Any],
         obstacle: str,
+        dense: bool = True,
     ) -> None:
         operand = read.operand if read else "?"
         source = (nodes | {"result": n}).get(operand) if read else None
@@ -235,7 +257,7 @@ class _Probe(fx.Interpreter):
         storage = storage_id(tensor)
         if storage not in self.stories:
             self.stories[storage] = _Story(owner=f"{n.name}.{operand}")
-        self.kept.append(_Kept(n, tensor))
+        self.kept.append(_Kept(n, tensor, dense))
         known = self.reads.setdefault(storage, [])
         if any(r.node == n.name and r.operand == operand for r in known):
             return
@@ -265,6 +287,7 @@ class _Probe(fx.Interpreter):
     def sites(self) -> Iterator[Site]:
         """Every storage that stays, in the order in which it was first kept."""
         done: set[int] = set()
+        dense = {storage_id(kept.tensor) for kept in self.kept if kept.dense}
         for kept in self.kept:
             storage = storage_id(kept.tensor)
             if storage in done:
@@ -276,6 +299,7 @@ class _Probe(fx.Interpreter):
                 nbytes=kept.tensor.untyped_storage().nbytes(),
                 reads=tuple(self.reads[storage]),
                 alive=story.alive,
+                dense=storage in dense,
             )
 
 

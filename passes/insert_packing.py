@@ -15,9 +15,9 @@ from typing import Any
 from torch import fx
 
 from dropit_fx.core_types import Decision, OpRule, Plan
-from dropit_fx.op_table import bind, is_inplace, rule_of
+from dropit_fx.op_table import bind, derivable_rule_of, is_inplace
 from dropit_fx.packed_call import PACKED_OPS, derived, pack
-from dropit_fx.passes.derive_values import producer
+from dropit_fx.passes.derive_values import bases_of, recipe
 
 
 def insert_packing(plan: Plan) -> Plan:
@@ -53,11 +53,13 @@ class _Writer:
         self.calls: dict[str, tuple[OpRule, dict[str, Any]]] = {}  # rows' calls, arguments by name
         self.results: dict[str, fx.Node] = {}
         # before anything changes: what each derived value is made from
-        self.sources: dict[str, dict[str, fx.Node]] = {}
+        self.sources: dict[str, dict[str, Decision | fx.Node]] = {}
         self.statistics: dict[str, tuple[str, ...]] = {}
+        self.nodes = {n.name: n for n in self.graph.nodes}
+        self.bases = bases_of(plan)
         for decision in plan.decisions:
-            if decision.derived:
-                self._learn(next(n for n in self.graph.nodes if n.name == decision.derived))
+            if decision.derived and decision.derived not in self.calls:
+                self._learn(self.nodes[decision.derived])
 
     def _hoist_attributes(self) -> None:
         """Moves parameter look-ups to the top, so that a shared pack can name every weight."""
@@ -67,25 +69,20 @@ class _Writer:
                 first.prepend(node)
 
     def _learn(self, node: fx.Node) -> None:
-        """Notes the operands of ``node`` that are derived themselves, by argument name."""
-        rule = rule_of(node)
+        """Notes what a derived value is made from, and what that is made from in turn."""
+        rule = derivable_rule_of(node)
+        sources = recipe(node, self.plan, self.bases)
         assert rule is not None
+        assert sources is not None
         bound = bind(rule, node.args, node.kwargs, node.target) or {}
         self.calls[node.name] = rule, bound
         self.results[node.name] = node
-        self.sources[node.name] = {}
+        self.sources[node.name] = sources
         if node.name in self.by_node and rule.derive is not None:
             wanted = inspect.signature(rule.derive).parameters.keys() - bound.keys()
             self.statistics[node.name] = tuple(sorted(wanted))
-        kept = {d.read.label for d in self.plan.decisions if not d.derived and d.read.wanted}
-        for name, value in bound.items():
-            if not isinstance(value, fx.Node) or value.name in self.plan.values.alive:
-                continue
-            if f"{node.name}.{name}" in kept:
-                continue
-            source = producer(node, value.name, self.plan)
-            if source is not None:
-                self.sources[node.name][name] = source
+        for source in sources.values():
+            if isinstance(source, fx.Node) and source.name not in self.calls:
                 self._learn(source)
 
     def swap(self, node: fx.Node) -> None:
@@ -97,7 +94,7 @@ class _Writer:
         packed: dict[str, Any] = {}
         gives = {name: f"{node.name}.{name}" for name in self.statistics.get(node.name, ())}
         for d in decisions:
-            if d.pack is None or d.read.operand == "result":
+            if d.pack is None or (d.read.operand == "result" and not d.derived):
                 packed[d.read.operand] = (d.codec, dict(d.options))
                 if d.pack is not None and len(self.by_key[d.pack]) > 1:
                     gives["result"] = d.pack
@@ -131,6 +128,7 @@ class _Writer:
         call.name = node.name  # decisions and reports go by name
         for name, (row, arguments) in self.calls.items():
             self.calls[name] = row, {k: result if v is node else v for k, v in arguments.items()}
+        self.nodes[node.name] = result
         if node.name in self.results:
             self.results[node.name] = result
 
@@ -154,11 +152,10 @@ class _Writer:
         return self.copies[key]
 
     def _pack(self, key: str, lead: Decision, reader: fx.Node) -> fx.Node:
-        bound = _arguments(lead, reader)
         rule = lead.read.rule
         node = self.graph.call_function(
             pack,
-            (bound[lead.read.operand], (), lead.codec, dict(lead.options)),
+            (self.nodes[str(lead.read.source)], (), lead.codec, dict(lead.options)),
             {"autocast": rule is not None and rule.autocast},
         )
         node.meta = _origin(reader)
@@ -187,20 +184,20 @@ class _Writer:
     def _derived(self, name: str, reader: fx.Node) -> fx.Node:
         rule, bound = self.calls[name]
         packs: dict[str, fx.Node] = {}
-        for operand, value in bound.items():
-            if operand in self.sources[name]:
-                source = self.sources[name][operand].name
-                key = f"derived {source}"
+        for operand, source in self.sources[name].items():
+            if isinstance(source, fx.Node):
+                key = f"derived {source.name}"
                 if key not in self.copies:
-                    self.copies[key] = self._derived(source, reader)
+                    self.copies[key] = self._derived(source.name, reader)
                 packs[operand] = self.copies[key]
-            elif isinstance(value, fx.Node):
-                mine = [d for d in self.by_node.get(name, ()) if d.read.operand == operand]
-                if mine:
-                    packs[operand] = self.copies[str(mine[0].pack)]
+            else:
+                packs[operand] = self._copy(source, reader)
         for statistic in self.statistics.get(name, ()):
             packs[statistic] = self.copies[f"{name}.{statistic}"]
-        args = (rule.name, tuple(bound.values()), packs, self.results[name])
+        like = self.results[name]
+        if like is reader:  # its own result: pointwise, so the operand has the same layout
+            like = next(v for v in bound.values() if isinstance(v, fx.Node))
+        args = (rule.name, tuple(bound.values()), packs, like)
         node = self.graph.call_function(derived, args)
         node.meta = _origin(reader)
         self.order[node] = self.order[reader]

@@ -16,9 +16,8 @@ from torch import fx
 from dropit_fx.codecs import CODEC
 from dropit_fx.config import serves
 from dropit_fx.core_types import OpRule, Plan, Use
-from dropit_fx.op_table import RULES, bind
+from dropit_fx.op_table import DERIVABLE, RULES, bind
 from dropit_fx.packed_call import PACKED_OPS, derived, pack
-from dropit_fx.passes.derive_values import is_base
 from dropit_fx.passes.share_packed import by_site, packed_bytes, value_of
 
 _RULE_OF_CALL: dict[Any, OpRule] = {op: RULES[name] for name, op in PACKED_OPS.items()}
@@ -150,20 +149,19 @@ def one_copy(plan: Plan) -> Iterator[str]:
 
 def derived_from_what_is_there(plan: Plan) -> Iterator[str]:
     """A derived value comes, call by call, from what the backward has whatever happens to it."""
-    reads = {d.read.label: d for d in plan.decisions}
+    kept = {d.read.source for d in plan.decisions if not d.packed and d.read.wanted}
     for n in plan.module.graph.nodes:
         if n.target is not derived:
             continue
-        rule_name, args, packs, made = _arguments(n)
-        if RULES[rule_name].derive is None:
+        rule_name, args, packs, _ = _arguments(n)
+        if rule_name not in DERIVABLE:
             yield f"'{n.name}' derives {rule_name}, whose row does not say how"
             continue
-        maker = made.args[0] if made.target is operator.getitem else made
-        for name, value in (bind(RULES[rule_name], args, {}) or {}).items():
-            if not isinstance(value, fx.Node) or value.name in plan.values.alive or name in packs:
+        for name, value in (bind(DERIVABLE[rule_name], args, {}) or {}).items():
+            if not isinstance(value, fx.Node) or name in packs:
                 continue
-            decision = reads.get(f"{maker.name}.{name}")
-            if decision is None or decision.packed or not is_base(decision):
+            same = {value.name, plan.values.views.get(value.name)}
+            if not same & (plan.values.alive.keys() | kept):
                 yield f"'{n.name}' keeps '{value}' whole, which nobody else does"
 
 
@@ -176,7 +174,7 @@ def packs_are_read(plan: Plan) -> Iterator[str]:
     for n in plan.module.graph.nodes:
         if n.target is derived:
             rule_name, args, packs, _ = _arguments(n)
-            bound = bind(RULES[rule_name], args, {}) or {}
+            bound = bind(DERIVABLE[rule_name], args, {}) or {}
             for operand, how in packs.items():
                 operands[how].add(bound.get(operand))
     for n in _packs(plan):
