@@ -7,6 +7,8 @@
  *   interpolation; with a few hundred candidates between two floats of the same octave, about eight counts do.
  * - Every hot loop is straight-line C over one block, which stays in the first-level cache. `WORKER` compiles it
  *   for baseline x86-64, AVX2 and AVX-512, and the first call picks one; other machines have the one plain version.
+ * - Where compilers do badly (bit streams, tables, narrowing to bytes) a function in AVX2 does as many elements as
+ *   come in whole vectors, and the C beside it the rest.
  * - Float operations are single IEEE operations (build with -ffp-contract=off), the sums are of integers.
  *
  * Little-endian machines only: the loader refuses others.
@@ -141,6 +143,7 @@ INLINE uint64_t part8(uint64_t v, int bits) {
 
 #ifdef X86
 #define VECTOR __attribute__((target("avx2,bmi,bmi2,f16c,popcnt"))) static
+#define VECTOR_INLINE VECTOR inline __attribute__((always_inline))
 #define WITH_AVX2(name, ...) (vector ? name##_avx2(__VA_ARGS__) : 0)
 
 /* The AVX2 functions do what they can in whole steps and return how many elements that was. */
@@ -219,7 +222,7 @@ VECTOR int64_t look_up_avx2(const uint8_t *in, const uint8_t *end, int64_t count
 }
 
 /* Values i..i+7 of a tensor of any dtype. */
-VECTOR inline __attribute__((always_inline)) __m256 load8(const void *x, int64_t i, int dtype) {
+VECTOR_INLINE __m256 load8(const void *x, int64_t i, int dtype) {
     if (dtype == F32) return _mm256_loadu_ps((const float *)x + i);
     __m128i v = _mm_loadu_si128((const __m128i *)((const uint16_t *)x + i));
     if (dtype == F16) return _mm256_cvtph_ps(v);
@@ -239,8 +242,8 @@ VECTOR inline __attribute__((always_inline)) __m256 load8(const void *x, int64_t
                                 _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))
 
 /* The codes of `border_codes` for 1..4 bits: the search of each lane takes its borders from one register. */
-VECTOR inline __attribute__((always_inline)) int64_t border_codes_as(const void *x, int dtype, int64_t n,
-                                                                     const float *border, int bits, uint8_t *codes) {
+VECTOR_INLINE int64_t border_codes_as(const void *x, int dtype, int64_t n, const float *border, int bits,
+                                      uint8_t *codes) {
     float level[4][8] = {{0}};
     for (int l = 0; l < bits; l++)
         for (int j = 0; j < 8; j++) level[l][j] = border[((2 * (j & ((1 << l) - 1)) + 1) << (bits - 1 - l)) - 1];
@@ -333,7 +336,15 @@ INLINE const float *widened(const void *x, int64_t from, int64_t n, int dtype, i
 /* ----------------------------------------------------------------------------------------- selection */
 
 #ifdef X86
-VECTOR int64_t count32_avx2(const uint32_t *key, int64_t n, uint32_t least, int64_t *total) {
+/* The sum of 8 lanes, which fits into one. */
+VECTOR_INLINE uint32_t total(__m256i v) {
+    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4E));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0xB1));
+    return (uint32_t)_mm_cvtsi128_si32(half);
+}
+
+VECTOR int64_t count32_avx2(const uint32_t *key, int64_t n, uint32_t least, int64_t *count) {
     __m256i from = _mm256_set1_epi32((int32_t)least), sum[4] = {_mm256_setzero_si256()};
     sum[1] = sum[2] = sum[3] = sum[0];
     int64_t i = 0;
@@ -342,14 +353,11 @@ VECTOR int64_t count32_avx2(const uint32_t *key, int64_t n, uint32_t least, int6
             __m256i v = _mm256_loadu_si256((const __m256i *)(key + i + 8 * j));
             sum[j] = _mm256_sub_epi32(sum[j], _mm256_cmpeq_epi32(_mm256_max_epu32(v, from), v));
         }
-    int32_t lane[8];
-    sum[0] = _mm256_add_epi32(_mm256_add_epi32(sum[0], sum[1]), _mm256_add_epi32(sum[2], sum[3]));
-    _mm256_storeu_si256((__m256i *)lane, sum[0]);
-    for (int j = 0; j < 8; j++) *total += lane[j];
+    *count += total(_mm256_add_epi32(_mm256_add_epi32(sum[0], sum[1]), _mm256_add_epi32(sum[2], sum[3])));
     return i;
 }
 
-VECTOR int64_t count16_avx2(const uint16_t *key, int64_t n, uint16_t least, int64_t *total) {
+VECTOR int64_t count16_avx2(const uint16_t *key, int64_t n, uint16_t least, int64_t *count) {
     __m256i from = _mm256_set1_epi16((int16_t)least), sum[2] = {_mm256_setzero_si256()};
     sum[1] = sum[0];
     int64_t i = 0;
@@ -358,9 +366,7 @@ VECTOR int64_t count16_avx2(const uint16_t *key, int64_t n, uint16_t least, int6
             __m256i v = _mm256_loadu_si256((const __m256i *)(key + i + 16 * j));
             sum[j] = _mm256_sub_epi16(sum[j], _mm256_cmpeq_epi16(_mm256_max_epu16(v, from), v));
         }
-    uint16_t lane[16];
-    _mm256_storeu_si256((__m256i *)lane, _mm256_add_epi16(sum[0], sum[1]));
-    for (int j = 0; j < 16; j++) *total += lane[j];
+    *count += total(_mm256_madd_epi16(_mm256_add_epi16(sum[0], sum[1]), _mm256_set1_epi16(1)));
     return i;
 }
 
@@ -470,23 +476,14 @@ typedef struct {
     __m256i sum, low, high;
 } Sums;
 
-INLINE __attribute__((target("avx2"))) void add_masked(Sums *to, __m256i in, __m256i v, __m256i low, __m256i high) {
+VECTOR_INLINE void add_masked(Sums *to, __m256i in, __m256i v, __m256i low, __m256i high) {
     to->sum = _mm256_add_epi32(to->sum, _mm256_and_si256(v, in));
     to->low = _mm256_add_epi32(to->low, _mm256_and_si256(low, in));
     to->high = _mm256_add_epi32(to->high, _mm256_and_si256(high, in));
 }
 
-INLINE __attribute__((target("avx2"))) uint64_t total(__m256i v) {
-    uint32_t lane[8];
-    uint64_t all = 0;
-    _mm256_storeu_si256((__m256i *)lane, v);
-    for (int j = 0; j < 8; j++) all += lane[j];
-    return all;
-}
-
-INLINE __attribute__((target("avx2"))) int64_t codebook_as(const float *x, int64_t k, int count, const uint32_t *border,
-                                                           float unit, float rest, uint8_t *codes, int64_t *sum,
-                                                           int64_t *square) {
+VECTOR_INLINE int64_t codebook_as(const float *x, int64_t k, int count, const uint32_t *border, float unit, float rest,
+                                  uint8_t *codes, int64_t *sum, int64_t *square) {
     __m256i magnitude = _mm256_set1_epi32(INT32_MAX), one = _mm256_set1_epi32(1), half = _mm256_set1_epi32(0xFFFF);
     __m256i sign = _mm256_set1_epi32(count);
     __m256 scale = _mm256_set1_ps(unit), scale2 = _mm256_set1_ps(rest);
@@ -518,8 +515,8 @@ INLINE __attribute__((target("avx2"))) int64_t codebook_as(const float *x, int64
         _mm256_storeu_si256((__m256i *)(codes + i), BYTES_OF(code));
     }
     for (int j = 0; j < count; j++) {
-        sum[j] += (int64_t)total(sums[j].sum);
-        square[j] += (int64_t)(total(sums[j].low) + (total(sums[j].high) << 16));
+        sum[j] += total(sums[j].sum);
+        square[j] += total(sums[j].low) + ((int64_t)total(sums[j].high) << 16);
     }
     return i;
 }
@@ -610,9 +607,8 @@ INLINE void encode_codebook_stochastic(const float *x, const uint32_t *index, in
 }
 
 #ifdef X86
-VECTOR inline __attribute__((always_inline)) int64_t encode_grid_as(const void *x, int dtype, int64_t k, int affine,
-                                                                    int count, float base, float start, float inverse,
-                                                                    uint8_t *codes) {
+VECTOR_INLINE int64_t encode_grid_as(const void *x, int dtype, int64_t k, int affine, int count, float base,
+                                     float start, float inverse, uint8_t *codes) {
     __m256 zero = _mm256_setzero_ps(), first = _mm256_set1_ps(start), less = _mm256_set1_ps(base);
     __m256 scale = _mm256_set1_ps(inverse), half = _mm256_set1_ps(0.5f), minus = _mm256_set1_ps(-0.0f);
     __m256i top = _mm256_set1_epi32(count - 1), sign = _mm256_set1_epi32(affine ? 0 : count);
@@ -735,7 +731,8 @@ INLINE int is_finite(float x) { return (bits_of(x) & 0x7FFFFFFF) < INFINITY_BITS
 /* `room`: bytes from `values` on that this thread owns and has not written yet. */
 INLINE void encode_block(const Job *job, Scratch *s, const void *kept, int64_t k, uint8_t *values, int64_t room,
                          uint16_t *scale_out) {
-    int bits = job->bits, affine = job->affine, dtype = job->dtype, vector = job->vector, columns = scale_columns(bits, affine);
+    int bits = job->bits, affine = job->affine, dtype = job->dtype, vector = job->vector;
+    int columns = scale_columns(bits, affine);
     float scale[4] = {0};
     int poisoned = 0;
     if (k > 0) {
@@ -749,7 +746,8 @@ INLINE void encode_block(const Job *job, Scratch *s, const void *kept, int64_t k
             scale[0] = base;
             scale[1] = round_up(sqrtf(widest < 0 ? 0 : widest));
             if (!poisoned)
-                encode_grid(kept, dtype, s->x, s->index, job->seed, k, 1, 1 << bits, base, 0.0f, scale[1], vector, s->codes);
+                encode_grid(kept, dtype, s->x, s->index, job->seed, k, 1, 1 << bits, base, 0.0f, scale[1], vector,
+                            s->codes);
         } else if (!poisoned && is_codebook(bits, affine)) {
             const float *x = widened(kept, 0, k, dtype, vector, s->x);
             if (job->seed)
@@ -790,9 +788,8 @@ INLINE uint32_t clamp_and_narrow(uint32_t u, int dtype) {
 
 #ifdef X86
 /* The levels of a stream of codes; none beyond the greatest number of the dtype, which is not F16. */
-VECTOR inline __attribute__((always_inline)) int64_t decode_grid_as(const uint8_t *in, const uint8_t *end, int64_t k,
-                                                                    int bits, int affine, int wide, float base,
-                                                                    float start, float width, void *out) {
+VECTOR_INLINE int64_t decode_grid_as(const uint8_t *in, const uint8_t *end, int64_t k, int bits, int affine, int wide,
+                                     float base, float start, float width, void *out) {
     __m256 from = _mm256_set1_ps(affine ? base : start), unit = _mm256_set1_ps(width);
     __m256i steps = _mm256_set1_epi32((1 << (affine ? bits : bits - 1)) - 1), one = _mm256_set1_epi32(1);
     __m256i minus = _mm256_set1_epi32(INT32_MIN), half = _mm256_set1_epi32(0x7FFF);
@@ -872,7 +869,8 @@ INLINE void decode_grid(const uint8_t *packed, int64_t room, int64_t k, const ui
     bits_of(base + grid(start, width, (float)((int32_t)codes[i] & steps))) ^         \
         ((uint32_t)codes[i] << (32 - bits) & signs)
     if (tame && dtype != F16) {
-        int64_t done = WITH_AVX2(decode_grid, packed, packed + room, k, bits, affine, dtype == F32, base, start, width, out);
+        int64_t done =
+            WITH_AVX2(decode_grid, packed, packed + room, k, bits, affine, dtype == F32, base, start, width, out);
         int64_t bytes = done / 8 * bits;
         packed += bytes, room -= bytes, k -= done;
         out = (uint8_t *)out + done * (dtype == F32 ? 4 : 2);
@@ -1114,7 +1112,8 @@ INLINE void unsparsify_block(const Job *job, Scratch *s, int64_t b) {
     int64_t first = b * job->block, n = job->numel - first;
     int64_t k = n < job->block ? job->k_tail : job->k_full;
     n = n < job->block ? n : job->block;
-    int wide = job->dtype == F32, full = job->keep == 10000, size = wide ? 4 : 2, bits = job->bits, vector = job->vector;
+    int wide = job->dtype == F32, full = job->keep == 10000, size = wide ? 4 : 2;
+    int bits = job->bits, vector = job->vector;
     void *out = (uint8_t *)job->x + first * size;
     const uint8_t *mask = full ? NULL : job->mask + first / 8;
     const void *v = (const uint8_t *)job->values + b * job->k_full * size;
