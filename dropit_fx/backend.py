@@ -19,6 +19,7 @@ from dropit_fx.config import Config, ConfigError, _did_you_mean, make_config
 from dropit_fx.core_types import Plan
 from dropit_fx.expand import expand, opaque_nodes
 from dropit_fx.fake import concrete_fakes, propagate
+from dropit_fx.layouts import channels_last
 from dropit_fx.packed_call import CACHE_VERSION, PACKED_OPS, pack
 from dropit_fx.partition import KeepPacked, Partition, ReturnInputsAsTheyAre
 from dropit_fx.passes import run_pipeline
@@ -113,6 +114,8 @@ def _compile(
     _check_inductor_options(options)
     config = make_config(ours.pop("config"), **ours)  # type: ignore[arg-type]
     compiler = _inner(inner)
+    if compiler is _inductor:
+        channels_last(gm)
     record = rewrite_dynamo_graph(gm, example_inputs, config)
     return compiler(gm, example_inputs, mode, options, record)
 

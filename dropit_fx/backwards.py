@@ -315,10 +315,11 @@ def layer_norm(grad: Tensor, saved: Saved, call: Call) -> Grads:
 def group_norm(grad: Tensor, saved: Saved, call: Call) -> Grads:
     """ATen's own, with the statistics of the exact input."""
     names = ("input", "weight", "bias")
-    shape = call.shapes["input"]
+    shape, x = call.shapes["input"], saved["input"]
+    layout = runs.group_format(x)
     grads = aten.native_group_norm_backward(
-        grad.contiguous(),
-        saved["input"].contiguous(),
+        grad.contiguous(memory_format=layout),
+        x.contiguous(memory_format=layout),
         saved["mean"],
         saved["rstd"],
         saved["weight"] if "weight" in call.shapes else None,
@@ -363,7 +364,8 @@ def softmax(log: bool) -> Formula:
 
 def cross_entropy(grad: Tensor, saved: Saved, call: Call) -> Grads:
     """``dX = (softmax(x) - onehot(target)) * dY``, from the packed ``log softmax(x)``."""
-    log_probs, target = saved["log_probs"], saved["target"]
+    # in the layout in which log_softmax makes it, whatever that of its input
+    log_probs, target = saved["log_probs"].contiguous(), saved["target"]
     dim = 0 if log_probs.dim() == 1 else 1
     reduction, ignored = runs.reduction_enum(call.args["reduction"]), call.args["ignore_index"]
     loss = functools.partial(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx
 
 from dropit_fx import backwards as bw
 from dropit_fx import runs
@@ -96,6 +96,12 @@ def _full_size(operand: str) -> Callable[[Mapping[str, Any]], bool]:
     return lambda args: bool(args[operand].numel() == args["result"].numel())
 
 
+def _number_over_tensor(args: Mapping[str, Any]) -> str:
+    if isinstance(args["input"], Tensor):
+        return ""
+    return "a number over a tensor is computed, and saved, through the reciprocal"
+
+
 def _no_attention_dropout(args: Mapping[str, Any]) -> str:
     if args["dropout_p"]:
         return "attention dropout: its random state would have to be replayed in the backward"
@@ -115,6 +121,8 @@ def _plain_cross_entropy(args: Mapping[str, Any]) -> str:
 def _dropout_draws(args: Mapping[str, Any]) -> str:
     return "" if args["training"] and 0 < args["p"] < 1 else "this dropout draws no mask"
 
+
+_ATTENDS = ("query", "key", "value", "attn_mask")
 
 OP_RULES: tuple[OpRule, ...] = (
     OpRule(
@@ -369,6 +377,7 @@ OP_RULES: tuple[OpRule, ...] = (
         ),
         run=runs.div,
         derive=runs.div,
+        obstacle=_number_over_tensor,
     ),
     OpRule(
         name="pow",
@@ -446,23 +455,16 @@ OP_RULES: tuple[OpRule, ...] = (
         run_saving=runs.batch_norm_saving,
         backward=bw.batch_norm,
         derive=runs.batch_norm_again,
+        obstacle=lambda args: "" if args["input"].numel() else "its batch is empty",
     ),
     OpRule(  # attention is run again in the backward, from the packed operands
         name="scaled_dot_product_attention",
         targets=(F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default),
         reads=(
-            *[
-                Read(operand=n, use=Use.REDUCE, needed_by=("query", "key", "value"))
-                for n in ("query", "key", "value")
-            ],
-            Read(
-                operand="attn_mask",
-                use=Use.REDUCE,
-                needed_by=("query", "key", "value"),
-                lossy=False,
-            ),
-            Read(operand="result", use=Use.SHAPE, needed_by=("query", "key", "value")),
-            Read(operand=INSIDE, use=Use.SHAPE, needed_by=("query", "key", "value")),
+            *[Read(operand=n, use=Use.REDUCE, needed_by=_ATTENDS) for n in _ATTENDS[:3]],
+            Read(operand="attn_mask", use=Use.REDUCE, needed_by=_ATTENDS, lossy=False),
+            Read(operand="result", use=Use.SHAPE, needed_by=_ATTENDS),
+            Read(operand=INSIDE, use=Use.SHAPE, needed_by=_ATTENDS),
         ),
         run=runs.scaled_dot_product_attention,
         autocast=True,

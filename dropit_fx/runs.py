@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -260,10 +261,16 @@ def group_norm_saving(
     eps: float = 1e-5,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     n, channels = input.shape[:2]
+    x = input.contiguous(memory_format=group_format(input))
     out, mean, rstd = torch.native_group_norm(
-        input.contiguous(), weight, bias, n, channels, cells(input.shape), num_groups, eps
+        x, weight, bias, n, channels, cells(input.shape), num_groups, eps
     )
     return out, {"mean": mean, "rstd": rstd}
+
+
+def group_format(x: Tensor) -> torch.memory_format:
+    """The layout that PyTorch computes a group norm in: on a CPU, channels may come last."""
+    return suggest_memory_format(x) if x.device.type == "cpu" else torch.contiguous_format
 
 
 def cells(shape: Any) -> Any:
