@@ -1,16 +1,18 @@
 """Calls of every op of the table, as graphs whose operands are intermediate tensors.
 
 Autograd's saved tensors count only where they are not the model's inputs, so each tensor argument
-comes from a placeholder through ``* 1``, which keeps its strides, and then through a view.
+comes from a placeholder through a copy, which keeps its strides, and then through a view.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
@@ -22,17 +24,34 @@ from dropit_fx.op_table import RULES
 LOSSLESS: dict[str, Any] = {
     "preset": None,
     "force": True,
-    "rules": [{"codec": "mink", "gamma": 0.0}, {"codec": "bitmask"}],
+    "rules": [
+        {"codec": "mink", "gamma": 0.0},
+        {"codec": "bitmask"},
+        {"codec": "quant", "bits": None},
+    ],
 }
 
 
 @dataclass(frozen=True)
 class T:
-    """A tensor argument: its shape in memory, and the view of it that the op gets."""
+    """A tensor argument: its shape in memory, and the view of it that the op gets.
+
+    ``make`` is for what has no gradient: class indices, masks, statistics. It gets the shape and a
+    random generator; of what it returns, only floats take the dtype of the call.
+    """
 
     shape: tuple[int, ...]
     view: Callable[[Any], Any] = lambda x: x
     format: torch.memory_format = torch.contiguous_format
+    make: Callable[[tuple[int, ...], torch.Generator], Tensor] | None = None
+
+    def tensor(self, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+        """A fresh leaf."""
+        if self.make is not None:
+            made = self.make(self.shape, generator)
+            return made.to(dtype) if made.is_floating_point() else made
+        x = torch.randn(self.shape, generator=generator).to(dtype)
+        return x.contiguous(memory_format=self.format).requires_grad_()
 
 
 @dataclass(frozen=True)
@@ -41,18 +60,14 @@ class Case:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     copies: int = 0  # operands of which the op keeps a copy that it made inside
+    rounds: str = ""  # why the last bits of its gradients may differ
+    obstacle: str = ""  # why the row does not cover it
 
     def tensors(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         """Fresh leaves for the graph's placeholders, the same at every call."""
         generator = torch.Generator().manual_seed(7)
-        return [
-            torch.randn(s.shape, generator=generator)
-            .to(dtype)
-            .contiguous(memory_format=s.format)
-            .requires_grad_()
-            for s in pytree.tree_leaves((self.args, self.kwargs))
-            if isinstance(s, T)
-        ]
+        specs = pytree.tree_leaves((self.args, self.kwargs))
+        return [s.tensor(dtype, generator) for s in specs if isinstance(s, T)]
 
 
 def case(name: str, *args: Any, **kwargs: Any) -> Case:
@@ -66,7 +81,7 @@ def graph_of(target: Any, case: Case) -> fx.GraphModule:
 
     def operand(spec: T) -> fx.Node:
         leaf = fx.Proxy(graph.placeholder(f"t{next(count)}"))
-        return spec.view(leaf * 1).node
+        return spec.view(leaf.clone()).node
 
     args, kwargs = pytree.tree_map_only(T, operand, (case.args, dict(case.kwargs)))
     call = graph.call_method if isinstance(target, str) else graph.call_function
@@ -92,15 +107,28 @@ def run(
     torch.manual_seed(seed)
     out = function(*leaves)
     wanted = [t for t in leaves if t.requires_grad]
-    generator = torch.Generator().manual_seed(11)
-    cotangent = torch.randn(out.shape, generator=generator).to(out.dtype)
-    grads = iter(torch.autograd.grad(out, wanted, cotangent, allow_unused=True))
+    grads = iter(torch.autograd.grad(out, wanted, cotangent(out), allow_unused=True))
     return out.detach(), [next(grads) if t.requires_grad else None for t in leaves]
+
+
+def cotangent(out: Tensor) -> Tensor:
+    """The random gradient of ``out`` that :func:`run` begins with."""
+    generator = torch.Generator().manual_seed(11)
+    return torch.randn(out.shape, generator=generator).to(out.dtype)
 
 
 def assert_same(a: Any, b: Any) -> None:
     """Equal to the last bit (NaN equals NaN)."""
     torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_agrees(call: Case, packed: Any, dense: Any) -> None:
+    """Results to the last bit; gradients too, unless the case says why they are rounded anew."""
+    assert_same(packed[0], dense[0])
+    if call.rounds:
+        torch.testing.assert_close(packed[1], dense[1], equal_nan=True)
+    else:
+        assert_same(packed[1], dense[1])
 
 
 def _t(x: Any) -> Any:
@@ -173,17 +201,258 @@ def _pool(d: int) -> list[Case]:
     return out
 
 
-def _pointwise(*settings: dict[str, Any]) -> list[Case]:
+GATHERED = "what is unpacked has no gaps, and its elements are taken in vectors"
+
+
+def _pointwise(*settings: dict[str, Any], rounds: str = "") -> list[Case]:
     out = [
         case("1-D", T((33,))),
         case("4-D", T((2, 3, 5, 7))),
         case("scalar", T(())),
         case("transposed memory", T((6, 9), _t)),
         case("channels_last", T((2, 3, 5, 7), format=LAST)),
-        case("slice", T((6, 9), lambda v: v[:, ::2])),
+        Case("slice", (T((6, 9), lambda v: v[:, ::2]),), rounds=rounds),
         case("empty", T((0, 5))),
     ]
     return out + [case(f"{s}", T((4, 9)), **s) for s in settings]
+
+
+def _arithmetic(number_first: str = "") -> list[Case]:
+    x = T((2, 3, 5, 7))
+    return [
+        case("same shape", x, x),
+        case("row", x, T((7,))),
+        case("channel", x, T((1, 3, 1, 1))),
+        case("row first", T((5, 1)), x),
+        case("both broadcast", T((2, 1, 5, 1)), T((3, 1, 7))),
+        case("scalar", x, T(())),
+        case("scalar first", T(()), x),
+        case("scalars", T(()), T(())),
+        case("number", x, 3.0),
+        case("integer", x, 3),
+        Case("number first", (3.0, x), obstacle=number_first),
+        case("transposed memory", T((6, 9), _t), T((9, 6))),
+        case("transposed twice", T((6, 9), _t), T((6, 9), _t)),
+        case("channels_last", T(x.shape, format=LAST), T((3, 1, 1))),
+        case("slice", T((6, 9), lambda v: v[:, ::2]), T((6, 5))),
+        case("expanded", T((1, 5), lambda v: v.expand(6, 5)), T((6, 5))),
+        case("empty", T((0, 5)), T((5,))),
+        case("constant", x, T(x.shape, make=positive)),
+        case("constant first", T((5, 7), make=positive), x),
+    ]
+
+
+def positive(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator) + 0.5
+
+
+def coins(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """A mask that lets about two of three through, and the first of each row."""
+    mask = torch.rand(shape, generator=generator) < 0.67
+    mask[..., 0] = True
+    return mask
+
+
+def biases(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator)
+
+
+def classes(count: int, ignored: int | None = None) -> Any:
+    """Indices of classes; with ``ignored``, every third is that number."""
+
+    def make(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        found = torch.randint(count, shape, generator=generator)
+        if ignored is not None:
+            found.view(-1)[::3] = ignored
+        return found
+
+    return make
+
+
+def _norm() -> list[Case]:
+    """Calls of layer_norm or rms_norm without a bias."""
+    x, w = T((2, 6, 5)), T((5,))
+    return [
+        case("no affine", x, (5,)),
+        case("weight alone", x, (5,), w),
+        case("eps", x, (5,), w, eps=0.3),
+        case("1-D", T((5,)), [5], w),
+        case("two dimensions", x, (6, 5), T((6, 5))),
+        case("every dimension", x, (2, 6, 5)),
+        case("transposed memory", T((2, 5, 6), _t), (5,), w),
+        case("batch second", T((6, 2, 5), lambda v: v.transpose(0, 1)), (5,), w),
+        case("channels_last", T((2, 3, 6, 5), format=LAST), (5,), w),
+        case("channels last permuted", T((2, 5, 3, 4), lambda v: v.permute(0, 2, 3, 1)), (5,), w),
+        case("slice", T((2, 6, 10), lambda v: v[..., ::2]), (5,), w),
+        case("first token", T((2, 6, 5), lambda v: v[:, 0]), (5,), w),
+        case("expanded", T((1, 6, 5), lambda v: v.expand(3, 6, 5)), (5,), w),
+        case("one element", T((4, 1)), (1,), T((1,))),
+        case("empty batch", T((0, 5)), (5,), w),
+    ]
+
+
+def _group_norm() -> list[Case]:
+    x, w, b = T((2, 4, 5, 3)), T((4,)), T((4,))
+    return [
+        case("affine", x, 2, w, b),
+        case("no affine", x, 2),
+        case("weight alone", x, 2, w),
+        case("bias alone", x, 2, None, b),
+        case("eps", x, 2, w, b, eps=0.3),
+        case("one group", x, 1, w, b),
+        case("a group for each channel", x, 4, w, b),
+        case("2-D", T((6, 4)), 2, w, b),
+        case("3-D", T((2, 4, 7)), 2, w, b),
+        case("5-D", T((2, 4, 2, 3, 2)), 2, w, b),
+        case("channels_last", T(x.shape, format=LAST), 2, w, b),
+        case("channels_last, no affine", T(x.shape, format=LAST), 2),
+        case("transposed memory", T(x.shape, _t), 2, w, b),
+        case("slice", T((2, 8, 5, 3), lambda v: v[:, ::2]), 2, w, b),
+        case("empty batch", T((0, 4, 5, 3)), 2, w, b),
+    ]
+
+
+EMPTY = "its batch is empty"
+
+
+def _batch_norm() -> list[Case]:
+    x, w, b = T((4, 3, 5, 4)), T((3,)), T((3,))
+    statistics = T((3,), make=biases), T((3,), make=positive)
+    none = None, None
+    part, none_of_it = T((4, 6, 5, 4), lambda v: v[:, ::2]), T((0, 3, 5, 4))
+    return [
+        case("training", x, *statistics, w, b, True),
+        case("training, no statistics", x, *none, w, b, True),
+        case("training, no affine", x, *statistics, None, None, True),
+        case("training, weight alone", x, *statistics, w, None, True),
+        case("training, bias alone", x, *statistics, None, b, True),
+        case("training, momentum and eps", x, *statistics, w, b, True, 0.3, 0.2),
+        case("training, keywords", x, *statistics, weight=w, bias=b, training=True),
+        case("training, 2-D", T((6, 3)), *statistics, w, b, True),
+        case("training, 3-D", T((4, 3, 7)), *statistics, w, b, True),
+        case("training, 5-D", T((2, 3, 2, 3, 2)), *statistics, w, b, True),
+        case("training, channels_last", T(x.shape, format=LAST), *statistics, w, b, True),
+        case("training, transposed memory", T(x.shape, _t), *none, w, b, True),
+        Case("training, slice", (part, *statistics, w, b, True), rounds=GATHERED),
+        Case("training, empty batch", (none_of_it, *statistics, w, b, True), obstacle=EMPTY),
+        case("eval", x, *statistics, w, b, False),
+        case("eval, no affine", x, *statistics),
+        case("eval, weight alone", x, *statistics, w),
+        case("eval, 2-D", T((6, 3)), *statistics, w, b),
+        case("eval, channels_last", T(x.shape, format=LAST), *statistics, w, b),
+        Case("eval, slice", (part, *statistics, w, b), rounds=GATHERED),
+        Case("eval, empty batch", (none_of_it, *statistics, w, b), obstacle=EMPTY),
+    ]
+
+
+OTHER_KERNEL = "PyTorch chooses the kernel by the strides, and what is unpacked has no gaps"
+
+
+def _attention() -> list[Case]:
+    q, k, v = T((2, 4, 6, 8)), T((2, 4, 5, 8)), T((2, 4, 5, 8))
+
+    def heads(x: Any) -> Any:
+        return x.transpose(1, 2)
+
+    return [
+        case("plain", q, k, v),
+        case("causal", q, q, q, is_causal=True),
+        case("causal, longer queries", q, k, v, is_causal=True),
+        case("bool mask", q, k, v, T((6, 5), make=coins)),
+        case("bool mask of a batch", q, k, v, T((2, 1, 6, 5), make=coins)),
+        case("float mask", q, k, v, T((2, 4, 6, 5), make=biases)),
+        case("float mask, broadcast", q, k, v, T((1, 1, 6, 5), make=biases)),
+        case("learned mask", q, k, v, T((4, 6, 5))),
+        case("scale", q, k, v, scale=0.2),
+        case("scale and causal", q, q, q, None, 0.0, True, scale=0.2),
+        case("grouped-query", q, T((2, 2, 5, 8)), T((2, 2, 5, 8)), enable_gqa=True),
+        case("grouped-query, causal", q, *[T((2, 2, 6, 8))] * 2, is_causal=True, enable_gqa=True),
+        case("wider values", q, k, T((2, 4, 5, 12))),
+        case("3-D", T((4, 6, 8)), T((4, 5, 8)), T((4, 5, 8))),
+        case("2-D", T((6, 8)), T((5, 8)), T((5, 8))),
+        case("heads second", *[T((2, 6, 4, 8), heads)] * 3),
+        case("heads second, causal", *[T((2, 6, 4, 8), heads)] * 3, is_causal=True),
+        case("keys transposed", q, T((2, 4, 8, 5), _t), v),
+        Case("slice", (T((2, 4, 6, 16), lambda x: x[..., ::2]), k, v), rounds=OTHER_KERNEL),
+        case("one key for all heads", q, T((2, 1, 5, 8), lambda x: x.expand(2, 4, 5, 8)), v),
+        case("one query", T((2, 4, 1, 8)), k, v),
+        case("empty batch", *[T((0, 4, 6, 8))] * 3),
+    ]
+
+
+def _softmax() -> list[Case]:
+    x = T((2, 3, 5, 7))
+    return [
+        case("last", x, -1),
+        case("last by number", x, 3),
+        case("first", x, 0),
+        case("channels", x, 1),
+        case("1-D", T((33,)), 0),
+        case("scalar", T(()), 0),
+        case("keyword", x, dim=2),
+        case("dtype", x, -1, dtype=torch.float64),
+        case("dtype as it is", x, -1, dtype=torch.float32),
+        case("transposed memory", T((6, 9), _t), -1),
+        case("channels_last", T(x.shape, format=LAST), 1),
+        case("slice", T((6, 9), lambda v: v[:, ::2]), -1),
+        case("expanded", T((1, 5), lambda v: v.expand(3, 5)), -1),
+        case("one class", T((4, 1)), -1),
+        case("empty batch", T((0, 5)), -1),
+    ]
+
+
+def _cross_entropy() -> list[Case]:
+    x, y = T((6, 5)), T((6,), make=classes(5))
+    ignored = T((6,), make=classes(5, -100))
+    zeros = T((6,), make=classes(5, 0))
+    image, labels = T((2, 5, 3, 4)), T((2, 3, 4), make=classes(5, -100))
+    out = [
+        case("2-D", x, y),
+        case("1-D", T((5,)), T((), make=classes(5))),
+        case("3-D", T((2, 5, 7)), T((2, 7), make=classes(5))),
+        case("4-D", image, labels),
+        case("classes last", T((2, 7, 5), _t), T((2, 7), make=classes(5))),
+        case("channels_last", T(image.shape, format=LAST), labels),
+        case("transposed memory", T((5, 6), _t), y),
+        case("slice", T((6, 10), lambda v: v[:, ::2]), y),
+        case("shifted tokens", T((7, 5), lambda v: v[:-1]), y),
+        case("one class", T((6, 1)), T((6,), make=classes(1))),
+        case("all ignored", x, T((6,), make=lambda shape, _: torch.full(shape, -100))),
+    ]
+    for reduction in ("none", "mean", "sum"):
+        out += [
+            case(f"2-D, {reduction}", x, ignored, reduction=reduction),
+            case(f"ignoring 0, {reduction}", x, zeros, ignore_index=0, reduction=reduction),
+            case(f"4-D, {reduction}", image, labels, reduction=reduction),
+            case(
+                f"empty batch, {reduction}",
+                T((0, 5)),
+                T((0,), make=classes(5)),
+                reduction=reduction,
+            ),
+        ]
+    return out
+
+
+def _avg_pool2d() -> list[Case]:
+    x = T((2, 3, 9, 8))
+    return [
+        case("plain", x, 2),
+        case("overlapping", x, 3, 1),
+        case("per dimension", x, (3, 2), (1, 2)),
+        case("one-tuples", x, (2,), (1,), (1,)),
+        case("padding", x, 3, 2, 1),
+        case("padding not counted", x, 3, 2, 1, count_include_pad=False),
+        case("ceil_mode", x, 3, 2, ceil_mode=True),
+        case("ceil_mode, padding", x, 3, 2, 1, True, False),
+        case("divisor_override", x, 3, 2, 1, divisor_override=5),
+        case("global", x, (9, 8)),
+        case("unbatched", T((3, 9, 8)), 2),
+        case("channels_last", T(x.shape, format=LAST), 3, 2, 1),
+        case("transposed memory", T(x.shape, _t), 2),
+        case("slice", T((2, 6, 9, 8), lambda v: v[:, ::2]), 2),
+        case("empty batch", T((0, 3, 9, 8)), 2),
+    ]
 
 
 def _matmul() -> list[Case]:
@@ -251,6 +520,8 @@ def _mm(*front: T) -> list[Case]:
     ]
 
 
+FROM_ITS_RESULT = "written in place, PyTorch computes the slope from the result"
+
 CASES: dict[str, list[Case]] = {
     "linear": [
         case("2-D", T((6, 5)), T((4, 5)), T((4,))),
@@ -302,6 +573,39 @@ CASES: dict[str, list[Case]] = {
     "leaky_relu": _pointwise({"negative_slope": 0.2}, {"negative_slope": 0.0}),
     "dropout": _pointwise({"p": 0.1}, {"p": 0.3}, {"p": 0.9}),
     **{f"max_pool{d}d": _pool(d) for d in (1, 2, 3)},
+    "gelu": _pointwise({"approximate": "tanh"}, rounds=GATHERED),
+    "silu": _pointwise({"inplace": True}),
+    "mish": _pointwise({"inplace": True}, rounds=GATHERED),
+    "selu": [
+        *_pointwise(),
+        Case("in place", (T((4, 9)),), {"inplace": True}, rounds=FROM_ITS_RESULT),
+    ],
+    **{n: _pointwise({"inplace": True}) for n in ("hardswish", "hardsigmoid")},
+    "elu": _pointwise({"alpha": 0.5}, {"alpha": 2.0}),
+    "celu": _pointwise({"alpha": 0.5}, {"alpha": 2.0}),
+    "softplus": _pointwise({"beta": 3.0}, {"beta": 2, "threshold": 1}),
+    **{n: _pointwise() for n in ("logsigmoid", "softsign", "sigmoid", "tanh")},
+    "mul": _arithmetic(),
+    "div": _arithmetic("a number over a tensor is computed, and saved, through the reciprocal"),
+    "pow": [
+        *[Case(f"{c.name}, squared", (*c.args, 2), c.kwargs) for c in _pointwise()],
+        *[case(f"exponent {e}", T((4, 9)), e) for e in (0, 1, 3, 0.5, -1, -0.5, 2.5)],
+    ],
+    "layer_norm": [
+        case("affine", T((2, 6, 5)), (5,), T((5,)), T((5,))),
+        case("affine, two dimensions", T((2, 6, 5)), (6, 5), T((6, 5)), T((6, 5))),
+        case("affine, transposed memory", T((2, 5, 6), _t), (5,), T((5,)), T((5,))),
+        case("bias alone", T((2, 6, 5)), (5,), None, T((5,))),
+        *_norm(),
+    ],
+    "group_norm": _group_norm(),
+    "rms_norm": [case("weight", T((2, 6, 5)), (5,), T((5,))), *_norm()],
+    "batch_norm": _batch_norm(),
+    "scaled_dot_product_attention": _attention(),
+    "softmax": _softmax(),
+    "log_softmax": _softmax(),
+    "cross_entropy": _cross_entropy(),
+    "avg_pool2d": _avg_pool2d(),
 }
 
 
@@ -318,4 +622,15 @@ def spelled(name: str, target: Any) -> Case:
         return case("padding", first.args[0], T((6, 4, *[3] * d)), T((6,)), [1] * d, "same")
     if name == "dropout":
         return case("p, train", T((4, 9)), 0.5, True)
+    if name == "batch_norm" and target is not F.batch_norm:
+        x, mean, var, w, b, training = first.args
+        return case("other order", x, w, b, mean, var, training, 0.1, 1e-5, False)
+    if name in ("elu", "selu", "celu") and writes(target):
+        return replace(first, rounds=FROM_ITS_RESULT)
     return first
+
+
+def writes(target: Any) -> bool:
+    """Whether a spelling writes into its first argument, going by its name."""
+    name = target if isinstance(target, str) else target.__name__.split(".")[0]
+    return target is operator.imul or (name.endswith("_") and not name.endswith("__"))
