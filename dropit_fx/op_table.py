@@ -589,7 +589,7 @@ def bind(
 
 def is_inplace(node: fx.Node, args: Mapping[str, Any]) -> bool:
     """Whether the call writes into its input."""
-    if args.get("inplace"):
+    if args.get("inplace") or node.target is operator.imul:
         return True
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if isinstance(node.target, torch._ops.OpOverload):
