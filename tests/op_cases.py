@@ -66,8 +66,11 @@ class Case:
     def tensors(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         """Fresh leaves for the graph's placeholders, the same at every call."""
         generator = torch.Generator().manual_seed(7)
-        specs = pytree.tree_leaves((self.args, self.kwargs))
-        return [s.tensor(dtype, generator) for s in specs if isinstance(s, T)]
+        return [spec.tensor(dtype, generator) for spec in self.specs()]
+
+    def specs(self) -> list[T]:
+        """Its tensor arguments, in the order of the graph's placeholders."""
+        return [s for s in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(s, T)]
 
 
 def case(name: str, *args: Any, **kwargs: Any) -> Case:
