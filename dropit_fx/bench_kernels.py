@@ -21,23 +21,26 @@ from rich.table import Table
 from torch import Tensor
 
 from dropit_fx import kernels
+from dropit_fx.kernels import AFFINE, SYMMETRIC, UNIFORM
 from dropit_fx.published import scatter, select
 
-Format = tuple[int, int, int, bool]  # keep, block, bits, affine
+Format = tuple[int, int, int, int]  # keep, block, bits, layout
 FORMATS: dict[str, Format] = {
-    "gamma 0.9": (1000, 1024, 0, False),
-    "gamma 0.5": (5000, 1024, 0, False),
-    "gamma 0.7, 2 bits": (3086, 1024, 2, False),
-    "gamma 0.34, 3 bits": (6611, 1024, 3, False),
-    "gamma 0.5, 4 bits": (5044, 1024, 4, False),
-    "gamma 0, 4 bits": (10000, 1024, 4, False),
-    "gamma 0, 8 bits": (10000, 1024, 8, False),
-    "gamma 0, 4 bits, blocks of 256": (10000, 256, 4, False),
-    "affine, 4 bits": (10000, 256, 4, True),
-    "affine, 5 bits": (10000, 256, 5, True),
-    "affine, 6 bits": (10000, 256, 6, True),
-    "affine, 8 bits": (10000, 256, 8, True),
-    "gamma 0.9, whole tensor": (1000, 0, 0, False),
+    "gamma 0.9": (1000, 1024, 0, SYMMETRIC),
+    "gamma 0.5": (5000, 1024, 0, SYMMETRIC),
+    "gamma 0.7, 2 bits": (3086, 1024, 2, SYMMETRIC),
+    "gamma 0.34, 3 bits": (6611, 1024, 3, SYMMETRIC),
+    "gamma 0.5, 4 bits": (5044, 1024, 4, SYMMETRIC),
+    "gamma 0, 4 bits": (10000, 1024, 4, SYMMETRIC),
+    "gamma 0, 8 bits": (10000, 1024, 8, SYMMETRIC),
+    "gamma 0, 4 bits, blocks of 256": (10000, 256, 4, SYMMETRIC),
+    "affine, 4 bits": (10000, 256, 4, AFFINE),
+    "affine, 5 bits": (10000, 256, 5, AFFINE),
+    "affine, 6 bits": (10000, 256, 6, AFFINE),
+    "affine, 8 bits": (10000, 256, 8, AFFINE),
+    "uniform, 4 bits": (10000, 256, 4, UNIFORM),
+    "uniform, 8 bits": (10000, 256, 8, UNIFORM),
+    "gamma 0.9, whole tensor": (1000, 0, 0, SYMMETRIC),
 }
 STEPS = {"steps, 1 bit": 1, "steps, 2 bits": 2, "steps, 3 bits": 3, "steps, 4 bits": 4}
 

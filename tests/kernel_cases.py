@@ -29,14 +29,18 @@ def make(kind: str, numel: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
         x = x * torch.where(torch.rand(numel, generator=generator) < 0.01, 100.0, 1.0)
     elif kind == "one-sided":
         x = torch.nn.functional.gelu(x)
+    elif kind == "narrow":  # far from zero, within a few steps of bfloat16
+        x = (x / 64 + 3) * (-1) ** seed
+    elif kind == "huge":  # ranges at the edge of overflow
+        x = x.clamp(-2, 2) / 3.9 * torch.finfo(dtype).max
     return x.to(dtype)
 
 
-KINDS = ("ties", "zeros", "subnormal", "wild", "special", "outliers", "one-sided")
+KINDS = ("ties", "zeros", "subnormal", "wild", "special", "outliers", "one-sided", "narrow", "huge")
 
 
 def cases(sizes: st.SearchStrategy[int], blocks: tuple[int, ...]) -> st.SearchStrategy[Any]:
-    """(x, seed, (keep, block, bits, affine, stochastic)): the arguments of `sparsify`."""
+    """(x, seed, (keep, block, bits, layout, stochastic)): the arguments of `sparsify`."""
     xs = st.builds(
         make, st.sampled_from(KINDS), sizes, st.sampled_from(DTYPES), st.integers(0, 2**20)
     )
@@ -45,7 +49,7 @@ def cases(sizes: st.SearchStrategy[int], blocks: tuple[int, ...]) -> st.SearchSt
         st.sampled_from([0, 7, 1000, 3333, 6611, 10000]),
         st.sampled_from(blocks),
         st.integers(0, 8),
-        st.booleans(),
+        st.integers(0, 2),
         st.booleans(),
     )
     return st.tuples(xs, seeds, formats)

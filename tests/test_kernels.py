@@ -73,7 +73,7 @@ formats = st.tuples(
 @given(tensors, formats)
 def test_exactly_the_largest_are_kept(x: torch.Tensor, form: tuple[int, int]) -> None:
     keep, block = form
-    values, scale, mask = OPS.sparsify(x, keep, block, 0, False, False)
+    values, scale, mask = OPS.sparsify(x, keep, block, 0, 0, False)
     expected = brute_force_kept(x, keep, block)
     if keep == 10000:
         assert mask.numel() == 0
@@ -81,7 +81,7 @@ def test_exactly_the_largest_are_kept(x: torch.Tensor, form: tuple[int, int]) ->
         assert mask_bits(mask, x.numel()) == expected
     assert values.numel() == len(expected) == kernels.kept(x.numel(), keep, block)
     torch.testing.assert_close(values, x[expected], rtol=0, atol=0, equal_nan=True)
-    back = OPS.unsparsify(values, scale, mask, x.numel(), x.dtype, keep, block, 0, False)
+    back = OPS.unsparsify(values, scale, mask, x.numel(), x.dtype, keep, block, 0, 0)
     dense = torch.zeros_like(x)
     dense[expected] = x[expected]
     torch.testing.assert_close(back, dense, rtol=0, atol=0, equal_nan=True)
@@ -115,7 +115,7 @@ def test_sample_is_exact_in_count_and_unbiased(dtype: torch.dtype, keep: int, bl
     for _ in range(200):
         values, mask = OPS.sample(x, keep, block)
         assert values.numel() == kernels.kept(2304, keep, block)
-        total += OPS.unsparsify(values, NO_SCALE, mask, 2304, dtype, keep, block, 0, False).double()
+        total += OPS.unsparsify(values, NO_SCALE, mask, 2304, dtype, keep, block, 0, 0).double()
     ratio = total / 200 / x.double()
     # Each element is Bernoulli(p) / p: the mean of 200 draws deviates by sqrt((1 - p) / p / 200)
     deviation = ((1 - keep / 10000) / (keep / 10000) / 200) ** 0.5
@@ -144,7 +144,7 @@ def test_sample_follows_torch_seed_and_draws_anew() -> None:
 )
 def test_opcheck(n: int, keep: int, block: int, bits: int) -> None:
     x = torch.randn(n)
-    args = (keep, block, bits, False)
+    args = (keep, block, bits, 0)
     torch.library.opcheck(OPS.sparsify.default, (x, *args, False))
     packed = OPS.sparsify(x, *args, False)
     torch.library.opcheck(OPS.unsparsify.default, (*packed, n, torch.float32, *args))
@@ -238,8 +238,8 @@ def test_a_symbolic_size_does_not_specialise(bits: int) -> None:
 
     @torch.compile(backend=counting, dynamic=True, fullgraph=True)
     def there_and_back(x: torch.Tensor) -> torch.Tensor:
-        packed = OPS.sparsify(x.flatten(), 1000, 1024, bits, False, False)
-        flat = OPS.unsparsify(*packed, x.numel(), x.dtype, 1000, 1024, bits, False)
+        packed = OPS.sparsify(x.flatten(), 1000, 1024, bits, 0, False)
+        flat = OPS.unsparsify(*packed, x.numel(), x.dtype, 1000, 1024, bits, 0)
         return flat.view_as(x)
 
     for rows in (3, 5, 70, 1000):
@@ -249,21 +249,25 @@ def test_a_symbolic_size_does_not_specialise(bits: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keep", "block", "bits", "text"),
+    ("keep", "block", "bits", "layout", "text"),
     [
-        (10001, 0, 0, "keep=10001"),
-        (-1, 0, 0, "keep=-1"),
-        (1, 12, 0, "block=12"),
-        (1, 8, 9, "bits=9"),
+        (10001, 0, 0, 0, "keep=10001"),
+        (-1, 0, 0, 0, "keep=-1"),
+        (1, 12, 0, 0, "block=12"),
+        (1, 8, 9, 0, "bits=9"),
+        (1, 8, 4, 3, "layout=3: must be in 0..2"),
+        (1, 8, 4, -1, "layout=-1"),
     ],
 )
-def test_impossible_formats_are_refused(keep: int, block: int, bits: int, text: str) -> None:
+def test_impossible_formats_are_refused(
+    keep: int, block: int, bits: int, layout: int, text: str
+) -> None:
     with pytest.raises(ValueError, match=text):
-        OPS.sparsify(torch.randn(9), keep, block, bits, False, False)
+        OPS.sparsify(torch.randn(9), keep, block, bits, layout, False)
 
 
 def test_integer_tensors_are_refused() -> None:
     with pytest.raises(TypeError, match=r"dtype torch\.int32: must be one of"):
-        OPS.sparsify(torch.ones(9, dtype=torch.int32), 1000, 0, 0, False, False)
+        OPS.sparsify(torch.ones(9, dtype=torch.int32), 1000, 0, 0, 0, False)
     with pytest.raises(TypeError, match=r"dtype torch\.int32: must be one of"):
         OPS.encode_steps(torch.ones(9, dtype=torch.int32), [0.0], 1)

@@ -34,12 +34,12 @@ def test_same_bits_as_the_reference() -> None:
     @settings(max_examples=100, deadline=None)
     @given(cases(sizes, (0, 8, 64, 1024, 4096)))
     def check(case) -> None:  # type: ignore[no-untyped-def]
-        x, seed, (keep, block, bits, affine, stochastic) = case
-        expected = reference.sparsify(x, keep, block, bits, affine, stochastic, seed)
-        packed = cpu.sparsify(x, keep, block, bits, affine, stochastic, seed)
+        x, seed, (keep, block, bits, layout, stochastic) = case
+        expected = reference.sparsify(x, keep, block, bits, layout, stochastic, seed)
+        packed = cpu.sparsify(x, keep, block, bits, layout, stochastic, seed)
         for left, right in zip(packed, expected, strict=True):
             assert_same_bits(left, right)
-        back = (x.numel(), x.dtype, keep, block, bits, affine)
+        back = (x.numel(), x.dtype, keep, block, bits, layout)
         assert_same_bits(cpu.unsparsify(*expected, *back), reference.unsparsify(*expected, *back))
         sampled, drawn = cpu.sample(x, keep, block, seed), reference.sample(x, keep, block, seed)
         for left, right in zip(sampled, drawn, strict=True):
@@ -54,21 +54,26 @@ def test_every_half_and_bfloat_is_converted_as_torch_does() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         x = patterns.view(dtype)
         x = x[x.isfinite()]
-        for bits, affine in ((2, False), (8, False), (8, True)):
-            form = (10000, 8, bits, affine, False)
+        for bits, layout in ((2, 0), (8, 0), (8, 1), (8, 2)):
+            form = (10000, 8, bits, layout, False)
             packed = cpu.sparsify(x, *form)
             expected = reference.sparsify(x, *form)
             for left, right in zip(packed, expected, strict=True):
                 assert_same_bits(left, right)
-            back = (x.numel(), dtype, 10000, 8, bits, affine)
+            back = (x.numel(), dtype, 10000, 8, bits, layout)
             assert_same_bits(cpu.unsparsify(*packed, *back), reference.unsparsify(*packed, *back))
 
 
 @built
-@pytest.mark.parametrize(("keep", "block", "bits"), [(2000, 256, 3), (10000, 8, 3), (10000, 40, 5)])
-def test_the_number_of_threads_changes_nothing(keep: int, block: int, bits: int) -> None:
+@pytest.mark.parametrize(
+    ("keep", "block", "bits", "layout"),
+    [(2000, 256, 3, 0), (10000, 8, 3, 0), (10000, 40, 5, 0), (10000, 40, 5, 2)],
+)
+def test_the_number_of_threads_changes_nothing(
+    keep: int, block: int, bits: int, layout: int
+) -> None:
     x = torch.randn(100_001)
-    form = (keep, block, bits, False)
+    form = (keep, block, bits, layout)
 
     def there_and_back(threads: int) -> list[torch.Tensor]:
         torch.set_num_threads(threads)
@@ -113,9 +118,9 @@ def test_same_steps_as_the_reference(bits: int) -> None:
 
 @built
 def test_buffers_of_the_wrong_size_are_refused() -> None:
-    values, scale, mask = cpu.sparsify(torch.randn(2048), 1000, 1024, 4, False, False)
+    values, scale, mask = cpu.sparsify(torch.randn(2048), 1000, 1024, 4, 0, False)
     with pytest.raises(ValueError, match="values has 101 elements, but a tensor of 2048 packed"):
-        cpu.unsparsify(values[1:], scale, mask, 2048, torch.float32, 1000, 1024, 4, False)
+        cpu.unsparsify(values[1:], scale, mask, 2048, torch.float32, 1000, 1024, 4, 0)
     with pytest.raises(ValueError, match="255 bytes cannot hold 2048 codes of 1 bits"):
         cpu.unpack_uint(mask[1:], 1, 2048)
 
@@ -124,13 +129,13 @@ def test_without_the_library_the_reference_runs_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     x = torch.randn(3000)
-    expected = reference.sparsify(x, 1000, 1024, 4, False, False)
+    expected = reference.sparsify(x, 1000, 1024, 4, 0, False)
     monkeypatch.setattr(cpu, "EXTENSION_SUFFIXES", [".absent"])
     cpu.library.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
-            packed = torch.ops.dropit.sparsify(x, 1000, 1024, 4, False, False)
-            torch.ops.dropit.unsparsify(*packed, 3000, torch.float32, 1000, 1024, 4, False)
+            packed = torch.ops.dropit.sparsify(x, 1000, 1024, 4, 0, False)
+            torch.ops.dropit.unsparsify(*packed, 3000, torch.float32, 1000, 1024, 4, 0)
             torch.ops.dropit.unpack_uint(torch.ops.dropit.pack_uint(x > 0, 1), 1, 3000)
             steps = torch.ops.dropit.encode_steps(x, [0.0], 1)
             torch.ops.dropit.decode_steps(steps, [0.0, 1.0], 1, 3000, torch.float32)

@@ -15,7 +15,7 @@ from dropit_fx.kernels import ops, reference
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize(("dtype", "formats"), [("float32", 13), ("bfloat16", 6), ("float16", 6)])
+@pytest.mark.parametrize(("dtype", "formats"), [("float32", 17), ("bfloat16", 9), ("float16", 9)])
 def test_same_bits_as_the_reference(dtype: str, formats: int) -> None:
     script = Path(__file__).with_name("triton_interpreted.py")
     run = subprocess.run([sys.executable, script, dtype], capture_output=True, text=True)
@@ -24,11 +24,11 @@ def test_same_bits_as_the_reference(dtype: str, formats: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "affine", "stochastic", "pointer"),
-    [(3, False, False, "*i16"), (5, True, True, "*i32")],
+    ("bits", "layout", "stochastic", "pointer"),
+    [(3, 0, False, "*i16"), (5, 1, True, "*i32"), (4, 2, True, "*i32")],
 )
 def test_compiles_for_a_gpu_without_fused_or_approximate_arithmetic(
-    bits: int, affine: bool, stochastic: bool, pointer: str
+    bits: int, layout: int, stochastic: bool, pointer: str
 ) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -39,11 +39,11 @@ def test_compiles_for_a_gpu_without_fused_or_approximate_arithmetic(
     constants = {
         "DTYPE": 0 if pointer == "*i32" else 1,
         "BITS": bits,
-        "AFFINE": affine,
+        "LAYOUT": layout,
         "STOCHASTIC": stochastic,
         "SAMPLE": False,
         "FULL_": False,
-        "COLUMNS": kernels.scale_columns(bits, affine),
+        "COLUMNS": kernels.scale_columns(bits, layout),
         "LANES": 256,
     }
     pointers = {"x_ptr": pointer, "values_ptr": "*u8", "scale_ptr": "*i16", "mask_ptr": "*u8"}
@@ -56,7 +56,7 @@ def test_compiles_for_a_gpu_without_fused_or_approximate_arithmetic(
     )
     target, options = GPUTarget("cuda", 80, 32), {"enable_fp_fusion": False}
     ptx = triton.compile(source, target=target, options=options).asm["ptx"]
-    assert "sqrt.rn.f32" in ptx
+    assert ("sqrt.rn.f32" if layout < 2 else "div.rn.f32") in ptx
     assert "fma.rn" not in ptx
     for approximate in ("div.full", "div.approx", "sqrt.approx"):
         assert approximate not in ptx
@@ -68,7 +68,7 @@ def test_a_machine_without_triton_uses_the_reference(
     monkeypatch.setitem(sys.modules, "dropit_fx.kernels.triton", None)  # makes the import fail
     x = torch.randn(100)
     with caplog.at_level(logging.WARNING):
-        packed = ops._on_cuda("sparsify")(x, 1000, 64, 0, False, False)
-    for left, right in zip(packed, reference.sparsify(x, 1000, 64, 0, False, False), strict=True):
+        packed = ops._on_cuda("sparsify")(x, 1000, 64, 0, 0, False)
+    for left, right in zip(packed, reference.sparsify(x, 1000, 64, 0, 0, False), strict=True):
         assert torch.equal(left, right)
     assert "no Triton" in caplog.text

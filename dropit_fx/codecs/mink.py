@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dropit_fx.core_types import Codec, Option, Options, Use
-from dropit_fx.kernels import FULL, packed_nbytes
+from dropit_fx.kernels import FULL, LAYOUTS, SYMMETRIC, packed_nbytes
 
 
 def keep_ratio(gamma: float) -> int:
@@ -75,29 +75,30 @@ ROUNDING = Option(
 RANGE = Option(
     name="range",
     default="symmetric",
-    legal=lambda v: v in ("symmetric", "affine"),
-    meaning="'symmetric' levels around zero, or 'affine' between the least and the greatest value",
+    legal=lambda v: v in LAYOUTS,
+    meaning="'symmetric' levels around zero, 'affine' for one-sided tensors: finer near the least "
+    "value, or 'uniform': equal steps between the least and the greatest value",
 )
 
 Format = Callable[
-    [Options], tuple[int, int, int, bool, bool]
-]  # keep, block, bits, affine, stochastic
+    [Options], tuple[int, int, int, int, bool]
+]  # keep, block, bits, layout, stochastic
 
 
-def _mink_format(options: Options) -> tuple[int, int, int, bool, bool]:
+def _mink_format(options: Options) -> tuple[int, int, int, int, bool]:
     block = 0 if options["scope"] == "tensor" else options["block"]
     stochastic = options["rounding"] == "stochastic"
-    return keep_ratio(options["gamma"]), block, options["bits"] or 0, False, stochastic
+    return keep_ratio(options["gamma"]), block, options["bits"] or 0, SYMMETRIC, stochastic
 
 
-def _random_format(options: Options) -> tuple[int, int, int, bool, bool]:
+def _random_format(options: Options) -> tuple[int, int, int, int, bool]:
     block = 0 if options["scope"] == "tensor" else options["block"]
-    return keep_ratio(options["gamma"]), block, 0, False, False
+    return keep_ratio(options["gamma"]), block, 0, SYMMETRIC, False
 
 
-def _quant_format(options: Options) -> tuple[int, int, int, bool, bool]:
-    affine, stochastic = options["range"] == "affine", options["rounding"] == "stochastic"
-    return FULL, options["block"], options["bits"] or 0, affine, stochastic
+def _quant_format(options: Options) -> tuple[int, int, int, int, bool]:
+    layout, stochastic = LAYOUTS.index(options["range"]), options["rounding"] == "stochastic"
+    return FULL, options["block"], options["bits"] or 0, layout, stochastic
 
 
 def _pack(format_of: Format) -> Callable[[Tensor, Options], tuple[Tensor, ...]]:
@@ -118,8 +119,8 @@ def _unpack(format_of: Format) -> Callable[[tuple[Tensor, ...], Options, Any, to
     def unpack(
         parts: tuple[Tensor, ...], options: Options, numel: Any, dtype: torch.dtype
     ) -> Tensor:
-        keep, block, bits, affine, _ = format_of(options)
-        out: Tensor = torch.ops.dropit.unsparsify(*parts, numel, dtype, keep, block, bits, affine)
+        keep, block, bits, layout, _ = format_of(options)
+        out: Tensor = torch.ops.dropit.unsparsify(*parts, numel, dtype, keep, block, bits, layout)
         return out
 
     return unpack
@@ -127,8 +128,8 @@ def _unpack(format_of: Format) -> Callable[[tuple[Tensor, ...], Options, Any, to
 
 def _nbytes(format_of: Format) -> Callable[[int, torch.dtype, Options], int]:
     def nbytes(numel: int, dtype: torch.dtype, options: Options) -> int:
-        keep, block, bits, affine, _ = format_of(options)
-        return packed_nbytes(numel, keep, block, bits, affine, dtype.itemsize)
+        keep, block, bits, layout, _ = format_of(options)
+        return packed_nbytes(numel, keep, block, bits, layout, dtype.itemsize)
 
     return nbytes
 

@@ -7,7 +7,11 @@ from pathlib import Path
 
 from dropit_fx.kernels import ops as ops
 from dropit_fx.kernels.layout import (
+    AFFINE,
     FULL,
+    LAYOUTS,
+    SYMMETRIC,
+    UNIFORM,
     block_count,
     codes_nbytes,
     kept,
@@ -15,10 +19,10 @@ from dropit_fx.kernels.layout import (
     scale_columns,
 )
 
-__all__ = ["FULL", "VERSION", "kept", "packed_nbytes"]
+__all__ = ["AFFINE", "FULL", "LAYOUTS", "SYMMETRIC", "UNIFORM", "VERSION", "kept", "packed_nbytes"]
 
 
-def packed_nbytes(numel: int, keep: int, block: int, bits: int, affine: bool, itemsize: int) -> int:
+def packed_nbytes(numel: int, keep: int, block: int, bits: int, layout: int, itemsize: int) -> int:
     """Bytes of the three buffers of `dropit::sparsify`, all metadata included.
 
     Exact, and symbolic where `numel` is.
@@ -28,12 +32,12 @@ def packed_nbytes(numel: int, keep: int, block: int, bits: int, affine: bool, it
         keep: kept elements per 10000.
         block: elements per block; 0: the whole tensor is one.
         bits: 1..8, or 0 for values as they are.
-        affine: levels between the least and the greatest value, not around zero.
+        layout: of the levels: 0 symmetric, 1 affine, 2 uniform.
         itemsize: bytes per element of the input's dtype; read only where `bits` is 0.
     """
     if bits == 0:
         return kept(numel, keep, block) * itemsize + mask_nbytes(numel, keep)
-    scale = block_count(numel, block) * scale_columns(bits, affine) * 2
+    scale = block_count(numel, block) * scale_columns(bits, layout) * 2
     return codes_nbytes(numel, keep, block, bits) + scale + mask_nbytes(numel, keep)
 
 

@@ -1,6 +1,6 @@
 """The value coder in plain PyTorch: codes of 1..8 bits, and a few bfloat16 numbers per block.
 
-Three layouts of levels, all one formula of the code away from a value (`level_table`):
+Three layouts of levels, each one formula of the code (`level_table`):
 
 * symmetric, 1..3 bits: sign and index into 1, 2 or 4 magnitudes stored per block. The cells are
   equal steps of |x|^(1/2) (|x|^(1/4) for 3 bits) between the least and the greatest kept magnitude,
@@ -11,6 +11,8 @@ Three layouts of levels, all one formula of the code away from a value (`level_t
   magnitude to the greatest. The end points are levels, so outliers are neither clipped nor shrunk.
 * affine: b + (j*w)^2, equal steps of sqrt(x - min). For one-sided tensors (after GELU or softmax):
   fine steps where the mass is, the tail kept.
+* uniform: b + j*w, equal steps of x from the least value to the greatest. For two-sided tensors
+  without a heavy tail.
 
 A square root is the cheap companding between uniform steps (best for the peak) and logarithmic ones
 (best for the tail of real activations). With stochastic rounding the levels span [min, max] and a
@@ -32,26 +34,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dropit_fx.kernels.layout import is_codebook, scale_columns
+from dropit_fx.kernels.layout import AFFINE, UNIFORM, is_codebook, scale_columns
 
 _INFINITY = 0x7F800000  # bit pattern of float32 Inf
 _TOP = 0x7F7F0000  # the greatest finite bfloat16, as a float32 pattern
 
 
-def encode(values: Tensor, bits: int, affine: bool, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+def encode(values: Tensor, bits: int, layout: int, draws: Tensor | None) -> tuple[Tensor, Tensor]:
     """Quantises rows of kept values, one row a block.
 
     Args:
         values: (rows, k) floating.
         bits: 1..8.
-        affine: levels above the row's minimum, not around zero.
+        layout: SYMMETRIC, AFFINE or UNIFORM.
         draws: (rows, k) uniform 32-bit integers for stochastic rounding; None: nearest.
 
     Returns:
         Codes (rows, k) uint8, and scale (rows, columns) bfloat16.
     """
     rows, k = values.shape
-    columns = scale_columns(bits, affine)
+    columns = scale_columns(bits, layout)
     if k == 0 or rows == 0:
         return values.new_empty(rows, k, dtype=torch.uint8), values.new_zeros(
             rows, columns, dtype=torch.bfloat16
@@ -59,50 +61,53 @@ def encode(values: Tensor, bits: int, affine: bool, draws: Tensor | None) -> tup
     x = values.to(torch.float32)
     poisoned = ~x.isfinite().all(1, keepdim=True)
     x = torch.where(poisoned, 0.0, x)
-    uniform = None if draws is None else (draws >> 8).to(torch.float32) * 2.0**-24
-    if affine:
-        codes, scale, overflow = _encode_affine(x, bits, uniform)
+    chance = None if draws is None else (draws >> 8).to(torch.float32) * 2.0**-24
+    if layout in (AFFINE, UNIFORM):
+        encode_above = _encode_affine if layout == AFFINE else _encode_uniform
+        codes, scale, overflow = encode_above(x, bits, chance)
         poisoned |= overflow
     else:
         magnitude = x.abs()
         low, high = magnitude.amin(1, keepdim=True), magnitude.amax(1, keepdim=True)
-        if uniform is not None and bits == 1:
+        if chance is not None and bits == 1:
             scale = _round_up(high)
-            negative = (uniform * (scale + scale)) >= x + scale
+            negative = (chance * (scale + scale)) >= x + scale
             codes = negative.to(torch.int64)
         else:
-            if not is_codebook(bits, affine):
-                step, scale = _encode_grid(magnitude, low, high, bits, uniform)
-            elif uniform is None:
+            if not is_codebook(bits, layout):
+                step, scale = _encode_grid(magnitude, low, high, bits, chance)
+            elif chance is None:
                 step, scale = _encode_codebook(magnitude, low, high, bits)
             else:
-                step, scale = _encode_codebook_stochastic(magnitude, low, high, bits, uniform)
+                step, scale = _encode_codebook_stochastic(magnitude, low, high, bits, chance)
             codes = step | (x.signbit().to(torch.int64) << (bits - 1))
     codes = torch.where(poisoned, 0, codes)
     scale = torch.where(poisoned, torch.nan, scale)
     return codes.to(torch.uint8), scale.to(torch.bfloat16)
 
 
-def decode(codes: Tensor, scale: Tensor, bits: int, affine: bool, dtype: torch.dtype) -> Tensor:
+def decode(codes: Tensor, scale: Tensor, bits: int, layout: int, dtype: torch.dtype) -> Tensor:
     """Inverse of `encode`: (rows, k) uint8, (rows, columns) bfloat16 -> (rows, k) of `dtype`.
 
     A level beyond the greatest finite number of `dtype` becomes that number.
     """
-    levels = level_table(scale, bits, affine)
+    levels = level_table(scale, bits, layout)
     top = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
     return levels.gather(1, codes.to(torch.int64)).clamp(-top, top).to(dtype)
 
 
-def level_table(scale: Tensor, bits: int, affine: bool) -> Tensor:
+def level_table(scale: Tensor, bits: int, layout: int) -> Tensor:
     """The value of each code: (rows, columns) bfloat16 -> (rows, 2**bits) float32."""
     scale = scale.to(torch.float32)
-    if affine:
+    if layout in (AFFINE, UNIFORM):
         base, top = scale[:, :1], scale[:, 1:]
         count = 2**bits
+        if layout == UNIFORM:  # rounding must not lift the last level above the end
+            return torch.minimum(base + _steps(count, scale) * _divide(top - base, count - 1), top)
         root = _steps(count, scale) * _divide(top, count - 1)
         return base + root * root
     count = 2 ** (bits - 1)
-    if is_codebook(bits, affine):
+    if is_codebook(bits, layout):
         magnitude = scale
     else:
         magnitude = _grid(scale[:, :1], scale[:, 1:], _steps(count, scale), count)
@@ -134,10 +139,9 @@ def _divide(x: Tensor, count: int) -> Tensor:
     return x / torch.full_like(x, count)
 
 
-def _encode_affine(x: Tensor, bits: int, uniform: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _encode_affine(x: Tensor, bits: int, chance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     count = 2**bits
-    least = x.amin(1, keepdim=True)
-    base = torch.where(least < 0, -_round_up(-least), _round_down(least))
+    base = _floor(x.amin(1, keepdim=True))
     above = (x - base).clamp(min=0)
     widest = above.amax(1, keepdim=True)
     overflow = widest.isinf()
@@ -149,12 +153,30 @@ def _encode_affine(x: Tensor, bits: int, uniform: Tensor | None) -> tuple[Tensor
         root = step.to(torch.float32) * _divide(top, count - 1)
         return root * root
 
-    step = _round_step(position, above, count, level, uniform)
+    step = _round_step(position, above, count, level, chance)
+    return step, torch.cat([base, top], 1), overflow
+
+
+def _encode_uniform(x: Tensor, bits: int, chance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    count = 2**bits
+    most = x.amax(1, keepdim=True)
+    base, top = _floor(x.amin(1, keepdim=True)), _ceiling(most)
+    overflow = (torch.maximum(most, top) - base).isinf()
+    span = torch.where(overflow, 0.0, top - base)
+    above = torch.where(overflow, 0.0, (x - base).clamp(min=0))
+    # The inverse of a span near the subnormal numbers would overflow
+    zoom = torch.where(span < 2.0**-64, 2.0**64, 1.0)
+    position = above * zoom * _inverse(count - 1, span * zoom)
+
+    def level(step: Tensor) -> Tensor:
+        return torch.minimum(step.to(torch.float32) * _divide(span, count - 1), span)
+
+    step = _round_step(position, above, count, level, chance)
     return step, torch.cat([base, top], 1), overflow
 
 
 def _encode_grid(
-    magnitude: Tensor, low: Tensor, high: Tensor, bits: int, uniform: Tensor | None
+    magnitude: Tensor, low: Tensor, high: Tensor, bits: int, chance: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     count = 2 ** (bits - 1)
     start, end = _round_down(_sqrt(low)), _round_up(_sqrt(high))
@@ -163,7 +185,7 @@ def _encode_grid(
     def level(step: Tensor) -> Tensor:
         return _grid(start, end, step.to(torch.float32), count)
 
-    step = _round_step(position, magnitude, count, level, uniform)
+    step = _round_step(position, magnitude, count, level, chance)
     return step, torch.cat([start, end], 1)
 
 
@@ -172,14 +194,14 @@ def _round_step(
     x: Tensor,
     count: int,
     level: Callable[[Tensor], Tensor],
-    uniform: Tensor | None,
+    chance: Tensor | None,
 ) -> Tensor:
     """Nearest step in companded position, or a random neighbour whose mean value is x."""
-    if uniform is None:
+    if chance is None:
         return (position + 0.5).to(torch.int64).clamp(max=count - 1)
     step = position.to(torch.int64).clamp(max=count - 2)
     lower = level(step)
-    return step + (uniform * (level(step + 1) - lower) < x - lower)
+    return step + (chance * (level(step + 1) - lower) < x - lower)
 
 
 def _encode_codebook(
@@ -207,7 +229,7 @@ def _encode_codebook(
 
 
 def _encode_codebook_stochastic(
-    magnitude: Tensor, low: Tensor, high: Tensor, bits: int, uniform: Tensor
+    magnitude: Tensor, low: Tensor, high: Tensor, bits: int, chance: Tensor
 ) -> tuple[Tensor, Tensor]:
     count = 2 ** (bits - 1)
     first, last = _round_down(low), _round_up(high)
@@ -218,7 +240,7 @@ def _encode_codebook_stochastic(
     for j in range(1, count - 1):
         step += magnitude >= levels[:, j : j + 1]
     lower, upper = levels.gather(1, step), levels.gather(1, step + 1)
-    return step + (uniform * (upper - lower) < magnitude - lower), levels
+    return step + (chance * (upper - lower) < magnitude - lower), levels
 
 
 def _fixed_point(magnitude: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,6 +262,16 @@ def _bits(x: Tensor) -> Tensor:
 
 def _pattern(bits: Tensor) -> Tensor:
     return bits.to(torch.int32).view(torch.float32)
+
+
+def _floor(x: Tensor) -> Tensor:
+    """The greatest bfloat16 <= x; the least finite one where there is none."""
+    return torch.where(x < 0, -_round_up(-x), _round_down(x))
+
+
+def _ceiling(x: Tensor) -> Tensor:
+    """The least bfloat16 >= x, never -0.0; the greatest finite one where there is none."""
+    return torch.where(x < 0, 0.0 - _round_down(-x), _round_up(x))
 
 
 def _round_down(x: Tensor) -> Tensor:

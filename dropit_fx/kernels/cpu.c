@@ -47,6 +47,7 @@ INLINE int LOWEST_BIT(uint64_t v) {
 #endif
 
 enum { F32 = 0, BF16 = 1, F16 = 2 };
+enum { SYMMETRIC = 0, AFFINE = 1, UNIFORM = 2 };
 enum { INFINITY_BITS = 0x7F800000, TOP_BITS = 0x7F7F0000, CHUNK = 16384 };
 
 typedef struct {
@@ -58,7 +59,7 @@ typedef struct {
     int64_t k_full, k_tail;     /* kept in a full block and in the tail */
     int64_t blocks, nbytes;     /* the tail included; of `values`, where it holds codes */
     const int64_t *seed;   /* NULL: nearest */
-    int dtype, bits, affine, is_sample, vector; /* vector: AVX2 may be used */
+    int dtype, bits, layout, is_sample, vector; /* vector: AVX2 may be used */
 } Job;
 
 /* ------------------------------------------------------------------------------------------- floats */
@@ -104,6 +105,10 @@ INLINE float round_up(float x) {
     uint32_t u = (bits_of(x) + 0xFFFF) & 0x7FFF0000;
     return float_of(u > TOP_BITS ? TOP_BITS : u);
 }
+
+/* The greatest bfloat16 <= x and the least >= x, never -0.0. */
+INLINE float floor_bfloat(float x) { return x < 0 ? -round_up(-x) : round_down(x); }
+INLINE float ceil_bfloat(float x) { return x < 0 ? 0.0f - round_down(-x) : round_up(x); }
 
 INLINE float nearest_bfloat(float x) {
     return float_of((uint32_t)single_to_bfloat(bits_of(x)) << 16);
@@ -461,13 +466,47 @@ typedef struct {
     uint32_t guess;
 } Scratch;
 
-INLINE int is_codebook(int bits, int affine) { return !affine && bits <= 3; }
-INLINE int scale_columns(int bits, int affine) { return is_codebook(bits, affine) ? 1 << (bits - 1) : 2; }
+INLINE int is_codebook(int bits, int layout) { return layout == SYMMETRIC && bits <= 3; }
+INLINE int scale_columns(int bits, int layout) { return is_codebook(bits, layout) ? 1 << (bits - 1) : 2; }
 
 INLINE float grid(float start, float width, float step) {
     float scaled = step * width;
     float root = start + scaled;
     return root * root;
+}
+
+/* `count` levels (magnitudes, where symmetric) between the two numbers of the scale. */
+typedef struct {
+    int count;
+    float base, start, end, span, width;
+    float zoom, inverse; /* 1 / width in two parts: alone, that of a tiny span would overflow */
+} Grid;
+
+INLINE Grid make_grid(int layout, int bits, float first, float last) {
+    Grid g = {1 << (layout == SYMMETRIC ? bits - 1 : bits), 0, 0, last, 0, 0, 1, 0};
+    if (layout == SYMMETRIC)
+        g.start = first;
+    else
+        g.base = first;
+    g.span = last - (layout == UNIFORM ? first : g.start);
+    if (layout == UNIFORM && g.span < 0x1p-64f) g.zoom = 0x1p64f;
+    if (g.span > 0) g.inverse = (float)(g.count - 1) / (g.span * g.zoom);
+    g.width = g.span / (float)(g.count - 1);
+    return g;
+}
+
+/* How far a level lies above the base. */
+INLINE float above_base(const Grid *g, int is_uniform, float step) {
+    if (!is_uniform) return grid(g->start, g->width, step);
+    float above = step * g->width;
+    return above > g->span ? g->span : above;
+}
+
+INLINE float level_of(const Grid *g, int is_uniform, float step) {
+    if (!is_uniform) return g->base + grid(g->start, g->width, step);
+    float scaled = step * g->width;
+    float level = g->base + scaled;
+    return level > g->end ? g->end : level;
 }
 
 #ifdef X86
@@ -607,21 +646,21 @@ INLINE void encode_codebook_stochastic(const float *x, const uint32_t *index, in
 }
 
 #ifdef X86
-VECTOR_INLINE int64_t encode_grid_as(const void *x, int dtype, int64_t k, int affine, int count, float base,
-                                     float start, float inverse, uint8_t *codes) {
-    __m256 zero = _mm256_setzero_ps(), first = _mm256_set1_ps(start), less = _mm256_set1_ps(base);
-    __m256 scale = _mm256_set1_ps(inverse), half = _mm256_set1_ps(0.5f), minus = _mm256_set1_ps(-0.0f);
-    __m256i top = _mm256_set1_epi32(count - 1), sign = _mm256_set1_epi32(affine ? 0 : count);
+VECTOR_INLINE int64_t encode_grid_as(const void *x, int dtype, int64_t k, int layout, const Grid *g, uint8_t *codes) {
+    __m256 zero = _mm256_setzero_ps(), first = _mm256_set1_ps(g->start), less = _mm256_set1_ps(g->base);
+    __m256 scale = _mm256_set1_ps(g->inverse), half = _mm256_set1_ps(0.5f), minus = _mm256_set1_ps(-0.0f);
+    __m256 zoom = _mm256_set1_ps(g->zoom);
+    __m256i top = _mm256_set1_epi32(g->count - 1), sign = _mm256_set1_epi32(g->count);
     int64_t i = 0;
     for (; i + 32 <= k; i += 32) {
         __m256i code[4];
         for (int j = 0; j < 4; j++) {
             __m256 v = load8(x, i + 8 * j, dtype);
-            __m256 m = affine ? _mm256_max_ps(_mm256_sub_ps(v, less), zero) : _mm256_andnot_ps(minus, v);
-            m = _mm256_mul_ps(_mm256_sub_ps(_mm256_sqrt_ps(m), first), scale);
-            m = _mm256_add_ps(m, half);
+            __m256 m = layout == SYMMETRIC ? _mm256_andnot_ps(minus, v) : _mm256_max_ps(_mm256_sub_ps(v, less), zero);
+            m = layout == UNIFORM ? _mm256_mul_ps(m, zoom) : _mm256_sub_ps(_mm256_sqrt_ps(m), first);
+            m = _mm256_add_ps(_mm256_mul_ps(m, scale), half);
             code[j] = _mm256_min_epi32(_mm256_cvttps_epi32(m), top);
-            if (!affine)
+            if (layout == SYMMETRIC)
                 code[j] = _mm256_or_si256(code[j],
                                           _mm256_and_si256(_mm256_srai_epi32(_mm256_castps_si256(v), 31), sign));
         }
@@ -630,84 +669,89 @@ VECTOR_INLINE int64_t encode_grid_as(const void *x, int dtype, int64_t k, int af
     return i;
 }
 
-VECTOR int64_t encode_grid_avx2(const void *x, int dtype, int64_t k, int affine, int count, float base, float start,
-                                float inverse, uint8_t *codes) {
-    if (affine) {
-        FOR_DTYPE(encode_grid_as, dtype, x, k, 1, count, base, start, inverse, codes);
+VECTOR int64_t encode_grid_avx2(const void *x, int dtype, int64_t k, int layout, const Grid *g, uint8_t *codes) {
+    if (layout == UNIFORM) {
+        FOR_DTYPE(encode_grid_as, dtype, x, k, UNIFORM, g, codes);
     }
-    FOR_DTYPE(encode_grid_as, dtype, x, k, 0, count, base, start, inverse, codes);
+    if (layout == AFFINE) {
+        FOR_DTYPE(encode_grid_as, dtype, x, k, AFFINE, g, codes);
+    }
+    FOR_DTYPE(encode_grid_as, dtype, x, k, SYMMETRIC, g, codes);
 }
 #endif
 
-/* Equal steps of the square root of |x| or, affine, of x - base. */
+INLINE float coded_part(const Grid *g, int layout, float x) {
+    float m = layout == SYMMETRIC ? fabsf(x) : x - g->base;
+    return m < 0 ? 0 : m;
+}
+
+INLINE float position_of(const Grid *g, int layout, float m) {
+    float along = layout == UNIFORM ? m * g->zoom : sqrtf(m) - g->start;
+    return along * g->inverse;
+}
+
+/* Equal steps of x, or of the square root of |x| or x - base. */
 INLINE void encode_grid(const void *kept, int dtype, float *room, const uint32_t *index, const int64_t *seed, int64_t k,
-                        int affine, int count, float base, float start, float end, int vector, uint8_t *codes) {
-    float span = end - start;
-    float inverse = span > 0 ? (float)(count - 1) / span : 0.0f, width = span / (float)(count - 1);
-    int32_t top = count - 1;
-    int64_t done = seed ? 0 : WITH_AVX2(encode_grid, kept, dtype, k, affine, count, base, start, inverse, codes);
+                        int layout, const Grid *g, int vector, uint8_t *codes) {
+    int32_t top = g->count - 1, sign = layout == SYMMETRIC ? g->count : 0;
+    int is_uniform = layout == UNIFORM;
+    int64_t done = seed ? 0 : WITH_AVX2(encode_grid, kept, dtype, k, layout, g, codes);
     const float *x = widened(kept, done, k, dtype, vector, room);
     if (!seed) {
         for (int64_t i = done; i < k; i++) {
-            float m = affine ? x[i] - base : fabsf(x[i]);
-            m = m < 0 ? 0 : m;
-            float root = sqrtf(m) - start;
-            float position = root * inverse;
-            int32_t step = (int32_t)(position + 0.5f);
+            float m = coded_part(g, layout, x[i]);
+            int32_t step = (int32_t)(position_of(g, layout, m) + 0.5f);
             step = step > top ? top : step;
-            codes[i] = (uint8_t)(step + (affine ? 0 : (int32_t)(bits_of(x[i]) >> 31) * count));
+            codes[i] = (uint8_t)(step + (int32_t)(bits_of(x[i]) >> 31) * sign);
         }
         return;
     }
     for (int64_t i = 0; i < k; i++) {
-        float m = affine ? x[i] - base : fabsf(x[i]);
-        m = m < 0 ? 0 : m;
-        float root = sqrtf(m) - start;
-        float position = root * inverse;
-        int32_t step = (int32_t)position;
+        float m = coded_part(g, layout, x[i]);
+        int32_t step = (int32_t)position_of(g, layout, m);
         step = step > top - 1 ? top - 1 : step;
-        float lower = grid(start, width, (float)step), gap = grid(start, width, (float)(step + 1)) - lower;
-        float drawn = uniform(draw(*seed, index[i])) * gap, above = m - lower;
+        float lower = above_base(g, is_uniform, (float)step), upper = above_base(g, is_uniform, (float)(step + 1));
+        float drawn = uniform(draw(*seed, index[i])) * (upper - lower), above = m - lower;
         step += drawn < above;
-        codes[i] = (uint8_t)(step + (affine ? 0 : (int32_t)(bits_of(x[i]) >> 31) * count));
+        codes[i] = (uint8_t)(step + (int32_t)(bits_of(x[i]) >> 31) * sign);
     }
 }
 
-/* Least and greatest magnitude or, affine, value, in an order of integers: NaN beyond Inf. */
-INLINE int32_t order_key(uint32_t u, int affine) {
-    return affine ? (int32_t)(u ^ (uint32_t)((int32_t)u >> 31) >> 1) : (int32_t)(u & 0x7FFFFFFF);
+/* Least and greatest magnitude or, where signed, value, in an order of integers: NaN beyond Inf. */
+INLINE int32_t order_key(uint32_t u, int is_signed) {
+    return is_signed ? (int32_t)(u ^ (uint32_t)((int32_t)u >> 31) >> 1) : (int32_t)(u & 0x7FFFFFFF);
 }
 
-INLINE void find_range32(const uint32_t *x, int64_t k, int affine, uint32_t *least, uint32_t *most) {
+INLINE void find_range32(const uint32_t *x, int64_t k, int is_signed, uint32_t *least, uint32_t *most) {
     int32_t low = INT32_MAX, high = INT32_MIN;
     for (int64_t i = 0; i < k; i++) {
-        int32_t key = order_key(x[i], affine);
+        int32_t key = order_key(x[i], is_signed);
         low = key < low ? key : low;
         high = key > high ? key : high;
     }
-    *least = (uint32_t)order_key((uint32_t)low, affine);
-    *most = (uint32_t)order_key((uint32_t)high, affine);
+    *least = (uint32_t)order_key((uint32_t)low, is_signed);
+    *most = (uint32_t)order_key((uint32_t)high, is_signed);
 }
 
-INLINE int16_t order_key16(uint16_t u, int affine) {
-    return affine ? (int16_t)(u ^ (uint16_t)((int16_t)u >> 15) >> 1) : (int16_t)(u & 0x7FFF);
+INLINE int16_t order_key16(uint16_t u, int is_signed) {
+    return is_signed ? (int16_t)(u ^ (uint16_t)((int16_t)u >> 15) >> 1) : (int16_t)(u & 0x7FFF);
 }
 
-INLINE void find_range16(const uint16_t *x, int64_t k, int affine, uint16_t *least, uint16_t *most) {
+INLINE void find_range16(const uint16_t *x, int64_t k, int is_signed, uint16_t *least, uint16_t *most) {
     int16_t low = INT16_MAX, high = INT16_MIN;
     for (int64_t i = 0; i < k; i++) {
-        int16_t key = order_key16(x[i], affine);
+        int16_t key = order_key16(x[i], is_signed);
         low = key < low ? key : low;
         high = key > high ? key : high;
     }
-    *least = (uint16_t)order_key16((uint16_t)low, affine);
-    *most = (uint16_t)order_key16((uint16_t)high, affine);
+    *least = (uint16_t)order_key16((uint16_t)low, is_signed);
+    *most = (uint16_t)order_key16((uint16_t)high, is_signed);
 }
 
-INLINE void find_range(const void *x, int dtype, int64_t k, int affine, float *least, float *most) {
+INLINE void find_range(const void *x, int dtype, int64_t k, int is_signed, float *least, float *most) {
     if (dtype == F32) {
         uint32_t low, high;
-        if (affine)
+        if (is_signed)
             find_range32(x, k, 1, &low, &high);
         else
             find_range32(x, k, 0, &low, &high);
@@ -716,7 +760,7 @@ INLINE void find_range(const void *x, int dtype, int64_t k, int affine, float *l
     } else {
         uint16_t ends[2];
         float wide[2];
-        if (affine)
+        if (is_signed)
             find_range16(x, k, 1, ends, ends + 1);
         else
             find_range16(x, k, 0, ends, ends + 1);
@@ -731,24 +775,15 @@ INLINE int is_finite(float x) { return (bits_of(x) & 0x7FFFFFFF) < INFINITY_BITS
 /* `room`: bytes from `values` on that this thread owns and has not written yet. */
 INLINE void encode_block(const Job *job, Scratch *s, const void *kept, int64_t k, uint8_t *values, int64_t room,
                          uint16_t *scale_out) {
-    int bits = job->bits, affine = job->affine, dtype = job->dtype, vector = job->vector;
-    int columns = scale_columns(bits, affine);
+    int bits = job->bits, layout = job->layout, dtype = job->dtype, vector = job->vector;
+    int columns = scale_columns(bits, layout);
     float scale[4] = {0};
     int poisoned = 0;
     if (k > 0) {
         float low, high;
-        find_range(kept, dtype, k, affine, &low, &high);
+        find_range(kept, dtype, k, layout != SYMMETRIC, &low, &high);
         poisoned = !is_finite(low) || !is_finite(high);
-        if (!poisoned && affine) {
-            float base = low < 0 ? -round_up(-low) : round_down(low);
-            float widest = high - base;
-            poisoned = !is_finite(widest);
-            scale[0] = base;
-            scale[1] = round_up(sqrtf(widest < 0 ? 0 : widest));
-            if (!poisoned)
-                encode_grid(kept, dtype, s->x, s->index, job->seed, k, 1, 1 << bits, base, 0.0f, scale[1], vector,
-                            s->codes);
-        } else if (!poisoned && is_codebook(bits, affine)) {
+        if (!poisoned && is_codebook(bits, layout)) {
             const float *x = widened(kept, 0, k, dtype, vector, s->x);
             if (job->seed)
                 encode_codebook_stochastic(x, s->index, *job->seed, k, bits, low, high, s->codes, scale);
@@ -759,10 +794,27 @@ INLINE void encode_block(const Job *job, Scratch *s, const void *kept, int64_t k
             else
                 encode_codebook(x, k, 3, low, high, vector, s->codes, scale);
         } else if (!poisoned) {
-            scale[0] = round_down(sqrtf(low));
-            scale[1] = round_up(sqrtf(high));
-            encode_grid(kept, dtype, s->x, s->index, job->seed, k, 0, 1 << (bits - 1), 0.0f, scale[0], scale[1], vector,
-                        s->codes);
+            if (layout == SYMMETRIC) {
+                scale[0] = round_down(sqrtf(low));
+                scale[1] = round_up(sqrtf(high));
+            } else {
+                scale[0] = floor_bfloat(low);
+                scale[1] = ceil_bfloat(high);
+                float most = layout == UNIFORM && scale[1] > high ? scale[1] : high, widest = most - scale[0];
+                poisoned = !is_finite(widest);
+                if (layout == AFFINE) scale[1] = round_up(sqrtf(widest < 0 ? 0 : widest));
+            }
+            if (!poisoned) {
+                Grid g = make_grid(layout, bits, scale[0], scale[1]);
+#define ENCODE(layout) encode_grid(kept, dtype, s->x, s->index, job->seed, k, layout, &g, vector, s->codes)
+                if (layout == SYMMETRIC)
+                    ENCODE(SYMMETRIC);
+                else if (layout == AFFINE)
+                    ENCODE(AFFINE);
+                else
+                    ENCODE(UNIFORM);
+#undef ENCODE
+            }
         }
     }
     if (poisoned) {
@@ -788,10 +840,11 @@ INLINE uint32_t clamp_and_narrow(uint32_t u, int dtype) {
 
 #ifdef X86
 /* The levels of a stream of codes; none beyond the greatest number of the dtype, which is not F16. */
-VECTOR_INLINE int64_t decode_grid_as(const uint8_t *in, const uint8_t *end, int64_t k, int bits, int affine, int wide,
-                                     float base, float start, float width, void *out) {
-    __m256 from = _mm256_set1_ps(affine ? base : start), unit = _mm256_set1_ps(width);
-    __m256i steps = _mm256_set1_epi32((1 << (affine ? bits : bits - 1)) - 1), one = _mm256_set1_epi32(1);
+VECTOR_INLINE int64_t decode_grid_as(const uint8_t *in, const uint8_t *end, int64_t k, int bits, int layout, int wide,
+                                     const Grid *g, void *out) {
+    __m256 from = _mm256_set1_ps(layout == SYMMETRIC ? g->start : g->base), unit = _mm256_set1_ps(g->width);
+    __m256 top = _mm256_set1_ps(g->end);
+    __m256i steps = _mm256_set1_epi32(g->count - 1), one = _mm256_set1_epi32(1);
     __m256i minus = _mm256_set1_epi32(INT32_MIN), half = _mm256_set1_epi32(0x7FFF);
     /* Four codes from the first byte on, four from where the fifth begins */
     __m256i lane = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 0, 1, 2, 3), _mm256_set1_epi32(bits));
@@ -808,10 +861,11 @@ VECTOR_INLINE int64_t decode_grid_as(const uint8_t *in, const uint8_t *end, int6
             memcpy(word + 1, in + j * bits + bits / 2, 4);
             __m256i v = _mm256_blend_epi32(_mm256_set1_epi32(word[0]), _mm256_set1_epi32(word[1]), 0xF0);
             __m256 root;
-            if (affine) {
+            if (layout != SYMMETRIC) {
                 root = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srlv_epi32(v, shift), steps));
                 root = _mm256_mul_ps(root, unit);
-                root = _mm256_add_ps(from, _mm256_mul_ps(root, root));
+                root = layout == AFFINE ? _mm256_add_ps(from, _mm256_mul_ps(root, root))
+                                        : _mm256_min_ps(_mm256_add_ps(from, root), top);
                 level[j] = _mm256_castps_si256(root);
             } else {
                 v = _mm256_sllv_epi32(v, up); /* the sign is the first bit now */
@@ -836,41 +890,42 @@ VECTOR_INLINE int64_t decode_grid_as(const uint8_t *in, const uint8_t *end, int6
     return i;
 }
 
-VECTOR int64_t decode_grid_avx2(const uint8_t *in, const uint8_t *end, int64_t k, int bits, int affine, int wide,
-                                float base, float start, float width, void *out) {
+VECTOR_INLINE int64_t decode_grid_in(const uint8_t *in, const uint8_t *end, int64_t k, int bits, int layout, int wide,
+                                     const Grid *g, void *out) {
     if (bits == 4 && k >= 64) { /* few levels: made once, then looked up */
         static const uint8_t every_code[16] = {0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE};
         uint32_t table[16] = {0};
-        decode_grid_as(every_code, every_code + 16, 16, 4, affine, 1, base, start, width, table);
+        decode_grid_as(every_code, every_code + 16, 16, 4, layout, 1, g, table);
         if (!wide)
             for (int c = 0; c < 16; c++) table[c] = (table[c] + 0x7FFF + (table[c] >> 16 & 1)) >> 16;
         return look_up_avx2(in, end, k, 4, table, wide, out);
     }
-    if (affine)
-        return wide ? decode_grid_as(in, end, k, bits, 1, 1, base, start, width, out)
-                    : decode_grid_as(in, end, k, bits, 1, 0, base, start, width, out);
-    return wide ? decode_grid_as(in, end, k, bits, 0, 1, base, start, width, out)
-                : decode_grid_as(in, end, k, bits, 0, 0, base, start, width, out);
+    return wide ? decode_grid_as(in, end, k, bits, layout, 1, g, out)
+                : decode_grid_as(in, end, k, bits, layout, 0, g, out);
+}
+
+VECTOR int64_t decode_grid_avx2(const uint8_t *in, const uint8_t *end, int64_t k, int bits, int layout, int wide,
+                                const Grid *g, void *out) {
+    if (layout == UNIFORM) return decode_grid_in(in, end, k, bits, UNIFORM, wide, g, out);
+    if (layout == AFFINE) return decode_grid_in(in, end, k, bits, AFFINE, wide, g, out);
+    return decode_grid_in(in, end, k, bits, SYMMETRIC, wide, g, out);
 }
 #endif
 
-/* k codes of a grid: base + (start + step * width)^2, with base or start 0. `room` bytes may be read. */
-INLINE void decode_grid(const uint8_t *packed, int64_t room, int64_t k, const uint16_t *scale, int bits, int affine,
-                        int dtype, int vector, uint8_t *codes, void *out) {
-    float first = float_of((uint32_t)scale[0] << 16), last = float_of((uint32_t)scale[1] << 16);
-    float base = affine ? first : 0.0f, start = affine ? 0.0f : first;
-    int32_t steps = (1 << (affine ? bits : bits - 1)) - 1;
-    float width = (last - start) / (float)steps;
-    uint32_t signs = affine ? 0 : 0x80000000;
-    float high = base + grid(start, width, (float)steps), low = base + start * start;
+/* k codes of a grid. `room` bytes may be read. */
+INLINE void decode_grid(const uint8_t *packed, int64_t room, int64_t k, const uint16_t *scale, int bits, int layout,
+                        int is_uniform, int dtype, int vector, uint8_t *codes, void *out) {
+    Grid g = make_grid(layout, bits, float_of((uint32_t)scale[0] << 16), float_of((uint32_t)scale[1] << 16));
+    int32_t steps = g.count - 1;
+    uint32_t signs = layout == SYMMETRIC ? 0x80000000 : 0;
+    float high = level_of(&g, is_uniform, (float)steps), low = level_of(&g, is_uniform, 0.0f);
     float top = float_of(greatest(dtype));
     int tame = fabsf(high) <= top && fabsf(low) <= top;
 #define LEVEL                                                                        \
-    bits_of(base + grid(start, width, (float)((int32_t)codes[i] & steps))) ^         \
+    bits_of(level_of(&g, is_uniform, (float)((int32_t)codes[i] & steps))) ^          \
         ((uint32_t)codes[i] << (32 - bits) & signs)
     if (tame && dtype != F16) {
-        int64_t done =
-            WITH_AVX2(decode_grid, packed, packed + room, k, bits, affine, dtype == F32, base, start, width, out);
+        int64_t done = WITH_AVX2(decode_grid, packed, packed + room, k, bits, layout, dtype == F32, &g, out);
         int64_t bytes = done / 8 * bits;
         packed += bytes, room -= bytes, k -= done;
         out = (uint8_t *)out + done * (dtype == F32 ? 4 : 2);
@@ -1103,7 +1158,7 @@ INLINE void sparsify_block(const Job *job, Scratch *s, int64_t b, int64_t to) {
     }
     int64_t stride = (job->k_full * job->bits + 7) / 8;
     int64_t room = to == job->blocks ? job->nbytes : to * stride;
-    int columns = scale_columns(job->bits, job->affine);
+    int columns = scale_columns(job->bits, job->layout);
     encode_block(job, s, kept, k, (uint8_t *)job->values + b * stride, room - b * stride, job->scale + b * columns);
 }
 
@@ -1119,18 +1174,20 @@ INLINE void unsparsify_block(const Job *job, Scratch *s, int64_t b) {
     const void *v = (const uint8_t *)job->values + b * job->k_full * size;
     if (bits) {
         const uint8_t *packed = (const uint8_t *)job->values + b * ((job->k_full * bits + 7) / 8);
-        const uint16_t *scale = job->scale + b * scale_columns(bits, job->affine);
+        const uint16_t *scale = job->scale + b * scale_columns(bits, job->layout);
         void *kept = full ? out : (void *)s->x;
         int64_t room = (const uint8_t *)job->values + job->nbytes - packed;
-        if (is_codebook(bits, job->affine)) {
+        if (is_codebook(bits, job->layout)) {
             uint32_t table[16];
             codebook_table(scale, bits, job->dtype, table);
             int64_t done = WITH_AVX2(look_up, packed, packed + room, k, bits, table, wide, kept);
             packed += done / 8 * bits;
             unpack_codes(packed, room - done / 8 * bits, k - done, bits, vector, s->codes);
             look_up(s->codes, k - done, table, wide, (uint8_t *)kept + done * size);
+        } else if (job->layout == UNIFORM) {
+            decode_grid(packed, room, k, scale, bits, UNIFORM, 1, job->dtype, vector, s->codes, kept);
         } else {
-            decode_grid(packed, room, k, scale, bits, job->affine, job->dtype, vector, s->codes, kept);
+            decode_grid(packed, room, k, scale, bits, job->layout, 0, job->dtype, vector, s->codes, kept);
         }
         if (full) return;
         v = kept;
@@ -1309,15 +1366,15 @@ static void set_sizes(Job *job) {
 }
 
 EXPORT int dropit_sparsify(const void *x, void *values, void *scale, void *mask, const int64_t *seed, int64_t numel,
-                           int64_t keep, int64_t block, int dtype, int bits, int affine, int is_sample, int threads) {
-    Job job = {x, values, scale, mask, numel, keep, block, 0, 0, 0, 0, seed, dtype, bits, affine, is_sample, 0};
+                           int64_t keep, int64_t block, int dtype, int bits, int layout, int is_sample, int threads) {
+    Job job = {x, values, scale, mask, numel, keep, block, 0, 0, 0, 0, seed, dtype, bits, layout, is_sample, 0};
     set_sizes(&job);
     return run(&job, 0, threads);
 }
 
 EXPORT int dropit_unsparsify(void *out, void *values, void *scale, void *mask, int64_t numel, int64_t keep,
-                             int64_t block, int dtype, int bits, int affine, int threads) {
-    Job job = {out, values, scale, mask, numel, keep, block, 0, 0, 0, 0, NULL, dtype, bits, affine, 0, 0};
+                             int64_t block, int dtype, int bits, int layout, int threads) {
+    Job job = {out, values, scale, mask, numel, keep, block, 0, 0, 0, 0, NULL, dtype, bits, layout, 0, 0};
     set_sizes(&job);
     return run(&job, 1, threads);
 }

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dropit_fx.kernels import reference
 from dropit_fx.kernels.layout import (
+    SYMMETRIC,
     block_count,
     check_borders,
     check_format,
@@ -81,15 +82,15 @@ def sparsify(
     keep: int,
     block: int,
     bits: int,
-    affine: bool,
+    layout: int,
     stochastic: bool,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.sparsify`."""
     lib = library()
     if lib is None or x.dtype not in _DTYPES:
-        return reference.sparsify(x, keep, block, bits, affine, stochastic, seed)
-    check_format(keep, block, bits)
+        return reference.sparsify(x, keep, block, bits, layout, stochastic, seed)
+    check_format(keep, block, bits, layout)
     if not (stochastic and bits):
         seed = None
     elif seed is None:
@@ -97,10 +98,10 @@ def sparsify(
     n = x.numel()
     count = codes_nbytes(n, keep, block, bits) if bits else kept(n, keep, block)
     values = torch.empty(count, dtype=torch.uint8 if bits else x.dtype)
-    columns = scale_columns(bits, affine)
+    columns = scale_columns(bits, layout)
     scale = torch.empty(block_count(n, block) * columns if bits else 0, dtype=torch.bfloat16)
     mask = torch.empty(mask_nbytes(n, keep), dtype=torch.uint8)
-    _sparsify(lib, x, values, scale, mask, seed, keep, block, bits, affine, False)
+    _sparsify(lib, x, values, scale, mask, seed, keep, block, bits, layout, False)
     return values, scale, mask
 
 
@@ -114,7 +115,7 @@ def sample(x: Tensor, keep: int, block: int, seed: Tensor | None = None) -> tupl
     n = x.numel()
     values = torch.empty(kept(n, keep, block), dtype=x.dtype)
     mask = torch.empty(mask_nbytes(n, keep), dtype=torch.uint8)
-    _sparsify(lib, x, values, values, mask, seed, keep, block, 0, False, True)
+    _sparsify(lib, x, values, values, mask, seed, keep, block, 0, SYMMETRIC, True)
     return values, mask
 
 
@@ -128,7 +129,7 @@ def _sparsify(
     keep: int,
     block: int,
     bits: int,
-    affine: bool,
+    layout: int,
     sampled: bool,
 ) -> None:
     x = x.contiguous()
@@ -143,7 +144,7 @@ def _sparsify(
         block,
         _DTYPES[x.dtype],
         bits,
-        affine,
+        layout,
         sampled,
         torch.get_num_threads(),
     )
@@ -160,14 +161,14 @@ def unsparsify(
     keep: int,
     block: int,
     bits: int,
-    affine: bool,
+    layout: int,
 ) -> Tensor:
     """As `reference.unsparsify`."""
     lib = library()
     if lib is None or dtype not in _DTYPES or (bits == 0 and values.dtype != dtype):
-        return reference.unsparsify(values, scale, mask, numel, dtype, keep, block, bits, affine)
-    check_format(keep, block, bits)
-    check_packed(values, scale, mask, numel, keep, block, bits, affine)
+        return reference.unsparsify(values, scale, mask, numel, dtype, keep, block, bits, layout)
+    check_format(keep, block, bits, layout)
+    check_packed(values, scale, mask, numel, keep, block, bits, layout)
     out = torch.empty(numel, dtype=dtype)
     values, scale, mask = values.contiguous(), scale.contiguous(), mask.contiguous()
     failed = lib.dropit_unsparsify(
@@ -180,7 +181,7 @@ def unsparsify(
         block,
         _DTYPES[dtype],
         bits,
-        affine,
+        layout,
         torch.get_num_threads(),
     )
     if failed:
@@ -196,19 +197,19 @@ def check_packed(
     keep: int,
     block: int,
     bits: int,
-    affine: bool,
+    layout: int,
 ) -> None:
     """Raises ValueError where the buffers have not the sizes of the format: C reads past no end."""
     expected = {
         "values": codes_nbytes(numel, keep, block, bits) if bits else kept(numel, keep, block),
-        "scale": block_count(numel, block) * scale_columns(bits, affine) if bits else scale.numel(),
+        "scale": block_count(numel, block) * scale_columns(bits, layout) if bits else scale.numel(),
         "mask": mask_nbytes(numel, keep),
     }
     for (name, count), tensor in zip(expected.items(), (values, scale, mask), strict=True):
         if tensor.numel() != count:
             raise ValueError(
                 f"{name} has {tensor.numel()} elements, but a tensor of {numel} packed with "
-                f"keep={keep}, block={block}, bits={bits}, affine={affine} has {count}"
+                f"keep={keep}, block={block}, bits={bits}, layout={layout} has {count}"
             )
 
 

@@ -28,11 +28,13 @@ from collections.abc import Sequence
 
 import torch
 
+LAYOUTS = ("symmetric", "affine", "uniform")  # of the levels, see `coder`
+SYMMETRIC, AFFINE, UNIFORM = range(len(LAYOUTS))
 FULL = 10_000  # `keep` of a format that drops nothing
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_format(keep: int, block: int, bits: int = 0) -> None:
+def check_format(keep: int, block: int, bits: int = 0, layout: int = SYMMETRIC) -> None:
     """Raises ValueError for a format that no kernel can make.
 
     Args:
@@ -40,6 +42,7 @@ def check_format(keep: int, block: int, bits: int = 0) -> None:
         block: elements per block: 0 (the whole tensor) or a multiple of 8, so that each block's
             mask is whole bytes.
         bits: 0 (values as they are) or 1..8.
+        layout: one of `LAYOUTS`, by index.
     """
     if not 0 <= keep <= FULL:
         raise ValueError(f"keep={keep}: must be in 0..{FULL} (kept elements per {FULL})")
@@ -47,6 +50,8 @@ def check_format(keep: int, block: int, bits: int = 0) -> None:
         raise ValueError(f"block={block}: must be 0 (whole tensor) or a positive multiple of 8")
     if not 0 <= bits <= 8:
         raise ValueError(f"bits={bits}: must be 0 (values as they are) or 1..8")
+    if layout not in range(len(LAYOUTS)):
+        raise ValueError(f"layout={layout}: must be in 0..{len(LAYOUTS) - 1}")
 
 
 def check_uint(x: torch.Tensor, bits: int) -> None:
@@ -113,16 +118,16 @@ def block_count(numel: int, block: int) -> int:
     return (numel + block - 1) // block
 
 
-def is_codebook(bits: int, affine: bool) -> bool:
+def is_codebook(bits: int, layout: int) -> bool:
     """True where the magnitudes themselves are stored per block, not the ends of a grid."""
-    return not affine and bits <= 3
+    return layout == SYMMETRIC and bits <= 3
 
 
-def scale_columns(bits: int, affine: bool) -> int:
+def scale_columns(bits: int, layout: int) -> int:
     """bfloat16 numbers per block in `scale`: 1, 2, 4 for a codebook of 1..3 bits, else 2."""
     if bits == 0:
         return 0
-    return 2 ** (bits - 1) if is_codebook(bits, affine) else 2
+    return 2 ** (bits - 1) if is_codebook(bits, layout) else 2
 
 
 def kept(numel: int, keep: int, block: int) -> int:

@@ -1,9 +1,9 @@
 """The custom ops of namespace `dropit`: schemas, fake kernels, and which implementation runs where.
 
-    dropit::sparsify(Tensor x, int keep, int block, int bits, bool affine, bool stochastic)
+    dropit::sparsify(Tensor x, int keep, int block, int bits, int layout, bool stochastic)
         -> (Tensor values, Tensor scale, Tensor mask)
     dropit::unsparsify(Tensor values, Tensor scale, Tensor mask, SymInt numel, ScalarType dtype,
-                       int keep, int block, int bits, bool affine) -> Tensor
+                       int keep, int block, int bits, int layout) -> Tensor
     dropit::sample(Tensor x, int keep, int block) -> (Tensor values, Tensor mask)
     dropit::pack_uint(Tensor x, int bits) -> Tensor
     dropit::unpack_uint(Tensor packed, int bits, SymInt numel) -> Tensor
@@ -12,9 +12,10 @@
         -> Tensor
 
 `x` is 1-D. `keep` counts kept elements per 10000, `block` is in elements (0: the whole tensor),
-`bits` is 0 (values as they are) or 1..8. Output shapes follow from input shapes and these integers
-alone: see `layout`. No op has a gradient: they are called inside an `autograd.Function`, which does
-the differentiation.
+`bits` is 0 (values as they are) or 1..8, `layout` is that of the levels: 0 symmetric, 1 affine, 2
+uniform (see `coder`). Output shapes follow from input shapes and these integers alone: see module
+`layout`. No op has a gradient: they are called inside an `autograd.Function`, which does the
+differentiation.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ from dropit_fx.kernels.layout import (
 _log = logging.getLogger(__name__)
 
 _SCHEMAS = {
-    "sparsify": "(Tensor x, int keep, int block, int bits, bool affine, bool stochastic)"
+    "sparsify": "(Tensor x, int keep, int block, int bits, int layout, bool stochastic)"
     " -> (Tensor values, Tensor scale, Tensor mask)",
     "unsparsify": "(Tensor values, Tensor scale, Tensor mask, SymInt numel, ScalarType dtype,"
-    " int keep, int block, int bits, bool affine) -> Tensor",
+    " int keep, int block, int bits, int layout) -> Tensor",
     "sample": "(Tensor x, int keep, int block) -> (Tensor values, Tensor mask)",
     "pack_uint": "(Tensor x, int bits) -> Tensor",
     "unpack_uint": "(Tensor packed, int bits, SymInt numel) -> Tensor",
@@ -83,15 +84,15 @@ for _name, _schema in _SCHEMAS.items():
 
 @torch.library.register_fake("dropit::sparsify")
 def _(
-    x: Tensor, keep: int, block: int, bits: int, affine: bool, stochastic: bool
+    x: Tensor, keep: int, block: int, bits: int, layout: int, stochastic: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_format(keep, block, bits)
+    check_format(keep, block, bits, layout)
     n = x.numel()
     if bits:
         values = x.new_empty(codes_nbytes(n, keep, block, bits), dtype=torch.uint8)
     else:
         values = x.new_empty(kept(n, keep, block))
-    columns = scale_columns(bits, affine)
+    columns = scale_columns(bits, layout)
     scale = x.new_empty(block_count(n, block) * columns if bits else 0, dtype=torch.bfloat16)
     return values, scale, x.new_empty(mask_nbytes(n, keep), dtype=torch.uint8)
 
@@ -106,9 +107,9 @@ def _(
     keep: int,
     block: int,
     bits: int,
-    affine: bool,
+    layout: int,
 ) -> Tensor:
-    check_format(keep, block, bits)
+    check_format(keep, block, bits, layout)
     return values.new_empty(numel, dtype=dtype)
 
 

@@ -211,7 +211,7 @@ def sparsify(
     keep: int,
     block: int,
     bits: int,
-    affine: bool,
+    layout: int,
     stochastic: bool,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,11 +222,11 @@ def sparsify(
         keep: kept elements per 10000.
         block: elements per block, or 0.
         bits: bits per kept value, 0: as they are.
-        affine: see `coder`.
+        layout: of the levels, see `coder`.
         stochastic: see `coder`; draws one seed from torch's generator unless one is given.
         seed: (1,) int64.
     """
-    check_format(keep, block, bits)
+    check_format(keep, block, bits, layout)
     if stochastic and bits and seed is None:
         seed = draw_seed(x.device)
     parts, mask = _select(x, magnitude_keys(x), keep, block)
@@ -237,7 +237,7 @@ def sparsify(
         at_kept = random_keys(seed, x.numel())
         marks = unpack_uint(mask, 1, x.numel()).bool() if keep < FULL else None
         draws = [*_gather_parts(at_kept, marks, keep, block)]
-    coded = [encode(part, bits, affine, draw) for part, draw in zip(parts, draws, strict=True)]
+    coded = [encode(part, bits, layout, draw) for part, draw in zip(parts, draws, strict=True)]
     values = _cat([pack_rows(codes, bits) for codes, _ in coded], x, torch.uint8)
     return values, _cat([scale for _, scale in coded], x, torch.bfloat16), mask
 
@@ -274,14 +274,14 @@ def unsparsify(
     keep: int,
     block: int,
     bits: int,
-    affine: bool,
+    layout: int,
 ) -> Tensor:
     """Inverse of `sparsify`, zeros where dropped; see `ops` for the contract."""
-    check_format(keep, block, bits)
+    check_format(keep, block, bits, layout)
     marks = unpack_uint(mask, 1, numel).bool() if keep < FULL else None
     shape = torch.empty(numel, device="meta") if marks is None else marks
     parts, start, row = [], 0, 0
-    columns = scale_columns(bits, affine)
+    columns = scale_columns(bits, layout)
     for mark in _rows(shape, block):
         rows, length = mark.shape
         k = kept_in_block(length, keep, block)
@@ -290,7 +290,7 @@ def unsparsify(
         start += rows * width
         if bits:
             levels = scale[row * columns : (row + rows) * columns].view(rows, columns)
-            part = decode(unpack_rows(part, bits, k), levels, bits, affine, dtype)
+            part = decode(unpack_rows(part, bits, k), levels, bits, layout, dtype)
             row += rows
         parts.append(part if marks is None else scatter_kept(part, mark))
     return _cat(parts, values, dtype).to(dtype, copy=bits == 0 and marks is None)

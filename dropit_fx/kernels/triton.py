@@ -24,6 +24,8 @@ from torch import Tensor
 from dropit_fx.kernels import reference
 from dropit_fx.kernels.layout import (
     FULL,
+    SYMMETRIC,
+    UNIFORM,
     block_count,
     check_borders,
     check_format,
@@ -46,6 +48,8 @@ _TILE = 256  # groups of 8 codes that one program packs
 
 _INFINITY = tl.constexpr(0x7F800000)
 _TOP = tl.constexpr(0x7F7F0000)
+_SYMMETRIC = tl.constexpr(SYMMETRIC)
+_UNIFORM = tl.constexpr(UNIFORM)
 
 
 @triton.jit
@@ -101,6 +105,18 @@ def _round_up(x):
     u = _pattern(x)
     up = (u & 0x7FFF0000) + tl.where((u & 0xFFFF) != 0, 0x10000, 0)
     return _single(tl.minimum(up, _TOP))
+
+
+@triton.jit
+def _floor(x):
+    a = tl.abs(x)
+    return tl.where(x < 0, -_round_up(a), _round_down(a))
+
+
+@triton.jit
+def _ceiling(x):
+    a = tl.abs(x)
+    return tl.where(x < 0, 0.0 - _round_down(a), _round_up(a))
 
 
 @triton.jit
@@ -162,6 +178,25 @@ def _grid_steps(x, m, start, end, seed_ptr, index, COUNT: tl.constexpr, STOCHAST
 
 
 @triton.jit
+def _uniform_steps(m, span, seed_ptr, index, COUNT: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """Steps of m between 0 and span, nearest or random."""
+    steps = span * 0.0 + (COUNT - 1)
+    zoom = tl.where(span < 5.421010862427522e-20, 18446744073709551616.0, 1.0)  # 2**-64, 2**64
+    zoomed = span * zoom
+    inverse = tl.where(span > 0, tl.div_rn(steps, tl.where(span > 0, zoomed, 1.0)), 0.0)
+    position = m * zoom * inverse
+    if STOCHASTIC:
+        width = tl.div_rn(span, steps)
+        step = tl.minimum(position.to(tl.int32), COUNT - 2)
+        lower = tl.minimum(step.to(tl.float32) * width, span)
+        gap = tl.minimum((step + 1).to(tl.float32) * width, span) - lower
+        step += (_uniform(seed_ptr, index) * gap < m - lower).to(tl.int32)
+    else:
+        step = tl.minimum((position + 0.5).to(tl.int32), COUNT - 1)
+    return step
+
+
+@triton.jit
 def _select(key, valid, n, k):
     """The k greatest of the valid unsigned keys, of equal ones the first."""
     low = tl.zeros((), tl.int64)
@@ -192,7 +227,7 @@ def _sparsify_kernel(
     weight_tail,
     DTYPE: tl.constexpr,
     BITS: tl.constexpr,
-    AFFINE: tl.constexpr,
+    LAYOUT: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     SAMPLE: tl.constexpr,
     FULL_: tl.constexpr,
@@ -242,23 +277,29 @@ def _sparsify_kernel(
         low = _single(low_key)
         high = _single(high_key)
         column = scale_ptr + b * COLUMNS
-        if AFFINE:
+        if LAYOUT != _SYMMETRIC:
             least = tl.min(tl.where(kept, x, _single(tl.full((), 0x7F7FFFFF, tl.int32))))
             most = tl.max(tl.where(kept, x, -_single(tl.full((), 0x7F7FFFFF, tl.int32))))
             least = tl.where(k > 0, least, 0.0)
             most = tl.where(k > 0, most, 0.0)
-            base = tl.where(least < 0, -_round_up(tl.abs(least)), _round_down(tl.abs(least)))
+            base = _floor(least)
+            ceiling = _ceiling(most)
+            if LAYOUT == _UNIFORM:
+                most = tl.maximum(most, ceiling)
             widest = tl.maximum(most - base, 0.0)
             overflow = _pattern(widest) >= _INFINITY
             poisoned = poisoned | overflow
-            widest = tl.where(overflow, 0.0, widest)
             above = tl.where(overflow, 0.0, tl.maximum(x - base, 0.0))
             above = tl.where(kept, above, 0.0)
-            top = _round_up(_root(widest))
-            zero = top * 0.0
-            code = _grid_steps(x, above, zero, top, seed_ptr, index, 2**BITS, STOCHASTIC)
             c0 = base
-            c1 = top
+            if LAYOUT == _UNIFORM:
+                c1 = ceiling
+                span = tl.where(overflow, 0.0, ceiling - base)
+                code = _uniform_steps(above, span, seed_ptr, index, 2**BITS, STOCHASTIC)
+            else:
+                c1 = _round_up(_root(tl.where(overflow, 0.0, widest)))
+                zero = c1 * 0.0
+                code = _grid_steps(x, above, zero, c1, seed_ptr, index, 2**BITS, STOCHASTIC)
         elif BITS > 3:
             start = _round_down(_root(low))
             end = _round_up(_root(high))
@@ -324,7 +365,7 @@ def _sparsify_kernel(
                 level = _single(tl.minimum(_to_bfloat(_pattern(level)), _TOP))
                 _store_level(column + j, level, poisoned)
             code = code | (sign << (BITS - 1))
-        if AFFINE or BITS > 3 or STOCHASTIC:
+        if LAYOUT != _SYMMETRIC or BITS > 3 or STOCHASTIC:
             _store_level(column, c0, poisoned)
             if COLUMNS > 1:
                 _store_level(column + COLUMNS - 1, c1, poisoned)
@@ -354,7 +395,7 @@ def _unsparsify_kernel(
     k_tail,
     DTYPE: tl.constexpr,
     BITS: tl.constexpr,
-    AFFINE: tl.constexpr,
+    LAYOUT: tl.constexpr,
     FULL_: tl.constexpr,
     COLUMNS: tl.constexpr,
     LANES: tl.constexpr,
@@ -383,10 +424,15 @@ def _unsparsify_kernel(
         code = ((code | (rest.to(tl.int32) << 8)) >> (at % 8)) & (2**BITS - 1)
         column = scale_ptr + b * COLUMNS
         c0 = _bfloat_at(column)
-        if AFFINE:
+        if LAYOUT != _SYMMETRIC:
             steps = tl.full((), 2**BITS - 1, tl.float32)
-            root = code.to(tl.float32) * tl.div_rn(_bfloat_at(column + 1), steps)
-            level = _pattern(c0 + root * root)
+            c1 = _bfloat_at(column + 1)
+            if LAYOUT == _UNIFORM:
+                scaled = code.to(tl.float32) * tl.div_rn(c1 - c0, steps)
+                level = _pattern(tl.minimum(c0 + scaled, c1))
+            else:
+                root = code.to(tl.float32) * tl.div_rn(c1, steps)
+                level = _pattern(c0 + root * root)
         else:
             step = code & (2 ** (BITS - 1) - 1)
             if BITS > 3:
@@ -509,7 +555,7 @@ def _launch_sparsify(
     keep: int,
     block: int,
     bits: int,
-    affine: bool,
+    layout: int,
     sampled: bool,
 ) -> None:
     k_full, k_tail = _kept_counts(x.numel(), keep, block)
@@ -528,11 +574,11 @@ def _launch_sparsify(
         x.numel() % block / k_tail if k_tail else 0.0,
         DTYPE=_DTYPES[x.dtype],
         BITS=bits,
-        AFFINE=affine,
+        LAYOUT=layout,
         STOCHASTIC=seed is not None and not sampled,
         SAMPLE=sampled,
         FULL_=keep == FULL,
-        COLUMNS=max(1, scale_columns(bits, affine)),
+        COLUMNS=max(1, scale_columns(bits, layout)),
         LANES=_lanes(block),
         **options,
     )
@@ -543,14 +589,14 @@ def sparsify(
     keep: int,
     block: int,
     bits: int,
-    affine: bool,
+    layout: int,
     stochastic: bool,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.sparsify`, which also takes float64, blocks above 8192 and whole tensors."""
     if not _fits(x.dtype, x.numel(), block):
-        return reference.sparsify(x, keep, block, bits, affine, stochastic, seed)
-    check_format(keep, block, bits)
+        return reference.sparsify(x, keep, block, bits, layout, stochastic, seed)
+    check_format(keep, block, bits, layout)
     if not (stochastic and bits):
         seed = None
     elif seed is None:
@@ -558,10 +604,10 @@ def sparsify(
     n = x.numel()
     x = x.contiguous()
     mask = x.new_empty(mask_nbytes(n, keep), dtype=torch.uint8)
-    columns = scale_columns(bits, affine)
+    columns = scale_columns(bits, layout)
     scale = x.new_empty(block_count(n, block) * columns, dtype=torch.bfloat16)
     values = x.new_empty(kept(n, keep, block), dtype=torch.uint8 if bits else x.dtype)
-    _launch_sparsify(x, values, scale, mask, seed, keep, block, bits, affine, False)
+    _launch_sparsify(x, values, scale, mask, seed, keep, block, bits, layout, False)
     if bits:
         k_full, k_tail = _kept_counts(n, keep, block)
         rows = block_count(n, block)
@@ -590,7 +636,7 @@ def sample(x: Tensor, keep: int, block: int, seed: Tensor | None = None) -> tupl
     mask = x.new_empty(mask_nbytes(x.numel(), keep), dtype=torch.uint8)
     values = x.new_empty(kept(x.numel(), keep, block))
     scale = x.new_empty(0, dtype=torch.bfloat16)
-    _launch_sparsify(x, values, scale, mask, seed, keep, block, 0, False, True)
+    _launch_sparsify(x, values, scale, mask, seed, keep, block, 0, SYMMETRIC, True)
     return values, mask
 
 
@@ -603,12 +649,12 @@ def unsparsify(
     keep: int,
     block: int,
     bits: int,
-    affine: bool,
+    layout: int,
 ) -> Tensor:
     """As `reference.unsparsify`."""
     if not _fits(dtype, numel, block) or (bits == 0 and values.dtype != dtype):
-        return reference.unsparsify(values, scale, mask, numel, dtype, keep, block, bits, affine)
-    check_format(keep, block, bits)
+        return reference.unsparsify(values, scale, mask, numel, dtype, keep, block, bits, layout)
+    check_format(keep, block, bits, layout)
     out = values.new_empty(numel, dtype=dtype)
     k_full, k_tail = _kept_counts(numel, keep, block)
     options: dict[str, Any] = {"enable_fp_fusion": False}
@@ -623,9 +669,9 @@ def unsparsify(
         k_tail,
         DTYPE=_DTYPES[dtype],
         BITS=bits,
-        AFFINE=affine,
+        LAYOUT=layout,
         FULL_=keep == FULL,
-        COLUMNS=scale_columns(bits, affine),
+        COLUMNS=scale_columns(bits, layout),
         LANES=_lanes(block),
         **options,
     )
