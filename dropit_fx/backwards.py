@@ -28,7 +28,6 @@ from dropit_fx import runs
 from dropit_fx.core_types import OpRule
 
 Grads = dict[str, Tensor | None]
-Saved = Mapping[str, Tensor]
 aten = torch.ops.aten
 
 
@@ -59,6 +58,14 @@ class Call:
         self.strides = strides
         self.dtypes = dtypes
         self.needs = needs
+
+
+class Saved(Mapping[str, Tensor]):
+    """What the op kept: operand -> dense tensor, unpacked when it is read."""
+
+    def masked(self, operand: str, grad: Tensor, off: float = 0.0) -> Tensor:
+        """``grad`` where the bits kept for ``operand`` are set, ``off * grad`` elsewhere."""
+        raise NotImplementedError
 
 
 Formula = Callable[[Tensor, Saved, Call], Grads]
@@ -243,7 +250,7 @@ def convolution(dims: int, transposed: bool) -> Callable[[Tensor, Saved, Call], 
 
 def masked(grad: Tensor, saved: Saved, call: Call) -> Grads:
     """relu, relu6, hardtanh: the gradient where the bit is set (NaN counts as set), 0 elsewhere."""
-    return {"input": torch.where(saved["result"], grad, 0)}
+    return {"input": saved.masked("result", grad)}
 
 
 def leaky_relu(grad: Tensor, saved: Saved, call: Call) -> Grads:

@@ -132,7 +132,9 @@ def encoder(sequences: int, length: int) -> tuple[nn.Module, Tensor, int]:
     return model, torch.cat([edges[:, :1], words, edges[:, 1:]], 1), tokenizer.mask_token_id
 
 
-def loss_of(loss: str, model: Any, ids: Tensor, mask_id: int, embedding: Tensor | None = None) -> Tensor:
+def loss_of(
+    loss: str, model: Any, ids: Tensor, mask_id: int, embedding: Tensor | None = None
+) -> Tensor:
     """One of ``LOSSES``; ``embedding`` reads masked tokens back where the model cannot be asked."""
     generator = torch.Generator().manual_seed(0)
     attend = torch.ones_like(ids)

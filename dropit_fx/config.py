@@ -18,7 +18,8 @@ from dropit_fx.codecs import CODEC
 from dropit_fx.core_types import Codec, Options, Read, Use
 from dropit_fx.op_table import RULES
 
-DEFAULT_PRESET = "dropit"
+DEFAULT_PRESET = "balanced"
+PAPER_PRESET = "dropit"  # of the published call, which names a strategy or a rate
 
 
 class ConfigError(ValueError):
@@ -167,8 +168,11 @@ def make_config(
     """A config with the sugar of ``transform`` and of the backend's options applied.
 
     ``strategy``, ``gamma`` and ``bits`` override the preset's rules for matmul and convolution
-    inputs: the call of the published code, ``transform(model, strategy="mink", gamma=0.9)``.
+    inputs: the call of the published code, ``transform(model, strategy="mink", gamma=0.9)``. Where
+    no preset and no config is named, they change the preset ``dropit``.
     """
+    if preset is None and config is None and (strategy, gamma, bits) != (None, None, None):
+        preset = PAPER_PRESET
     if preset is not None and config is not None:
         named = load_config(config)
         own = tuple(r for r in named.rules if not r.preset)

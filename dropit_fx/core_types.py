@@ -47,6 +47,8 @@ class Read:
         like: For what the op makes itself: the argument of its shape, or ``"result"``.
         bits: For reads stored as small integers (masks, indices): from the call's arguments to
             the fewest bits that lose nothing. ``run_saving`` returns these codes.
+        between: For a slope that is 1 where the operand lies strictly between two bounds and 0
+            elsewhere: from the call's arguments to the bounds (None: no bound).
         function: For the input of a pointwise function f: from the call's arguments to the name of
             f in ``step_tables``, ``""`` where there is no table for these arguments.
     """
@@ -57,6 +59,7 @@ class Read:
     lossy: bool | Callable[[Mapping[str, Any]], bool] = True
     like: str = "result"
     bits: Callable[[Mapping[str, Any]], int] | None = None
+    between: Callable[[Mapping[str, Any]], tuple[Any, Any]] | None = None
     function: Callable[[Mapping[str, Any]], str] | None = None
 
 
@@ -164,8 +167,10 @@ class SavedRead:
             identity are the same values in memory order, whatever view each reader sees.
         lossy: Whether it may be approximated.
         bits: The fewest bits, for reads stored as codes.
+        between: The bounds between which the slope is 1.
         function: The pointwise function that it is the input of, as ``step_tables`` names it.
         obstacle: Why this very call cannot be packed, or ``""``.
+        recast: Whether it is autocast's copy of a parameter, which a packed call makes again.
         wanted: Whether a gradient that reads it is asked for. A convolution keeps its input for a
             frozen weight too; its packed call does not.
     """
@@ -184,8 +189,10 @@ class SavedRead:
     identity: tuple[Any, ...] = ()
     lossy: bool = True
     bits: int | None = None
+    between: tuple[Any, Any] | None = None
     function: str = ""
     obstacle: str = ""
+    recast: bool = False
     wanted: bool = True
 
     @property

@@ -45,9 +45,17 @@ def _layer() -> tuple[Read, ...]:
     )
 
 
-def _piecewise(name: str, operand: str, targets: tuple[Any, ...], **row: Any) -> OpRule:
+def _piecewise(
+    name: str,
+    operand: str,
+    targets: tuple[Any, ...],
+    between: Callable[[Mapping[str, Any]], tuple[Any, Any]] | None = None,
+    **row: Any,
+) -> OpRule:
     """A row of a piecewise-linear function: one bit says which of its two slopes holds."""
-    read = Read(operand=operand, use=Use.SLOPE, needed_by=("input",), bits=_one_bit)
+    read = Read(
+        operand=operand, use=Use.SLOPE, needed_by=("input",), bits=_one_bit, between=between
+    )
     return OpRule(name=name, targets=targets, reads=(read,), **row)
 
 
@@ -214,27 +222,27 @@ OP_RULES: tuple[OpRule, ...] = (
         "relu",
         "result",
         (F.relu, torch.relu, torch.relu_, "relu", "relu_", aten.relu.default, aten.relu_.default),
+        between=lambda args: (0.0, None),
         run=runs.relu,
         derive=runs.relu,
-        run_saving=runs.relu_saving,
         backward=bw.masked,
     ),
     _piecewise(
         "relu6",
         "result",
         (F.relu6, aten.relu6.default, aten.relu6_.default),
+        between=lambda args: (0.0, 6.0),
         run=runs.relu6,
         derive=runs.relu6,
-        run_saving=runs.relu6_saving,
         backward=bw.masked,
     ),
     _piecewise(
         "hardtanh",
         "result",
         (F.hardtanh, F.hardtanh_, aten.hardtanh.default, aten.hardtanh_.default),
+        between=lambda args: (args["min_val"], args["max_val"]),
         run=runs.hardtanh,
         derive=runs.hardtanh,
-        run_saving=runs.hardtanh_saving,
         backward=bw.masked,
     ),
     _piecewise(

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from dropit_fx import backwards
@@ -196,7 +196,7 @@ def _value(entry: _Entry, parts: tuple[Tensor, ...], layout: _Layout) -> Tensor:
     """The dense tensor (or the slopes) that an entry stands for, in its layout."""
     shape, _, order, _, _ = layout
     if entry.codec == "keep":
-        return parts[0]
+        return parts[0].to(entry.dtype)
     if entry.codec == DERIVED:
         flat = _derive(dict(entry.options)["recipe"], parts).to(entry.dtype)
         return unflatten(flat, shape, order)
@@ -219,7 +219,7 @@ def _derive(recipe: tuple[Any, ...], parts: tuple[Tensor, ...]) -> Tensor:
     return _in_order(rule.derive(**values), order)
 
 
-class _SavedTensors(Mapping[str, Tensor]):
+class _SavedTensors(backwards.Saved):
     """Operand -> dense tensor, unpacked when read; operands that nobody saved are blank memory."""
 
     def __init__(self, ctx: Any) -> None:
@@ -237,6 +237,12 @@ class _SavedTensors(Mapping[str, Tensor]):
         # a formula asks for its shape only: the gradients that read its values are not wanted
         shape, strides, _, dtype, device = layout
         return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+    def masked(self, operand: str, grad: Tensor, off: float = 0.0) -> Tensor:
+        """As the base class says."""
+        (shape, _, order, _, _), (_, parts) = self._layouts[operand], self._slots[operand]
+        out = torch.ops.dropit.apply_mask(parts[0], _in_order(grad, order), off)
+        return unflatten(out, shape, order)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._slots)
@@ -376,11 +382,17 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
         if not torch.is_grad_enabled() or not needs or derived_for_nobody or rule.obstacle(bound):
             plain = rule.run(*bound.values())
             return (plain, *[None] * len(gives)) if gives else plain
-        if rule.autocast:
-            bound = {n: _autocast(a) if isinstance(a, Tensor) else a for n, a in bound.items()}
         held: list[_Held] = []
         given: list[_Entry] = []
         parts: list[Tensor] = []
+        if rule.autocast:
+            exact = bound
+            bound = {n: _autocast(a) if isinstance(a, Tensor) else a for n, a in bound.items()}
+            for name, a in exact.items():
+                # a parameter stays anyway: it is kept in the place of autocast's copy
+                if isinstance(a, nn.Parameter) and a is not bound[name] and name not in packed:
+                    given.append(_Entry(name, "keep", (), bound[name].dtype, 1))
+                    parts.append(a.detach())
         for read in made:
             how = packed.get(read.operand, ("keep", {}))
             if isinstance(how, Packed):

@@ -31,11 +31,13 @@ PACK_OPS = (
     _dropit.sample.default,
     _dropit.pack_uint.default,
     _dropit.encode_steps.default,
+    _dropit.pack_between.default,
 )
 UNPACK_OPS = (
     _dropit.unsparsify.default,
     _dropit.unpack_uint.default,
     _dropit.decode_steps.default,
+    _dropit.apply_mask.default,
 )
 
 

@@ -74,30 +74,14 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     return F.relu(input)
 
 
-def relu_saving(input: Tensor, inplace: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-    out = F.relu(input)
-    return out, {"result": ~(out <= 0)}  # NaN passes its gradient on, as in aten.threshold_backward
-
-
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     return F.relu6(input)
-
-
-def relu6_saving(input: Tensor, inplace: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-    return hardtanh_saving(input, 0.0, 6.0)
 
 
 def hardtanh(
     input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
 ) -> Tensor:
     return F.hardtanh(input, min_val, max_val)
-
-
-def hardtanh_saving(
-    input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
-) -> tuple[Tensor, dict[str, Tensor]]:
-    inside = ~((input <= min_val) | (input >= max_val))
-    return F.hardtanh(input, min_val, max_val), {"result": inside}
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:

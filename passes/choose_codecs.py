@@ -67,6 +67,8 @@ def _choose(read: SavedRead, config: Config) -> Decision:
         return Decision(read=read, codec="drop")
     codec = CODEC[rule.codec]
     options: Options = {"bits": read.bits} if read.bits is not None else rule.full_options()
+    if read.between is not None:
+        options |= dict(zip(("low", "high"), read.between, strict=True))
     if codec.slope and not read.function:
         return kept(f"no table of slopes for these arguments of {read.rule.name}")
     if codec.slope:

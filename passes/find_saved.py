@@ -221,6 +221,14 @@ class _Probe(fx.Interpreter):
         story = self.stories.get(storage_id(tensor))
         return story is not None and story.alive in _FREE
 
+    def _is_recast(self, tensor: Tensor, rule: OpRule | None, operand: Any) -> bool:
+        """Whether autocast made ``tensor`` from a parameter."""
+        if rule is None or not rule.autocast or not isinstance(operand, Tensor):
+            return False
+        story = self.stories.get(storage_id(operand))
+        kept_alive = story is not None and story.alive == "a parameter"
+        return kept_alive and tensor.dtype != operand.dtype
+
     def _seen_by_others(self, n: fx.Node, args: Any) -> str:
         """Who else sees the tensor that an in-place call writes, so that it cannot be packed."""
         story = self.stories[storage_id(args[0])]
@@ -278,8 +286,10 @@ class _Probe(fx.Interpreter):
                 lossy=read is None
                 or (read.lossy if isinstance(read.lossy, bool) else read.lossy(operands)),
                 bits=read.bits(operands) if read and read.bits else None,
+                between=read.between(operands) if read and read.between else None,
                 function=read.function(operands) if read and read.function else "",
                 obstacle=obstacle,
+                recast=self._is_recast(tensor, rule, operands.get(operand)),
                 wanted=read is None or any(_requires_grad(operands.get(a)) for a in read.needed_by),
             )
         )

@@ -18,6 +18,7 @@ from dropit_fx.core_types import Decision, OpRule, Plan
 from dropit_fx.op_table import bind, derivable_rule_of, is_inplace
 from dropit_fx.packed_call import PACKED_OPS, derived, pack
 from dropit_fx.passes.derive_values import bases_of, recipe
+from dropit_fx.passes.share_packed import CAST
 
 
 def insert_packing(plan: Plan) -> Plan:
@@ -42,7 +43,7 @@ class _Writer:
         self.by_node: dict[str, list[Decision]] = defaultdict(list)
         self.by_key: dict[str, list[Decision]] = defaultdict(list)
         for decision in plan.decisions:
-            if decision.packed:
+            if decision.packed and decision.codec != CAST:
                 self.by_node[decision.read.node].append(decision)
                 if decision.pack is not None:
                     self.by_key[decision.pack].append(decision)

@@ -16,6 +16,8 @@ from dropit_fx.codecs import CODEC
 from dropit_fx.core_types import Decision, Plan, Site
 from dropit_fx.passes.choose_codecs import keep
 
+CAST = "cast"  # in the place of a codec: made again from the parameter
+
 
 def share_packed(plan: Plan) -> Plan:
     """Gives each packed operand its ``pack`` key, and drops packings that do not pay."""
@@ -39,7 +41,18 @@ def share_packed(plan: Plan) -> Plan:
             )
         shared.append(decision)
     bodies = {name: share_packed(body) for name, body in plan.bodies.items()}
-    return replace(plan, decisions=_never_larger(plan, shared), bodies=bodies)
+    return replace(plan, decisions=_recast(_never_larger(plan, shared)), bodies=bodies)
+
+
+def _recast(decisions: tuple[Decision, ...]) -> tuple[Decision, ...]:
+    """Packed calls keep parameters, and cast them again: autocast's copies of them are let go."""
+    swapped = {d.read.node for d in decisions if d.packed}
+    return tuple(
+        replace(d, codec=CAST, reason="")
+        if d.read.recast and not d.packed and d.read.node in swapped
+        else d
+        for d in decisions
+    )
 
 
 def is_copy(decision: Decision) -> bool:

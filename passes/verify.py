@@ -18,7 +18,7 @@ from dropit_fx.config import serves
 from dropit_fx.core_types import OpRule, Plan, Use
 from dropit_fx.op_table import DERIVABLE, RULES, bind
 from dropit_fx.packed_call import PACKED_OPS, derived, pack
-from dropit_fx.passes.share_packed import by_site, packed_bytes, value_of
+from dropit_fx.passes.share_packed import CAST, by_site, packed_bytes, value_of
 
 _RULE_OF_CALL: dict[Any, OpRule] = {op: RULES[name] for name, op in PACKED_OPS.items()}
 
@@ -81,7 +81,7 @@ def one_decision_each(plan: Plan) -> Iterator[str]:
 def served(plan: Plan) -> Iterator[str]:
     """A codec serves the use of every read that it is chosen for."""
     for d in plan.decisions:
-        if not d.packed:
+        if not d.packed or d.codec == CAST:
             continue
         read, codec = d.read.read, CODEC.get(d.codec, CODEC["keep"])
         if read is None:
@@ -219,7 +219,7 @@ def calls_know_their_reads(plan: Plan) -> Iterator[str]:
 
 def graph_follows_decisions(plan: Plan) -> Iterator[str]:
     """The graph packs what the decisions say, as they say it, and nothing else."""
-    wanted = {d.read.label: d for d in plan.decisions if d.packed}
+    wanted = {d.read.label: d for d in plan.decisions if d.packed and d.codec != CAST}
     found = {f"{r.call.name}.{r.operand}": r.how for r in _packed_reads(plan)}
     for label in sorted(wanted.keys() - found.keys()):
         yield f"{label} was to be packed and is not"

@@ -1,0 +1,127 @@
+"""One-bit slopes without a byte per element in between: the ops of relu and its relatives.
+
+    dropit::pack_between(Tensor x, float? low, float? high) -> Tensor
+    dropit::apply_mask(Tensor bits, Tensor grad, float off) -> Tensor
+
+A bit is set where ``x`` lies strictly between ``low`` and ``high`` (None: no bound), and for NaN, as
+in ATen's formulas. ``apply_mask`` gives ``grad`` where the bit is
+set, ``off * grad`` elsewhere, and exactly 0 where ``off`` is 0. Both take 1-D tensors. On CUDA they
+run in PyTorch, which compilers fuse with what is around them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dropit_fx.kernels import reference
+from dropit_fx.kernels.layout import uint_nbytes
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as in masks.c
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The C kernels; None where this installation has none."""
+    folder = Path(__file__).parent
+    paths = [folder / f"_masks{suffix}" for suffix in EXTENSION_SUFFIXES]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None or sys.byteorder != "little":
+        return None
+    try:
+        lib = ctypes.CDLL(str(path))
+    except OSError:
+        return None
+    pointer, count, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+    lib.dropit_between.argtypes = [pointer, pointer, count, number, real, real, number]
+    lib.dropit_apply.argtypes = [pointer, pointer, pointer, count, number, real, number]
+    return lib
+
+
+def pack_between_reference(x: Tensor, low: float | None, high: float | None) -> Tensor:
+    """In PyTorch: the oracle, and what runs where there is no C."""
+    outside = torch.zeros_like(x, dtype=torch.bool) if low is None else x <= low
+    return reference.pack_uint(~(outside if high is None else outside | (x >= high)), 1)
+
+
+def apply_mask_reference(bits: Tensor, grad: Tensor, off: float) -> Tensor:
+    """In PyTorch: the oracle, and what runs where there is no C."""
+    mask = reference.unpack_uint(bits, 1, grad.numel()).to(torch.bool)
+    return torch.where(mask, grad, grad * off if off else torch.zeros_like(grad))
+
+
+def _pack_between(x: Tensor, low: float | None, high: float | None) -> Tensor:
+    lib = library()
+    if lib is None or x.dtype not in _DTYPES:
+        return pack_between_reference(x, low, high)
+    x = x.contiguous()
+    out = torch.empty(uint_nbytes(x.numel(), 1), dtype=torch.uint8)
+    threads = torch.get_num_threads()
+    lib.dropit_between(
+        x.data_ptr(),
+        out.data_ptr(),
+        x.numel(),
+        _DTYPES[x.dtype],
+        math.nan if low is None else low,  # nothing is less than NaN
+        math.nan if high is None else high,
+        threads,
+    )
+    return out
+
+
+def _apply_mask(bits: Tensor, grad: Tensor, off: float) -> Tensor:
+    if bits.numel() != uint_nbytes(grad.numel(), 1):
+        raise ValueError(f"{bits.numel()} bytes are no mask of {grad.numel()} elements")
+    lib = library()
+    known = grad.dtype == torch.float32 or (grad.dtype == torch.bfloat16 and off == 0)
+    if lib is None or not known:
+        return apply_mask_reference(bits, grad, off)
+    bits, grad = bits.contiguous(), grad.contiguous()
+    out = torch.empty_like(grad)
+    threads = torch.get_num_threads()
+    lib.dropit_apply(
+        bits.data_ptr(),
+        grad.data_ptr(),
+        out.data_ptr(),
+        grad.numel(),
+        _DTYPES[grad.dtype],
+        off,
+        threads,
+    )
+    return out
+
+
+for _name, _schema, _reference, _cpu in (
+    (
+        "pack_between",
+        "(Tensor x, float? low, float? high) -> Tensor",
+        pack_between_reference,
+        _pack_between,
+    ),
+    (
+        "apply_mask",
+        "(Tensor bits, Tensor grad, float off) -> Tensor",
+        apply_mask_reference,
+        _apply_mask,
+    ),
+):
+    torch.library.define(f"dropit::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(f"dropit::{_name}", "CompositeExplicitAutograd", _reference)
+    torch.library.impl(f"dropit::{_name}", "CPU", _cpu)
+
+
+@torch.library.register_fake("dropit::pack_between")
+def _(x: Tensor, low: float | None, high: float | None) -> Tensor:
+    return x.new_empty(uint_nbytes(x.numel(), 1), dtype=torch.uint8)
+
+
+@torch.library.register_fake("dropit::apply_mask")
+def _(bits: Tensor, grad: Tensor, off: float) -> Tensor:
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
