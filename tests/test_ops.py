@@ -156,11 +156,16 @@ def test_lossless_gradients_have_the_same_bits(name: str, call: Case) -> None:
     assert_agrees(call, run(packed, tensors), run(dense, tensors))
 
 
-@pytest.mark.parametrize(
-    ("name", "call"),
-    [(n, c) for n, c in ALL_CASES if sum(t.requires_grad for t in c.tensors()) > 1],
-    ids=case_id,
-)
+# Where there is but one gradient, it was alone before; one formula serves one to three dimensions.
+SEVERAL = [
+    (name, call)
+    for name, call in ALL_CASES
+    if sum(spec.make is None for spec in call.specs()) > 1
+    and not (name.startswith("conv") and name.endswith(("1d", "3d")))
+]
+
+
+@pytest.mark.parametrize(("name", "call"), SEVERAL, ids=case_id)
 def test_each_gradient_alone_has_the_same_bits(name: str, call: Case) -> None:
     # a formula computes only what is asked for, and may read only what that needs
     if (name, call.name) == ("matmul", "broadcast right"):
@@ -553,7 +558,7 @@ def test_few_bit_gradient_is_a_level_of_the_step_table(
     if name in ("sigmoid", "tanh"):  # of which the result is kept
         number = torch.bucketize(out, step_tables.FUNCTIONS[name](borders).float())
     else:
-        number = torch.bucketize(spec.view(tensors[0].detach()), borders.float())
+        number = torch.bucketize(spec.view(tensors[0].detach()).contiguous(), borders.float())
     assert grad is not None
     assert_same(spec.view(grad), cotangent(out) * torch.tensor(steps.levels)[number])
 
@@ -577,21 +582,25 @@ def test_few_bit_has_no_table_for_other_parameters(name: str, settings: dict[str
 
 # --- NaN and Inf: the forward shows them as before, and so does the gradient
 
+RULES_FOR: dict[str, Any] = {
+    "lossless": LOSSLESS["rules"],
+    "quant": [{"codec": "quant", "block": 64}],
+    "few_bit": [{"codec": "few_bit"}],
+}
 SPECIAL = [
     (name, call, codec)
-    for name, call in dict(reversed(QUANTISED)).items()
-    for codec in ("lossless", "quant", "few_bit")
+    for name, call in dict(reversed(QUANTISED)).items()  # the first case of each row
+    for codec in RULES_FOR
     if codec != "few_bit" or name in SMOOTH
 ]
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize(("name", "call", "codec"), SPECIAL, ids=case_id)
-def test_nan_and_inf_in_the_input(name: str, call: Case, codec: str, value: float) -> None:
+def test_nan_and_inf_in_the_input(name: str, call: Case, codec: str) -> None:
     tensors = call.tensors()
-    with torch.no_grad():
-        tensors[0].view(-1)[70] = value
-    config = LOSSLESS if codec == "lossless" else LOSSLESS | {"rules": [{"codec": codec}]}
+    with torch.no_grad():  # in blocks of their own, and some are without
+        tensors[0].view(-1)[[70, 140, 270]] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    config = LOSSLESS | {"rules": RULES_FOR[codec]}
     dense = graph_of(RULES[name].targets[0], call)
     packed, _ = pack_graph(dense, tensors, config)
     (out, grads), (exact, exact_grads) = run(packed, tensors), run(dense, tensors)
@@ -945,7 +954,7 @@ def samples(name: str, limit: int) -> list[Any]:
     return [(op, s.input, s.args, s.kwargs) for s in found[::step][:limit]]
 
 
-@pytest.mark.parametrize(("backend", "limit"), [("dropit_eager", 3), ("aot_eager", 1)])
+@pytest.mark.parametrize(("backend", "limit"), [("dropit_eager", 2), ("aot_eager", 1)])
 @pytest.mark.parametrize("name", OP_DB)
 def test_op_db_samples_have_the_same_bits(name: str, backend: str, limit: int) -> None:
     eager = backend == "dropit_eager"
