@@ -28,7 +28,7 @@ from dropit_fx.report import report
 
 def gradient(model: nn.Module, parameters: Sequence[Tensor], loss: Any) -> Tensor:
     """All gradients as one vector; what no gradient reaches counts as 0."""
-    grads = torch.autograd.grad(loss(model), parameters, allow_unused=True)
+    grads: Sequence[Tensor | None] = torch.autograd.grad(loss(model), parameters, allow_unused=True)
     pairs = zip(grads, parameters, strict=True)
     return torch.cat(
         [(torch.zeros_like(p) if g is None else g).flatten().double() for g, p in pairs]

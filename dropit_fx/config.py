@@ -167,9 +167,9 @@ def make_config(
 ) -> Config:
     """A config with the sugar of ``transform`` and of the backend's options applied.
 
-    ``strategy``, ``gamma`` and ``bits`` override the preset's rules for matmul and convolution
-    inputs: the call of the published code, ``transform(model, strategy="mink", gamma=0.9)``. Where
-    no preset and no config is named, they change the preset ``dropit``.
+    ``strategy``, ``gamma`` and ``bits`` override the preset's rules that drop elements of matmul
+    and convolution inputs. Where no preset and no config is named, they change the preset
+    ``dropit``: the call of the published code, ``transform(model, strategy="mink", gamma=0.9)``.
     """
     if preset is None and config is None and (strategy, gamma, bits) != (None, None, None):
         preset = PAPER_PRESET
@@ -188,7 +188,7 @@ def make_config(
         raise ConfigError(f"no strategy {strategy!r}.{_did_you_mean(strategy, contract)}")
 
     def sweetened(rule: Rule) -> Rule:
-        if not rule.preset or rule.codec not in contract:
+        if not rule.preset or not _drops(rule):
             return rule
         codec = strategy or rule.codec
         names = {o.name for o in CODEC[codec].options}
@@ -197,12 +197,16 @@ def make_config(
         return replace(rule, codec=codec, options=tuple(options.items()))
 
     rules = tuple(sweetened(r) for r in loaded.rules)
-    if not any(r.preset and r.codec in contract for r in rules):
+    if not any(r.preset and _drops(r) for r in loaded.rules):
         raise ConfigError(
-            "strategy, gamma and bits change the preset's rules, and preset"
-            f" {loaded.preset!r} has none for matmul and convolution inputs"
+            "strategy, gamma and bits change the preset's rules that drop elements, and preset"
+            f" {loaded.preset!r} has none"
         )
     return replace(loaded, rules=rules)
+
+
+def _drops(rule: Rule) -> bool:
+    return any(option.name == "gamma" for option in CODEC[rule.codec].options)
 
 
 def _rule(source: Any, where: str, preset: bool = False) -> Rule:

@@ -28,7 +28,8 @@ def channels_last(graph_module: fx.GraphModule) -> None:
 
     The graph's own results keep the layout that they had.
     """
-    if not (torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available()):
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not (available and bool(torch.backends.mkldnn.enabled)):
         return
     graph = graph_module.graph
     for node in list(graph.nodes):

@@ -92,6 +92,7 @@ def _overlay(mine: fx.GraphModule, other: fx.GraphModule, training: bool) -> str
     """
     for node in (*mine.graph.nodes, *other.graph.nodes):
         _spell_out(node)
+    _share_buffers(mine, other)
     _level(mine.graph, other.graph)
     ours, theirs = list(mine.graph.nodes), list(other.graph.nodes)
     twin = dict(zip(theirs, ours, strict=False))
@@ -132,6 +133,21 @@ def _overlay(mine: fx.GraphModule, other: fx.GraphModule, training: bool) -> str
             lay(dict(a.kwargs), dict(b.kwargs), a),
         )
     return ""
+
+
+def _share_buffers(mine: fx.GraphModule, other: fx.GraphModule) -> None:
+    """Gives ``mine`` the buffers that only the other mode reads."""
+    own = dict(mine.named_buffers())
+    for name, buffer in other.named_buffers():
+        if name not in own:
+            path, _, leaf = name.rpartition(".")
+            if path and not _has(mine, path):
+                mine.add_submodule(path, nn.Module())
+            mine.get_submodule(path).register_buffer(leaf, buffer)
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    return path in dict(module.named_modules())
 
 
 def _level(mine: fx.Graph, other: fx.Graph) -> None:

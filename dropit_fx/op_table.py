@@ -595,6 +595,11 @@ def bind(
     return dict(bound.arguments)
 
 
+def inputs_of(rule: OpRule) -> tuple[str, ...]:
+    """Names of the arguments of a row, in order."""
+    return tuple(n for n in rule.run.__annotations__ if n != "return")
+
+
 def is_inplace(node: fx.Node, args: Mapping[str, Any]) -> bool:
     """Whether the call writes into its input."""
     if args.get("inplace") or node.target is operator.imul:

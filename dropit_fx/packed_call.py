@@ -29,7 +29,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from dropit_fx import backwards
 from dropit_fx.codecs import CODEC
 from dropit_fx.core_types import OpRule
-from dropit_fx.op_table import DERIVABLE, OP_RULES, RULES, bind
+from dropit_fx.op_table import DERIVABLE, OP_RULES, RULES, bind, inputs_of
 
 
 class Packed(NamedTuple):
@@ -170,7 +170,7 @@ def derived(
     entries: list[_Entry] = []
     layouts: list[_Layout] = []
     parts: list[Tensor] = []
-    named = dict(zip(_names(DERIVABLE[rule_name]), args, strict=True))
+    named = dict(zip(inputs_of(DERIVABLE[rule_name]), args, strict=True))
     plain = tuple(None if isinstance(a, Tensor) else a for a in args)
     for name in dict.fromkeys((*named, *packs)):
         value = named.get(name)
@@ -186,10 +186,6 @@ def derived(
         parts += packed.parts
     recipe = (rule_name, plain, tuple(entries), tuple(layouts), _layout(like))
     return Packed(tuple(parts), DERIVED, (("recipe", recipe),), like.dtype)
-
-
-def _names(rule: OpRule) -> tuple[str, ...]:
-    return tuple(n for n in rule.run.__annotations__ if n != "return")
 
 
 def _value(entry: _Entry, parts: tuple[Tensor, ...], layout: _Layout) -> Tensor:
@@ -212,7 +208,7 @@ def _derive(recipe: tuple[Any, ...], parts: tuple[Tensor, ...]) -> Tensor:
     rule_name, plain, entries, layouts, (_, _, order, _, _) = recipe
     rule = DERIVABLE[rule_name]
     assert rule.derive is not None
-    values, at = dict(zip(_names(rule), plain, strict=True)), 0
+    values, at = dict(zip(inputs_of(rule), plain, strict=True)), 0
     for entry, layout in zip(entries, layouts, strict=True):
         values[entry.operand] = _value(entry, parts[at : at + entry.tensors], layout)
         at += entry.tensors
@@ -298,7 +294,7 @@ class PackedFunction(torch.autograd.Function):
         out, made = output[0], output[1:]
         ctx.mark_non_differentiable(*made)
         ctx.set_materialize_grads(False)
-        named = dict(zip(_names(rule), args, strict=True))
+        named = dict(zip(inputs_of(rule), args, strict=True))
         tensors = {n: a for n, a in named.items() if isinstance(a, Tensor)}
         entries = list(given)
         saved = [*parts, *made]
@@ -357,7 +353,7 @@ def _shaped_like(rule: OpRule, operand: str, args: Sequence[Any], out: Tensor) -
     """The argument or result that has the shape of what the op makes under the name ``operand``."""
     read = rule.read(operand)
     assert read is not None
-    like: Tensor = out if read.like == "result" else args[_names(rule).index(read.like)]
+    like: Tensor = out if read.like == "result" else args[inputs_of(rule).index(read.like)]
     return like
 
 
@@ -366,7 +362,7 @@ def _no_more(rule: OpRule) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
 
 
 def _packed_op(rule: OpRule) -> Callable[..., Any]:
-    made = tuple(r for r in rule.reads if r.operand not in _names(rule) and r.use != "shape")
+    made = tuple(r for r in rule.reads if r.operand not in inputs_of(rule) and r.use != "shape")
 
     def packed_op(
         *args: Any, packed: Mapping[str, Any], gives: tuple[str, ...] = (), **kwargs: Any

@@ -247,7 +247,7 @@ def _colours(rows: Iterable[Row]) -> dict[str, str]:
     from dropit_fx.codecs import CODEC
 
     packing = [name for name in CODEC if name not in ("keep", "drop")]
-    palette = {"keep": KEPT, "drop": DENSE}
+    palette = {"keep": KEPT} | dict.fromkeys(("drop", "derived", "cast"), DENSE)
     palette |= {n: CODEC_COLOURS[i % len(CODEC_COLOURS)] for i, n in enumerate(packing)}
     present = {_codec(r) for r in rows}
     order = [*palette, *sorted(present - palette.keys())]

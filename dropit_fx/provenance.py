@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import fx
+
+_OURS = str(Path(__file__).parent)
 
 
 def node_where(node: fx.Node) -> str:
@@ -14,7 +18,7 @@ def node_where(node: fx.Node) -> str:
         if line.startswith("File "):
             name, _, rest = line.removeprefix("File ").partition(", line ")
             name, number = name.strip('"'), rest.split(",")[0]
-            if "/torch/" not in name:
+            if "/torch/" not in name and not name.startswith(_OURS):
                 best = f"{name}:{number}"
     return best
 

@@ -156,13 +156,21 @@ class _Writer:
         rule = lead.read.rule
         node = self.graph.call_function(
             pack,
-            (self.nodes[str(lead.read.source)], (), lead.codec, dict(lead.options)),
+            (self._source(lead, reader), (), lead.codec, dict(lead.options)),
             {"autocast": rule is not None and rule.autocast},
         )
         node.meta = _origin(reader)
         self.order[node] = self.order[reader]  # behind an in-place op, its source is redirected too
         self._need(node, self.by_key[key])
         return node
+
+    def _source(self, lead: Decision, reader: fx.Node) -> fx.Node:
+        """What to pack before ``reader``: as ``lead`` sees it, or what that is a view of."""
+        at = self.order[reader]
+        source: fx.Node = _arguments(lead, self.nodes[lead.read.node])[lead.read.operand]
+        while self.order[source] > at:
+            source = self.nodes[self.plan.values.views[source.name]]
+        return source
 
     def _need(self, copy: Any, decisions: list[Decision]) -> None:
         """Names the tensors whose gradients read a copy, through derived values too."""

@@ -16,7 +16,7 @@ from torch import fx
 from dropit_fx.codecs import CODEC
 from dropit_fx.config import serves
 from dropit_fx.core_types import OpRule, Plan, Use
-from dropit_fx.op_table import DERIVABLE, RULES, bind
+from dropit_fx.op_table import DERIVABLE, RULES, bind, inputs_of
 from dropit_fx.packed_call import PACKED_OPS, derived, pack
 from dropit_fx.passes.share_packed import CAST, by_site, packed_bytes, value_of
 
@@ -174,7 +174,8 @@ def packs_are_read(plan: Plan) -> Iterator[str]:
     for n in plan.module.graph.nodes:
         if n.target is derived:
             rule_name, args, packs, _ = _arguments(n)
-            bound = bind(DERIVABLE[rule_name], args, {}) or {}
+            rule = DERIVABLE.get(rule_name)
+            bound = (bind(rule, args, {}) if rule else None) or {}
             for operand, how in packs.items():
                 operands[how].add(bound.get(operand))
     for n in _packs(plan):
@@ -210,11 +211,11 @@ def calls_know_their_reads(plan: Plan) -> Iterator[str]:
         read = rule.read(operand)
         if read is None:
             yield f"'{call.name}': {rule.name} has no read {operand!r}"
-        elif isinstance(how, fx.Node):
-            if read.bits is not None or read.use is Use.SHAPE or not _is_copy(how):
-                yield f"'{call.name}': {operand!r} is packed as {how}, which is no pack node"
-        elif how[0] not in CODEC:
-            yield f"'{call.name}': {operand!r} is packed as {how}, which is no codec"
+        elif read.bits is not None or read.use is Use.SHAPE:
+            if isinstance(how, fx.Node) or how[0] not in CODEC:
+                yield f"'{call.name}': {operand!r} is packed as {how}, which is no codec"
+        elif not _is_copy(how) and (isinstance(how, fx.Node) or operand in inputs_of(rule)):
+            yield f"'{call.name}': {operand!r} is packed as {how}, which is no pack node"
 
 
 def graph_follows_decisions(plan: Plan) -> Iterator[str]:

@@ -60,7 +60,9 @@ class ValueDependent(nn.Module):
 
 def test_export_takes_what_symbolic_trace_cannot() -> None:
     model, x = ShapeDependent(), torch.randn(16, 8)
-    made = transform(copy.deepcopy(model), {"force": True}, gamma=0.0, example_args=(x,))
+    made = transform(
+        copy.deepcopy(model), {"preset": "dropit", "force": True}, gamma=0.0, example_args=(x,)
+    )
     assert any(isinstance(m, InputGuards) for m in made.modules())  # export's mark
     packed = [n.name for n in made.graph.nodes if "packed" in n.kwargs]
     assert packed == ["relu", "linear_1"]  # the first linear reads the model's input
@@ -260,7 +262,9 @@ def vision_transformer() -> nn.Module:
 def test_modules_rewrites_each_match_in_place_and_nothing_else() -> None:
     model, x = vision_transformer(), torch.randn(2, 3, 64, 64)
     dense = copy.deepcopy(model)
-    made = transform(model, {"force": True}, modules="blocks.*", gamma=0.0, example_args=(x,))
+    made = transform(
+        model, {"preset": "dropit", "force": True}, modules="blocks.*", gamma=0.0, example_args=(x,)
+    )
     assert made is model
     assert [isinstance(b, fx.GraphModule) for b in model.blocks] == [True, True]
     assert [n for n, m in model.named_modules() if isinstance(m, fx.GraphModule)] == [

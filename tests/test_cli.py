@@ -43,7 +43,9 @@ def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_report_of_a_factory(factories: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", "--model", f"{factories}:mlp", "--batch", "64"]) == 0
+    assert (
+        main(["report", "--model", f"{factories}:mlp", "--batch", "64", "--preset", "dropit"]) == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:2] == ["saved", "tensor"]
     assert any("bitmask(bits=1)+mink(gamma=0.9)" in line for line in lines)

@@ -54,7 +54,7 @@ class TestPrintedGraphs(TestCase):
     maxDiff = None
 
     def test_mlp(self) -> None:
-        packed = dropit_fx.transform(mlp(), example_args=(torch.randn(64, 64),))
+        packed = dropit_fx.transform(mlp(), preset="dropit", example_args=(torch.randn(64, 64),))
         assert count(packed, pack) == 2
         assert count(packed, *PACKED_OPS.values()) == 4
         self.assertExpectedInline(
@@ -68,17 +68,19 @@ _4_weight = getattr(self, "4").weight
 _4_bias = getattr(self, "4").bias
 _0_weight = getattr(self, "0").weight
 linear = torch._C._nn.linear(input_1, _0_weight, _0_bias)
-relu = packed_relu(linear, inplace = False, packed = {'result': 'bitmask'})
+relu = packed_relu(linear, inplace = False, packed = {'result': ('bitmask', {'bits': 1, 'low': 0.0, 'high': None})})
 pack = pack(relu, (_2_weight,), 'mink', {gamma 0.9}, autocast = True)
 linear_1 = packed_linear(relu, _2_weight, _2_bias, packed = {'input': pack})
-relu_1 = packed_relu(linear_1, inplace = False, packed = {'result': 'bitmask'})
+relu_1 = packed_relu(linear_1, inplace = False, packed = {'result': ('bitmask', {'bits': 1, 'low': 0.0, 'high': None})})
 pack_1 = pack(relu_1, (_4_weight,), 'mink', {gamma 0.9}, autocast = True)
 linear_2 = packed_linear(relu_1, _4_weight, _4_bias, packed = {'input': pack_1})
 return linear_2""",
         )
 
     def test_conv_relu_conv(self) -> None:
-        packed = dropit_fx.transform(convnet(), example_args=(torch.randn(4, 3, 32, 32),))
+        packed = dropit_fx.transform(
+            convnet(), preset="dropit", example_args=(torch.randn(4, 3, 32, 32),)
+        )
         assert count(packed, pack) == 1
         assert count(packed, *PACKED_OPS.values()) == 2
         self.assertExpectedInline(
@@ -90,7 +92,7 @@ _2_weight = getattr(self, "2").weight
 _2_bias = getattr(self, "2").bias
 _0_weight = getattr(self, "0").weight
 conv2d = torch.conv2d(input_1, _0_weight, _0_bias)
-relu = packed_relu(conv2d, inplace = True, packed = {'result': 'bitmask'})
+relu = packed_relu(conv2d, inplace = True, packed = {'result': ('bitmask', {'bits': 1, 'low': 0.0, 'high': None})})
 pack = pack(relu, (_2_weight,), 'mink', {gamma 0.9}, autocast = True)
 conv2d_1 = packed_conv2d(relu, _2_weight, _2_bias, packed = {'input': pack})
 flatten = conv2d_1.flatten(1, -1)
@@ -112,8 +114,8 @@ k_weight = self.k.weight
 k_bias = self.k.bias
 inp_weight = self.inp.weight
 linear = torch._C._nn.linear(x, inp_weight, inp_bias)
-relu = packed_relu(linear, packed = {'result': 'bitmask'})
-pack = pack(relu, (q_weight, k_weight), 'mink', {gamma 0.9}, autocast = True)
+relu = packed_relu(linear, packed = {'result': ('bitmask', {'bits': 1, 'low': 0.0, 'high': None})})
+pack = pack(relu, (q_weight, k_weight), 'mink', {gamma 0.5}, autocast = True)
 linear_1 = packed_linear(relu, q_weight, q_bias, packed = {'input': pack})
 linear_2 = packed_linear(relu, k_weight, k_bias, packed = {'input': pack})
 t = linear_2.t()
@@ -154,7 +156,7 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 def test_tracing_a_rewritten_graph_again_keeps_its_packed_calls() -> None:
     x = torch.randn(64, 64)
-    packed = dropit_fx.transform(mlp(), example_args=(x,))
+    packed = dropit_fx.transform(mlp(), preset="dropit", example_args=(x,))
     again = fx.symbolic_trace(packed)
     assert [n.target for n in again.graph.nodes] == [n.target for n in packed.graph.nodes]
     assert_same(gradients(again, x), gradients(packed, x))
@@ -162,13 +164,13 @@ def test_tracing_a_rewritten_graph_again_keeps_its_packed_calls() -> None:
 
 def test_the_printed_code_is_the_code_that_runs() -> None:
     x = torch.randn(4, 3, 32, 32)
-    packed = dropit_fx.transform(convnet(), example_args=(x,))
+    packed = dropit_fx.transform(convnet(), preset="dropit", example_args=(x,))
     by_nodes = fx.Interpreter(packed).run(x)
     assert_same(by_nodes, packed(x))
 
 
 def test_nodes_keep_the_users_line_and_module() -> None:
-    packed = dropit_fx.transform(Attention(), example_args=(torch.randn(64, 64),))
+    packed = dropit_fx.transform(Attention(), preset="dropit", example_args=(torch.randn(64, 64),))
     modules_of = {"linear_1": "q", "pack": "q", "linear_2": "k"}
     for node in packed.graph.nodes:
         if node.target is pack or node.target in PACKED_OPS.values():
@@ -178,7 +180,7 @@ def test_nodes_keep_the_users_line_and_module() -> None:
 
 
 def test_arguments_of_packs_are_plain_values() -> None:
-    packed = dropit_fx.transform(mlp(), example_args=(torch.randn(64, 64),))
+    packed = dropit_fx.transform(mlp(), preset="dropit", example_args=(torch.randn(64, 64),))
     (first, _) = [n for n in packed.graph.nodes if n.target is pack]
     source, needed, codec, options = first.args
     assert isinstance(source, fx.Node)

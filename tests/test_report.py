@@ -28,7 +28,7 @@ class Shared(nn.Module):
 
 @pytest.fixture
 def rewritten() -> nn.Module:
-    return dropit_fx.transform(Shared(), example_args=(torch.randn(128, 32),))
+    return dropit_fx.transform(Shared(), preset="dropit", example_args=(torch.randn(128, 32),))
 
 
 @pytest.fixture

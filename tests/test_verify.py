@@ -15,7 +15,7 @@ from dropit_fx.api import rewrite
 from dropit_fx.capture import capture
 from dropit_fx.config import load_config
 from dropit_fx.core_types import Decision, Plan
-from dropit_fx.packed_call import PACKED_OPS, pack
+from dropit_fx.packed_call import PACKED_OPS, derived, pack
 from dropit_fx.passes import PIPELINE, VerifyError, verify
 from dropit_fx.passes.verify import CHECKS
 
@@ -70,6 +70,16 @@ def packed_as(plan: Plan, name: str, packed: dict[str, Any]) -> Plan:
 def pack_with(plan: Plan, at: int, value: Any) -> Plan:
     node = named(plan, "pack")
     node.args = (*node.args[:at], value, *node.args[at + 1 :])
+    return plan
+
+
+def derive_from(plan: Plan, packs: dict[str, Any], rule: str = "gelu") -> Plan:
+    """The plan with a node that derives ``gelu(relu)`` from ``packs``."""
+    reader, relu = named(plan, "linear_1"), named(plan, "relu")
+    with plan.module.graph.inserting_before(reader):
+        plan.module.graph.call_function(
+            derived, (rule, (relu, "none"), packs, relu)
+        ).name = "derived"
     return plan
 
 
@@ -144,7 +154,7 @@ def _tiny_site(plan: Plan) -> Plan:
 
 def _exact_read_dropped(plan: Plan) -> Plan:
     (d,) = [d for d in plan.decisions if d.read.label == "linear_1.input"]
-    strict = replace(d.read, read=replace(d.read.read, lossy=False))
+    strict = replace(d.read, lossy=False)
     decisions = tuple(replace(o, read=strict) if o is d else o for o in plan.decisions)
     return replace(plan, decisions=decisions)
 
@@ -244,6 +254,24 @@ BROKEN: list[tuple[str, str, Callable[[Plan], Plan], str]] = [
     ),
     ("packs_are_read", "a pack without readers", pack_for_nobody, "'pack_1' packs for nobody"),
     (
+        "derived_from_what_is_there",
+        "a value derived from a tensor that is let go",
+        lambda p: derive_from(p, {}),
+        "'derived' keeps 'relu' whole, which nobody else does",
+    ),
+    (
+        "derived_from_what_is_there",
+        "a value derived through an op that costs more",
+        lambda p: derive_from(p, {"input": named(p, "pack")}, rule="linear"),
+        "'derived' derives linear, whose row does not say how",
+    ),
+    (
+        "served",
+        "a mask that is derived",
+        lambda p: decide(p, "relu.result", codec="derived", options={}, derived="relu"),
+        "relu.result is derived, but its backward does not read it by value",
+    ),
+    (
         "packs_are_read",
         "a pack that another op reads",
         pack_read_by_a_stranger,
@@ -288,8 +316,8 @@ BROKEN: list[tuple[str, str, Callable[[Plan], Plan], str]] = [
     (
         "calls_know_their_reads",
         "an operand given by the name of a codec",
-        lambda p: packed_as(p, "linear_1", {"input": "mink"}),
-        "'linear_1': 'input' is packed as mink, which is no pack node",
+        lambda p: packed_as(p, "linear_1", {"input": ("mink", MINK)}),
+        "'linear_1': 'input' is packed as ('mink', {",
     ),
     (
         "calls_know_their_reads",
@@ -324,8 +352,8 @@ BROKEN: list[tuple[str, str, Callable[[Plan], Plan], str]] = [
     (
         "graph_follows_decisions",
         "a mask by another codec than decided",
-        lambda p: packed_as(p, "relu", {"result": "drop"}),
-        "relu.result is packed as drop and was to be bitmask",
+        lambda p: packed_as(p, "relu", {"result": ("drop", {})}),
+        "relu.result is packed as drop {} and was to be bitmask",
     ),
     (
         "graph_follows_decisions",

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import dropit_fx.kernels.masks  # noqa: F401  registers its ops
-
 from dropit_fx.core_types import Codec, Options, Use
 from dropit_fx.kernels.layout import uint_nbytes
 

@@ -3,10 +3,9 @@
     dropit::pack_between(Tensor x, float? low, float? high) -> Tensor
     dropit::apply_mask(Tensor bits, Tensor grad, float off) -> Tensor
 
-A bit is set where ``x`` lies strictly between ``low`` and ``high`` (None: no bound), and for NaN, as
-in ATen's formulas. ``apply_mask`` gives ``grad`` where the bit is
-set, ``off * grad`` elsewhere, and exactly 0 where ``off`` is 0. Both take 1-D tensors. On CUDA they
-run in PyTorch, which compilers fuse with what is around them.
+A bit is set where ``x`` lies strictly between ``low`` and ``high`` (None: no bound), and for NaN,
+as in ATen's formulas. ``apply_mask`` gives ``grad`` where the bit is set, ``off * grad`` elsewhere,
+and exactly 0 where ``off`` is 0. Both take 1-D tensors. On CUDA they run in PyTorch.
 """
 
 from __future__ import annotations
