@@ -44,7 +44,8 @@ class Read:
         needed_by: The arguments whose gradients need it; nothing is saved where none requires grad.
         lossy: False where an approximation would reach a gradient that the house keeps exact, or a
             function of the call's arguments that says so.
-        like: For what the op makes itself: the argument of its shape, or ``"result"``.
+        like: For what the op makes itself: the argument of its shape, or ``"result"``; ``""`` for
+            statistics, which are kept as they are.
         bits: For reads stored as small integers (masks, indices): from the call's arguments to
             the fewest bits that lose nothing. ``run_saving`` returns these codes.
         between: For a slope that is 1 where the operand lies strictly between two bounds and 0
@@ -78,7 +79,8 @@ class OpRule:
             ``(*args) -> (result, {operand: codes})``, equal to ``run`` bit for bit.
         backward: ``(grad, saved, call) -> {argument: gradient}``; None means the generic one,
             ``torch.func.vjp`` of ``run`` over the saved operands.
-        autocast: Autocast runs it in the lower precision, so that is what is packed.
+        autocast: ``"lower"`` where autocast runs it in the lower precision, so that is what is
+            packed; ``"float32"``, or ``"float32 on cuda"``, where it runs in that.
         derive: Makes the result again, from the arguments of ``run`` and without side effects, at
             the cost of a pass over memory. A reader of the result may then live on what is packed
             of the operands. None where that costs more.
@@ -92,7 +94,7 @@ class OpRule:
     run_saving: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None
     backward: Callable[..., dict[str, Tensor | None]] | None = None
     orders: Mapping[Any, tuple[str, ...]] = field(default_factory=dict)
-    autocast: bool = False
+    autocast: str = ""
     derive: Callable[..., Tensor] | None = None
     obstacle: Callable[[Mapping[str, Any]], str] = lambda args: ""
 

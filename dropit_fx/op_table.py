@@ -139,7 +139,7 @@ OP_RULES: tuple[OpRule, ...] = (
         reads=_layer(),
         run=runs.linear,
         backward=bw.linear,
-        autocast=True,
+        autocast="lower",
     ),
     *(
         OpRule(
@@ -152,7 +152,7 @@ OP_RULES: tuple[OpRule, ...] = (
             reads=_layer(),
             run=runs.conv(d),
             backward=bw.convolution(d, transposed=False),
-            autocast=True,
+            autocast="lower",
         )
         for d in (1, 2, 3)
     ),
@@ -168,7 +168,7 @@ OP_RULES: tuple[OpRule, ...] = (
             reads=_layer(),
             run=runs.conv_transpose(d),
             backward=bw.convolution(d, transposed=True),
-            autocast=True,
+            autocast="lower",
         )
         for d in (1, 2, 3)
     ),
@@ -184,7 +184,7 @@ OP_RULES: tuple[OpRule, ...] = (
         reads=_product("input", "other"),
         run=runs.matmul,
         backward=bw.matmul,
-        autocast=True,
+        autocast="lower",
     ),
     OpRule(
         name="mm",
@@ -192,7 +192,7 @@ OP_RULES: tuple[OpRule, ...] = (
         reads=_product("input", "mat2"),
         run=runs.mm,
         backward=bw.mm,
-        autocast=True,
+        autocast="lower",
     ),
     OpRule(
         name="bmm",
@@ -200,7 +200,7 @@ OP_RULES: tuple[OpRule, ...] = (
         reads=_product("input", "mat2"),
         run=runs.bmm,
         backward=bw.bmm,
-        autocast=True,
+        autocast="lower",
     ),
     OpRule(  # also Hugging Face's Conv1D
         name="addmm",
@@ -208,7 +208,7 @@ OP_RULES: tuple[OpRule, ...] = (
         reads=_product("mat1", "mat2"),
         run=runs.addmm,
         backward=bw.addmm,
-        autocast=True,
+        autocast="lower",
     ),
     OpRule(
         name="baddbmm",
@@ -216,7 +216,7 @@ OP_RULES: tuple[OpRule, ...] = (
         reads=_product("batch1", "batch2"),
         run=runs.baddbmm,
         backward=bw.baddbmm,
-        autocast=True,
+        autocast="lower",
     ),
     _piecewise(
         "relu",
@@ -323,6 +323,7 @@ OP_RULES: tuple[OpRule, ...] = (
         "softplus",
         (F.softplus, aten.softplus.default),
         function=_standard("softplus", beta=1, threshold=20),
+        autocast="float32 on cuda",
         backward=bw.pointwise(aten.softplus_backward, "beta", "threshold"),
     ),
     _smooth(
@@ -392,6 +393,7 @@ OP_RULES: tuple[OpRule, ...] = (
         targets=(operator.pow, torch.pow, "pow", "__pow__", aten.pow.Tensor_Scalar),
         reads=(Read(operand="input", use=Use.REDUCE, needed_by=("input",)),),
         run=runs.pow,
+        autocast="float32 on cuda",
         derive=runs.pow,
         obstacle=lambda args: (
             "" if isinstance(args["exponent"], int | float) else "its exponent is a tensor"
@@ -406,6 +408,7 @@ OP_RULES: tuple[OpRule, ...] = (
         ),
         reads=_norm("mean", "rstd"),
         run=runs.layer_norm,
+        autocast="float32 on cuda",
         run_saving=runs.layer_norm_saving,
         backward=bw.layer_norm,
         derive=runs.layer_norm_again,
@@ -419,6 +422,7 @@ OP_RULES: tuple[OpRule, ...] = (
         ),
         reads=_norm("mean", "rstd", affine=()),
         run=runs.group_norm,
+        autocast="float32 on cuda",
         run_saving=runs.group_norm_saving,
         backward=bw.group_norm,
         derive=runs.group_norm,
@@ -432,6 +436,7 @@ OP_RULES: tuple[OpRule, ...] = (
             Read(operand=INSIDE, use=Use.SHAPE, needed_by=("input", "weight")),
         ),
         run=runs.rms_norm,
+        autocast="float32 on cuda",
         derive=runs.rms_norm,
     ),
     OpRule(
@@ -475,7 +480,7 @@ OP_RULES: tuple[OpRule, ...] = (
             Read(operand=INSIDE, use=Use.SHAPE, needed_by=_ATTENDS),
         ),
         run=runs.scaled_dot_product_attention,
-        autocast=True,
+        autocast="lower",
         obstacle=_no_attention_dropout,
     ),
     *(
@@ -490,6 +495,7 @@ OP_RULES: tuple[OpRule, ...] = (
             orders={getattr(F, name): ("input", "dim", "_stacklevel", "dtype")},
             reads=(Read(operand="result", use=Use.REDUCE, needed_by=("input",)),),
             run=getattr(runs, name),
+            autocast="float32 on cuda",
             backward=bw.softmax(log=name == "log_softmax"),
         )
         for name in ("softmax", "log_softmax")
@@ -513,6 +519,7 @@ OP_RULES: tuple[OpRule, ...] = (
             Read(operand=INSIDE, use=Use.SHAPE, needed_by=("input",)),
         ),
         run=runs.cross_entropy,
+        autocast="float32",
         run_saving=runs.cross_entropy_saving,
         backward=bw.cross_entropy,
         obstacle=_plain_cross_entropy,

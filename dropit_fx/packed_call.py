@@ -70,16 +70,15 @@ def unflatten(flat: Tensor, shape: Any, order: list[int] | None) -> Tensor:
     return flat.reshape([shape[d] for d in order]).permute(inverse)
 
 
-def _autocast(x: Tensor) -> Tensor:
-    """``x`` as autocast would hand it to a GEMM: in the lower precision where autocast is on."""
+def _autocast(x: Tensor, how: str = "lower") -> Tensor:
+    """``x`` as autocast, where it is on, would hand it to an op (``OpRule.autocast``)."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype not in (
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-    ):
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    if not how or not torch.is_autocast_enabled(device) or x.dtype not in floats:
         return x
-    return x.to(torch.get_autocast_dtype(device))
+    if how == "lower":
+        return x.to(torch.get_autocast_dtype(device))
+    return x.float() if how == "float32" or device == "cuda" else x
 
 
 def pack(
@@ -362,7 +361,11 @@ def _no_more(rule: OpRule) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
 
 
 def _packed_op(rule: OpRule) -> Callable[..., Any]:
-    made = tuple(r for r in rule.reads if r.operand not in inputs_of(rule) and r.use != "shape")
+    made = tuple(
+        r
+        for r in rule.reads
+        if (r.bits is not None or r.operand not in inputs_of(rule)) and r.use != "shape"
+    )
 
     def packed_op(
         *args: Any, packed: Mapping[str, Any], gives: tuple[str, ...] = (), **kwargs: Any
@@ -383,10 +386,18 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
         parts: list[Tensor] = []
         if rule.autocast:
             exact = bound
-            bound = {n: _autocast(a) if isinstance(a, Tensor) else a for n, a in bound.items()}
+            bound = {
+                n: _autocast(a, rule.autocast) if isinstance(a, Tensor) else a
+                for n, a in bound.items()
+            }
             for name, a in exact.items():
                 # a parameter stays anyway: it is kept in the place of autocast's copy
-                if isinstance(a, nn.Parameter) and a is not bound[name] and name not in packed:
+                if (
+                    isinstance(a, nn.Parameter)
+                    and a is not bound[name]
+                    and name not in packed
+                    and rule.autocast == "lower"
+                ):
                     given.append(_Entry(name, "keep", (), bound[name].dtype, 1))
                     parts.append(a.detach())
         for read in made:

@@ -4,7 +4,7 @@ The backward of ``y = f(x)`` multiplies by f'(x). In the place of x one may keep
 interval that x lies in, and multiply by a constant (Few-Bit Backward, arXiv 2202.00441, section 3).
 For K = 2**bits intervals, the borders b_1 < ... < b_{K-1} and levels y_1 ... y_K minimise
 
-    error^2 = integral of w(x) (f'(x) - y_i)^2 dx,    where b_{i-1} < x <= b_i
+    error^2 = integral of w(x) (f'(x) - y_i)^2 dx,    where b_{i-1} <= x < b_i
 
 w is the density of the input: 0.7 of a standard normal and 0.3 of a uniform over [-8, 8]. Beyond 8
 the two outer levels go on, and the uniform part brings them near f' there: gelu' ends in -0.01 and
@@ -81,8 +81,8 @@ class StepTable:
     """A piecewise constant f'. All borders and levels are float32 values.
 
     Attributes:
-        borders: K - 1 increasing inputs. Interval i holds ``borders[i - 1] < x <= borders[i]``, as
-            ``torch.bucketize`` counts it.
+        borders: K - 1 increasing inputs. Interval i holds ``borders[i - 1] <= x < borders[i]``,
+            as ``torch.bucketize(right=True)`` counts it.
         levels: K values of f'.
         error: Root mean square of ``f'(x) - level`` under the density.
     """
@@ -163,7 +163,7 @@ def measure(
 def _measure(
     borders: Sequence[float], levels: Sequence[float], slope: Tensor, weight: Tensor
 ) -> StepTable:
-    index = torch.bucketize(_points(), torch.tensor(borders, dtype=torch.float64))
+    index = torch.bucketize(_points(), torch.tensor(borders, dtype=torch.float64), right=True)
     misses = torch.tensor(levels, dtype=torch.float64)[index] - slope
     mean_square = (weight * misses**2).sum().item()
     return StepTable(tuple(borders), tuple(levels), math.sqrt(mean_square))

@@ -65,6 +65,8 @@ def _choose(read: SavedRead, config: Config) -> Decision:
         return kept(f"the config says so: {rule}")
     if read.read.use is Use.SHAPE:
         return Decision(read=read, codec="drop")
+    if not read.read.like:
+        return kept(_EXACT[Use.REDUCE])
     codec = CODEC[rule.codec]
     options: Options = {"bits": read.bits} if read.bits is not None else rule.full_options()
     if read.between is not None:

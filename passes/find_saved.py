@@ -223,7 +223,7 @@ class _Probe(fx.Interpreter):
 
     def _is_recast(self, tensor: Tensor, rule: OpRule | None, operand: Any) -> bool:
         """Whether autocast made ``tensor`` from a parameter."""
-        if rule is None or not rule.autocast or not isinstance(operand, Tensor):
+        if rule is None or rule.autocast != "lower" or not isinstance(operand, Tensor):
             return False
         story = self.stories.get(storage_id(operand))
         kept_alive = story is not None and story.alive == "a parameter"

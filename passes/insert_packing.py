@@ -157,7 +157,7 @@ class _Writer:
         node = self.graph.call_function(
             pack,
             (self._source(lead, reader), (), lead.codec, dict(lead.options)),
-            {"autocast": rule is not None and rule.autocast},
+            {"autocast": rule is not None and rule.autocast == "lower"},
         )
         node.meta = _origin(reader)
         self.order[node] = self.order[reader]  # behind an in-place op, its source is redirected too

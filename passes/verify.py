@@ -174,8 +174,8 @@ def packs_are_read(plan: Plan) -> Iterator[str]:
     for n in plan.module.graph.nodes:
         if n.target is derived:
             rule_name, args, packs, _ = _arguments(n)
-            rule = DERIVABLE.get(rule_name)
-            bound = (bind(rule, args, {}) if rule else None) or {}
+            row = DERIVABLE.get(rule_name)
+            bound = (bind(row, args, {}) if row is not None else None) or {}
             for operand, how in packs.items():
                 operands[how].add(bound.get(operand))
     for n in _packs(plan):

@@ -235,7 +235,11 @@ def rewritten(name: str, lossless: bool = False) -> tuple[nn.Module, fx.GraphMod
     args, kwargs = case.inputs()
     if lossless:  # also where nothing is freed, so that every formula runs
         made = transform(
-            model, {"force": True}, gamma=0.0, example_args=args, example_kwargs=kwargs
+            model,
+            {"preset": "dropit", "force": True},
+            gamma=0.0,
+            example_args=args,
+            example_kwargs=kwargs,
         )
     else:
         made = transform(model, preset="dropit", example_args=args, example_kwargs=kwargs)

@@ -21,7 +21,7 @@ from dropit_fx import backend, load_config, transform
 from dropit_fx.measure import saved_bytes
 from dropit_fx.partition import KeepPacked, Partition
 
-LOSSLESS = {"config": {"force": True}, "gamma": 0.0}
+LOSSLESS = {"config": {"preset": "dropit", "force": True}, "gamma": 0.0}
 
 
 @pytest.fixture

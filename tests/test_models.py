@@ -74,7 +74,7 @@ def test_lossless_plug_in_gives_every_gradient_bit_by_bit(case: Case) -> None:
     model = case.model()
     args, kwargs = case.inputs()
     dense = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
-    options = {"config": {"force": True}, "gamma": 0.0, "inner": "aot_eager"}
+    options = {"config": {"preset": "dropit", "force": True}, "gamma": 0.0, "inner": "aot_eager"}
     packed = torch.compile(model, backend="dropit", fullgraph=True, options=options)
     expected, found = step(dense, args, kwargs), step(packed, args, kwargs)
     assert differing(expected.output, found.output) == []
@@ -191,7 +191,7 @@ def test_lossless_under_inductor_is_within_float_rounding(kind: str) -> None:
     )
     model, x = (mlp, torch.randn(8, 16)) if kind == "mlp" else (cnn, torch.randn(2, 3, 16, 16))
     expected = step(copy.deepcopy(model), (x,), {})
-    options = {"config": {"force": True}, "gamma": 0.0}
+    options = {"config": {"preset": "dropit", "force": True}, "gamma": 0.0}
     compiled = torch.compile(model, backend="dropit", fullgraph=True, options=options)
     found = step(compiled, (x,), {})
     for name, gradient in expected.gradients.items():

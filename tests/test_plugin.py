@@ -115,7 +115,7 @@ class Checkpointed(nn.Module):
 def test_bodies_of_checkpointed_regions_are_rewritten(fresh):
     x, model = torch.randn(16, 64), Checkpointed()
     dense = copy.deepcopy(model)
-    options = {"inner": "aot_eager", "gamma": 0.0, "config": {"force": True}}
+    options = {"inner": "aot_eager", "gamma": 0.0, "config": {"preset": "dropit", "force": True}}
     compiled = torch.compile(model, backend="dropit", fullgraph=True, options=options)
     compiled(x).sum().backward()
     dense(x).sum().backward()
