@@ -1,6 +1,6 @@
-"""``dropit-fx bench kernels`` and ``dropit-fx bench formats``: their arguments.
+"""``dropit-fx bench kernels``, ``formats`` and ``gradients``: their arguments.
 
-Also ``python -m dropit_fx.bench kernels`` and ``python -m dropit_fx.bench formats``.
+Also ``python -m dropit_fx.bench kernels``, and so on.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dropit_fx.bench_formats import LOSSES, bench_formats
+from dropit_fx.bench_gradients import bench_gradients
 from dropit_fx.bench_kernels import bench_kernels
 
 
@@ -22,6 +23,22 @@ def kernels(**options: Any) -> dict[str, Any]:
 def formats(**options: Any) -> list[dict[str, Any]]:
     """``bench_formats.bench_formats``."""
     return bench_formats(**options)
+
+
+def gradients(**options: Any) -> list[dict[str, Any]]:
+    """``bench_gradients.bench_gradients``."""
+    return bench_gradients(**options)
+
+
+def add_gradients_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``bench gradients``; their names are the parameters of ``gradients``."""
+    parser.add_argument(
+        "configs", nargs="*", metavar="PRESET|FILE", help="what to compare (default: every preset)"
+    )
+    parser.add_argument("--loss", choices=LOSSES, default="mlm", help="default: mlm")
+    parser.add_argument(
+        "--json", dest="json_path", metavar="FILE", help="write the figures to FILE"
+    )
 
 
 def add_kernels_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +63,7 @@ def add_formats_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one of the two benches."""
+    """Runs one of the benches."""
     parser = argparse.ArgumentParser(prog="python -m dropit_fx.bench")
     benches = parser.add_subparsers(required=True, metavar="WHAT")
     one = benches.add_parser("kernels", help="time of packing and unpacking")
@@ -55,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     other = benches.add_parser("formats", help="bits and gradient error of every format")
     add_formats_arguments(other)
     other.set_defaults(run=formats)
+    third = benches.add_parser("gradients", help="the gradient of a whole model, per preset")
+    add_gradients_arguments(third)
+    third.set_defaults(run=gradients)
     options = vars(parser.parse_args(arguments))
     options.pop("run")(**options)
     return 0

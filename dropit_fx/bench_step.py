@@ -10,7 +10,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ def bench_step(
     model: str = "timm:deit_tiny_patch16_224",
     batch: int = 16,
     size: int | None = None,
-    preset: str | None = None,
+    presets: Sequence[str] = ("balanced", "dropit"),
     gamma: float | None = None,
     bits: int | None = None,
     rounds: int = 7,
@@ -59,7 +59,7 @@ def bench_step(
         model: A spec as for ``dropit-fx report``.
         batch: Batch size.
         size: Height and width of images; None: the model's own.
-        preset: As for ``transform``.
+        presets: Each is a variant.
         gamma: As for ``transform``; the published algorithm runs at 0.9 or this.
         bits: As for ``transform``.
         rounds: Steps of each variant that are counted, after one that is not.
@@ -68,25 +68,28 @@ def bench_step(
 
     Returns:
         Variant -> ``seconds`` (median), ``ratio`` to dense of its mode, ``saved_bytes``,
-        ``saved_ratio``.
+        ``saved_ratio``, ``peak_bytes`` and ``peak_ratio`` (of forward and backward, gradients
+        included, parameters not).
     """
-    options: dict[str, Any] = {"preset": preset, "gamma": gamma, "bits": bits}
+    sugar: dict[str, Any] = {
+        k: v for k, v in {"gamma": gamma, "bits": bits}.items() if v is not None
+    }
     torch.manual_seed(0)
     dense, (x,) = build(model, batch, size)
     labels = torch.randint(0, dense(x[:2]).shape[-1], (batch,))
-    packed = transform(copy.deepcopy(dense), example_args=(x,), **options)
-    runs: dict[str, tuple[nn.Module, Callable[..., Any]]] = {
-        "eager, dense": (dense, dense),
-        "eager, dropit_fx": (packed, packed),
-    }
+    runs: dict[str, tuple[nn.Module, Callable[..., Any]]] = {"eager, dense": (dense, dense)}
+    for preset in presets:
+        packed = transform(copy.deepcopy(dense), preset=preset, example_args=(x,), **sugar)
+        runs[f"eager, {preset}"] = (packed, packed)
     published = to_published(copy.deepcopy(dense), 0.9 if gamma is None else gamma)
     runs["eager, published"] = (published, published)
     if compiled:
-        plain, plugged = copy.deepcopy(dense), copy.deepcopy(dense)
-        given = {k: v for k, v in options.items() if v is not None}
-        plug_in = torch.compile(plugged, backend="dropit", options=given)
+        plain = copy.deepcopy(dense)
         runs["compiled, dense"] = (plain, torch.compile(plain))
-        runs["compiled, dropit_fx"] = (plugged, plug_in)
+        for preset in presets:
+            plugged = copy.deepcopy(dense)
+            plug_in = torch.compile(plugged, backend="dropit", options={"preset": preset, **sugar})
+            runs[f"compiled, {preset}"] = (plugged, plug_in)
     result: dict[str, Any] = {}
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("compiling", total=len(runs) * (rounds + 2))
@@ -94,9 +97,10 @@ def bench_step(
         for name, (module, run) in runs.items():
             progress.update(task, description=f"first step: {name}", advance=1)
             saved = measure.saved_bytes(lambda r=run: F.cross_entropy(r(x), labels))
+            peak = measure.peak_memory(lambda r=run: F.cross_entropy(r(x), labels))
             steps[name] = step_of(module, run, x, labels)
             steps[name]()
-            result[name] = {"saved_bytes": saved}
+            result[name] = {"saved_bytes": saved, "peak_bytes": peak}
         times: dict[str, list[float]] = {name: [] for name in runs}
         for number in range(rounds):
             for name, step in steps.items():
@@ -111,19 +115,18 @@ def bench_step(
         pairs = zip(times[name], times[base], strict=True)
         row["ratio"] = statistics.median(a / b for a, b in pairs)
         row["saved_ratio"] = row["saved_bytes"] / result[base]["saved_bytes"]
+        row["peak_ratio"] = row["peak_bytes"] / result[base]["peak_bytes"]
     Console().print(_table(f"{model}, batch {batch}", result))
     if json_path is not None:
         with open(json_path, "w") as file:
-            json.dump(
-                {"model": model, "batch": batch, **options, "variants": result}, file, indent=2
-            )
+            json.dump({"model": model, "batch": batch, **sugar, "variants": result}, file, indent=2)
     return result
 
 
 def _table(title: str, result: dict[str, Any]) -> Table:
     table = Table(title=title, box=None, header_style="bold", pad_edge=False)
     table.add_column("step")
-    for name in ("median", "of dense", "saved", "of dense"):
+    for name in ("median", "of dense", "saved", "of dense", "peak", "of dense"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, row in result.items():
         table.add_row(
@@ -132,5 +135,7 @@ def _table(title: str, result: dict[str, Any]) -> Table:
             f"{row['ratio']:.2f}x",
             f"{row['saved_bytes'] / 2**20:.1f} MiB",
             f"{row['saved_ratio']:.1%}",
+            f"{row['peak_bytes'] / 2**20:.1f} MiB",
+            f"{row['peak_ratio']:.1%}",
         )
     return table

@@ -55,6 +55,12 @@ class Tracer(fx.Tracer):
         reads_mode = "training" in _names(type(m).forward)
         return reads_mode and not any(True for _ in m.children())
 
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """A graph of functions does not know what ran under ``no_grad``: that is for export."""
+        if not torch.is_grad_enabled():
+            raise fx.proxy.TraceError("gradients are switched off for a part of the model")
+        return super().create_node(*args, **kwargs)
+
     def call_module(
         self,
         m: nn.Module,
@@ -165,7 +171,8 @@ def _user_line(error: BaseException) -> str:
 def _symbolic(model: nn.Module) -> fx.GraphModule:
     own = set(vars(model))
     try:
-        graph = Tracer().trace(model)
+        with torch.enable_grad():
+            graph = Tracer().trace(model)
         graph_module = fx.GraphModule(model, graph, type(model).__name__)
         constants = set(vars(model)) - own
         graph_module._non_persistent_buffers_set |= constants & set(graph_module._buffers)

@@ -117,6 +117,10 @@ def _add_benches(parser: argparse.ArgumentParser) -> None:
     bench.add_formats_arguments(formats)
     formats.set_defaults(run=lambda options: _bench(bench.formats, options))
 
+    gradients = benches.add_parser("gradients", help="the gradient of a whole model, per preset")
+    bench.add_gradients_arguments(gradients)
+    gradients.set_defaults(run=lambda options: _bench(bench.gradients, options))
+
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -239,7 +243,7 @@ def _bench_step(options: argparse.Namespace) -> int:
         model=options.model,
         batch=options.batch,
         size=options.size,
-        preset=options.preset,
+        presets=(options.preset,) if options.preset else ("balanced", "dropit"),
         gamma=options.gamma,
         bits=options.bits,
         rounds=options.rounds,

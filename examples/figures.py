@@ -32,9 +32,10 @@ MIB = 2**20
 DEMO = "python examples/digits.py --out examples/figures"
 STEPS = {
     name: f"dropit-fx bench step --model timm:{name} --batch 16 --json {FIGURES / name}.json"
-    for name in ("deit_tiny_patch16_224", "resnet18")
+    for name in ("deit_tiny_patch16_224", "resnet18", "resnet50")
 }
 FORMATS = f"dropit-fx bench formats --json {FIGURES}/formats.json"
+GRADIENTS = f"dropit-fx bench gradients --json {FIGURES}/gradients.json"
 KERNELS = f"dropit-fx bench kernels --json {FIGURES}/kernels.json"
 
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tables", action="store_true", help="rewrite its tables only")
     options = parser.parse_args(argv)
     if not (options.write or options.tables):
-        for command in (DEMO, *STEPS.values(), FORMATS, KERNELS):
+        for command in (DEMO, *STEPS.values(), GRADIENTS, FORMATS, KERNELS):
             print(f"$ {command}", flush=True)
             program = Path(sys.executable).with_name(command.split()[0])
             subprocess.run([program, *shlex.split(command)[1:]], cwd=ROOT, check=True)
@@ -158,6 +159,7 @@ def measured() -> str:
     tables = [
         ("`make demo`", "digits", demo_table),
         *((f"`{command}`", name, step_table) for name, command in STEPS.items()),
+        (f"`{GRADIENTS}`", "gradients", gradients_table),
         (f"`{FORMATS}`", "formats", formats_table),
         (f"`{KERNELS}`", "kernels", kernels_table),
     ]
@@ -204,11 +206,22 @@ def step_table(results: dict[str, Any]) -> str:
             name,
             f"{row['saved_bytes'] / MIB:.1f} MiB",
             f"{row['saved_ratio']:.1%}",
+            f"{row['peak_bytes'] / MIB:.1f} MiB",
+            f"{row['peak_ratio']:.1%}",
             f"{row['ratio']:.2f}",
         ]
         for name, row in results["variants"].items()
     ]
-    return markdown(["step", "saved", "of dense", "time, of dense"], rows)
+    head = ["step", "saved", "of dense", "peak", "of dense", "time, of dense"]
+    return markdown(head, rows)
+
+
+def gradients_table(results: list[dict[str, Any]]) -> str:
+    rows = [
+        [r["name"], f"{r['saved']:.1%}", f"{r['error']:.3f}", f"{r['cosine']:.4f}"] for r in results
+    ]
+    note = "All parameters of a pretrained sentence encoder on English text, masked-token loss."
+    return f"{markdown(['preset', 'saved, of dense', 'relative error', 'cosine'], rows)}\n\n{note}"
 
 
 def formats_table(results: dict[str, Any]) -> str:

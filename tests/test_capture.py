@@ -71,6 +71,23 @@ def test_export_takes_what_symbolic_trace_cannot() -> None:
         assert differing(step(model, (x,), {}).gradients, step(made, (x,), {}).gradients) == []
 
 
+class PartlyWithoutGradients(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 64), nn.Linear(64, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            shift = self.fc1(x).relu()
+        return self.fc2(self.fc1(x).relu() - shift * 0.5)
+
+
+def test_what_runs_without_gradients_in_the_model_does_so_in_the_graph() -> None:
+    model, x = PartlyWithoutGradients(), torch.randn(16, 8)
+    made = transform(copy.deepcopy(model), {"preset": "lossless"}, example_args=(x,))
+    assert differing(step(model, (x,), {}).gradients, step(made, (x,), {}).gradients) == []
+
+
 def test_a_size_that_export_has_fixed_is_checked() -> None:
     made = transform(ShapeDependent(), example_args=(torch.randn(16, 8),))
     with pytest.raises(ValueError, match=r"with x.size\(\)\[1\] == 8; .* inputs given: \(16, 9\)"):

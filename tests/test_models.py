@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config as inductor_config
 from models import CASE, CASES, Case, differing, every_model, loss_of, rewritten, step
-from torch import Tensor, nn
+from torch import nn
 
 from dropit_fx import report, transform
 from dropit_fx.input_guards import InputGuards
@@ -183,21 +184,20 @@ def test_another_batch_size_runs_on_the_same_graph(case: Case) -> None:
 # --- inductor
 
 
-@pytest.mark.parametrize("kind", ["mlp", "cnn"])
-def test_lossless_under_inductor_is_within_float_rounding(kind: str) -> None:
-    mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 8))
-    cnn = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3)
-    )
-    model, x = (mlp, torch.randn(8, 16)) if kind == "mlp" else (cnn, torch.randn(2, 3, 16, 16))
-    expected = step(copy.deepcopy(model), (x,), {})
+@every_model
+def test_lossless_under_inductor_is_within_float_rounding(case: Case) -> None:
+    model = case.model()
+    args, kwargs = case.inputs()
+    expected = step(copy.deepcopy(model), args, kwargs)
     options = {"config": {"preset": "dropit", "force": True}, "gamma": 0.0}
     compiled = torch.compile(model, backend="dropit", fullgraph=True, options=options)
-    found = step(compiled, (x,), {})
+    with inductor_config.patch(fallback_random=True):  # the random numbers of eager mode
+        found = step(compiled, args, kwargs)
+    whole = torch.cat([g.flatten() for g in expected.gradients.values() if g is not None]).norm()
     for name, gradient in expected.gradients.items():
-        assert isinstance(gradient, Tensor)
-        torch.testing.assert_close(
-            found.gradients[name], gradient, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        assert (gradient is None) == (found.gradients[name] is None)
+        if gradient is not None:
+            off = (found.gradients[name] - gradient).norm()
+            assert off <= 1e-4 * gradient.norm() + 1e-6 * whole, name
     for name, buffer in expected.buffers.items():
         torch.testing.assert_close(found.buffers[name], buffer)

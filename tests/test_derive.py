@@ -1,0 +1,266 @@
+"""Values that are made again in the backward from what is packed of others."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from op_cases import assert_same
+from torch import Tensor, nn
+
+import dropit_fx
+from dropit_fx import measure
+from dropit_fx.backend import compiled_graphs
+from dropit_fx.packed_call import derived, pack
+
+SCALAR = 8  # bytes of a number, which autograd keeps as a tensor of its own
+
+
+def rounded(x: Tensor, bits: int = 5) -> Tensor:
+    """``x`` through ``quant`` as the preset `balanced` packs it."""
+    flat = x.detach().reshape(-1)
+    parts = torch.ops.dropit.sparsify(flat, 10_000, 256, bits, 0, False)
+    out: Tensor = torch.ops.dropit.unsparsify(*parts, flat.numel(), x.dtype, 10_000, 256, bits, 0)
+    return out.view_as(x)
+
+
+def codecs(packed: nn.Module) -> dict[str, str]:
+    """Saved tensor -> codec, or the reason why it is kept."""
+    return {r.name: r.reason or r.codec for r in dropit_fx.report(packed).rows}
+
+
+def nodes(packed: nn.Module, target: Any) -> list[Any]:
+    return [n for n in packed.graph.nodes if n.target is target]
+
+
+class NormThenLinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(64, 64), nn.LayerNorm(64)
+        self.q, self.k = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.first(x))
+        return self.q(h) + self.q(h) + self.k(h)
+
+
+def test_one_copy_serves_a_norm_and_the_linears_behind_it() -> None:
+    torch.manual_seed(0)
+    model, x = NormThenLinear(), torch.randn(32, 64)
+    nn.init.normal_(model.norm.weight)
+    packed = dropit_fx.transform(copy.deepcopy(model), example_args=(x,))
+    assert codecs(packed)["linear"] == "quant(bits=5)"
+    assert codecs(packed)["layer_norm"] == "derived"
+    assert len(nodes(packed, pack)) == len(nodes(packed, derived)) == 1
+    assert measure.saved_bytes(packed, x) == dropit_fx.report(packed).kept_bytes
+    out, expected = packed(x), model(x)
+    assert_same(out, expected)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+
+    h = model.first(x).detach()
+    mean, rstd = h.mean(1, keepdim=True), (h.var(1, unbiased=False, keepdim=True) + 1e-5).rsqrt()
+    again = (rounded(h) - mean) * rstd * model.norm.weight + model.norm.bias
+    torch.testing.assert_close(packed.k.weight.grad, grad.t() @ again)
+    torch.testing.assert_close(packed.q.weight.grad, 2 * grad.t() @ again)
+    expected.backward(grad)
+    assert_same(packed.k.bias.grad, model.k.bias.grad)
+
+
+def test_without_derive_each_value_has_its_own_copy() -> None:
+    x = torch.randn(32, 64)
+    packed = dropit_fx.transform(NormThenLinear(), {"derive": False}, example_args=(x,))
+    assert codecs(packed)["layer_norm"] == "mink(gamma=0.5, bits=4)"
+    assert not nodes(packed, derived)
+
+
+def test_a_rule_of_ones_own_says_how_a_value_is_kept() -> None:
+    x = torch.randn(32, 64)
+    rules = [{"module": "q", "op": "linear", "codec": "mink", "gamma": 0.8}]
+    packed = dropit_fx.transform(NormThenLinear(), {"rules": rules}, example_args=(x,))
+    assert "mink(gamma=0.8)" in codecs(packed)["layer_norm"]
+
+
+def test_nothing_is_derived_from_a_copy_that_drops() -> None:
+    x = torch.randn(32, 64)
+    rules = [{"op": "layer_norm", "codec": "quant", "bits": 3}]
+    packed = dropit_fx.transform(NormThenLinear(), {"rules": rules}, example_args=(x,))
+    assert not nodes(packed, derived)
+
+
+class Residual(nn.Module):
+    """Batch norm and ReLU between convolutions, in place as vision models write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.act = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        h = self.act(self.bn1(x))
+        h = self.bn2(self.conv2(h))
+        h += x
+        return self.act(h).mean((2, 3))
+
+
+def test_a_convolution_reads_relu_of_batch_norm_of_the_packed_input() -> None:
+    torch.manual_seed(0)
+    model, x = Residual(), torch.randn(4, 3, 16, 16)
+    packed = dropit_fx.transform(copy.deepcopy(model), example_args=(x,))
+    assert codecs(packed)["batch_norm"] == "bitmask(bits=1)+derived"
+    assert measure.saved_bytes(packed, x) == dropit_fx.report(packed).kept_bytes
+    out, expected = packed(x), model(x)
+    assert_same(out, expected)
+    assert_same(dict(packed.named_buffers()), dict(model.named_buffers()))
+    assert int(packed.bn1.num_batches_tracked) == 1
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    expected.backward(grad)
+    assert_same(packed.bn2.bias.grad, model.bn2.bias.grad)  # its masks are exact
+    error = (packed.conv2.weight.grad - model.conv2.weight.grad).norm()
+    assert 0 < error < 0.1 * model.conv2.weight.grad.norm()
+    assert int(packed.bn1.num_batches_tracked) == 1  # not counted again in the backward
+
+
+def test_one_batch_norm_in_eval_mode_uses_and_keeps_its_statistics() -> None:
+    model, x = Residual(), torch.randn(4, 3, 16, 16)
+    packed = dropit_fx.transform(copy.deepcopy(model), example_args=(x,))
+    model.bn1.eval()
+    packed.bn1.eval()
+    assert_same(packed(x), model(x))
+    assert_same(dict(packed.named_buffers()), dict(model.named_buffers()))
+    packed.eval(), model.eval()
+    assert_same(packed(x), model(x))
+    packed.train(), model.train()
+    assert_same(packed(x), model(x))
+
+
+class HandWritten(nn.Module):
+    """A root-mean-square norm in simple ops, and the tanh form of GELU, as language models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.weight = nn.Linear(64, 64), nn.Parameter(torch.rand(64) + 0.5)
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h = self.weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6))
+        u = self.up(h)
+        return self.down(0.5 * u * (1.0 + torch.tanh(0.8 * (u + 0.045 * torch.pow(u, 3.0)))))
+
+
+def test_norms_and_nonlinearities_written_by_hand_keep_one_copy_each() -> None:
+    torch.manual_seed(0)
+    model, x = HandWritten(), torch.randn(32, 64)
+    packed = dropit_fx.transform(copy.deepcopy(model), example_args=(x,))
+    assert [n.args[0].name for n in nodes(packed, pack)] == ["linear", "linear_1"]
+    extra = measure.saved_bytes(packed, x) - dropit_fx.report(packed).kept_bytes
+    assert extra in range(0, 4 * SCALAR, SCALAR)
+    assert_same(packed(x), model(x))
+    packed(x).square().sum().backward()
+    model(x).square().sum().backward()
+    for ours, theirs in zip(packed.parameters(), model.parameters(), strict=True):
+        assert (ours.grad - theirs.grad).norm() < 0.15 * theirs.grad.norm()
+
+
+class WrittenTo(nn.Module):
+    """GELU's input is written to before another reader sees it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        y = torch.add(h, 1.0)
+        z = self.second(F.gelu(y))
+        h.mul_(3.0)
+        return z + self.third(F.gelu(torch.add(h, 1.0)))
+
+
+def test_a_tensor_that_was_written_to_is_no_source() -> None:
+    torch.manual_seed(0)
+    model, x = WrittenTo(), torch.randn(32, 64)
+    packed = dropit_fx.transform(copy.deepcopy(model), example_args=(x,))
+    packed(x).square().sum().backward()
+    model(x).square().sum().backward()
+    for ours, theirs in zip(packed.parameters(), model.parameters(), strict=True):
+        assert (ours.grad - theirs.grad).norm() < 0.1 * theirs.grad.norm()
+
+
+def test_a_weight_frozen_after_the_rewrite_and_a_norm_that_is() -> None:
+    x = torch.randn(32, 64)
+    packed = dropit_fx.transform(NormThenLinear(), example_args=(x,))
+    packed.q.weight.requires_grad_(False)
+    packed(x).sum().backward()
+    assert packed.q.weight.grad is None
+    assert packed.k.weight.grad is not None
+    for name in ("first.weight", "first.bias", "norm.weight", "norm.bias"):
+        packed.get_parameter(name).requires_grad_(False)
+    packed.zero_grad()
+    packed(x).sum().backward()
+    assert packed.k.weight.grad is not None
+
+
+@pytest.mark.parametrize("batch", [32, 5])
+def test_copies_and_other_batches(batch: int) -> None:
+    packed = dropit_fx.transform(NormThenLinear(), example_args=(torch.randn(32, 64),))
+    twin, x = copy.deepcopy(packed), torch.randn(batch, 64)
+    packed(x).square().sum().backward()
+    twin(x).square().sum().backward()
+    for ours, theirs in zip(packed.parameters(), twin.parameters(), strict=True):
+        assert_same(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("model", [NormThenLinear, HandWritten, Residual])
+def test_compiled_and_eager_derive_the_same(model: Any) -> None:
+    torch.manual_seed(0)
+    module = model()
+    x = torch.randn(4, 3, 16, 16) if model is Residual else torch.randn(32, 64)
+    eager = dropit_fx.transform(copy.deepcopy(module), example_args=(x,))
+    options = {"inner": "aot_eager"}
+    compiled = torch.compile(module, backend="dropit", fullgraph=True, options=options)
+    eager(x).square().sum().backward()
+    compiled(x).square().sum().backward()
+    for ours, theirs in zip(module.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+    (partition,) = compiled_graphs()[-1].partitions
+    assert partition.packs_in_backward == partition.unpacks_in_forward == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [("deit_tiny_patch16_224", 0.12), ("resnet18", 0.15), ("convnext_tiny", 0.15)],
+)
+def test_saved_bytes_of_balanced_are_what_was_predicted(name: str, share: float) -> None:
+    model = timm.create_model(name)
+    x = torch.randn(2, 3, 224, 224)
+    packed = dropit_fx.transform(model, example_args=(x,))
+    report = dropit_fx.report(packed)
+    assert measure.saved_bytes(packed, x) == report.kept_bytes
+    assert report.kept_bytes <= share * measure.saved_bytes(model, x)
+
+
+def test_under_autocast_weights_stand_for_their_copies() -> None:
+    model, x = NormThenLinear(), torch.randn(32, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        packed = dropit_fx.transform(copy.deepcopy(model), example_args=(x,))
+        statistics = 2 * 2 * 32  # kept in float32, where fake tensors say bfloat16
+        extra = measure.saved_bytes(packed, x) - dropit_fx.report(packed).kept_bytes
+        assert extra in (0, statistics)
+        assert codecs(packed)["linear_1.weight"] == "cast"
+        assert_same(packed(x), model(x))
+        packed(x).float().sum().backward()
+        model(x).float().sum().backward()
+    assert packed.first.bias.grad.dtype == model.first.bias.grad.dtype
+    error = (packed.k.weight.grad - model.k.weight.grad).norm()
+    assert error < 0.1 * model.k.weight.grad.norm()
