@@ -261,7 +261,7 @@ def test_an_option_goes_before_the_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("rules:\n- {module: '4', codec: keep}\n")
+    file.write_text("preset: dropit\nrules:\n- {module: '4', codec: keep}\n")
     monkeypatch.setenv("DROPIT_CONFIG", str(file))
     monkeypatch.setenv("DROPIT_GAMMA", "0.25")
 
@@ -273,7 +273,10 @@ def test_an_option_goes_before_the_environment(
 
     assert codecs() == ["mink(gamma=0.25)", "keep"]
     assert codecs(gamma=0.5) == ["mink(gamma=0.5)", "keep"]
-    assert codecs(config={}) == ["mink(gamma=0.25)", "bitmask(bits=1)+mink(gamma=0.25)"]
+    assert codecs(config={"preset": "dropit"}) == [
+        "mink(gamma=0.25)",
+        "bitmask(bits=1)+mink(gamma=0.25)",
+    ]
 
 
 def test_a_rule_that_matches_nothing_is_a_warning_since_there_may_be_other_graphs(

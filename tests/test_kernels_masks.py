@@ -64,7 +64,7 @@ def test_a_mask_of_another_size_is_refused() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype: torch.dtype) -> None:
-    x = values(77, dtype, 1)
+    x = torch.randn(77).to(dtype)  # opcheck takes NaN for different from itself
     torch.library.opcheck(torch.ops.dropit.pack_between.default, (x, 0.0, None))
     bits = torch.ops.dropit.pack_between(x, 0.0, None)
     torch.library.opcheck(torch.ops.dropit.apply_mask.default, (bits, x, 0.01))

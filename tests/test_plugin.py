@@ -91,7 +91,9 @@ def test_a_rewritten_module_compiles_with_the_guard_in_one_line(fresh):
 def test_under_autocast_the_low_precision_tensor_is_packed(fresh):
     x, model = torch.randn(64, 64), mlp()
     dense = copy.deepcopy(model)
-    compiled = torch.compile(model, backend="dropit", options={"inner": "aot_eager"})
+    compiled = torch.compile(
+        model, backend="dropit", options={"inner": "aot_eager", "preset": "dropit"}
+    )
     with torch.autocast("cpu", torch.bfloat16):
         out, expected = compiled(x), dense(x)
         kept = measure.saved_tensors(compiled, x)
