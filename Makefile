@@ -23,7 +23,7 @@ figures: $(VENV)/.installed-test
 
 # The models of the tests are built from configs or installed as packages: nothing is downloaded.
 test: $(VENV)/.installed-test
-	HF_HUB_OFFLINE=1 $(BIN)/pytest
+	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -93,6 +93,7 @@ def _overlay(mine: fx.GraphModule, other: fx.GraphModule, training: bool) -> str
     for node in (*mine.graph.nodes, *other.graph.nodes):
         _spell_out(node)
     _share_buffers(mine, other)
+    _share_buffers(other, mine)
     _level(mine.graph, other.graph)
     ours, theirs = list(mine.graph.nodes), list(other.graph.nodes)
     twin = dict(zip(theirs, ours, strict=False))
@@ -136,7 +137,7 @@ def _overlay(mine: fx.GraphModule, other: fx.GraphModule, training: bool) -> str
 
 
 def _share_buffers(mine: fx.GraphModule, other: fx.GraphModule) -> None:
-    """Gives ``mine`` the buffers that only the other mode reads."""
+    """Gives ``mine`` the buffers that only ``other`` reads."""
     own = dict(mine.named_buffers())
     for name, buffer in other.named_buffers():
         if name not in own:
