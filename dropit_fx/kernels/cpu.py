@@ -11,9 +11,10 @@ import ctypes
 import functools
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ from dropit_fx.kernels.layout import (
 _log = logging.getLogger(__name__)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in cpu.c
 _POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_SIGNATURES = {
+_SIGNATURES: dict[str, list[Any]] = {
     "dropit_sparsify": [_POINTER] * 5 + [_INT64] * 3 + [_INT] * 5,
     "dropit_unsparsify": [_POINTER] * 4 + [_INT64] * 3 + [_INT] * 4,
     "dropit_pack": [_POINTER] * 2 + [_INT64, _INT, _INT],
@@ -51,15 +52,25 @@ _SIGNATURES = {
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The C kernels; None where this installation has none, which is logged once."""
+    return load("_cpu", _SIGNATURES)
+
+
+def load(stem: str, signatures: Mapping[str, Sequence[Any]]) -> ctypes.CDLL | None:
+    """Loads one shared library of this folder; None, and one log line, where that cannot be.
+
+    Args:
+        stem: Its file's name, without the suffix of extension modules.
+        signatures: Function -> ctypes types of its arguments.
+    """
     folder = Path(__file__).parent
-    candidates = [folder / f"_cpu{suffix}" for suffix in EXTENSION_SUFFIXES]
+    candidates = [folder / f"{stem}{suffix}" for suffix in EXTENSION_SUFFIXES]
     path = next((path for path in candidates if path.exists()), None)
     if path is None or sys.byteorder != "little":
         _log.warning("dropit_fx: C kernels not built, using the slower PyTorch ones")
         return None
     try:
         lib = ctypes.CDLL(str(path))
-        for name, arguments in _SIGNATURES.items():
+        for name, arguments in signatures.items():
             getattr(lib, name).argtypes = arguments
     except (OSError, AttributeError) as error:
         _log.warning("dropit_fx: C kernels not usable (%s), using the slower PyTorch ones", error)

@@ -13,35 +13,28 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-import sys
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dropit_fx.kernels import reference
+from dropit_fx.kernels.cpu import load
 from dropit_fx.kernels.layout import uint_nbytes
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as in masks.c
 
 
+_POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_SIGNATURES = {
+    "dropit_between": [_POINTER] * 2 + [_INT64, _INT, _FLOAT, _FLOAT, _INT],
+    "dropit_apply": [_POINTER] * 3 + [_INT64, _INT, _FLOAT, _INT],
+}
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The C kernels; None where this installation has none."""
-    folder = Path(__file__).parent
-    paths = [folder / f"_masks{suffix}" for suffix in EXTENSION_SUFFIXES]
-    path = next((path for path in paths if path.exists()), None)
-    if path is None or sys.byteorder != "little":
-        return None
-    try:
-        lib = ctypes.CDLL(str(path))
-    except OSError:
-        return None
-    pointer, count, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-    lib.dropit_between.argtypes = [pointer, pointer, count, number, real, real, number]
-    lib.dropit_apply.argtypes = [pointer, pointer, pointer, count, number, real, number]
-    return lib
+    return load("_masks", _SIGNATURES)
 
 
 def pack_between_reference(x: Tensor, low: float | None, high: float | None) -> Tensor:
