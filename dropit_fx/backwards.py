@@ -373,7 +373,7 @@ def cross_entropy(grad: Tensor, saved: Saved, call: Call) -> Grads:
     """``dX = (softmax(x) - onehot(target)) * dY``, from the packed ``log softmax(x)``."""
     # in the layout in which log_softmax makes it, whatever that of its input
     log_probs, target = saved["log_probs"].contiguous(), saved["target"]
-    dim = 0 if log_probs.dim() == 1 else 1
+    dim = runs.class_dim(log_probs)
     reduction, ignored = runs.reduction_enum(call.args["reduction"]), call.args["ignore_index"]
     loss = functools.partial(
         aten.nll_loss_nd, target=target, reduction=reduction, ignore_index=ignored

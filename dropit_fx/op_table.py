@@ -85,7 +85,7 @@ def _standard(name: str, **defaults: Any) -> Callable[[Mapping[str, Any]], str]:
     return lambda args: name if all(args[k] == v for k, v in defaults.items()) else ""
 
 
-def _norm(*statistics: str, affine: tuple[str, ...] = ("weight", "bias")) -> tuple[Read, ...]:
+def _norm(*statistics: str) -> tuple[Read, ...]:
     """The reads of a normalisation: its input, and what was computed from the exact input."""
     both = ("input", "weight")
     exact = [
@@ -94,7 +94,6 @@ def _norm(*statistics: str, affine: tuple[str, ...] = ("weight", "bias")) -> tup
     return (
         Read(operand="input", use=Use.REDUCE, needed_by=both),
         Read(operand="weight", use=Use.REDUCE, needed_by=("input",), lossy=False),
-        *[Read(operand=n, use=Use.SHAPE, needed_by=both) for n in affine if n == "bias"],
         *exact,
     )
 
@@ -406,7 +405,10 @@ OP_RULES: tuple[OpRule, ...] = (
             (torch.layer_norm, aten.layer_norm.default),
             ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable"),
         ),
-        reads=_norm("mean", "rstd"),
+        reads=(
+            *_norm("mean", "rstd"),
+            Read(operand="bias", use=Use.SHAPE, needed_by=("input", "weight")),
+        ),
         run=runs.layer_norm,
         autocast="float32 on cuda",
         run_saving=runs.layer_norm_saving,
@@ -420,7 +422,7 @@ OP_RULES: tuple[OpRule, ...] = (
             (torch.group_norm, aten.group_norm.default),
             ("input", "num_groups", "weight", "bias", "eps", "cudnn_enabled"),
         ),
-        reads=_norm("mean", "rstd", affine=()),
+        reads=_norm("mean", "rstd"),
         run=runs.group_norm,
         autocast="float32 on cuda",
         run_saving=runs.group_norm_saving,
@@ -457,7 +459,7 @@ OP_RULES: tuple[OpRule, ...] = (
             ),
         ),
         reads=(
-            *_norm("mean", "invstd", affine=()),
+            *_norm("mean", "invstd"),
             # of the statistics, only eval mode reads values
             Read(
                 operand="running_mean", use=Use.REDUCE, needed_by=("input", "weight"), lossy=False

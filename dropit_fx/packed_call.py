@@ -300,7 +300,7 @@ class PackedFunction(torch.autograd.Function):
         layouts = {"result": _layout(out)} | {n: _layout(a) for n, a in tensors.items()}
         at = 0
         for operand, codec, options in held:
-            buffers = 1 if codec == "keep" else CODEC[codec].buffers
+            buffers = CODEC[codec].buffers
             like = made[at] if codec == "keep" else _shaped_like(rule, operand, args, out)
             entries.append(_Entry(operand, codec, options, like.dtype, buffers))
             layouts[operand] = _layout(like)
@@ -420,7 +420,7 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
             return out
         copies: dict[str, Packed] = {}
         for operand, codec, options in held:
-            count = 1 if codec == "keep" else CODEC[codec].buffers
+            count = CODEC[codec].buffers
             mine, kept = tuple(kept[:count]), kept[count:]
             dtype = mine[0].dtype if codec == "keep" else out.dtype
             copies[operand] = Packed(mine, codec, options, dtype)

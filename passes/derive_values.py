@@ -11,7 +11,6 @@ Requires: decisions whose formats are settled. Ensures: every derived value come
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from torch import fx
@@ -84,11 +83,11 @@ class Bases:
     whole: set[str] = field(default_factory=set)
 
 
-def bases_of(plan: Plan, decisions: Iterable[Decision] | None = None) -> Bases:
+def bases_of(plan: Plan) -> Bases:
     """The values that others may be made from."""
     nodes = {n.name: n for n in plan.module.graph.nodes}
     bases = Bases(whole=set(plan.values.alive))
-    for decision in plan.decisions if decisions is None else decisions:
+    for decision in plan.decisions:
         read = decision.read
         if read.source is None or not read.wanted or read.read is None or read.bits is not None:
             continue

@@ -56,7 +56,8 @@ class _Writer:
         # before anything changes: what each derived value is made from
         self.sources: dict[str, dict[str, Decision | fx.Node]] = {}
         self.statistics: dict[str, tuple[str, ...]] = {}
-        self.nodes = {n.name: n for n in self.graph.nodes}
+        self.nodes = {n.name: n for n in self.graph.nodes}  # by name: the value as it is now
+        self.readers = dict(self.nodes)  # by name: the reader, or the packed call in its place
         self.bases = bases_of(plan)
         for decision in plan.decisions:
             if decision.derived and decision.derived not in self.calls:
@@ -129,7 +130,7 @@ class _Writer:
         call.name = node.name  # decisions and reports go by name
         for name, (row, arguments) in self.calls.items():
             self.calls[name] = row, {k: result if v is node else v for k, v in arguments.items()}
-        self.nodes[node.name] = result
+        self.nodes[node.name], self.readers[node.name] = result, call
         if node.name in self.results:
             self.results[node.name] = result
 
@@ -167,7 +168,7 @@ class _Writer:
     def _source(self, lead: Decision, reader: fx.Node) -> fx.Node:
         """What to pack before ``reader``: as ``lead`` sees it, or what that is a view of."""
         at = self.order[reader]
-        source: fx.Node = _arguments(lead, self.nodes[lead.read.node])[lead.read.operand]
+        source: fx.Node = _arguments(lead, self.readers[lead.read.node])[lead.read.operand]
         while self.order[source] > at:
             source = self.nodes[self.plan.values.views[source.name]]
         return source
@@ -180,10 +181,9 @@ class _Writer:
         if copy.target is not pack:
             return
         needed = dict.fromkeys(copy.args[1])
-        readers = {n.name: n for n in self.graph.nodes}
         for d in decisions:
             assert d.read.read is not None
-            bound = _arguments(d, readers[d.read.node])
+            bound = _arguments(d, self.readers[d.read.node])
             for name in d.read.read.needed_by:
                 value = bound.get(name)
                 if isinstance(value, fx.Node) and self.order[value] < self.order[copy]:
