@@ -52,6 +52,9 @@ class Read:
             elsewhere: from the call's arguments to the bounds (None: no bound).
         function: For the input of a pointwise function f: from the call's arguments to the name of
             f in ``step_tables``, ``""`` where there is no table for these arguments.
+        when: For ops that PyTorch runs in more than one way: whether this call's way reads it.
+        shape: For what the op makes itself, where it makes other tensors too: from the call's
+            arguments to its shape.
     """
 
     operand: str
@@ -62,6 +65,8 @@ class Read:
     bits: Callable[[Mapping[str, Any]], int] | None = None
     between: Callable[[Mapping[str, Any]], tuple[Any, Any]] | None = None
     function: Callable[[Mapping[str, Any]], str] | None = None
+    when: Callable[[Mapping[str, Any]], bool] = lambda args: True
+    shape: Callable[[Mapping[str, Any]], tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
