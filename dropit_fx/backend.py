@@ -184,8 +184,10 @@ def _inner(name: str) -> Inner:
     return foreign
 
 
-def _note(record: CompiledGraph | None) -> Callable[[Partition], None] | None:
-    return record.partitions.append if record is not None else None
+def _guard(base: Callable[..., Any] | None, record: CompiledGraph | None) -> KeepPacked:
+    if record is None:
+        return KeepPacked(base)
+    return KeepPacked(base, record.partitions.append, record.report.dense_bytes)
 
 
 def _inductor(
@@ -199,9 +201,7 @@ def _inductor(
 
     patches = dict(torch._inductor.list_mode_options(mode)) if mode else {}
     patches |= {k.replace("-", "_"): v for k, v in options.items()}
-    patches["custom_partitioner_fn"] = KeepPacked(
-        patches.get("custom_partitioner_fn"), _note(record)
-    )
+    patches["custom_partitioner_fn"] = _guard(patches.get("custom_partitioner_fn"), record)
     passes = patches.get("post_grad_custom_post_pass") or []
     passes = list(passes) if isinstance(passes, list | tuple) else [passes]
     patches["post_grad_custom_post_pass"] = [*passes, ReturnInputsAsTheyAre()]
@@ -241,7 +241,7 @@ def _aot(decompose: bool) -> Inner:
         return aot_autograd(
             fw_compiler=nop,
             bw_compiler=nop,
-            partition_fn=KeepPacked(base, _note(record)),
+            partition_fn=_guard(base, record),
             keep_inference_input_mutations=True,
             **extra,
         )(gm, example_inputs)

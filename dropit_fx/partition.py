@@ -4,26 +4,35 @@ AOTAutograd traces forward and backward into one joint graph and cuts it where t
 saved. To that cut, packing and unpacking are ordinary ops: it may save the dense tensor and pack it
 in the backward, or unpack in the forward and save the result. :class:`KeepPacked` wraps the
 partitioner: packed tensors count as forward outputs while the cut is made, and unpacking is tied to
-    the backward.
+the backward.
+
+With ``torch._functorch.config.activation_memory_budget`` below 1, packed tensors stay what is saved
+and the rest is made again, as far as the budget asks for it. It keeps its meaning: a share of what
+the *dense* model saves.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._functorch import config as functorch_config
+from torch._functorch.partitioners import min_cut_rematerialization_partition, must_recompute
 from torch._inductor.custom_graph_pass import (
     CustomGraphPass,
     CustomPartitionerFn,
     get_hash_for_files,
 )
+from torch.utils.checkpoint import CheckpointPolicy
 
 from dropit_fx.fake import hint
+
+log = logging.getLogger(__name__)
 
 _dropit = torch.ops.dropit
 PACK_OPS = (
@@ -39,6 +48,9 @@ UNPACK_OPS = (
     _dropit.decode_steps.default,
     _dropit.apply_mask.default,
 )
+
+TRIES = 3  # cuts at a memory budget
+Graphs = tuple[fx.GraphModule, fx.GraphModule]  # forward and backward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +82,11 @@ class Partition:
         """Bytes between forward and backward."""
         return sum(v.nbytes for v in self.saved)
 
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the packed tensors among them."""
+        return sum(v.nbytes for v in self.saved if v.packed)
+
 
 class KeepPacked(CustomPartitionerFn):
     """The partitioner guard.
@@ -80,59 +97,110 @@ class KeepPacked(CustomPartitionerFn):
     Args:
         base: The partitioner to wrap.
         note: Called with each :class:`Partition`.
+        dense_bytes: What the dense model saves, in bytes (``report(rewritten).dense_bytes``): of
+            this a memory budget is a share. None: estimated from the tensors that are packed,
+            which leaves out those that are derived, so that more is recomputed than need be.
     """
 
     def __init__(
         self,
-        base: Callable[..., tuple[fx.GraphModule, fx.GraphModule]] | None = None,
+        base: Callable[..., Graphs] | None = None,
         note: Callable[[Partition], None] | None = None,
+        dense_bytes: int | None = None,
     ) -> None:
         self.base = base or functools.partial(
             min_cut_rematerialization_partition, compiler="inductor"
         )
         self.note = note
+        self.dense_bytes = dense_bytes
 
     def uuid(self) -> Any:
         """Part of the compile caches' keys."""
         inner = self.base.uuid() if isinstance(self.base, CustomPartitionerFn) else ""
-        return get_hash_for_files((__file__,)), inner
+        return get_hash_for_files((__file__,)), inner, self.dense_bytes
 
-    def __call__(
-        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
-    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Graphs:
         """Partitions ``gm``, a joint graph, into forward and backward."""
         count = kwargs.pop("num_fwd_outputs")
         out = gm.graph.find_nodes(op="output")[0]
         flat = list(out.args[0])
         described = list(out.meta.get("desc", [None] * len(flat)))
-        packed = []
+        packed: list[fx.Node] = []
+        sources: dict[int, fx.Node] = {}
         for node in gm.graph.nodes:
             if node.target in UNPACK_OPS:
                 node.meta["partitioner_tag"] = "must_be_in_backward"
-            elif node.target in PACK_OPS and node.meta.get("recompute") is None:
+            elif node.target in PACK_OPS and not must_recompute(node):
                 # (a checkpointed region is recomputed whole, packing included)
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE  # whatever the budget
                 packed += [node] if isinstance(node.meta.get("val"), Tensor) else list(node.users)
+                sources |= {_storage(n): n for n in node.all_input_nodes}
         packed = [n for n in packed if n.users and n not in flat]
         out.args = ((*flat[:count], *packed, *flat[count:]),)
         out.meta["desc"] = described[:count] + [None] * len(packed) + described[count:]
-        forward, backward = self.base(
-            gm, joint_inputs, num_fwd_outputs=count + len(packed), **kwargs
-        )
-        made = forward.graph.find_nodes(op="output")[0]
-        extra = slice(count, count + len(packed))
-        for key in ("desc", "output_stack_traces"):
-            if key in made.meta:
-                kept = list(made.meta[key])
-                del kept[extra]
-                made.meta[key] = kept
-        results = list(made.args[0])
-        del results[extra]
-        made.args = (tuple(results),)
-        forward.recompile()
+        static = kwargs.get("static_lifetime_input_indices") or ()
+
+        def cut(budget: float) -> tuple[Graphs, Partition]:
+            with functorch_config.patch(activation_memory_budget=budget):
+                graphs = self.base(gm, joint_inputs, num_fwd_outputs=count + len(packed), **kwargs)
+            _drop_outputs(graphs[0], slice(count, count + len(packed)))
+            return graphs, read_partition(*graphs, count, static)
+
+        budget = functorch_config.activation_memory_budget
+        if not packed or budget == 1:
+            graphs, partition = cut(budget)
+        else:
+            graphs, partition = self._within(budget, cut, sources.values())
         if self.note is not None:
-            static = kwargs.get("static_lifetime_input_indices") or ()
-            self.note(read_partition(forward, backward, count, static))
-        return forward, backward
+            self.note(partition)
+        return graphs
+
+    def _within(
+        self,
+        budget: float,
+        cut: Callable[[float], tuple[Graphs, Partition]],
+        sources: Iterable[fx.Node],
+    ) -> tuple[Graphs, Partition]:
+        """The cut that keeps the packed tensors and recomputes others as far as it is asked to."""
+        graphs, partition = cut(1)
+        packed, saved = partition.packed_bytes, partition.saved_bytes
+        dense = self.dense_bytes
+        if dense is None:
+            dense = saved - packed + sum(_nbytes(n) for n in sources)
+        asked = budget * dense
+        if saved <= asked:
+            return graphs, partition
+        if packed > asked:
+            log.warning(
+                "activation_memory_budget = %g asks for %.2f MiB; the packed tensors, which are"
+                " never recomputed, take %.2f MiB",
+                *(budget, asked / 2**20, packed / 2**20),
+            )
+        # what is left for the others; functorch counts in shares of what is saved without a budget,
+        # and saves somewhat more than it was given
+        share = max(asked - packed, 0) / saved
+        for _ in range(TRIES):
+            found = cut(max(share, 1e-9))  # at 0 it saves the model's inputs and nothing else
+            if found[1].saved_bytes < partition.saved_bytes:
+                graphs, partition = found
+            if partition.saved_bytes <= max(asked, packed):
+                break
+            share *= max(asked - packed, 0) / (found[1].saved_bytes - packed)
+        return graphs, partition
+
+
+def _drop_outputs(forward: fx.GraphModule, extra: slice) -> None:
+    """Takes outputs away that were added for the time of the cut."""
+    made = forward.graph.find_nodes(op="output")[0]
+    for key in ("desc", "output_stack_traces"):
+        if key in made.meta:
+            kept = list(made.meta[key])
+            del kept[extra]
+            made.meta[key] = kept
+    results = list(made.args[0])
+    del results[extra]
+    made.args = (tuple(results),)
+    forward.recompile()
 
 
 class ReturnInputsAsTheyAre(CustomGraphPass):
@@ -140,8 +208,8 @@ class ReturnInputsAsTheyAre(CustomGraphPass):
 
     Inductor lays out every ancestor of a convolution channels-last, saved weights and inputs among
     them: the backward is then handed a copy of each, which stays in memory beside the original.
-        Marked as outputs that
-    the user sees, they are returned as they are; the forward's own copy is freed when it is done.
+    Marked as outputs that the user sees, they are returned as they are; the forward's own copy is
+    freed when it is done.
     """
 
     def uuid(self) -> Any:
@@ -177,16 +245,14 @@ def read_partition(
         origin = node.args[0] if node.target.__name__ == "getitem" else node
         saved[_storage(node)] = SavedValue(
             name=node.name,
-            nbytes=hint(value.untyped_storage().nbytes()),
+            nbytes=_nbytes(node),
             packed=origin.target in PACK_OPS,
             source=str(origin.target),
         )
     return Partition(
         saved=tuple(saved.values()),
         packs_in_backward=tuple(
-            n.name
-            for n in backward.graph.nodes
-            if n.target in PACK_OPS and n.meta.get("recompute") is None
+            n.name for n in backward.graph.nodes if n.target in PACK_OPS and not must_recompute(n)
         ),
         unpacks_in_forward=tuple(n.name for n in forward.graph.nodes if n.target in UNPACK_OPS),
     )
@@ -195,3 +261,9 @@ def read_partition(
 def _storage(node: fx.Node) -> int:
     value = node.meta.get("val")
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else -1
+
+
+def _nbytes(node: fx.Node) -> int:
+    """Bytes of the whole storage; 0 for what is no tensor."""
+    value = node.meta.get("val")
+    return hint(value.untyped_storage().nbytes()) if isinstance(value, Tensor) else 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from functorch.compile import make_boxed_func
 from models import CASE, differing, rewritten, step
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
-from dropit_fx import backend, load_config, transform
+from dropit_fx import backend, load_config, report, transform
 from dropit_fx.measure import saved_bytes
 from dropit_fx.partition import KeepPacked, Partition
 
@@ -168,28 +169,89 @@ def test_timm_gradient_checkpointing_and_packing_go_together(fresh: None) -> Non
 
 
 @pytest.mark.parametrize("budget", [0.3, 0.7])
-def test_a_memory_budget_and_packing_go_together(fresh: None, budget: float) -> None:
+def test_a_memory_budget_and_lossless_packing_go_together(fresh: None, budget: float) -> None:
     model, x = mlp(), torch.randn(64, 64)
     expected = step(copy.deepcopy(model), (x,), {})
-    kept = {}
     with torch._functorch.config.patch(activation_memory_budget=budget):
-        for name, options in (
-            ("dense", {"config": {"preset": None}}),
-            ("lossless", LOSSLESS),
-            ("dropit", {"preset": "dropit"}),
-        ):
-            torch._dynamo.reset()
-            options = options | {"inner": "aot_eager_decomp_partition"}
-            packed = torch.compile(model, backend="dropit", fullgraph=True, options=options)
-            found = step(packed, (x,), {})
-            if name == "lossless":
-                for key, gradient in expected.gradients.items():
-                    torch.testing.assert_close(found.gradients[key], gradient)
-            assert last_partition().unpacks_in_forward == ()
-            assert saved_bytes(packed, x) == last_partition().saved_bytes
-            kept[name] = last_partition().saved_bytes
-    # at a small budget everything is computed again, and only what was packed before that stays
-    assert kept["dropit"] < max(kept["dense"], 2048)
+        options = LOSSLESS | {"inner": "aot_eager_decomp_partition"}
+        packed = torch.compile(model, backend="dropit", fullgraph=True, options=options)
+        found = step(packed, (x,), {})
+        assert saved_bytes(packed, x) == last_partition().saved_bytes
+    for key, gradient in expected.gradients.items():
+        torch.testing.assert_close(found.gradients[key], gradient)
+    assert last_partition().unpacks_in_forward == last_partition().packs_in_backward == ()
+
+
+def at_budget(model: nn.Module, x: Tensor, preset: str | None, budget: float) -> Partition:
+    torch._dynamo.reset()
+    options = {"config": {"preset": preset}, "inner": "aot_eager_decomp_partition"}
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        torch.compile(model, backend="dropit", fullgraph=True, options=options)(x)
+    return last_partition()
+
+
+def small_vit() -> tuple[nn.Module, Tensor]:
+    model = timm.create_model("deit_tiny_patch16_224", img_size=64, depth=1)
+    return model, torch.randn(16, 3, 64, 64)
+
+
+@pytest.mark.parametrize("preset", ["balanced", "dropit"])
+def test_under_a_memory_budget_packed_tensors_stay_and_the_rest_is_recomputed(
+    fresh: None, preset: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, x = small_vit()
+    alone = at_budget(model, x, preset, 1)
+    dense = backend.compiled_graphs()[-1].report.dense_bytes
+    floor = alone.packed_bytes
+    for budget in (0.5, 0.02):
+        found = at_budget(model, x, preset, budget)
+        assert found.packs_in_backward == found.unpacks_in_forward == ()
+        assert found.packed_bytes == floor
+        assert found.saved_bytes <= alone.saved_bytes
+        assert found.saved_bytes <= max(budget * dense, floor)
+        # where packing alone is within the budget, nothing is recomputed for it
+        assert (found == alone) == (alone.saved_bytes <= budget * dense)
+        assert ("never recomputed" in caplog.text) == (floor > budget * dense)
+        if floor <= budget * dense:
+            assert found.saved_bytes <= at_budget(model, x, None, budget).saved_bytes
+    assert found.saved_bytes == floor < alone.saved_bytes
+
+
+def test_a_memory_budget_changes_no_gradient_of_packed_tensors(fresh: None) -> None:
+    case = CASE["resnet18"]
+    model = case.model()
+    args, kwargs = case.inputs(8)
+    gradients, bytes_of = {}, {}
+    for budget in (1, 0.2):
+        torch._dynamo.reset()
+        options = {"preset": "dropit", "inner": "aot_eager_decomp_partition"}
+        with torch._functorch.config.patch(activation_memory_budget=budget):
+            packed = torch.compile(copy.deepcopy(model), backend="dropit", options=options)
+            gradients[budget] = step(packed, args, kwargs).gradients
+        bytes_of[budget] = last_partition().saved_bytes
+    assert bytes_of[0.2] < bytes_of[1]
+    for key, gradient in gradients[1].items():
+        torch.testing.assert_close(gradients[0.2][key], gradient)
+
+
+def test_the_guard_of_a_rewritten_module_takes_a_budget_of_what_the_dense_one_saves(
+    fresh: None,
+) -> None:
+    model, x = small_vit()
+    made, read = transform(model, example_args=(x,)), []
+    told = report(made)
+    budget = 1.1 * told.kept_bytes / told.dense_bytes  # packing alone is within it
+    for size in (told.dense_bytes, None):  # None: estimated from below
+        torch._dynamo.reset()
+        guarded = aot_autograd(
+            fw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+            partition_fn=KeepPacked(note=read.append, dense_bytes=size),
+        )
+        with torch._functorch.config.patch(activation_memory_budget=budget):
+            torch.compile(made, backend=guarded, fullgraph=True)(x)
+    assert read[0].saved_bytes == told.kept_bytes
+    assert read[0].packed_bytes == read[1].packed_bytes
+    assert read[1].saved_bytes < read[0].saved_bytes
 
 
 def test_each_piece_of_a_broken_graph_is_rewritten() -> None:
