@@ -7,6 +7,7 @@ reported is the median of each and its ratio to the dense step of the same mode.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import statistics
 import time
@@ -26,20 +27,48 @@ from dropit_fx.model_spec import build
 from dropit_fx.published import to_published
 
 Step = Callable[[], Tensor]
+Runs = dict[str, tuple[nn.Module, Callable[..., Any]]]  # the parameters' owner, what is called
+Rows = dict[str, dict[str, Any]]
 
 
-def step_of(model: nn.Module, run: Callable[..., Any], x: Tensor, labels: Tensor) -> Step:
-    """Forward, cross entropy, backward and one SGD update."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+class Task:
+    """A model, a batch and its labels: the same for every variant.
 
-    def step() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(run(x), labels)
-        torch.autograd.backward(loss)
-        optimizer.step()
-        return loss.detach()
+    Args:
+        spec: A spec as for ``dropit-fx report``.
+        batch: Batch size.
+        size: Height and width of images; None: the model's own.
+    """
 
-    return step
+    def __init__(self, spec: str, batch: int, size: int | None) -> None:
+        torch.manual_seed(0)
+        self.title = f"{spec}, batch {batch}"
+        self.model, (self.x,) = build(spec, batch, size)
+        with torch.no_grad():
+            *shape, classes = _logits(copy.deepcopy(self.model)(self.x)).shape
+        self.labels = torch.randint(0, classes, shape).flatten()
+
+    def loss(self, run: Callable[..., Any]) -> Tensor:
+        """Cross entropy of what ``run`` says of the batch, over every position."""
+        return F.cross_entropy(_logits(run(self.x)).flatten(0, -2), self.labels)
+
+    def step(self, model: nn.Module, run: Callable[..., Any]) -> Step:
+        """Forward, loss, backward and one SGD update."""
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+
+        def step() -> Tensor:
+            optimizer.zero_grad(set_to_none=True)
+            loss = self.loss(run)
+            torch.autograd.backward(loss)
+            optimizer.step()
+            return loss.detach()
+
+        return step
+
+
+def _logits(output: Any) -> Tensor:
+    logits: Tensor = getattr(output, "logits", output)
+    return logits
 
 
 def bench_step(
@@ -74,12 +103,11 @@ def bench_step(
     sugar: dict[str, Any] = {
         k: v for k, v in {"gamma": gamma, "bits": bits}.items() if v is not None
     }
-    torch.manual_seed(0)
-    dense, (x,) = build(model, batch, size)
-    labels = torch.randint(0, dense(x[:2]).shape[-1], (batch,))
-    runs: dict[str, tuple[nn.Module, Callable[..., Any]]] = {"eager, dense": (dense, dense)}
+    task = Task(model, batch, size)
+    dense = task.model
+    runs: Runs = {"eager, dense": (dense, dense)}
     for preset in presets:
-        packed = transform(copy.deepcopy(dense), preset=preset, example_args=(x,), **sugar)
+        packed = transform(copy.deepcopy(dense), preset=preset, example_args=(task.x,), **sugar)
         runs[f"eager, {preset}"] = (packed, packed)
     published = to_published(copy.deepcopy(dense), 0.9 if gamma is None else gamma)
     runs["eager, published"] = (published, published)
@@ -90,46 +118,65 @@ def bench_step(
             plugged = copy.deepcopy(dense)
             plug_in = torch.compile(plugged, backend="dropit", options={"preset": preset, **sugar})
             runs[f"compiled, {preset}"] = (plugged, plug_in)
-    result: dict[str, Any] = {}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("compiling", total=len(runs) * (rounds + 2))
-        steps: dict[str, Step] = {}
-        for name, (module, run) in runs.items():
-            progress.update(task, description=f"first step: {name}", advance=1)
-            saved = measure.saved_bytes(lambda r=run: F.cross_entropy(r(x), labels))
-            peak = measure.peak_memory(lambda r=run: F.cross_entropy(r(x), labels))
-            steps[name] = step_of(module, run, x, labels)
-            steps[name]()
-            result[name] = {"saved_bytes": saved, "peak_bytes": peak}
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for number in range(rounds):
-            for name, step in steps.items():
-                progress.update(task, description=f"round {number + 1}: {name}", advance=1)
-                start = time.perf_counter()
-                step()
-                times[name].append(time.perf_counter() - start)
-    for name, row in result.items():
-        base = name.split(",")[0] + ", dense"
-        row["seconds"] = statistics.median(times[name])
-        # of each round its own ratio: a slow moment weighs on both sides
-        pairs = zip(times[name], times[base], strict=True)
-        row["ratio"] = statistics.median(a / b for a, b in pairs)
-        row["saved_ratio"] = row["saved_bytes"] / result[base]["saved_bytes"]
-        row["peak_ratio"] = row["peak_bytes"] / result[base]["peak_bytes"]
-    Console().print(_table(f"{model}, batch {batch}", result))
+    result = take_turns(task, runs, rounds, lambda name: name.split(",")[0] + ", dense")
+    Console().print(table(task.title, result))
     if json_path is not None:
         with open(json_path, "w") as file:
             json.dump({"model": model, "batch": batch, **sugar, "variants": result}, file, indent=2)
     return result
 
 
-def _table(title: str, result: dict[str, Any]) -> Table:
-    table = Table(title=title, box=None, header_style="bold", pad_edge=False)
-    table.add_column("step")
-    for name in ("median", "of dense", "saved", "of dense", "peak", "of dense"):
-        table.add_column(name, justify="right", no_wrap=True)
+def take_turns(task: Task, runs: Runs, rounds: int, base: Callable[[str], str]) -> Rows:
+    """Measures what every variant saves and allocates, then lets them step in turn.
+
+    Args:
+        task: What they are trained on.
+        runs: The variants by name; each is compiled before any is timed.
+        rounds: Steps of each variant that are counted, after one that is not.
+        base: Name -> the variant that it is compared with.
+
+    Returns:
+        A row for each variant: see :func:`bench_step`.
+    """
+    result: Rows = {}
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("compiling", total=len(runs) * (rounds + 1))
+        steps: dict[str, Step] = {}
+        for name, (module, run) in runs.items():
+            progress.update(bar, description=f"first step: {name}")
+            loss = functools.partial(task.loss, run)
+            saved, peak = measure.saved_bytes(loss), measure.peak_memory(loss)
+            steps[name] = task.step(module, run)
+            steps[name]()
+            result[name] = {"saved_bytes": saved, "peak_bytes": peak}
+            progress.advance(bar)
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for number in range(rounds):
+            for name, step in steps.items():
+                progress.update(bar, description=f"round {number + 1}: {name}")
+                start = time.perf_counter()
+                step()
+                times[name].append(time.perf_counter() - start)
+                progress.advance(bar)
     for name, row in result.items():
-        table.add_row(
+        dense = base(name)
+        row["seconds"] = statistics.median(times[name])
+        # of each round its own ratio: a slow moment weighs on both sides
+        pairs = zip(times[name], times[dense], strict=True)
+        row["ratio"] = statistics.median(a / b for a, b in pairs)
+        row["saved_ratio"] = row["saved_bytes"] / result[dense]["saved_bytes"]
+        row["peak_ratio"] = row["peak_bytes"] / result[dense]["peak_bytes"]
+    return result
+
+
+def table(title: str, result: Rows) -> Table:
+    """The rows for people."""
+    text = Table(title=title, box=None, header_style="bold", pad_edge=False)
+    text.add_column("step")
+    for name in ("median", "of dense", "saved", "of dense", "peak", "of dense"):
+        text.add_column(name, justify="right", no_wrap=True)
+    for name, row in result.items():
+        text.add_row(
             name,
             f"{row['seconds'] * 1e3:.0f} ms",
             f"{row['ratio']:.2f}x",
@@ -138,4 +185,4 @@ def _table(title: str, result: dict[str, Any]) -> Table:
             f"{row['peak_bytes'] / 2**20:.1f} MiB",
             f"{row['peak_ratio']:.1%}",
         )
-    return table
+    return text

@@ -109,6 +109,30 @@ def _add_benches(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--json", metavar="FILE", help="write the figures to FILE too")
     step.set_defaults(run=_bench_step)
 
+    pareto = benches.add_parser(
+        "pareto",
+        help="memory against time: presets, checkpointing and memory budgets",
+        description="Measures compiled training steps in turn: dense, with its blocks checkpointed,"
+        " at memory budgets of PyTorch's own partitioner, and packed by every preset. Says where a"
+        " rival that loses nothing takes less memory and less time than a packed step.",
+        epilog="example: dropit-fx bench pareto --model timm:resnet18 --variants 'bal*' 'budget*'",
+    )
+    _add_model(pareto)
+    pareto.add_argument(
+        "--variants",
+        nargs="+",
+        default=(),
+        metavar="GLOB",
+        help="which of dense, checkpoint, budget=0.5, PRESET, balanced+budget=0.5 and so on"
+        " (default: all; dense is always there)",
+    )
+    inner = ("inductor", "aot_eager", "aot_eager_decomp_partition")
+    pareto.add_argument("--inner", choices=inner, default="inductor", help="what compiles them")
+    pareto.add_argument("--rounds", type=_positive, default=7, help="timed steps (default: 7)")
+    pareto.add_argument("--json", metavar="FILE", help="write the figures to FILE too")
+    pareto.add_argument("--plot", metavar="FILE", help="draw it as .png, .svg or .pdf")
+    pareto.set_defaults(run=_bench_pareto)
+
     kernels = benches.add_parser("kernels", help="time of packing and unpacking")
     bench.add_kernels_arguments(kernels)
     kernels.set_defaults(run=lambda options: _bench(bench.kernels, options))
@@ -249,6 +273,22 @@ def _bench_step(options: argparse.Namespace) -> int:
         rounds=options.rounds,
         compiled=not options.no_compile,
         json_path=options.json,
+    )
+    return 0
+
+
+def _bench_pareto(options: argparse.Namespace) -> int:
+    from dropit_fx.bench_pareto import bench_pareto
+
+    bench_pareto(
+        model=options.model,
+        batch=options.batch,
+        size=options.size,
+        only=options.variants,
+        inner=options.inner,
+        rounds=options.rounds,
+        json_path=options.json,
+        plot_path=options.plot,
     )
     return 0
 

@@ -35,6 +35,10 @@ STEPS = {
     for name in ("deit_tiny_patch16_224", "resnet18", "resnet50")
 }
 FORMATS = f"dropit-fx bench formats --json {FIGURES}/formats.json"
+PARETO = (
+    "dropit-fx bench pareto --model timm:deit_tiny_patch16_224 --batch 16"
+    f" --json {FIGURES}/pareto_deit_tiny.json --plot {FIGURES}/pareto_deit_tiny.png"
+)
 GRADIENTS = f"dropit-fx bench gradients --json {FIGURES}/gradients.json"
 KERNELS = f"dropit-fx bench kernels --json {FIGURES}/kernels.json"
 
@@ -47,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tables", action="store_true", help="rewrite its tables only")
     options = parser.parse_args(argv)
     if not (options.write or options.tables):
-        for command in (DEMO, *STEPS.values(), GRADIENTS, FORMATS, KERNELS):
+        for command in (DEMO, *STEPS.values(), PARETO, GRADIENTS, FORMATS, KERNELS):
             print(f"$ {command}", flush=True)
             program = Path(sys.executable).with_name(command.split()[0])
             subprocess.run([program, *shlex.split(command)[1:]], cwd=ROOT, check=True)
@@ -159,6 +163,7 @@ def measured() -> str:
     tables = [
         ("`make demo`", "digits", demo_table),
         *((f"`{command}`", name, step_table) for name, command in STEPS.items()),
+        (f"`{PARETO}`", "pareto_deit_tiny", pareto_table),
         (f"`{GRADIENTS}`", "gradients", gradients_table),
         (f"`{FORMATS}`", "formats", formats_table),
         (f"`{KERNELS}`", "kernels", kernels_table),
@@ -214,6 +219,15 @@ def step_table(results: dict[str, Any]) -> str:
     ]
     head = ["step", "saved", "of dense", "peak", "of dense", "time, of dense"]
     return markdown(head, rows)
+
+
+def pareto_table(results: dict[str, Any]) -> str:
+    """The rows, where a rival that loses nothing is better than one of ours, and the picture."""
+    from dropit_fx.bench_pareto import left_out, verdict
+
+    said = "\n".join(f"- {line}" for line in (*left_out(results), *verdict(results)))
+    picture = "![Memory against time: recomputed and packed](examples/figures/pareto_deit_tiny.png)"
+    return f"{step_table(results)}\n\n{said}\n\n{picture}"
 
 
 def gradients_table(results: list[dict[str, Any]]) -> str:

@@ -145,12 +145,34 @@ def test_arguments_that_do_not_parse(arguments: list[str]) -> None:
     assert stop.value.code == 2
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["report", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["report", "--help"], ["bench", "pareto", "--help"]]
+)
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 0
-    assert "report" in capsys.readouterr().out
+    assert f"dropit-fx {' '.join(arguments[:-1])}".rstrip() in capsys.readouterr().out
+
+
+def test_bench_pareto(factories: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out, picture = tmp_path / "p.json", tmp_path / "p.png"
+    bench = ["bench", "pareto", "--model", f"{factories}:mlp", "--batch", "256"]
+    small = ["--inner", "aot_eager", "--rounds", "1", "--variants", "checkpoint", "dropit"]
+    assert main([*bench, *small, "--json", str(out), "--plot", str(picture)]) == 0
+    data = json.loads(out.read_text())
+    assert list(data["variants"]) == ["dense", "dropit"]
+    assert data["variants"]["dropit"]["saved_ratio"] < 1
+    assert (data["batch"], data["inner"], data["rounds"]) == (256, "aot_eager", 1)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "checkpoint is left out: Sequential has neither" in capsys.readouterr().out
+
+    for wrong, message in (
+        (["--variants", "balancd"], "no variant matches 'balancd'. Did you mean 'balanced'"),
+        (["--plot", "no/such/folder.png"], "no folder to write no/such/folder.png into"),
+    ):
+        assert main([*bench, *wrong]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow
