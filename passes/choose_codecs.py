@@ -52,10 +52,10 @@ def _choose(read: SavedRead, config: Config) -> Decision:
     def kept(reason: str) -> Decision:
         return Decision(read=read, codec="keep", nbytes=0, reason=reason)
 
-    if read.rule is None:
-        return kept(f"no row for {read.op} in the op table")
     if read.obstacle:
         return kept(read.obstacle)
+    if read.rule is None:
+        return kept(f"no row for {read.op} in the op table")
     if read.read is None:
         return kept(f"{read.rule.name} keeps it inside, its row does not know it")
     rule = config.rule_for(read.module, read.op, read.read)

@@ -104,7 +104,10 @@ class _Probe(fx.Interpreter):
             with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
                 if _is_checkpoint(n):
                     result = self._run_body(n, args)
-                    mine.clear()  # recomputed: between forward and backward only the inputs stay
+                    # recomputed: between forward and backward only the inputs stay
+                    mine[:] = [_Kept(n, t) for t in args[1:] if isinstance(t, Tensor)]
+                    if not pytree.tree_any(_requires_grad, result):
+                        mine.clear()
                 else:
                     result = super().run_node(n)
         except Exception as error:
@@ -171,6 +174,8 @@ class _Probe(fx.Interpreter):
         if not mine:
             return
         rule, obstacle = rule_of(n), ""
+        if _is_checkpoint(n):
+            obstacle = "a checkpointed region is recomputed from it"
         values = bind(rule, args, kwargs, n.target) if rule is not None else None
         nodes = bind(rule, n.args, n.kwargs, n.target) if rule is not None else None
         if rule is not None and values is None:

@@ -168,6 +168,21 @@ def test_timm_gradient_checkpointing_and_packing_go_together(fresh: None) -> Non
     assert differing(expected.gradients, found.gradients) == []
 
 
+@pytest.mark.parametrize("preset", [None, "balanced"])
+def test_the_inputs_of_checkpointed_regions_are_kept_and_reported(preset: str | None) -> None:
+    model, x = small_vit(depth=3)
+    model.set_grad_checkpointing()
+    options = {"config": {"preset": preset}}
+    packed = torch.compile(model, backend="dropit_eager", fullgraph=True, options=options)
+    measured = saved_bytes(packed, x)
+    found = backend.compiled_graphs()[-1].report
+    assert measured == found.kept_bytes
+    inputs = [r for r in found.rows if "recomputed from it" in r.reason and not r.region]
+    assert [r.shape for r in inputs] == [(16, 17, 192)] * 3
+    assert {r.codec for r in inputs} == {"keep"}
+    assert (found.kept_bytes < found.dense_bytes) == (preset is not None)
+
+
 @pytest.mark.parametrize("budget", [0.3, 0.7])
 def test_a_memory_budget_and_lossless_packing_go_together(fresh: None, budget: float) -> None:
     model, x = mlp(), torch.randn(64, 64)
@@ -190,8 +205,8 @@ def at_budget(model: nn.Module, x: Tensor, preset: str | None, budget: float) ->
     return last_partition()
 
 
-def small_vit() -> tuple[nn.Module, Tensor]:
-    model = timm.create_model("deit_tiny_patch16_224", img_size=64, depth=1)
+def small_vit(depth: int = 1) -> tuple[Any, Tensor]:
+    model = timm.create_model("deit_tiny_patch16_224", img_size=64, depth=depth)
     return model, torch.randn(16, 3, 64, 64)
 
 
