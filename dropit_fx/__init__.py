@@ -4,6 +4,7 @@ from dropit_fx import measure
 from dropit_fx.api import transform
 from dropit_fx.capture import CaptureError
 from dropit_fx.config import Config, ConfigError, load_config
+from dropit_fx.pointwise import pointwise
 from dropit_fx.report import Report, report
 
 __version__ = "0.1.0"
@@ -14,6 +15,7 @@ __all__ = [
     "Report",
     "load_config",
     "measure",
+    "pointwise",
     "report",
     "transform",
 ]

@@ -20,7 +20,7 @@ from dropit_fx.core_types import Plan
 from dropit_fx.expand import expand, opaque_nodes
 from dropit_fx.fake import concrete_fakes, propagate
 from dropit_fx.layouts import channels_last
-from dropit_fx.packed_call import CACHE_VERSION, PACKED_OPS, pack
+from dropit_fx.packed_call import CACHE_VERSION, PACKED_OPS, VERSIONS, pack
 from dropit_fx.partition import KeepPacked, Partition, ReturnInputsAsTheyAre
 from dropit_fx.passes import run_pipeline
 from dropit_fx.passes.choose_codecs import check_rules_matched
@@ -206,8 +206,10 @@ def _inductor(
     passes = list(passes) if isinstance(passes, list | tuple) else [passes]
     patches["post_grad_custom_post_pass"] = [*passes, ReturnInputsAsTheyAre()]
     # our functions are safe to cache under a version that changes with the formulas and kernels
-    ops = (pack, *PACKED_OPS.values())
-    names = {f"{op.__module__}.{op.__name__}": CACHE_VERSION for op in ops}
+    names = {
+        f"{op.__module__}.{op.__name__}": CACHE_VERSION + VERSIONS.get(name, "")
+        for name, op in {"": pack, **PACKED_OPS}.items()
+    }
     patches["unsafe_marked_cacheable_functions"] = names | dict(
         patches.get("unsafe_marked_cacheable_functions") or {}
     )

@@ -282,6 +282,56 @@ def pointwise(op: Callable[..., Tensor], *names: str, operand: str = "input") ->
     return backward
 
 
+def exp(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """``dX = dY * y``."""
+    return {"input": grad * saved["result"]}
+
+
+def where_set(operand: str) -> Formula:
+    """The gradient where the bits kept for ``operand`` are set, 0 elsewhere."""
+
+    def backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+        return {"input": grad.where(saved[operand], 0)}
+
+    return backward
+
+
+def where(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """The gradient goes to ``input`` where the condition holds, else to ``other``."""
+    holds, out = saved["condition"], Grads()
+    if "input" in call.needs:
+        out["input"] = grad.where(holds, 0).sum_to_size(call.shapes["input"])
+    if "other" in call.needs:
+        out["other"] = grad.masked_fill(holds, 0).sum_to_size(call.shapes["other"])
+    return out
+
+
+def masked_fill(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """No gradient where it was filled."""
+    return {"input": grad.masked_fill(saved["mask"], 0).sum_to_size(call.shapes["input"])}
+
+
+def embedding(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """The rows of ``grad`` are added to those of ``dW`` that were looked up."""
+    padding, rows = call.args["padding_idx"], call.shapes["weight"][0]
+    padding = -1 if padding is None else padding
+    by_frequency, sparse = call.args["scale_grad_by_freq"], call.args["sparse"]
+    out = aten.embedding_backward(grad, saved["input"], rows, padding, by_frequency, sparse)
+    return {"weight": out}
+
+
+def index_select(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """Added to what was selected."""
+    out = grad.new_zeros(call.shapes["input"])
+    return {"input": out.index_add(call.args["dim"], saved["index"], grad)}
+
+
+def gather(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """Added to what was gathered; the tensor given for its shape is blank memory."""
+    args = call.args["dim"], saved["index"], call.args["sparse_grad"]
+    return {"input": aten.gather_backward(grad, saved["input"], *args)}
+
+
 def gelu(grad: Tensor, saved: Saved, call: Call) -> Grads:
     """As ATen."""
     return {"input": aten.gelu_backward(grad, saved["input"], approximate=call.args["approximate"])}

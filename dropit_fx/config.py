@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from dropit_fx.codecs import CODEC
-from dropit_fx.core_types import Codec, Options, Read, Use
+from dropit_fx.core_types import INSIDE, Codec, Options, Read, Use
 from dropit_fx.op_table import RULES
 
 DEFAULT_PRESET = "balanced"
@@ -66,6 +66,8 @@ def _joined(globs: tuple[str, ...]) -> str:
 
 def serves(codec: Codec, read: Read) -> bool:
     """Whether the backward may read what ``codec`` gives back."""
+    if read.operand == INSIDE and codec.name == "bitmask":
+        return False  # running an op again goes with packing its values
     if codec.name == "keep" or read.use is Use.SHAPE:
         return True  # a tensor of which only the shape is read goes with the rest of its op
     if read.bits is not None:

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from dropit_fx import backwards as bw
 from dropit_fx import runs
+from dropit_fx.codecs.bitmask import index_bits
 from dropit_fx.core_types import INSIDE, OpRule, Read, Use
 from dropit_fx.pooling import max_pool_backward, max_pool_saving, packable, window_bits
 
@@ -127,6 +128,33 @@ def _plain_cross_entropy(args: Mapping[str, Any]) -> str:
 
 def _dropout_draws(args: Mapping[str, Any]) -> str:
     return "" if args["training"] and 0 < args["p"] < 1 else "this dropout draws no mask"
+
+
+def _plain_where(args: Mapping[str, Any]) -> str:
+    both = [args[n].dtype for n in ("input", "other") if isinstance(args[n], Tensor)]
+    return "" if len(set(both)) <= 1 else "it joins two dtypes"
+
+
+def _indices(operand: str, table: str, bits: Callable[[Mapping[str, Any]], int]) -> Read:
+    return Read(operand=operand, use=Use.SLOPE, needed_by=(table,), bits=bits, like=operand)
+
+
+def _plain_embedding(args: Mapping[str, Any]) -> str:
+    if args["max_norm"] is not None:
+        return "it renormalises its weight"
+    if args["padding_idx"] is not None and args["padding_idx"] < 0:
+        return "its padding index is negative, which its spellings read differently"
+    return ""
+
+
+def _any_index(args: Mapping[str, Any]) -> int:
+    return 32  # what it indexes may be larger in the next call
+
+
+def _adaptive_spellings(d: int) -> tuple[Any, ...]:
+    name = f"adaptive_avg_pool{d}d"
+    plain = (torch.adaptive_avg_pool1d,) if d == 1 else (getattr(torch._C._nn, name),)
+    return (getattr(F, name), *plain, getattr(aten, name).default)
 
 
 _ATTENDS = ("query", "key", "value", "attn_mask")
@@ -351,6 +379,69 @@ OP_RULES: tuple[OpRule, ...] = (
         function=lambda args: "tanh of result",
         backward=bw.pointwise(aten.tanh_backward, operand="result"),
     ),
+    *(
+        OpRule(
+            name=name,
+            targets=(getattr(torch, name), name, getattr(aten, name).default),
+            reads=(Read(operand=operand, use=Use.SLOPE, needed_by=("input",)),),
+            run=getattr(runs, name),
+            autocast="float32 on cuda" if name == "exp" else "",
+            derive=getattr(runs, name),
+            backward=bw.exp if name == "exp" else None,
+        )
+        for name, operand in (("exp", "result"), ("sin", "input"), ("cos", "input"))
+    ),
+    OpRule(
+        name="clamp",
+        targets=(torch.clamp, torch.clip, "clamp", "clip", aten.clamp.default),
+        reads=(Read(operand="input", use=Use.SLOPE, needed_by=("input",), bits=_one_bit),),
+        run=runs.clamp,
+        run_saving=runs.clamp_saving,
+        backward=bw.where_set("input"),
+        derive=runs.clamp,
+        obstacle=lambda args: (
+            "its bounds are tensors"
+            if isinstance(args["min"], Tensor) or isinstance(args["max"], Tensor)
+            else ""
+        ),
+    ),
+    OpRule(
+        name="where",
+        targets=(torch.where, "where", aten.where.self),
+        orders={"where": ("input", "condition", "other")},
+        reads=(
+            Read(
+                operand="condition",
+                use=Use.SLOPE,
+                needed_by=("input", "other"),
+                bits=_one_bit,
+                like="condition",
+            ),
+        ),
+        run=runs.where,
+        run_saving=runs.where_saving,
+        backward=bw.where,
+        derive=runs.where,
+        obstacle=_plain_where,
+    ),
+    OpRule(
+        name="masked_fill",
+        targets=(
+            torch.masked_fill,
+            "masked_fill",
+            "masked_fill_",
+            aten.masked_fill.Scalar,
+            aten.masked_fill_.Scalar,
+        ),
+        reads=(
+            Read(operand="mask", use=Use.SLOPE, needed_by=("input",), bits=_one_bit, like="mask"),
+        ),
+        run=runs.masked_fill,
+        run_saving=runs.masked_fill_saving,
+        backward=bw.masked_fill,
+        derive=runs.masked_fill,
+        obstacle=lambda args: "its value is a tensor" if isinstance(args["value"], Tensor) else "",
+    ),
     OpRule(
         name="mul",
         targets=(
@@ -376,12 +467,8 @@ OP_RULES: tuple[OpRule, ...] = (
         targets=(operator.truediv, torch.div, "div", "__truediv__", aten.div.Tensor),
         reads=(
             Read(operand="input", use=Use.REDUCE, needed_by=("other",), lossy=_full_size("input")),
-            Read(
-                operand="other",
-                use=Use.REDUCE,
-                needed_by=("input", "other"),
-                lossy=_full_size("other"),
-            ),
+            # near zero, a small change of the divisor is a large one of the gradient
+            Read(operand="other", use=Use.REDUCE, needed_by=("input", "other"), lossy=False),
         ),
         run=runs.div,
         derive=runs.div,
@@ -390,7 +477,14 @@ OP_RULES: tuple[OpRule, ...] = (
     OpRule(
         name="pow",
         targets=(operator.pow, torch.pow, "pow", "__pow__", aten.pow.Tensor_Scalar),
-        reads=(Read(operand="input", use=Use.REDUCE, needed_by=("input",)),),
+        reads=(
+            Read(
+                operand="input",
+                use=Use.REDUCE,
+                needed_by=("input",),
+                lossy=lambda args: args["exponent"] >= 1,  # below, the slope at 0 has no bound
+            ),
+        ),
         run=runs.pow,
         autocast="float32 on cuda",
         derive=runs.pow,
@@ -543,6 +637,47 @@ OP_RULES: tuple[OpRule, ...] = (
         obstacle=_plain_cross_entropy,
     ),
     OpRule(
+        name="embedding",
+        targets=(F.embedding, torch.embedding, aten.embedding.default),
+        orders=dict.fromkeys(
+            (torch.embedding, aten.embedding.default),
+            ("weight", "input", "padding_idx", "scale_grad_by_freq", "sparse"),
+        ),
+        reads=(_indices("input", "weight", lambda args: index_bits(args["weight"].shape[0])),),
+        run=runs.embedding,
+        run_saving=runs.embedding_saving,
+        backward=bw.embedding,
+        obstacle=_plain_embedding,
+    ),
+    *(
+        OpRule(
+            name=name,
+            targets=(getattr(torch, name), name, getattr(aten, name).default),
+            reads=(
+                _indices("index", "input", _any_index),
+                Read(operand="input", use=Use.SHAPE, needed_by=("input",)),
+            )[:reads],
+            run=getattr(runs, name),
+            run_saving=getattr(runs, f"{name}_saving"),
+            backward=getattr(bw, name),
+        )
+        for name, reads in (("index_select", 1), ("gather", 2))
+    ),
+    *(
+        OpRule(
+            name=name,
+            targets=targets,
+            reads=(Read(operand="input", use=Use.SHAPE, needed_by=("input",)),),
+            run=getattr(runs, name),
+        )
+        for name, targets in (
+            ("pad", (F.pad, torch._C._nn.pad, aten.pad.default)),
+            ("avg_pool1d", (F.avg_pool1d, torch.avg_pool1d, aten.avg_pool1d.default)),
+            ("avg_pool3d", (F.avg_pool3d, torch._C._nn.avg_pool3d, aten.avg_pool3d.default)),
+            *((f"adaptive_avg_pool{d}d", _adaptive_spellings(d)) for d in (1, 2, 3)),
+        )
+    ),
+    OpRule(
         name="avg_pool2d",
         targets=(F.avg_pool2d, torch._C._nn.avg_pool2d, aten.avg_pool2d.default),
         reads=(Read(operand="input", use=Use.SHAPE, needed_by=("input",)),),
@@ -570,10 +705,24 @@ SAVES_NOTHING: tuple[OpRule, ...] = tuple(
     for name in ("add", "sub")
 )
 
-RULES: dict[str, OpRule] = {rule.name: rule for rule in OP_RULES}
-DERIVABLE: dict[str, OpRule] = {r.name: r for r in (*OP_RULES, *SAVES_NOTHING) if r.derive}
-_BY_TARGET: dict[Any, OpRule] = {t: rule for rule in OP_RULES for t in rule.targets}
-_DERIVABLE_BY_TARGET = {t: rule for rule in DERIVABLE.values() for t in rule.targets}
+RULES: dict[str, OpRule] = {}
+DERIVABLE: dict[str, OpRule] = {}
+_BY_TARGET: dict[Any, OpRule] = {}
+_DERIVABLE_BY_TARGET: dict[Any, OpRule] = {}
+
+
+def add_row(rule: OpRule) -> None:
+    """Makes a row known, under its name and under its targets."""
+    if rule.reads:
+        RULES[rule.name] = rule
+        _BY_TARGET.update(dict.fromkeys(rule.targets, rule))
+    if rule.derive:
+        DERIVABLE[rule.name] = rule
+        _DERIVABLE_BY_TARGET.update(dict.fromkeys(rule.targets, rule))
+
+
+for _rule in (*OP_RULES, *SAVES_NOTHING):
+    add_row(_rule)
 
 # Arguments that change nothing.
 _MEANINGLESS = {"_stacklevel", "cudnn_enabled", "cudnn_enable"}

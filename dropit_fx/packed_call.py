@@ -436,11 +436,6 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
     return packed_op
 
 
-# One function for each row, under the name that graphs print: packed_linear, packed_relu, ...
-PACKED_OPS: dict[str, Callable[..., Tensor]] = {rule.name: _packed_op(rule) for rule in OP_RULES}
-globals().update({f"packed_{name}": op for name, op in PACKED_OPS.items()})
-
-
 def _cache_version() -> str:
     """Hash of every formula and kernel: what compile caches do not look into, and must key on."""
     here = Path(__file__).parent
@@ -458,3 +453,16 @@ def _cache_version() -> str:
 
 
 CACHE_VERSION = _cache_version()
+PACKED_OPS: dict[str, Callable[..., Tensor]] = {}
+VERSIONS: dict[str, str] = {}  # of each packed op, for compile caches
+
+
+def add_row(rule: OpRule, version: str = "") -> None:
+    """Makes the function of a row, under the name that graphs print: packed_linear, ..."""
+    op = PACKED_OPS[rule.name] = _packed_op(rule)
+    globals()[f"packed_{rule.name}"] = op
+    VERSIONS[rule.name] = version
+
+
+for _rule in OP_RULES:
+    add_row(_rule)

@@ -178,6 +178,96 @@ def tanh(input: Tensor) -> Tensor:
     return torch.tanh(input)
 
 
+def exp(input: Tensor) -> Tensor:
+    return torch.exp(input)
+
+
+def sin(input: Tensor) -> Tensor:
+    return torch.sin(input)
+
+
+def cos(input: Tensor) -> Tensor:
+    return torch.cos(input)
+
+
+# Masks
+
+
+def clamp(input: Tensor, min: Any = None, max: Any = None) -> Tensor:
+    return torch.clamp(input, min, max)
+
+
+def clamp_saving(
+    input: Tensor, min: Any = None, max: Any = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    passed = torch.ones_like(input, dtype=torch.bool) if min is None else input >= min
+    if max is not None:
+        passed = passed & (input <= max)
+    return torch.clamp(input, min, max), {"input": passed}
+
+
+def where(condition: Tensor, input: Any, other: Any) -> Tensor:
+    return torch.where(condition, input, other)
+
+
+def where_saving(condition: Tensor, input: Any, other: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    return torch.where(condition, input, other), {"condition": condition}
+
+
+def masked_fill(input: Tensor, mask: Tensor, value: Any) -> Tensor:
+    return torch.masked_fill(input, mask, value)
+
+
+def masked_fill_saving(input: Tensor, mask: Tensor, value: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    return torch.masked_fill(input, mask, value), {"mask": mask}
+
+
+# Indices
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+
+
+def embedding_saving(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    out = embedding(input, weight, padding_idx, None, norm_type, scale_grad_by_freq, sparse)
+    return out, {"input": input}
+
+
+def index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
+    return torch.index_select(input, dim, index)
+
+
+def index_select_saving(input: Tensor, dim: int, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    return torch.index_select(input, dim, index), {"index": index}
+
+
+def gather(input: Tensor, dim: int, index: Tensor, sparse_grad: bool = False) -> Tensor:
+    return torch.gather(input, dim, index, sparse_grad=sparse_grad)
+
+
+def gather_saving(
+    input: Tensor, dim: int, index: Tensor, sparse_grad: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    return torch.gather(input, dim, index, sparse_grad=sparse_grad), {"index": index}
+
+
 # Arithmetic
 
 
@@ -480,3 +570,45 @@ def avg_pool2d(
     return F.avg_pool2d(
         input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
     )
+
+
+def avg_pool1d(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> Tensor:
+    stride = kernel_size if stride is None else stride
+    return F.avg_pool1d(input, kernel_size, stride, padding, ceil_mode, count_include_pad)
+
+
+def avg_pool3d(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    return F.avg_pool3d(
+        input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+    )
+
+
+def adaptive_avg_pool1d(input: Tensor, output_size: Any) -> Tensor:
+    return F.adaptive_avg_pool1d(input, output_size)
+
+
+def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor:
+    return F.adaptive_avg_pool2d(input, output_size)
+
+
+def adaptive_avg_pool3d(input: Tensor, output_size: Any) -> Tensor:
+    return F.adaptive_avg_pool3d(input, output_size)
+
+
+def pad(input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Tensor:
+    return F.pad(input, list(pad), mode, value)

@@ -20,8 +20,6 @@ from dropit_fx.op_table import DERIVABLE, RULES, bind, inputs_of
 from dropit_fx.packed_call import PACKED_OPS, derived, pack
 from dropit_fx.passes.share_packed import CAST, by_site, packed_bytes, value_of
 
-_RULE_OF_CALL: dict[Any, OpRule] = {op: RULES[name] for name, op in PACKED_OPS.items()}
-
 
 class VerifyError(AssertionError):
     """A pass made an illegal plan: a bug in the pass, never the user's fault."""
@@ -52,10 +50,11 @@ class _PackedRead(NamedTuple):
 
 
 def _packed_reads(plan: Plan) -> Iterator[_PackedRead]:
+    rules: dict[Any, OpRule] = {op: RULES[name] for name, op in PACKED_OPS.items()}
     for n in plan.module.graph.nodes:
-        if n.target in _RULE_OF_CALL:
+        if n.target in rules:
             for operand, how in n.kwargs["packed"].items():
-                yield _PackedRead(n, _RULE_OF_CALL[n.target], operand, how)
+                yield _PackedRead(n, rules[n.target], operand, how)
 
 
 def _packs(plan: Plan) -> list[fx.Node]:
@@ -185,7 +184,7 @@ def packs_are_read(plan: Plan) -> Iterator[str]:
         elif source not in operands[n]:
             yield f"'{n.name}' packs '{source}', which none of its readers reads"
         for user in n.users:
-            if user.target not in _RULE_OF_CALL and user.target is not derived:
+            if user.target not in PACKED_OPS.values() and user.target is not derived:
                 yield f"'{n.name}' is read by '{user.name}', which is no packed call"
         if codec not in CODEC or set(CODEC[codec].defaults()) - set(options):
             yield f"'{n.name}' has options {sorted(options)} for codec {codec!r}"

@@ -6,6 +6,7 @@ comes from a placeholder through a copy, which keeps its strides, and then throu
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from torch import Tensor, fx
 from dropit_fx.api import rewrite
 from dropit_fx.config import load_config
 from dropit_fx.core_types import Plan
-from dropit_fx.op_table import RULES
+from dropit_fx.op_table import OP_RULES
 
 LOSSLESS: dict[str, Any] = {
     "preset": None,
@@ -458,6 +459,56 @@ def _avg_pool2d() -> list[Case]:
     ]
 
 
+def _where() -> list[Case]:
+    mask, x = T((2, 3, 5), make=coins), T((2, 3, 5))
+    return [
+        case("same shape", mask, x, x),
+        case("condition of a row", T((5,), make=coins), x, x),
+        case("all broadcast", T((3, 1), make=coins), T((5,)), T((2, 1, 1))),
+        case("number", mask, x, 0.5),
+        case("number first", mask, -math.inf, x),
+        case("transposed memory", T((9, 6), make=coins), T((6, 9), _t), T((9, 6))),
+        case("slice", T((6, 5), make=coins), T((6, 10), lambda v: v[:, ::2]), T((6, 5))),
+        case("empty", T((5,), make=coins), T((0, 5)), T((0, 5))),
+        Case(
+            "two dtypes",
+            (mask, x, T((2, 3, 5), lambda v: v.double())),
+            obstacle="it joins two dtypes",
+        ),
+    ]
+
+
+FROM_THE_END = "its padding index is negative, which its spellings read differently"
+
+
+def _embedding() -> list[Case]:
+    out = [
+        case(f"{rows} rows", T((4, 7), make=classes(rows)), T((rows, 3)))
+        for rows in (300, 1, 2, 7, 256, 257, 65536, 65537)
+    ]
+    words, table = T((4, 7), make=classes(9)), T((9, 3))
+    return [
+        *out,
+        case("padding_idx", words, table, 2),
+        Case("padding_idx from the end", (words, table, -1), obstacle=FROM_THE_END),
+        case("scale_grad_by_freq", words, table, scale_grad_by_freq=True),
+        case("one word", T((), make=classes(9)), table),
+        case("int32", T((4, 7), make=lambda s, g: classes(9)(s, g).int()), table),
+        case("no words", T((0, 7), make=classes(9)), table),
+        Case("max_norm", (words, table, None, 1.0), obstacle="it renormalises its weight"),
+    ]
+
+
+def _pad() -> list[Case]:
+    x = T((2, 3, 5, 6))
+    return [
+        *[case(f"{m}, 2-D", x, (1, 2, 0, 1), m) for m in ("reflect", "replicate")],
+        *[case(f"{m}, 1-D", T((2, 5, 6)), (1, 2), m) for m in ("reflect", "replicate")],
+        case("reflect, transposed", T((3, 5, 6), _t), (1, 2), "reflect"),
+        case("replicate, 3-D", T((2, 3, 4, 5, 6)), (1, 2, 0, 1, 2, 2), "replicate"),
+    ]
+
+
 def _matmul() -> list[Case]:
     ranks = {
         "1x1": ((5,), (5,)),
@@ -609,12 +660,72 @@ CASES: dict[str, list[Case]] = {
     "log_softmax": _softmax(),
     "cross_entropy": _cross_entropy(),
     "avg_pool2d": _avg_pool2d(),
+    "exp": _pointwise(),
+    "sin": _pointwise(),
+    "cos": _pointwise(),
+    "clamp": [
+        *[Case(f"{c.name}, both", (*c.args, -0.3, 0.8), c.kwargs) for c in _pointwise()],
+        case("least", T((4, 9)), -0.3),
+        case("greatest", T((4, 9)), max=0.8),
+        case("on the bounds", T((4, 9), lambda v: v.round()), -1, 1),
+        Case("tensors", (T((4, 9)), T((9,)), None), obstacle="its bounds are tensors"),
+    ],
+    "where": _where(),
+    "masked_fill": [
+        case("same shape", T((2, 3, 5)), T((2, 3, 5), make=coins), -1.0),
+        case("row", T((2, 3, 5)), T((5,), make=coins), -math.inf),
+        case("broadcast input", T((3, 5)), T((2, 3, 5), make=coins), 0),
+        case("transposed memory", T((6, 9), _t), T((9, 6), make=coins), 2.0),
+        case("slice", T((6, 10), lambda v: v[:, ::2]), T((6, 5), make=coins), 2.0),
+        case("empty", T((0, 5)), T((5,), make=coins), 2.0),
+        Case(
+            "tensor",
+            (T((4, 9)), T((4, 9), make=coins), T(())),
+            obstacle="its value is a tensor",
+        ),
+    ],
+    "embedding": _embedding(),
+    "index_select": [
+        case("rows", T((6, 5)), 0, T((9,), make=classes(6))),
+        case("columns", T((2, 6, 5)), -1, T((3,), make=classes(5))),
+        case("transposed memory", T((5, 6), _t), 0, T((9,), make=classes(6))),
+        case("none", T((6, 5)), 0, T((0,), make=classes(6))),
+    ],
+    "gather": [
+        case("rows", T((6, 5)), 0, T((4, 5), make=classes(6))),
+        case("last", T((2, 6, 5)), -1, T((2, 6, 3), make=classes(5))),
+        case("transposed memory", T((5, 6), _t), 1, T((6, 2), make=classes(5))),
+        case("none", T((6, 5)), 0, T((0, 5), make=classes(6))),
+    ],
+    "pad": _pad(),
+    "avg_pool1d": [
+        case("plain", T((2, 3, 9)), 2),
+        case("padding", T((2, 3, 9)), 3, 1, 1, True, False),
+        case("unbatched", T((3, 9)), 2),
+        case("slice", T((2, 3, 18), lambda v: v[..., ::2]), 2),
+        case("empty batch", T((0, 3, 9)), 2),
+    ],
+    "avg_pool3d": [
+        case("plain", T((2, 3, 5, 4, 6)), 2),
+        case("padding", T((2, 3, 5, 4, 6)), 3, 1, 1, True, False, 5),
+        case("unbatched", T((3, 5, 4, 6)), 2),
+        case("transposed memory", T((2, 3, 4, 5, 6), _t), 2),
+    ],
+    **{
+        f"adaptive_avg_pool{d}d": [
+            case("smaller", T((2, 3, *(9, 8, 7)[:d])), (4, 3, 2)[:d]),
+            case("unbatched", T((3, *(9, 8, 7)[:d])), (4, 3, 2)[:d]),
+            case("larger", T((2, 3, *(3, 2, 2)[:d])), (4, 3, 5)[:d]),
+            case("transposed memory", T((2, 3, *(9, 8, 7)[:d]), _t), (4, 3, 2)[:d]),
+        ]
+        for d in (1, 2, 3)
+    },
 }
 
 
 def spellings() -> list[Any]:
     """(rule name, target) for every target of every row."""
-    return [(name, target) for name, rule in RULES.items() for target in rule.targets]
+    return [(rule.name, target) for rule in OP_RULES for target in rule.targets]
 
 
 def spelled(name: str, target: Any) -> Case:
@@ -628,6 +739,11 @@ def spelled(name: str, target: Any) -> Case:
     if name == "batch_norm" and target is not F.batch_norm:
         x, mean, var, w, b, training = first.args
         return case("other order", x, w, b, mean, var, training, 0.1, 1e-5, False)
+    if name == "embedding" and target is not F.embedding:
+        return case("other order", first.args[1], first.args[0])
+    if target == "where":
+        condition, x, y = first.args
+        return case("other order", x, condition, y)
     if name in ("elu", "selu", "celu") and writes(target):
         return replace(first, rounds=FROM_ITS_RESULT)
     return first

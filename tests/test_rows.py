@@ -14,6 +14,7 @@ import torchgen
 import yaml
 from op_cases import CASES, T, graph_of
 
+from dropit_fx.codecs.bitmask import BITMASK, index_bits
 from dropit_fx.core_types import INSIDE
 from dropit_fx.op_table import OP_RULES, RULES, bind
 
@@ -47,8 +48,22 @@ ENTRIES: dict[str, list[tuple[str, dict[str, str]]]] = {
         name: [(name, {"self": "input"})]
         for name in (
             *("gelu", "silu", "mish", "elu", "celu", "softplus", "hardswish", "hardsigmoid"),
-            *("sigmoid", "tanh", "avg_pool2d"),
+            *("sigmoid", "tanh", "avg_pool2d", "avg_pool3d", "exp", "sin", "cos", "clamp"),
+            *("gather", "index_select"),
         )
+    },
+    "where": [("where.self", {"self": "input"})],
+    "masked_fill": [("masked_fill.Scalar", {"self": "input"})],
+    "embedding": [("embedding", {"indices": "input"})],
+    "pad": [
+        (f"{mode}_pad{d}d", {"self": "input"})
+        for mode in ("reflection", "replication")
+        for d in (1, 2, 3)
+    ],
+    "avg_pool1d": [("avg_pool2d", {"self": "input"})],
+    **{
+        f"adaptive_avg_pool{d}d": [(f"_adaptive_avg_pool{max(d, 2)}d", {"self": "input"})]
+        for d in (1, 2, 3)
     },
     "selu": [("elu", {"self": "input"})],
     "logsigmoid": [("log_sigmoid_forward", {"self": "input", "buffer": INSIDE})],
@@ -137,7 +152,7 @@ def tensors_in(formula: str, schema: str) -> set[str]:
     return {n for n in [*names, "result", "result1", "result2"] if re.search(rf"\b{n}\b", formula)}
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [r.name for r in OP_RULES])
 def test_row_reads_what_the_formulas_of_pytorch_mention(name: str) -> None:
     reads = {(r.operand, n) for r in RULES[name].reads for n in r.needed_by}
     every = set()
@@ -257,9 +272,21 @@ def test_nothing_is_kept_where_only_the_bias_requires_grad(name: str) -> None:
 def test_every_lossless_bit_width_is_that_of_a_mask_or_of_a_window() -> None:
     for rule in OP_RULES:
         for read in rule.reads:
-            if read.bits is None:
+            if read.bits is None or rule.name in ("embedding", "index_select", "gather"):
                 continue
             settings = {"kernel_size": 3}
             cells = 3 ** int(rule.name[8]) if rule.name.startswith("max_pool") else 2
             bits = read.bits(settings)
             assert 2 ** (bits - 1) < cells <= 2**bits
+
+
+@pytest.mark.parametrize(
+    ("rows", "bits"),
+    [(1, 1), (2, 1), (3, 2), (256, 8), (257, 16), (65536, 16), (65537, 32), (2**31, 32)],
+)
+def test_an_index_takes_the_fewest_bits_that_count_the_rows(rows: int, bits: int) -> None:
+    assert index_bits(rows) == bits
+    indices = torch.tensor([0, rows - 1, rows // 2])
+    (packed,) = BITMASK.pack(indices, {"bits": bits})
+    assert packed.nbytes == BITMASK.nbytes(3, torch.int64, {"bits": bits})
+    assert BITMASK.unpack((packed,), {"bits": bits}, 3, torch.int64).equal(indices)

@@ -1,7 +1,8 @@
-"""``bitmask``: masks and other small integers, in the fewest bits that lose nothing.
+"""``bitmask``: masks, indices and other small integers, in the fewest bits that lose nothing.
 
 The row of the op says how many: 1 for the slope of a piecewise-linear function or a dropout mask,
-4 for the maximum's place in a 3 x 3 pooling window.
+4 for the maximum's place in a 3 x 3 pooling window, 16 for a word in a vocabulary of 50257. Up to 8
+bits are packed densely; above, each integer takes 2 or 4 bytes.
 """
 
 from typing import Any
@@ -13,16 +14,41 @@ import dropit_fx.kernels.masks  # noqa: F401  registers its ops
 from dropit_fx.core_types import Codec, Options, Use
 from dropit_fx.kernels.layout import uint_nbytes
 
+_MIDDLE = 1 << 15
 
-def _unpack(parts: tuple[Tensor, ...], options: Options, numel: Any, dtype: torch.dtype) -> Tensor:
-    codes: Tensor = torch.ops.dropit.unpack_uint(parts[0], options["bits"], numel)
-    return codes.to(torch.bool) if options["bits"] == 1 else codes
+
+def index_bits(rows: int) -> int:
+    """The fewest bits for an index into so many rows: 1 to 8, 16, or 32."""
+    bits = max(1, (rows - 1).bit_length())
+    return bits if bits <= 8 else 16 if bits <= 16 else 32
 
 
 def _pack(flat: Tensor, options: Options) -> tuple[Tensor, ...]:
     if "low" in options:  # where the values lie between two bounds, straight from the values
         return (torch.ops.dropit.pack_between(flat, options["low"], options["high"]),)
-    return (torch.ops.dropit.pack_uint(flat, options["bits"]),)
+    bits = options["bits"]
+    if bits == 16:
+        return ((flat - _MIDDLE).to(torch.int16),)
+    if bits == 32:
+        return (flat.to(torch.int32),)
+    codes = flat if flat.dtype in (torch.bool, torch.uint8) else flat.to(torch.uint8)
+    return (torch.ops.dropit.pack_uint(codes, bits),)
+
+
+def _unpack(parts: tuple[Tensor, ...], options: Options, numel: Any, dtype: torch.dtype) -> Tensor:
+    bits, integers = options["bits"], dtype in (torch.int64, torch.int32)
+    if bits > 8:
+        wide = parts[0].to(dtype)
+        return wide + _MIDDLE if bits == 16 else wide
+    codes: Tensor = torch.ops.dropit.unpack_uint(parts[0], bits, numel)
+    if integers:
+        return codes.to(dtype)
+    return codes.to(torch.bool) if bits == 1 else codes
+
+
+def _nbytes(numel: int, dtype: torch.dtype, options: Options) -> int:
+    bits = options["bits"]
+    return numel * bits // 8 if bits > 8 else uint_nbytes(numel, bits)
 
 
 BITMASK = Codec(
@@ -30,6 +56,6 @@ BITMASK = Codec(
     serves=frozenset({Use.SLOPE}),
     pack=_pack,
     unpack=_unpack,
-    nbytes=lambda numel, dtype, options: uint_nbytes(numel, options["bits"]),
+    nbytes=_nbytes,
     lossless=lambda options: True,
 )
