@@ -27,6 +27,7 @@ from dropit_fx.model_spec import build
 from dropit_fx.published import to_published
 
 Step = Callable[[], Tensor]
+FIXED = ("parameters", "gradients", "optimizer")
 Runs = dict[str, tuple[nn.Module, Callable[..., Any]]]  # the parameters' owner, what is called
 Rows = dict[str, dict[str, Any]]
 
@@ -52,8 +53,8 @@ class Task:
         """Cross entropy of what ``run`` says of the batch, over every position."""
         return F.cross_entropy(_logits(run(self.x)).flatten(0, -2), self.labels)
 
-    def step(self, model: nn.Module, run: Callable[..., Any]) -> Step:
-        """Forward, loss, backward and one SGD update."""
+    def step(self, model: nn.Module, run: Callable[..., Any]) -> tuple[Step, torch.optim.Optimizer]:
+        """Forward, loss, backward and one update by SGD with momentum; and what updates."""
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 
         def step() -> Tensor:
@@ -63,7 +64,7 @@ class Task:
             optimizer.step()
             return loss.detach()
 
-        return step
+        return step, optimizer
 
 
 def _logits(output: Any) -> Tensor:
@@ -98,7 +99,8 @@ def bench_step(
     Returns:
         Variant -> ``seconds`` (median), ``ratio`` to dense of its mode, ``saved_bytes``,
         ``saved_ratio``, ``peak_bytes`` and ``peak_ratio`` (of forward and backward, gradients
-        included, parameters not).
+        included), ``parameters_bytes`` (with buffers), ``gradients_bytes``, ``optimizer_bytes``,
+        ``whole_bytes`` and ``whole_ratio`` (the peak with parameters and the optimizer's state).
     """
     sugar: dict[str, Any] = {
         k: v for k, v in {"gamma": gamma, "bits": bits}.items() if v is not None
@@ -146,9 +148,12 @@ def take_turns(task: Task, runs: Runs, rounds: int, base: Callable[[str], str]) 
             progress.update(bar, description=f"first step: {name}")
             loss = functools.partial(task.loss, run)
             saved, peak = measure.saved_bytes(loss), measure.peak_memory(loss)
-            steps[name] = task.step(module, run)
+            steps[name], optimizer = task.step(module, run)
             steps[name]()
-            result[name] = {"saved_bytes": saved, "peak_bytes": peak}
+            result[name] = {"saved_bytes": saved, "peak_bytes": peak} | fixed(module, optimizer)
+            result[name]["whole_bytes"] = peak + sum(
+                result[name][f"{kind}_bytes"] for kind in FIXED if kind != "gradients"
+            )
             progress.advance(bar)
         times: dict[str, list[float]] = {name: [] for name in runs}
         for number in range(rounds):
@@ -164,16 +169,28 @@ def take_turns(task: Task, runs: Runs, rounds: int, base: Callable[[str], str]) 
         # of each round its own ratio: a slow moment weighs on both sides
         pairs = zip(times[name], times[dense], strict=True)
         row["ratio"] = statistics.median(a / b for a, b in pairs)
-        row["saved_ratio"] = row["saved_bytes"] / result[dense]["saved_bytes"]
-        row["peak_ratio"] = row["peak_bytes"] / result[dense]["peak_bytes"]
+        for what in ("saved", "peak", "whole"):
+            row[f"{what}_ratio"] = row[f"{what}_bytes"] / result[dense][f"{what}_bytes"]
     return result
+
+
+def fixed(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes of what no packing changes: ``{kind}_bytes`` for each of :data:`FIXED`."""
+    states: list[dict[str, Any]] = list(optimizer.state.values())
+    state = [v for s in states for v in s.values() if isinstance(v, Tensor)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    kinds: tuple[list[Tensor], ...] = ([*model.parameters(), *model.buffers()], [*trained], state)
+    return {
+        f"{kind}_bytes": sum(t.nbytes for t in tensors)
+        for kind, tensors in zip(FIXED, kinds, strict=True)
+    }
 
 
 def table(title: str, result: Rows) -> Table:
     """The rows for people."""
     text = Table(title=title, box=None, header_style="bold", pad_edge=False)
     text.add_column("step")
-    for name in ("median", "of dense", "saved", "of dense", "peak", "of dense"):
+    for name in ("median", "of dense", "saved", "of dense", "peak", "of dense", "whole"):
         text.add_column(name, justify="right", no_wrap=True)
     for name, row in result.items():
         text.add_row(
@@ -184,5 +201,9 @@ def table(title: str, result: Rows) -> Table:
             f"{row['saved_ratio']:.1%}",
             f"{row['peak_bytes'] / 2**20:.1f} MiB",
             f"{row['peak_ratio']:.1%}",
+            f"{row['whole_ratio']:.1%}",
         )
+    first = next(iter(result.values()))
+    sizes = ", ".join(f"{kind} {first[f'{kind}_bytes'] / 2**20:.1f} MiB" for kind in FIXED)
+    text.caption = f"whole step: the peak with {sizes} (gradients are part of the peak)"
     return text

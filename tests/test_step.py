@@ -61,5 +61,10 @@ def test_bench_step_times_every_variant_and_writes_what_it_printed(tmp_path, cap
     assert result["eager, dense"]["ratio"] == 1
     shares = [result[f"eager, {v}"]["saved_ratio"] for v in ("balanced", "dropit", "published")]
     assert shares == sorted(shares)
-    assert all(row["peak_bytes"] > 0 for row in result.values())
+    assert all(row["peak_bytes"] > row["gradients_bytes"] > 0 for row in result.values())
+    for row in result.values():  # SGD with momentum; buffers are no parameters
+        assert row["gradients_bytes"] == row["optimizer_bytes"] < row["parameters_bytes"]
+        apart = row["parameters_bytes"] + row["optimizer_bytes"]
+        assert row["whole_bytes"] == row["peak_bytes"] + apart
+    assert result["eager, balanced"]["whole_ratio"] < 1
     assert "eager, published" in capsys.readouterr().out
