@@ -188,22 +188,19 @@ def fixed(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
 
 def table(title: str, result: Rows) -> Table:
     """The rows for people."""
-    text = Table(title=title, box=None, header_style="bold", pad_edge=False)
-    text.add_column("step")
-    for name in ("median", "of dense", "saved", "of dense", "peak", "of dense", "whole"):
-        text.add_column(name, justify="right", no_wrap=True)
+    text = Table(title=title, box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    text.add_column("step", no_wrap=True)
+    for name in ("median", "saved", "peak", "whole"):
+        text.add_column(name, justify="right")
     for name, row in result.items():
         text.add_row(
             name,
-            f"{row['seconds'] * 1e3:.0f} ms",
-            f"{row['ratio']:.2f}x",
-            f"{row['saved_bytes'] / 2**20:.1f} MiB",
-            f"{row['saved_ratio']:.1%}",
-            f"{row['peak_bytes'] / 2**20:.1f} MiB",
-            f"{row['peak_ratio']:.1%}",
+            f"{row['seconds'] * 1e3:.0f} ms {row['ratio']:5.2f}x",
+            f"{row['saved_bytes'] / 2**20:.1f} MiB {row['saved_ratio']:6.1%}",
+            f"{row['peak_bytes'] / 2**20:.1f} MiB {row['peak_ratio']:6.1%}",
             f"{row['whole_ratio']:.1%}",
         )
     first = next(iter(result.values()))
     sizes = ", ".join(f"{kind} {first[f'{kind}_bytes'] / 2**20:.1f} MiB" for kind in FIXED)
-    text.caption = f"whole step: the peak with {sizes} (gradients are part of the peak)"
+    text.caption = f"shares are of dense; whole: the peak and {sizes}, gradients once"
     return text
