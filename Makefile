@@ -17,7 +17,7 @@ help:
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/digits.py
 
-# The figures of the README, and the README itself. Half an hour.
+# The figures of the README, and the README itself. An hour.
 figures: $(VENV)/.installed-test
 	$(BIN)/python examples/figures.py
 

@@ -1,6 +1,6 @@
 """Measures the figures of the README and writes them into it.
 
-    python examples/figures.py             # run every command (half an hour on two cores)
+    python examples/figures.py             # run every command (an hour on two cores)
     python examples/figures.py --write     # only rewrite the README from examples/figures/*.json
     python examples/figures.py --tables    # the same without running its code blocks
 
@@ -29,7 +29,10 @@ README = ROOT / "README.md"
 FIGURES = Path("examples/figures")
 MIB = 2**20
 
-DEMO = "python examples/digits.py --out examples/figures"
+DIGITS, TEXT = (
+    f"python examples/{name}.py --presets balanced max --seeds 5 --out {FIGURES}"
+    for name in ("digits", "text")
+)
 STEPS = {
     name: f"dropit-fx bench step --model timm:{name} --batch 16 --json {FIGURES / name}.json"
     for name in ("deit_tiny_patch16_224", "resnet18", "resnet50")
@@ -51,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tables", action="store_true", help="rewrite its tables only")
     options = parser.parse_args(argv)
     if not (options.write or options.tables):
-        for command in (DEMO, *STEPS.values(), PARETO, GRADIENTS, FORMATS, KERNELS):
+        for command in (DIGITS, TEXT, *STEPS.values(), PARETO, GRADIENTS, FORMATS, KERNELS):
             print(f"$ {command}", flush=True)
             program = Path(sys.executable).with_name(command.split()[0])
             subprocess.run([program, *shlex.split(command)[1:]], cwd=ROOT, check=True)
@@ -161,7 +164,8 @@ def first_sentence(path: Path) -> str:
 
 def measured() -> str:
     tables = [
-        ("`make demo`", "digits", demo_table),
+        (f"`{DIGITS}`", "digits", training_table),
+        (f"`{TEXT}`", "text", text_table),
         *((f"`{command}`", name, step_table) for name, command in STEPS.items()),
         (f"`{PARETO}`", "pareto_deit_tiny", pareto_table),
         (f"`{GRADIENTS}`", "gradients", gradients_table),
@@ -176,33 +180,20 @@ def measured() -> str:
     return "\n\n".join(parts)
 
 
-def demo_table(results: dict[str, Any]) -> str:
-    from digits import spread
+def training_table(results: dict[str, Any]) -> str:
+    """What a script wrote that `training.py` runs."""
+    from training import HEAD, note, rows
 
-    rows = []
-    for name, model in results["models"].items():
-        for way in (w for w in ("eager", "compiled") if w in model):
-            for variant in ("dense", "packed"):
-                got, ratio = model[way][variant], model[way]["ratio"]
-                packed = variant == "packed"
-                rows.append(
-                    [
-                        f"{name}, {way}, {variant}",
-                        spread([run["accuracy"][-1] for run in got["runs"]]),
-                        *(
-                            f"{got[k] / MIB:.2f} MiB" + (f" ({ratio[k]:.0%})" if packed else "")
-                            for k in ("saved_bytes", "peak_memory")
-                        ),
-                        f"{ratio['time']:.2f}" if packed else "1",
-                    ]
-                )
-    settings = results["settings"]
-    note = (
-        f"Batch {settings['batch']}, {settings['threads']} threads; accuracy: mean ± standard"
-        f" deviation over {settings['seeds']} seeds (compiled: one seed)."
+    lines = [[", ".join(row[:3]), *row[3:]] for row in rows(results)]
+    return markdown(["model", *HEAD[3:]], lines) + "\n\n" + note(results)
+
+
+def text_table(results: dict[str, Any]) -> str:
+    about = (
+        "A pretrained encoder learns to tell which of eight parts of SciPy a paragraph documents;"
+        " its attention has dropout and runs as matmul, softmax, dropout and matmul."
     )
-    head = ["model", "test accuracy", "saved", "peak memory", "step time"]
-    return markdown(head, rows) + "\n\n" + note
+    return f"{training_table(results)} {about}"
 
 
 def step_table(results: dict[str, Any]) -> str:

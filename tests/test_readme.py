@@ -1,6 +1,5 @@
 """The README cannot go stale: its code runs, its output and its tables are what the code gives."""
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -88,22 +87,6 @@ def test_example_configs_fit_a_vit(path: Path) -> None:
     model, x = vit()
     report = dropit_fx.report(dropit_fx.transform(model, path, example_args=(x,)))
     assert report.kept_bytes < report.dense_bytes
-
-
-@pytest.mark.slow
-def test_the_demo_runs_and_writes_what_the_readme_shows(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import digits
-
-    quick = ["--seeds", "1", "--epochs", "1", "--rounds", "1", "--models", "resnet", "--no-compile"]
-    assert digits.main([*quick, "--out", str(tmp_path)]) == 0
-    results = json.loads((tmp_path / "digits.json").read_text())
-    eager = results["models"]["resnet"]["eager"]
-    assert eager["ratio"]["saved_bytes"] < 1
-    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
-    assert "resnet, eager, packed" in figures.demo_table(results)
-    assert "test accuracy" in capsys.readouterr().out
 
 
 def vit() -> tuple[torch.nn.Module, torch.Tensor]:

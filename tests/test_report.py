@@ -135,10 +135,10 @@ def test_picture_of_nothing() -> None:
 
 
 def test_demo_picture(tmp_path: Path) -> None:
-    """As examples/digits.py calls it, with and without the compiled half."""
-    runs = [{"accuracy": [0.3, 0.8, 0.9]}, {"accuracy": [0.4, 0.7, 0.95]}]
-    ratio = {"saved_bytes": 0.5, "peak_memory": 0.7, "time": 1.2}
-    way = {"dense": {"runs": runs}, "packed": {"runs": runs[:1]}, "ratio": ratio}
+    """As examples/training.py calls it: with and without compiled runs, of one and two seeds."""
+    run = {"accuracy": [0.3, 0.8, 0.9], "loss": [2.0, 1.0, 0.5, 0.4]}
+    got = {"runs": [run, run], "saved_bytes": 9, "peak_memory": 9, "time": 1.2}
+    way = {"dense": got, "balanced": got, "max": {**got, "runs": [run]}}
     models = {"vit": {"eager": way, "compiled": way}, "resnet": {"eager": way}}
     demo_picture({"models": models}, tmp_path / "demo.png")
     assert (tmp_path / "demo.png").stat().st_size > 5_000
