@@ -329,7 +329,9 @@ def _plain(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors with storage that a tensor consists of: itself, or a subclass' inner tensors."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain(getattr(tensor, name))
+            inner = getattr(tensor, name)
+            if isinstance(inner, Tensor):  # a DTensor names its mesh too
+                yield from _plain(inner)
     elif tensor.layout == torch.strided:
         yield tensor
     elif tensor.layout == torch.sparse_coo:

@@ -227,10 +227,11 @@ class _SavedTensors(backwards.Saved):
 
     def __getitem__(self, operand: str) -> Tensor:
         layout = self._layouts[operand]
-        if operand in self._slots:
-            return _value(*self._slots[operand], layout)
-        # a formula asks for its shape only: the gradients that read its values are not wanted
         shape, strides, _, dtype, device = layout
+        if operand in self._slots:
+            # what other readers share may be packed before autocast lowers it for this one
+            return _value(*self._slots[operand], layout).to(dtype)
+        # a formula asks for its shape only: the gradients that read its values are not wanted
         return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
     def masked(self, operand: str, grad: Tensor, off: float = 0.0) -> Tensor:
