@@ -493,9 +493,13 @@ def attends_by_flash(args: Mapping[str, Any]) -> bool:
         and not mask.requires_grad
         and not args["is_causal"]
     )
-    # of all devices, whatever its name
-    enabled = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
-    return bool(plain and heads and same and inner and masked and enabled)
+    return bool(plain and heads and same and inner and masked and _flash_enabled())
+
+
+@torch.compiler.assume_constant_result
+def _flash_enabled() -> bool:
+    """The user's switch, of all devices whatever its name. Dynamo cannot trace the reading."""
+    return bool(torch.backends.cuda.flash_sdp_enabled())  # type: ignore[no-untyped-call]
 
 
 def added_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:

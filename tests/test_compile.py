@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dropit_fx import backend, load_config, report, transform
 from dropit_fx.measure import saved_bytes
-from dropit_fx.partition import KeepPacked, Partition
+from dropit_fx.partition import SLACK, KeepPacked, Partition
 
 LOSSLESS = {"config": {"preset": "dropit", "force": True}, "gamma": 0.0}
 
@@ -223,11 +223,12 @@ def test_under_a_memory_budget_packed_tensors_stay_and_the_rest_is_recomputed(
         assert found.packs_in_backward == found.unpacks_in_forward == ()
         assert found.packed_bytes == floor
         assert found.saved_bytes <= alone.saved_bytes
-        assert found.saved_bytes <= max(budget * dense, floor)
+        asked = SLACK * budget * dense
+        assert found.saved_bytes <= max(asked, floor)
         # where packing alone is within the budget, nothing is recomputed for it
-        assert (found == alone) == (alone.saved_bytes <= budget * dense)
-        assert ("never recomputed" in caplog.text) == (floor > budget * dense)
-        if floor <= budget * dense:
+        assert (found == alone) == (alone.saved_bytes <= asked)
+        assert ("never recomputed" in caplog.text) == (floor > asked)
+        if floor <= asked:
             assert found.saved_bytes <= at_budget(model, x, None, budget).saved_bytes
     assert found.saved_bytes == floor < alone.saved_bytes
 
