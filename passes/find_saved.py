@@ -12,7 +12,8 @@ parameter, a buffer or an input.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -65,6 +66,20 @@ class _Story:
     alive: str = ""
 
 
+@contextmanager
+def _hooks(note: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Hands over what autograd keeps, also where the caller traces with hooks switched off.
+
+    ``torch.compile`` does so while it splits a DistributedDataParallel model by its buckets.
+    """
+    tracing = torch._C._autograd._saved_tensors_hooks_set_tracing(False)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            yield
+    finally:
+        torch._C._autograd._saved_tensors_hooks_set_tracing(tracing)
+
+
 class _Probe(fx.Interpreter):
     """Runs the graph on fake tensors and notes what autograd keeps at each node."""
 
@@ -101,7 +116,7 @@ class _Probe(fx.Interpreter):
             if isinstance(value, Tensor) and value._version != self._made[operand.name]:
                 self._stale.add((n.name, operand.name))
         try:
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            with _hooks(note):
                 if _is_checkpoint(n):
                     result = self._run_body(n, args)
                     # recomputed: between forward and backward only the inputs stay
