@@ -53,6 +53,8 @@ class Read:
         function: For the input of a pointwise function f: from the call's arguments to the name of
             f in ``step_tables``, ``""`` where there is no table for these arguments.
         when: For ops that PyTorch runs in more than one way: whether this call's way reads it.
+        by_channel: The backward divides by the deviation of each channel (dimension 1): what rounds
+            it must round each channel around its own mean and in units of that deviation.
         shape: For what the op makes itself, where it makes other tensors too: from the call's
             arguments to its shape.
     """
@@ -66,6 +68,7 @@ class Read:
     between: Callable[[Mapping[str, Any]], tuple[Any, Any]] | None = None
     function: Callable[[Mapping[str, Any]], str] | None = None
     when: Callable[[Mapping[str, Any]], bool] = lambda args: True
+    by_channel: bool = False
     shape: Callable[[Mapping[str, Any]], tuple[int, ...]] | None = None
 
 

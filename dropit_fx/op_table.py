@@ -86,14 +86,14 @@ def _standard(name: str, **defaults: Any) -> Callable[[Mapping[str, Any]], str]:
     return lambda args: name if all(args[k] == v for k, v in defaults.items()) else ""
 
 
-def _norm(*statistics: str) -> tuple[Read, ...]:
+def _norm(*statistics: str, by_channel: bool = False) -> tuple[Read, ...]:
     """The reads of a normalisation: its input, and what was computed from the exact input."""
     both = ("input", "weight")
     exact = [
         Read(operand=s, use=Use.REDUCE, needed_by=both, lossy=False, like="") for s in statistics
     ]
     return (
-        Read(operand="input", use=Use.REDUCE, needed_by=both),
+        Read(operand="input", use=Use.REDUCE, needed_by=both, by_channel=by_channel),
         Read(operand="weight", use=Use.REDUCE, needed_by=("input",), lossy=False),
         *exact,
     )
@@ -516,7 +516,7 @@ OP_RULES: tuple[OpRule, ...] = (
             (torch.group_norm, aten.group_norm.default),
             ("input", "num_groups", "weight", "bias", "eps", "cudnn_enabled"),
         ),
-        reads=_norm("mean", "rstd"),
+        reads=_norm("mean", "rstd", by_channel=True),
         run=runs.group_norm,
         autocast="float32 on cuda",
         run_saving=runs.group_norm_saving,
@@ -553,7 +553,7 @@ OP_RULES: tuple[OpRule, ...] = (
             ),
         ),
         reads=(
-            *_norm("mean", "invstd"),
+            *_norm("mean", "invstd", by_channel=True),
             # of the statistics, only eval mode reads values
             Read(
                 operand="running_mean", use=Use.REDUCE, needed_by=("input", "weight"), lossy=False

@@ -81,6 +81,22 @@ def _autocast(x: Tensor, how: str = "lower") -> Tensor:
     return x.float() if how == "float32" or device == "cuda" else x
 
 
+def channel_nbytes(shape: Sequence[int]) -> int:
+    """Bytes of the mean and the deviation of each channel."""
+    return 2 * 4 * int(shape[1])
+
+
+def _standardise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each channel around 0, in units of its deviation; and the two, as float32 ``(1, C, 1, ...)``.
+
+    In a block of elements of several channels, all of them then have the same say.
+    """
+    dims = [d for d in range(x.dim()) if d != 1]
+    deviation, mean = torch.std_mean(x.float(), dims, correction=0, keepdim=True)
+    deviation = deviation.clamp_min(torch.finfo(torch.float32).tiny)
+    return ((x - mean) / deviation).to(x.dtype), mean, deviation
+
+
 def pack(
     x: Tensor,
     needed_by: tuple[Tensor | None, ...],
@@ -94,7 +110,8 @@ def pack(
         x: Any shape and strides; float32, bfloat16, float16 or float64.
         needed_by: The tensors whose gradients will read it.
         codec: Name of the codec.
-        options: All its options.
+        options: All its options; with ``by_channel``, each channel (dimension 1) is packed around
+            its own mean and in units of its own deviation, which are kept too.
         autocast: Pack it in autocast's dtype, since that is what its readers compute with.
 
     Returns:
@@ -109,7 +126,11 @@ def pack(
         return None
     with torch.no_grad():
         x = _autocast(x) if autocast else x
-        parts = CODEC[codec].pack(flatten(x), dict(options))
+        statistics: tuple[Tensor, ...] = ()
+        if options.get("by_channel"):
+            x, mean, deviation = _standardise(x)
+            statistics = (mean, deviation)
+        parts = (*CODEC[codec].pack(flatten(x), dict(options)), *statistics)
     return Packed(parts, codec, tuple(options.items()), x.dtype)
 
 
@@ -198,8 +219,14 @@ def _value(entry: _Entry, parts: tuple[Tensor, ...], layout: _Layout) -> Tensor:
     numel = 1
     for size in shape:
         numel = numel * size
-    flat = CODEC[entry.codec].unpack(parts, dict(entry.options), numel, entry.dtype)
-    return unflatten(flat, shape, order)
+    options = dict(entry.options)
+    if not options.get("by_channel"):
+        return unflatten(
+            CODEC[entry.codec].unpack(parts, options, numel, entry.dtype), shape, order
+        )
+    mean, deviation = parts[-2:]
+    flat = CODEC[entry.codec].unpack(parts[:-2], options, numel, entry.dtype)
+    return torch.addcmul(mean, unflatten(flat, shape, order), deviation).to(entry.dtype)
 
 
 def _derive(recipe: tuple[Any, ...], parts: tuple[Tensor, ...]) -> Tensor:

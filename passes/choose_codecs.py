@@ -14,6 +14,7 @@ import torch
 from dropit_fx.codecs import CODEC
 from dropit_fx.config import Config, ConfigError
 from dropit_fx.core_types import Decision, Options, Plan, SavedRead, Site, Use
+from dropit_fx.packed_call import channel_nbytes
 
 _EXACT = {
     Use.CONTRACT: "the gradient of {} depends on it, and stays exact",
@@ -79,12 +80,12 @@ def _choose(read: SavedRead, config: Config) -> Decision:
         return kept(_EXACT.get(read.read.use, _EXACT[Use.REDUCE]).format(read.read.needed_by[0]))
     if read.bits is None and read.dtype not in PACKABLE_DTYPES:
         return kept(f"its dtype is {str(read.dtype).removeprefix('torch.')}")
+    nbytes = codec.nbytes(read.numel, read.dtype, options) if read.wanted else 0
+    if read.read.by_channel and read.wanted and not codec.lossless(options):
+        options["by_channel"] = True
+        nbytes += channel_nbytes(read.shape)
     return Decision(
-        read=read,
-        codec=rule.codec,
-        options=options,
-        nbytes=codec.nbytes(read.numel, read.dtype, options) if read.wanted else 0,
-        own=not rule.preset,
+        read=read, codec=rule.codec, options=options, nbytes=nbytes, own=not rule.preset
     )
 
 

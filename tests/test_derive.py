@@ -264,3 +264,47 @@ def test_under_autocast_weights_stand_for_their_copies() -> None:
     assert packed.first.bias.grad.dtype == model.first.bias.grad.dtype
     error = (packed.k.weight.grad - model.k.weight.grad).norm()
     assert error < 0.1 * model.k.weight.grad.norm()
+
+
+# --- channels of different scales: each is rounded in units of its own deviation
+
+
+def scaled_channels(layout: torch.memory_format) -> Tensor:
+    """Images whose channels have means up to 100 and deviations from 0.001 to 100; one constant."""
+    x = torch.randn(8, 7, 6, 6, generator=torch.Generator().manual_seed(0))
+    scale = torch.tensor([1e-3, 1e-2, 0.1, 1, 10, 100, 0]).view(1, -1, 1, 1)
+    shift = torch.tensor([100, -30, 10.0, 1, 0, -100, 5]).view(1, -1, 1, 1)
+    return (x * scale + shift).contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(7), nn.GroupNorm(7, 7)], ids=["batch", "group"])
+def test_a_norm_of_channels_of_any_scale_has_an_accurate_gradient(
+    norm: nn.Module, layout: torch.memory_format
+) -> None:
+    model = nn.Sequential(nn.Identity(), copy.deepcopy(norm).double(), nn.Tanh()).double()
+    x = scaled_channels(layout).double()
+    rules = [{"op": "*_norm", "codec": "quant", "bits": 8, "block": 256}]
+    config = {"preset": None, "rules": rules, "force": True}
+    packed = dropit_fx.transform(model, example_args=(x,), config=config)
+
+    grads = []
+    for run in (model, packed):
+        leaf = x.clone().requires_grad_()
+        run(leaf * 1).mul(torch.arange(6.0).double()).sum().backward()
+        assert leaf.grad is not None
+        grads.append(leaf.grad)
+    error = (grads[1] - grads[0]).transpose(0, 1).flatten(1).norm(dim=1)
+    size = grads[0].transpose(0, 1).flatten(1).norm(dim=1)
+    assert (error < 0.03 * size)[:6].all(), error / size
+
+
+def test_statistics_of_channels_are_counted() -> None:
+    x = scaled_channels(torch.contiguous_format)
+    model = nn.Sequential(nn.Conv2d(7, 9, 1), nn.BatchNorm2d(9))
+    rules = [{"op": "batch_norm", "codec": "quant"}]
+    packed = dropit_fx.transform(
+        model, example_args=(x,), config={"preset": None, "rules": rules, "force": True}
+    )
+    report = dropit_fx.report(packed)
+    assert measure.saved_bytes(packed, x) == report.kept_bytes

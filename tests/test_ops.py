@@ -451,7 +451,12 @@ def by_the_book(name: str, a: Mapping[str, Any], grad: Tensor, bits: int) -> dic
         one_hot = torch.zeros_like(x).scatter(1, (a["target"] * counted).unsqueeze(1), 1.0)
         log_probs = quantised(x.log_softmax(1), bits)
         return {"input": (log_probs.exp() - one_hot) * share.unsqueeze(1)}
-    return norm_by_the_book(name, a, grad, quantised(x, bits))
+    if name == "layer_norm":
+        return norm_by_the_book(name, a, grad, quantised(x, bits))
+    others = [d for d in range(x.dim()) if d != 1]
+    deviation, mean = torch.std_mean(x, others, correction=0, keepdim=True)
+    packed = quantised((x - mean) / deviation, bits) * deviation + mean
+    return norm_by_the_book(name, a, grad, packed)
 
 
 def norm_by_the_book(
