@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import checkpoint
 
 from dropit_fx.config import Config, ConfigError, _did_you_mean, make_config
 from dropit_fx.core_types import Plan
@@ -258,7 +259,24 @@ def _eager(
     options: dict[str, Any],
     record: CompiledGraph | None,
 ) -> Compiled:
+    for part in gm.modules():
+        if isinstance(part, fx.GraphModule):
+            for node in part.graph.nodes:
+                if node.target is torch.ops.higher_order.tag_activation_checkpoint:
+                    node.target = _checkpointed
+            part.recompile()
     return gm.forward
+
+
+def _checkpointed(body: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+    """A checkpointed region that is made again with the random numbers of its forward.
+
+    PyTorch's op for it draws new ones unless AOTAutograd traces it: dropout would have one mask in
+    the forward and another in the backward.
+    """
+    if "_checkpoint_context_fn" in body.meta:
+        kwargs["context_fn"] = body.meta["_checkpoint_context_fn"]
+    return checkpoint(body, *args, **kwargs | {"use_reentrant": False})
 
 
 _INNER: dict[str, Inner] = {

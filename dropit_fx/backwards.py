@@ -262,9 +262,11 @@ def leaky_relu(grad: Tensor, saved: Saved, call: Call) -> Grads:
 def dropout(grad: Tensor, saved: Saved, call: Call) -> Grads:
     """``dX = dY * mask / (1 - p)``."""
     p = call.args["p"]
-    return {
-        "input": aten.native_dropout_backward(grad, saved["mask"], 0.0 if p == 1 else 1 / (1 - p))
-    }
+    scale = 0.0 if p == 1 else 1 / (1 - p)
+    if grad.is_cpu and type(grad) is Tensor:
+        # eager on CPU, autograd multiplies by a tensor: the scale has been rounded to its dtype
+        scale = torch.tensor(scale, dtype=grad.dtype).item()
+    return {"input": aten.native_dropout_backward(grad, saved["mask"], scale)}
 
 
 def slopes(grad: Tensor, saved: Saved, call: Call) -> Grads:

@@ -1,0 +1,1 @@
+"""Training loops of other libraries, each in a file that imports its library."""

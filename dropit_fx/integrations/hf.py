@@ -1,0 +1,165 @@
+"""Hugging Face ``Trainer``: ``Trainer(..., callbacks=[DropITCallback()])`` trains with packing.
+
+The callback compiles the model in place (``nn.Module.compile``), with the plug-in as its backend:
+class, signature of ``forward``, state-dict keys and ``save_pretrained`` stay what they are, which
+``Trainer`` goes by. Its own ``torch_compile_backend`` takes no backend that it does not know.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from torch import fx, nn
+
+from dropit_fx.backend import CompiledGraph, compiled_graphs, dropit, dropit_eager
+from dropit_fx.config import Config, ConfigError, make_config
+
+try:
+    from transformers import PreTrainedModel, TrainerCallback
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"dropit_fx.integrations.hf needs the package {error.name} (pip install 'dropit-fx[hf]')",
+        name=error.name,
+    ) from error
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+log = logging.getLogger(__name__)
+
+BACKENDS: dict[str, Callable[..., Any]] = {"dropit_eager": dropit_eager, "dropit": dropit}
+
+
+class DropITCallback(TrainerCallback):
+    """Packs what the training step of a ``Trainer`` saves for the backward.
+
+    The model is rewritten from the first step to the end of ``train()``, and is the same object
+    before, meanwhile and afterwards. After the first batch the bytes that it saves, dense and
+    packed, are put into ``trainer.state.log_history``, as ``saved_bytes_dense`` and
+    ``saved_bytes_packed``; ``graphs`` has the reports.
+
+    Args:
+        config: As for ``transform``; so are `preset`, `strategy`, `gamma` and `bits`.
+        preset: Name of a preset.
+        strategy: Codec of linear and convolution inputs.
+        gamma: Dropping rate in [0, 1) of the preset's rules.
+        bits: Bits of a kept value, 1 to 8, of the preset's rules.
+        backend: ``"dropit_eager"`` runs the rewritten graphs as they are: every value that is not
+            approximated has the bits of training without the callback. ``"dropit"`` compiles them.
+        options: More options of the backend: ``inner``, and inductor's own.
+
+    Attributes:
+        graphs: The graphs that the first batch was compiled to; empty before it.
+
+    Raises:
+        ConfigError: The config cannot mean anything, or there is no such backend.
+    """
+
+    def __init__(
+        self,
+        config: str | PathLike[str] | Mapping[str, Any] | Config | None = None,
+        *,
+        preset: str | None = None,
+        strategy: str | None = None,
+        gamma: float | None = None,
+        bits: int | None = None,
+        backend: str = "dropit_eager",
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if backend not in BACKENDS:
+            raise ConfigError(f"no backend {backend!r}. Choose one of: {', '.join(BACKENDS)}.")
+        make_config(config, preset=preset, strategy=strategy, gamma=gamma, bits=bits)  # errors now
+        ours = {
+            "config": config,
+            "preset": preset,
+            "strategy": strategy,
+            "gamma": gamma,
+            "bits": bits,
+        }
+        self.backend = backend
+        self.options = {k: v for k, v in ours.items() if v is not None} | dict(options or {})
+        self.graphs: tuple[CompiledGraph, ...] = ()
+        self._model: nn.Module | None = None
+        self._compiled: list[CompiledGraph] = []  # in the whole life of the callback
+        self._before: int | None = None  # how many before the first batch; None after it
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Compiles the model in place.
+
+        Raises:
+            RuntimeError: It is compiled already: by ``torch_compile``, or by its own ``compile``.
+        """
+        assert model is not None
+        if args.torch_compile or (model._compiled_call_impl and model is not self._model):
+            raise RuntimeError(
+                "DropITCallback compiles the model itself, and it is compiled already. Leave out"
+                " torch_compile=True and model.compile(): DropITCallback(backend='dropit') compiles"
+                " with inductor."
+            )
+        self._model, self._before = model, len(self._compiled)
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):  # looked up now: the look-up may log a warning,
+                part.loss_function = part.loss_function  # which would cut the graph in two
+        model.compile(backend=self._compile)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Logs the saved bytes, once, where a step is several batches."""
+        self._log(state)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Logs the saved bytes, once."""
+        self._log(state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Makes the model what it was."""
+        if self._model is not None:
+            self._model._compiled_call_impl = None
+        self._model = None
+
+    def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        before = len(compiled_graphs())
+        compiled = BACKENDS[self.backend](gm, example_inputs, options=self.options)
+        self._compiled += compiled_graphs()[before:]
+        return compiled
+
+    def _log(self, state: TrainerState) -> None:
+        if self._before is None:
+            return
+        # in a second train() the graphs of the first may still be good
+        self.graphs = tuple(self._compiled[self._before :]) or self.graphs
+        self._before = None
+        dense = sum(graph.report.dense_bytes for graph in self.graphs)
+        packed = sum(map(_kept_bytes, self.graphs))
+        if dense == 0:
+            log.warning("nothing is packed: no compiled graph of the model saves anything")
+        log.info("a batch saves %d bytes, %d without packing", packed, dense)
+        state.log_history.append(
+            {
+                "saved_bytes_dense": dense,
+                "saved_bytes_packed": packed,
+                "step": state.global_step,
+            }
+        )
+
+
+def _kept_bytes(graph: CompiledGraph) -> int:
+    """What one graph saves: as it was partitioned, where it was."""
+    if graph.partitions:
+        return graph.partitions[-1].saved_bytes
+    return graph.report.kept_bytes
