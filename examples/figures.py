@@ -149,7 +149,8 @@ def ops() -> str:
 def layout() -> str:
     """Every module with the first sentence of its docstring."""
     lines = []
-    for folder in ("dropit_fx", "passes", "dropit_fx/codecs", "dropit_fx/kernels"):
+    inner = (f"dropit_fx/{name}" for name in ("codecs", "integrations", "kernels"))
+    for folder in ("dropit_fx", "passes", *inner):
         lines.append(f"{folder}/")
         for path in sorted((ROOT / folder).glob("*.py")):
             lines.append(f"  {path.name:<18} {first_sentence(path)}")
