@@ -94,7 +94,7 @@ def _standardise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dims = [d for d in range(x.dim()) if d != 1]
     deviation, mean = torch.std_mean(x.float(), dims, correction=0, keepdim=True)
     deviation = deviation.clamp_min(torch.finfo(torch.float32).tiny)
-    return ((x - mean) / deviation).to(x.dtype), mean, deviation
+    return (x - mean).div_(deviation).to(x.dtype), mean, deviation
 
 
 def pack(
@@ -226,7 +226,7 @@ def _value(entry: _Entry, parts: tuple[Tensor, ...], layout: _Layout) -> Tensor:
         )
     mean, deviation = parts[-2:]
     flat = CODEC[entry.codec].unpack(parts[:-2], options, numel, entry.dtype)
-    return torch.addcmul(mean, unflatten(flat, shape, order), deviation).to(entry.dtype)
+    return unflatten(flat, shape, order).mul_(deviation).add_(mean)
 
 
 def _derive(recipe: tuple[Any, ...], parts: tuple[Tensor, ...]) -> Tensor:

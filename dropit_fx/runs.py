@@ -405,7 +405,10 @@ def layer_norm_again(
     """From statistics that are kept: one pass over ``input``, no sums."""
     if mean is None or rstd is None:
         return layer_norm(input, normalized_shape, weight, bias, eps)
-    return _affine((input - mean) * rstd, weight, bias).to(input.dtype)
+    out = (input - mean).mul_(rstd)  # in place from here on: one tensor is alive, not four
+    out = out if weight is None else out.mul_(weight)
+    out = out if bias is None else out.add_(bias)
+    return out.to(input.dtype)
 
 
 def batch_norm_again(
@@ -428,12 +431,7 @@ def batch_norm_again(
     scale = invstd if weight is None else invstd * weight
     shift = -mean * scale if bias is None else bias - mean * scale
     across = [1, -1] + [1] * (input.dim() - 2)
-    return (input * scale.view(across) + shift.view(across)).to(input.dtype)
-
-
-def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    x = x if weight is None else x * weight
-    return x if bias is None else x + bias
+    return (input * scale.view(across)).add_(shift.view(across)).to(input.dtype)
 
 
 # Attention and losses
