@@ -10,7 +10,7 @@ The model is small, so that it trains on a CPU in about a minute. GPT-2 in its f
 inductor, for a GPU:
 
     python examples/gpt2.py --layers 12 --width 768 --heads 12 --length 1024 --batch 8 \\
-        --steps 10000 --lr 3e-4 --bf16 --backend dropit --text book.txt
+        --steps 10000 --lr 3e-4 --backend dropit --text book.txt
 
 Needs the extra `hf`.
 """
