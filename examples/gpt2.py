@@ -6,7 +6,7 @@ Without --text the text is what the Python standard library's own modules say; n
 downloaded: a token is a byte. All runs start from the same weights and see the same batches. What
 comes out: the loss at the end, what a batch saves for the backward, and the time.
 
-The model is small, so that it trains on a CPU in about a minute. GPT-2 in its full size, with
+The model is small, so that it trains on a CPU in a few minutes. GPT-2 in its full size, with
 inductor, for a GPU:
 
     python examples/gpt2.py --layers 12 --width 768 --heads 12 --length 1024 --batch 8 \\
