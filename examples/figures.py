@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dropit_fx import cli
+from dropit_fx.bench_step import FIXED
 from dropit_fx.codecs import CODECS
 from dropit_fx.op_table import OP_RULES
 
@@ -37,6 +38,7 @@ STEPS = {
     name: f"dropit-fx bench step --model timm:{name} --batch 16 --json {FIGURES / name}.json"
     for name in ("deit_tiny_patch16_224", "resnet18", "resnet50")
 }
+BYTES = f"python examples/bytes.py --out {FIGURES}"
 FORMATS = f"dropit-fx bench formats --json {FIGURES}/formats.json"
 PARETO = (
     "dropit-fx bench pareto --model timm:deit_tiny_patch16_224 --batch 16"
@@ -54,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tables", action="store_true", help="rewrite its tables only")
     options = parser.parse_args(argv)
     if not (options.write or options.tables):
-        for command in (DIGITS, TEXT, *STEPS.values(), PARETO, GRADIENTS, FORMATS, KERNELS):
+        for command in (DIGITS, TEXT, *STEPS.values(), BYTES, PARETO, GRADIENTS, FORMATS, KERNELS):
             print(f"$ {command}", flush=True)
             program = Path(sys.executable).with_name(command.split()[0])
             subprocess.run([program, *shlex.split(command)[1:]], cwd=ROOT, check=True)
@@ -169,6 +171,7 @@ def measured() -> str:
         (f"`{TEXT}`", "text", text_table),
         *((f"`{command}`", name, step_table) for name, command in STEPS.items()),
         (f"`{PARETO}`", "pareto_deit_tiny", pareto_table),
+        (f"`{BYTES}`", "bytes", bytes_table),
         (f"`{GRADIENTS}`", "gradients", gradients_table),
         (f"`{FORMATS}`", "formats", formats_table),
         (f"`{KERNELS}`", "kernels", kernels_table),
@@ -205,12 +208,29 @@ def step_table(results: dict[str, Any]) -> str:
             f"{row['saved_ratio']:.1%}",
             f"{row['peak_bytes'] / MIB:.1f} MiB",
             f"{row['peak_ratio']:.1%}",
+            f"{row['whole_ratio']:.1%}",
             f"{row['ratio']:.2f}",
         ]
         for name, row in results["variants"].items()
     ]
-    head = ["step", "saved", "of dense", "peak", "of dense", "time, of dense"]
-    return markdown(head, rows)
+    head = ["step", "saved", "of dense", "peak", "of dense", "whole, of dense", "time, of dense"]
+    first = next(iter(results["variants"].values()))
+    kinds = [f"{kind} {first[f'{kind}_bytes'] / MIB:.1f} MiB" for kind in FIXED]
+    note = f"Whole: the peak, which has the gradients, and the rest of {', '.join(kinds)}."
+    return f"{markdown(head, rows)}\n\n{note}"
+
+
+def bytes_table(results: dict[str, Any]) -> str:
+    rows = []
+    for model in results["models"].values():
+        for way in ("eager", "compiled"):
+            dense, packed = model[way]["dense"], model[way]["packed"]
+            saved, peak = (packed[k] / dense[k] for k in ("saved_bytes", "peak_bytes"))
+            sizes = [f"{v['saved_bytes'] / MIB:.1f} MiB" for v in (dense, packed)]
+            rows.append([f"{model['title']}, {way}", *sizes, f"{saved:.1%}", f"{peak:.1%}"])
+    head = ["model", "saved, dense", "saved, balanced", "of dense", "peak, of dense"]
+    note = "Images: batch 16 at 224 pixels; language models: 4 x 512 tokens; with their loss."
+    return f"{markdown(head, rows)}\n\n{note}"
 
 
 def pareto_table(results: dict[str, Any]) -> str:
