@@ -256,8 +256,9 @@ class _SavedTensors(backwards.Saved):
         layout = self._layouts[operand]
         shape, strides, _, dtype, device = layout
         if operand in self._slots:
+            value = _value(*self._slots[operand], layout)
             # what other readers share may be packed before autocast lowers it for this one
-            return _value(*self._slots[operand], layout).to(dtype)
+            return value.to(dtype) if value.is_floating_point() else value
         # a formula asks for its shape only: the gradients that read its values are not wanted
         return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
