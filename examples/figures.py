@@ -36,7 +36,7 @@ DIGITS, TEXT = (
 )
 STEPS = {
     name: f"dropit-fx bench step --model timm:{name} --batch 16 --json {FIGURES / name}.json"
-    for name in ("deit_tiny_patch16_224", "resnet18", "resnet50")
+    for name in ("deit_tiny_patch16_224", "resnet50")
 }
 BYTES = f"python examples/bytes.py --out {FIGURES}"
 FORMATS = f"dropit-fx bench formats --json {FIGURES}/formats.json"
