@@ -410,27 +410,6 @@ def batch_norm(grad: Tensor, saved: Saved, call: Call) -> Grads:
     return dict(zip(names, grads, strict=True))
 
 
-def scaled_dot_product_attention(grad: Tensor, saved: Saved, call: Call) -> Grads:
-    """From the packed operands and result, and the log-sum-exp; without these, run again."""
-    if "logsumexp" not in saved or "result" not in saved:
-        return vjp(grad, saved, call)
-    query, key, value = (saved[n] for n in ("query", "key", "value"))
-    mask = saved["attn_mask"] if "attn_mask" in call.shapes else None
-    grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad,
-        query,
-        key,
-        value,
-        saved["result"],
-        saved["logsumexp"],
-        0.0,
-        call.args["is_causal"],
-        attn_mask=runs.added_mask(mask, query),
-        scale=call.args["scale"],
-    )
-    return dict(zip(("query", "key", "value"), grads, strict=True))
-
-
 def softmax(log: bool) -> Formula:
     """``dX = y (dY - sum(dY y))``, and ``dY - exp(y) sum(dY)`` of the logarithm."""
     op = aten._log_softmax_backward_data if log else aten._softmax_backward_data

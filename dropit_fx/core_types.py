@@ -52,11 +52,8 @@ class Read:
             elsewhere: from the call's arguments to the bounds (None: no bound).
         function: For the input of a pointwise function f: from the call's arguments to the name of
             f in ``step_tables``, ``""`` where there is no table for these arguments.
-        when: For ops that PyTorch runs in more than one way: whether this call's way reads it.
         by_channel: The backward divides by the deviation of each channel (dimension 1): what rounds
             it must round each channel around its own mean and in units of that deviation.
-        shape: For what the op makes itself, where it makes other tensors too: from the call's
-            arguments to its shape.
     """
 
     operand: str
@@ -67,9 +64,7 @@ class Read:
     bits: Callable[[Mapping[str, Any]], int] | None = None
     between: Callable[[Mapping[str, Any]], tuple[Any, Any]] | None = None
     function: Callable[[Mapping[str, Any]], str] | None = None
-    when: Callable[[Mapping[str, Any]], bool] = lambda args: True
     by_channel: bool = False
-    shape: Callable[[Mapping[str, Any]], tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -335,12 +335,11 @@ class PackedFunction(torch.autograd.Function):
             layouts[operand] = _layout(like)
             at += buffers
         covered = {e.operand for e in entries}
-        whole = tensors | {"result": out}
         for read in rule.reads:
-            if read.operand in covered or read.operand not in whole or not read.when(named):
+            if read.operand in covered or read.operand not in tensors:
                 continue
             if read.use != "shape" and any(n in needs for n in read.needed_by):
-                tensor = whole[read.operand]
+                tensor = tensors[read.operand]
                 entries.append(_Entry(read.operand, "keep", (), tensor.dtype, 1))
                 saved.append(tensor)
         ctx.save_for_backward(*saved)
@@ -433,8 +432,6 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
         for read in made:
             how = packed.get(read.operand, ("keep", {}))
             if isinstance(how, Packed):
-                continue
-            if not read.when(bound) and read.operand not in packed:
                 continue
             codec, options = how
             if read.operand != "result" or codec != "keep":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -450,61 +450,6 @@ def scaled_dot_product_attention(
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
-
-
-def scaled_dot_product_attention_saving(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    args = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    names = scaled_dot_product_attention.__annotations__
-    if not attends_by_flash(dict(zip(names, args, strict=False))):
-        return scaled_dot_product_attention(*args), {}
-    out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, is_causal, attn_mask=added_mask(attn_mask, query), scale=scale
-    )
-    return out, {"logsumexp": logsumexp}
-
-
-def attends_by_flash(args: Mapping[str, Any]) -> bool:
-    """Whether attention runs as PyTorch's flash kernel for CPUs, which gives its log-sum-exp.
-
-    PyTorch's own conditions (``sdp_utils_cpp.cpp``), which it does not tell of fake tensors, and
-    no more calls than it takes.
-    """
-    q, k, v, mask = (args[n] for n in ("query", "key", "value", "attn_mask"))
-    if not (q.dim() == k.dim() == v.dim() == 4 and q.dtype == k.dtype == v.dtype):
-        return False
-    plain = q.device.type == "cpu" and not args["dropout_p"] and q.is_floating_point()
-    heads = args["enable_gqa"] or q.shape[1] == k.shape[1]
-    same = q.shape[0] == k.shape[0] == v.shape[0] and q.shape[3] == k.shape[3] == v.shape[3]
-    inner = all(x.stride(3) == 1 and x.numel() for x in (q, k, v))
-    masked = mask is None or (
-        mask.dim() in (2, 4)
-        and mask.dtype in (torch.bool, q.dtype)
-        and not mask.requires_grad
-        and not args["is_causal"]
-    )
-    return bool(plain and heads and same and inner and masked and _flash_enabled())
-
-
-@torch.compiler.assume_constant_result
-def _flash_enabled() -> bool:
-    """The user's switch, of all devices whatever its name. Dynamo cannot trace the reading."""
-    return bool(torch.backends.cuda.flash_sdp_enabled())  # type: ignore[no-untyped-call]
-
-
-def added_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """A mask of booleans as what is added to the scores."""
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))
 
 
 def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -215,7 +215,6 @@ class _Probe(fx.Interpreter):
                 if (
                     read.operand not in taken
                     and isinstance(operand, Tensor)
-                    and read.when(operands)
                     and any(storage_id(k.tensor) == storage_id(operand) for k in mine)
                 ):
                     self._add(n, operand, rule, read, operands, nodes or {}, obstacle)
@@ -232,8 +231,6 @@ class _Probe(fx.Interpreter):
         for read in rule.reads:
             x = operands.get(read.operand)
             if not isinstance(x, Tensor) or read.use is Use.SHAPE or read.operand in taken:
-                continue
-            if read.operand == "result" or not read.when(operands):
                 continue
             if not self._is_free(x) and any(
                 _requires_grad(operands.get(a)) for a in read.needed_by
@@ -356,14 +353,13 @@ def _match(
     It may have the operand's storage, be made inside the op, or be a copy of an operand.
     """
     assert rule is not None
-    open_reads = [r for r in rule.reads if r.operand not in taken and r.when(operands)]
+    open_reads = [r for r in rule.reads if r.operand not in taken]
     for read in open_reads:
         operand = operands.get(read.operand)
         if isinstance(operand, Tensor) and storage_id(operand) == storage_id(tensor):
             return read
     for read in open_reads:
-        made = read.operand not in operands
-        if made and (read.shape is None or read.shape(operands) == tuple(tensor.shape)):
+        if read.operand not in operands:
             return read
     for read in open_reads:  # a contiguous copy, or autocast's copy in the lower precision
         operand = operands[read.operand]
