@@ -248,9 +248,13 @@ def convolution(dims: int, transposed: bool) -> Callable[[Tensor, Saved, Call], 
     return backward
 
 
-def masked(grad: Tensor, saved: Saved, call: Call) -> Grads:
-    """relu, relu6, hardtanh: the gradient where the bit is set (NaN counts as set), 0 elsewhere."""
-    return {"input": saved.masked("result", grad)}
+def masked(operand: str) -> Formula:
+    """The gradient where the bit of ``operand`` is set (relu sets it for NaN), 0 elsewhere."""
+
+    def backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+        return {"input": saved.masked(operand, grad)}
+
+    return backward
 
 
 def leaky_relu(grad: Tensor, saved: Saved, call: Call) -> Grads:
@@ -287,15 +291,6 @@ def pointwise(op: Callable[..., Tensor], *names: str, operand: str = "input") ->
 def exp(grad: Tensor, saved: Saved, call: Call) -> Grads:
     """``dX = dY * y``."""
     return {"input": grad * saved["result"]}
-
-
-def where_set(operand: str) -> Formula:
-    """The gradient where the bits kept for ``operand`` are set, 0 elsewhere."""
-
-    def backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
-        return {"input": grad.where(saved[operand], 0)}
-
-    return backward
 
 
 def where(grad: Tensor, saved: Saved, call: Call) -> Grads:

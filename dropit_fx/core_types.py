@@ -47,7 +47,8 @@ class Read:
         like: For what the op makes itself: the argument of its shape, or ``"result"``; ``""`` for
             statistics, which are kept as they are.
         bits: For reads stored as small integers (masks, indices): from the call's arguments to
-            the fewest bits that lose nothing. ``run_saving`` returns these codes.
+            the fewest bits that lose nothing. ``run_saving`` returns the codes, where the operand
+            is not itself what is kept.
         between: For a slope that is 1 where the operand lies strictly between two bounds and 0
             elsewhere: from the call's arguments to the bounds (None: no bound).
         function: For the input of a pointwise function f: from the call's arguments to the name of
@@ -78,7 +79,7 @@ class OpRule:
         orders: The names of the positional arguments, for spellings that order them otherwise.
         reads: What its backward reads.
         run: The op itself, as a function of plain arguments; its signature names the operands.
-        run_saving: For ops with reads that are neither argument nor result:
+        run_saving: For ops with reads that are no argument or result as it stands:
             ``(*args) -> (result, {operand: codes})``, equal to ``run`` bit for bit.
         backward: ``(grad, saved, call) -> {argument: gradient}``; None means the generic one,
             ``torch.func.vjp`` of ``run`` over the saved operands.

@@ -157,6 +157,21 @@ def _adaptive_spellings(d: int) -> tuple[Any, ...]:
     return (getattr(F, name), *plain, getattr(aten, name).default)
 
 
+# Ops whose backward reads nothing but the shape of their input: name, run, spellings.
+_SHAPE_ONLY: tuple[tuple[str, Callable[..., Any], tuple[Any, ...]], ...] = (
+    ("pad", runs.pad, (F.pad, torch._C._nn.pad, aten.pad.default)),
+    ("avg_pool1d", runs.avg_pool1d, (F.avg_pool1d, torch.avg_pool1d, aten.avg_pool1d.default)),
+    (
+        "avg_pool3d",
+        runs.avg_pool(3),
+        (F.avg_pool3d, torch._C._nn.avg_pool3d, aten.avg_pool3d.default),
+    ),
+    *(
+        (f"adaptive_avg_pool{d}d", runs.adaptive_avg_pool(d), _adaptive_spellings(d))
+        for d in (1, 2, 3)
+    ),
+)
+
 _ATTENDS = ("query", "key", "value", "attn_mask")
 
 OP_RULES: tuple[OpRule, ...] = (
@@ -252,7 +267,7 @@ OP_RULES: tuple[OpRule, ...] = (
         between=lambda args: (0.0, None),
         run=runs.relu,
         derive=runs.relu,
-        backward=bw.masked,
+        backward=bw.masked("result"),
     ),
     _piecewise(
         "relu6",
@@ -261,7 +276,7 @@ OP_RULES: tuple[OpRule, ...] = (
         between=lambda args: (0.0, 6.0),
         run=runs.relu6,
         derive=runs.relu6,
-        backward=bw.masked,
+        backward=bw.masked("result"),
     ),
     _piecewise(
         "hardtanh",
@@ -270,7 +285,7 @@ OP_RULES: tuple[OpRule, ...] = (
         between=lambda args: (args["min_val"], args["max_val"]),
         run=runs.hardtanh,
         derive=runs.hardtanh,
-        backward=bw.masked,
+        backward=bw.masked("result"),
     ),
     _piecewise(
         "leaky_relu",
@@ -397,7 +412,7 @@ OP_RULES: tuple[OpRule, ...] = (
         reads=(Read(operand="input", use=Use.SLOPE, needed_by=("input",), bits=_one_bit),),
         run=runs.clamp,
         run_saving=runs.clamp_saving,
-        backward=bw.where_set("input"),
+        backward=bw.masked("input"),
         derive=runs.clamp,
         obstacle=lambda args: (
             "its bounds are tensors"
@@ -419,7 +434,6 @@ OP_RULES: tuple[OpRule, ...] = (
             ),
         ),
         run=runs.where,
-        run_saving=runs.where_saving,
         backward=bw.where,
         derive=runs.where,
         obstacle=_plain_where,
@@ -437,7 +451,6 @@ OP_RULES: tuple[OpRule, ...] = (
             Read(operand="mask", use=Use.SLOPE, needed_by=("input",), bits=_one_bit, like="mask"),
         ),
         run=runs.masked_fill,
-        run_saving=runs.masked_fill_saving,
         backward=bw.masked_fill,
         derive=runs.masked_fill,
         obstacle=lambda args: "its value is a tensor" if isinstance(args["value"], Tensor) else "",
@@ -629,7 +642,6 @@ OP_RULES: tuple[OpRule, ...] = (
         ),
         reads=(_indices("input", "weight", lambda args: index_bits(args["weight"].shape[0])),),
         run=runs.embedding,
-        run_saving=runs.embedding_saving,
         backward=bw.embedding,
         obstacle=_plain_embedding,
     ),
@@ -642,7 +654,6 @@ OP_RULES: tuple[OpRule, ...] = (
                 Read(operand="input", use=Use.SHAPE, needed_by=("input",)),
             )[:reads],
             run=getattr(runs, name),
-            run_saving=getattr(runs, f"{name}_saving"),
             backward=getattr(bw, name),
         )
         for name, reads in (("index_select", 1), ("gather", 2))
@@ -652,20 +663,15 @@ OP_RULES: tuple[OpRule, ...] = (
             name=name,
             targets=targets,
             reads=(Read(operand="input", use=Use.SHAPE, needed_by=("input",)),),
-            run=getattr(runs, name),
+            run=run,
         )
-        for name, targets in (
-            ("pad", (F.pad, torch._C._nn.pad, aten.pad.default)),
-            ("avg_pool1d", (F.avg_pool1d, torch.avg_pool1d, aten.avg_pool1d.default)),
-            ("avg_pool3d", (F.avg_pool3d, torch._C._nn.avg_pool3d, aten.avg_pool3d.default)),
-            *((f"adaptive_avg_pool{d}d", _adaptive_spellings(d)) for d in (1, 2, 3)),
-        )
+        for name, run, targets in _SHAPE_ONLY
     ),
     OpRule(
         name="avg_pool2d",
         targets=(F.avg_pool2d, torch._C._nn.avg_pool2d, aten.avg_pool2d.default),
         reads=(Read(operand="input", use=Use.SHAPE, needed_by=("input",)),),
-        run=runs.avg_pool2d,
+        run=runs.avg_pool(2),
         backward=bw.avg_pool2d,
     ),
 )

@@ -91,10 +91,10 @@ def _standardise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     In a block of elements of several channels, all of them then have the same say.
     """
-    dims = [d for d in range(x.dim()) if d != 1]
-    deviation, mean = torch.std_mean(x.float(), dims, correction=0, keepdim=True)
+    dims, exact = [d for d in range(x.dim()) if d != 1], x.float()
+    deviation, mean = torch.std_mean(exact, dims, correction=0, keepdim=True)
     deviation = deviation.clamp_min(torch.finfo(torch.float32).tiny)
-    return (x - mean).div_(deviation).to(x.dtype), mean, deviation
+    return (exact - mean).div_(deviation).to(x.dtype), mean, deviation
 
 
 def pack(
@@ -220,13 +220,10 @@ def _value(entry: _Entry, parts: tuple[Tensor, ...], layout: _Layout) -> Tensor:
     for size in shape:
         numel = numel * size
     options = dict(entry.options)
-    if not options.get("by_channel"):
-        return unflatten(
-            CODEC[entry.codec].unpack(parts, options, numel, entry.dtype), shape, order
-        )
-    mean, deviation = parts[-2:]
-    flat = CODEC[entry.codec].unpack(parts[:-2], options, numel, entry.dtype)
-    return unflatten(flat, shape, order).mul_(deviation).add_(mean)
+    by_channel = options.get("by_channel", False)
+    codes = parts[:-2] if by_channel else parts
+    value = unflatten(CODEC[entry.codec].unpack(codes, options, numel, entry.dtype), shape, order)
+    return value.mul_(parts[-1]).add_(parts[-2]) if by_channel else value
 
 
 def _derive(recipe: tuple[Any, ...], parts: tuple[Tensor, ...]) -> Tensor:
@@ -301,7 +298,7 @@ class PackedFunction(torch.autograd.Function):
         rule = RULES[rule_name]
         args = flat[: len(flat) - sum(e.tensors for e in given)]
         out, made = (rule.run_saving or _no_more(rule))(*args)
-        made["result"] = made.get("result", out)
+        made = dict(zip(inputs_of(rule), args, strict=True)) | {"result": out} | made
         extra: list[Tensor] = []
         for operand, codec, options in held:
             value = made[operand]

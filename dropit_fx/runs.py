@@ -210,16 +210,8 @@ def where(condition: Tensor, input: Any, other: Any) -> Tensor:
     return torch.where(condition, input, other)
 
 
-def where_saving(condition: Tensor, input: Any, other: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    return torch.where(condition, input, other), {"condition": condition}
-
-
 def masked_fill(input: Tensor, mask: Tensor, value: Any) -> Tensor:
     return torch.masked_fill(input, mask, value)
-
-
-def masked_fill_saving(input: Tensor, mask: Tensor, value: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    return torch.masked_fill(input, mask, value), {"mask": mask}
 
 
 # Indices
@@ -237,35 +229,12 @@ def embedding(
     return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
 
 
-def embedding_saving(
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    out = embedding(input, weight, padding_idx, None, norm_type, scale_grad_by_freq, sparse)
-    return out, {"input": input}
-
-
 def index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
     return torch.index_select(input, dim, index)
 
 
-def index_select_saving(input: Tensor, dim: int, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    return torch.index_select(input, dim, index), {"index": index}
-
-
 def gather(input: Tensor, dim: int, index: Tensor, sparse_grad: bool = False) -> Tensor:
     return torch.gather(input, dim, index, sparse_grad=sparse_grad)
-
-
-def gather_saving(
-    input: Tensor, dim: int, index: Tensor, sparse_grad: bool = False
-) -> tuple[Tensor, dict[str, Tensor]]:
-    return torch.gather(input, dim, index, sparse_grad=sparse_grad), {"index": index}
 
 
 # Arithmetic
@@ -505,20 +474,6 @@ def reduction_enum(reduction: Any) -> int:
     return {"none": 0, "mean": 1, "sum": 2}[reduction]
 
 
-def avg_pool2d(
-    input: Tensor,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-    divisor_override: int | None = None,
-) -> Tensor:
-    return F.avg_pool2d(
-        input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
-    )
-
-
 def avg_pool1d(
     input: Tensor,
     kernel_size: Any,
@@ -531,30 +486,33 @@ def avg_pool1d(
     return F.avg_pool1d(input, kernel_size, stride, padding, ceil_mode, count_include_pad)
 
 
-def avg_pool3d(
-    input: Tensor,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-    divisor_override: int | None = None,
-) -> Tensor:
-    return F.avg_pool3d(
-        input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
-    )
+def avg_pool(dims: int) -> Callable[..., Tensor]:
+    """Of 2 or 3 dimensions: that of 1 knows no divisor."""
+    op = (F.avg_pool2d, F.avg_pool3d)[dims - 2]
+
+    def avg_pool(
+        input: Tensor,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> Tensor:
+        return op(
+            input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+        )
+
+    return avg_pool
 
 
-def adaptive_avg_pool1d(input: Tensor, output_size: Any) -> Tensor:
-    return F.adaptive_avg_pool1d(input, output_size)
+def adaptive_avg_pool(dims: int) -> Callable[..., Tensor]:
+    op = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[dims - 1]
 
+    def adaptive_avg_pool(input: Tensor, output_size: Any) -> Tensor:
+        return op(input, output_size)
 
-def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor:
-    return F.adaptive_avg_pool2d(input, output_size)
-
-
-def adaptive_avg_pool3d(input: Tensor, output_size: Any) -> Tensor:
-    return F.adaptive_avg_pool3d(input, output_size)
+    return adaptive_avg_pool
 
 
 def pad(input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Tensor:
