@@ -24,11 +24,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
+from training import MIB
 
 import dropit_fx
 from dropit_fx import measure
-
-MIB = 2**20
 
 
 class Images(nn.Module):

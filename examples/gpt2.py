@@ -30,14 +30,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils.data import Dataset
+from training import DENSE, MIB, positive
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from dropit_fx import measure
 from dropit_fx.config import presets
 from dropit_fx.integrations.hf import BACKENDS, DropITCallback
-
-DENSE = "dense"
-MIB = 2**20
 
 
 class Windows(Dataset[dict[str, Tensor]]):
@@ -147,12 +145,12 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--text", type=Path, metavar="FILE", help="any file (default: see above)")
     parser.add_argument("--presets", nargs="+", choices=presets(), default=["balanced"])
     parser.add_argument("--backend", choices=BACKENDS, default="dropit_eager")
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--batch", type=int, default=8, help="sequences of a step (default: 8)")
-    parser.add_argument("--length", type=int, default=128, help="of a sequence (default: 128)")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--steps", type=positive, default=150)
+    parser.add_argument("--batch", type=positive, default=8, help="sequences (default: 8)")
+    parser.add_argument("--length", type=positive, default=128, help="of each (default: 128)")
+    parser.add_argument("--layers", type=positive, default=2)
+    parser.add_argument("--width", type=positive, default=128)
+    parser.add_argument("--heads", type=positive, default=4)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
