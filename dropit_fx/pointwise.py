@@ -16,6 +16,9 @@ from dropit_fx.core_types import INSIDE, OpRule, Read, Use
 from dropit_fx.op_table import RULES, add_row
 from dropit_fx.step_tables import Pointwise, TableError, register
 
+_DECLARED: dict[str, Pointwise] = {}
+_ANYWHERE = torch.linspace(-8, 8, 4097, dtype=torch.float64)  # where two functions are compared
+
 
 def pointwise(name: str) -> Callable[[Pointwise], Pointwise]:
     """Decorates a pointwise function, which is then one op wherever a graph calls it.
@@ -24,6 +27,8 @@ def pointwise(name: str) -> Callable[[Pointwise], Pointwise]:
     With it, the function's input alone is kept, by any codec that serves a slope: ``quant``, or
     ``few_bit`` with tables solved here (Few-Bit Backward, arXiv 2202.00441), in about a second.
     ``torch.export`` looks inside all the same: for models that it captures, nothing changes.
+    Declaring the same function again, as a notebook does that runs a cell twice, gives the op that
+    it is already.
 
     Args:
         name: The word for it in configs and reports; not that of another op.
@@ -34,9 +39,13 @@ def pointwise(name: str) -> Callable[[Pointwise], Pointwise]:
     """
 
     def decorate(f: Pointwise) -> Pointwise:
-        if name in RULES:
+        if name in RULES and name not in _DECLARED:
             raise TableError(f"{name!r} is an op already: choose another name.")
         register(name, f)
+        if name in _DECLARED:
+            if not torch.equal(f(_ANYWHERE), _DECLARED[name](_ANYWHERE)):
+                raise TableError(f"{name!r} is another function already: choose another name.")
+            return _DECLARED[name]
 
         @functools.wraps(f)
         def op(input: Tensor) -> Tensor:
@@ -61,6 +70,7 @@ def pointwise(name: str) -> Callable[[Pointwise], Pointwise]:
         add_row(rule)
         packed_call.add_row(rule, _version(f))
         torch._dynamo.allow_in_graph(op)  # type: ignore[no-untyped-call]
+        _DECLARED[name] = op
         return op
 
     return decorate

@@ -101,7 +101,8 @@ def test_a_rewritten_model_is_copied_with_it(model: Mlp) -> None:
     ("name", "f", "message"),
     [
         ("gelu", F.gelu, "is an op already"),
-        ("quick_gelu", quick_gelu, "is an op already"),
+        ("quick_gelu", F.silu, "is registered with another function"),
+        ("quick_gelu", lambda x: quick_gelu(x) + 1, "is another function already"),
         ("sigmoid_of_mine", lambda x: x.softmax(0), "is not pointwise"),
         ("roots", torch.sqrt, "is not finite"),
     ],
@@ -111,6 +112,14 @@ def test_what_is_not_accepted(name: str, f: object, message: str) -> None:
     with pytest.raises(TableError, match=message):
         dropit_fx.pointwise(name)(f)  # type: ignore[arg-type]
     assert before == RULES
+
+
+def test_declared_again_it_is_the_same_op() -> None:
+    @dropit_fx.pointwise("quick_gelu")
+    def again(x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+    assert again is quick_gelu
 
 
 def test_compile_caches_tell_two_functions_apart() -> None:
