@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dropit_fx import runs
 from dropit_fx.core_types import OpRule
+from dropit_fx.kernels import attention as attention_kernel
 
 Grads = dict[str, Tensor | None]
 aten = torch.ops.aten
@@ -65,6 +66,10 @@ class Saved(Mapping[str, Tensor]):
 
     def masked(self, operand: str, grad: Tensor, off: float = 0.0) -> Tensor:
         """``grad`` where the bits kept for ``operand`` are set, ``off * grad`` elsewhere."""
+        raise NotImplementedError
+
+    def rounded(self, operand: str) -> bool:
+        """Whether ``operand`` differs from what the op read in the forward."""
         raise NotImplementedError
 
 
@@ -401,6 +406,37 @@ def batch_norm(grad: Tensor, saved: Saved, call: Call) -> Grads:
         training,
         call.args["eps"],
         [n in call.needs for n in names],
+    )
+    return dict(zip(names, grads, strict=True))
+
+
+def attention(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """From the packed query, key and value alone, since nothing else fits them once rounded.
+
+    In float32 on a CPU one kernel does it; elsewhere the forward is run again.
+    """
+    names = ("query", "key", "value")
+    q, k, v = (call.shapes[n] for n in names)
+    ours = (
+        grad.is_cpu
+        and attention_kernel.RUNS
+        and all(call.dtypes[n] == torch.float32 for n in names)
+        and len(q) == len(k) == len(v) == 4
+        and q[0] == k[0] == v[0]
+        and k[1] == v[1]
+        and q[1] % k[1] == 0
+        and q[3] == v[3]
+        and "attn_mask" not in call.needs
+    )
+    if not ours or not any(map(saved.rounded, names)):  # exact ones have the bits of autograd
+        return vjp(grad, saved, call)
+    mask = saved["attn_mask"] if "attn_mask" in call.shapes else None
+    grads = torch.ops.dropit.attention_backward(
+        grad,
+        *[saved[n] for n in names],
+        mask,
+        call.args["is_causal"],
+        call.args["scale"],
     )
     return dict(zip(names, grads, strict=True))
 

@@ -579,7 +579,7 @@ OP_RULES: tuple[OpRule, ...] = (
         derive=runs.batch_norm_again,
         obstacle=lambda args: "" if args["input"].numel() else "its batch is empty",
     ),
-    OpRule(  # attention is run again in the backward, from the packed operands
+    OpRule(
         name="scaled_dot_product_attention",
         targets=(F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default),
         reads=(
@@ -589,6 +589,7 @@ OP_RULES: tuple[OpRule, ...] = (
             Read(operand=INSIDE, use=Use.SHAPE, needed_by=_ATTENDS),
         ),
         run=runs.scaled_dot_product_attention,
+        backward=bw.attention,
         autocast="lower",
         obstacle=_no_attention_dropout,
     ),

@@ -238,6 +238,12 @@ def _derive(recipe: tuple[Any, ...], parts: tuple[Tensor, ...]) -> Tensor:
     return _in_order(rule.derive(**values), order)
 
 
+def _rounded(entry: _Entry) -> bool:
+    if entry.codec == DERIVED:
+        return any(map(_rounded, dict(entry.options)["recipe"][2]))
+    return not CODEC[entry.codec].lossless(dict(entry.options))
+
+
 class _SavedTensors(backwards.Saved):
     """Operand -> dense tensor, unpacked when read; operands that nobody saved are blank memory."""
 
@@ -264,6 +270,10 @@ class _SavedTensors(backwards.Saved):
         (shape, _, order, _, _), (_, parts) = self._layouts[operand], self._slots[operand]
         out = torch.ops.dropit.apply_mask(parts[0], _in_order(grad, order), off)
         return unflatten(out, shape, order)
+
+    def rounded(self, operand: str) -> bool:
+        """As the base class says."""
+        return operand in self._slots and _rounded(self._slots[operand][0])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._slots)

@@ -514,7 +514,11 @@ def test_quant_gradient_is_that_of_the_explicitly_quantised_tensor(
     else:
         given = zip(names, tensors, strict=True)
         instead = [quantised(t, bits).requires_grad_() if n in lossy else t for n, t in given]
-        assert_same(grads, run(dense, instead)[1])
+        wanted_grads = run(dense, instead)[1]
+        if name == "scaled_dot_product_attention":  # a kernel of our own sums in another order
+            torch.testing.assert_close(grads, wanted_grads, rtol=1e-5, atol=1e-6)
+        else:
+            assert_same(grads, wanted_grads)
 
     pairs = zip(grads, exact_grads, strict=True)
     assert any(grad is not None and not torch.equal(grad, before) for grad, before in pairs)
