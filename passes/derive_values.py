@@ -5,6 +5,10 @@ norm before it keeps its own input, GELU its own. Where a faithful codec keeps t
 linear layer reads ``layer_norm(unpack(...))``: one packed copy serves the norm and all that is
 behind it, down to the next op that mixes elements.
 
+A recipe unpacks at most ``COPIES`` tensors. Without that bound the sum at the end of each residual
+block would be made again from all the blocks before it, for each of its readers, and a compiler
+that finds what these have in common keeps all the unpacked tensors from the first use to the last.
+
 Requires: decisions whose formats are settled. Ensures: every derived value comes, through rows with
 ``derive``, from packed copies, from tensors that are kept whole, and from what is alive anyway.
 """
@@ -20,6 +24,8 @@ from dropit_fx.core_types import Decision, Plan, Site
 from dropit_fx.op_table import bind, derivable_rule_of
 from dropit_fx.passes.share_packed import by_site
 
+COPIES = 2  # the factors of a gated product, the summands behind a downsampling block
+
 
 def derive_values(plan: Plan) -> Plan:
     """Replaces packed copies by recipes, where the config asks for it."""
@@ -34,7 +40,8 @@ def derive_values(plan: Plan) -> Plan:
             if _may_change(decision, site):
                 reader, name = nodes[decision.read.node], str(decision.read.source)
                 source = made_by(reader, name, plan)
-                if source is not None and recipe(source, plan, bases) is not None:
+                unpacked = None if source is None else copies(source, plan, bases)
+                if source is not None and unpacked is not None and len(unpacked) <= COPIES:
                     bases.packed.pop(source.name, None)
                     decision = replace(
                         decision,
@@ -129,3 +136,17 @@ def recipe(node: fx.Node, plan: Plan, bases: Bases) -> dict[str, Decision | fx.N
         else:
             return None
     return found
+
+
+def copies(node: fx.Node, plan: Plan, bases: Bases) -> set[str] | None:
+    """The packed copies that are unpacked to make ``node``'s result again; None: it cannot be."""
+    found = recipe(node, plan, bases)
+    if found is None:
+        return None
+    names: set[str] = set()
+    for how in found.values():
+        if isinstance(how, Decision):
+            names.add(str(how.pack))
+        else:
+            names |= copies(how, plan, bases) or set()
+    return names

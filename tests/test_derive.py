@@ -130,6 +130,36 @@ def test_a_convolution_reads_relu_of_batch_norm_of_the_packed_input() -> None:
     assert int(packed.bn1.num_batches_tracked) == 1  # not counted again in the backward
 
 
+class Stream(nn.Module):
+    """Four residual blocks, each read by the next one's convolution and by its sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(5))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norms[0](self.convs[0](x))
+        for conv, norm in zip(self.convs[1:], self.norms[1:], strict=True):
+            x = (x + norm(conv(x))).relu()
+        return x
+
+
+def test_a_residual_stream_is_not_made_again_from_its_beginning() -> None:
+    packed = dropit_fx.transform(Stream(), example_args=(torch.randn(4, 8, 32, 32),))
+    copies: dict[Any, set[Any]] = {}
+    for node in packed.graph.nodes:
+        if node.target is pack:
+            copies[node] = {node}
+        elif node.target is derived:
+            copies[node] = set().union(*(copies.get(how, set()) for how in node.args[2].values()))
+    made = [how for node, how in copies.items() if node.target is derived]
+    assert max(map(len, made)) == 2  # norms[1] of its packed input, and of that of norms[0]
+    read = [codec for name, codec in codecs(packed).items() if name.startswith("relu")]
+    assert read.count("bitmask(bits=1)+derived") == 1
+    assert read.count("bitmask(bits=1)+mink(gamma=0.5, bits=4)") == 2
+
+
 def test_one_batch_norm_in_eval_mode_uses_and_keeps_its_statistics() -> None:
     model, x = Residual(), torch.randn(4, 3, 16, 16)
     packed = dropit_fx.transform(copy.deepcopy(model), example_args=(x,))
