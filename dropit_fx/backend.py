@@ -47,6 +47,11 @@ class CompiledGraph:
     report: Report
     partitions: list[Partition] = field(default_factory=list)
 
+    @property
+    def saved_bytes(self) -> int:
+        """What it saves: as it was partitioned, where it was, else as eager mode saves it."""
+        return self.partitions[-1].saved_bytes if self.partitions else self.report.kept_bytes
+
 
 _compiled: list[CompiledGraph] = []
 

@@ -30,9 +30,9 @@ README = ROOT / "README.md"
 FIGURES = Path("examples/figures")
 MIB = 2**20
 
-DIGITS, TEXT = (
+DIGITS, BERT = (
     f"python examples/{name}.py --presets balanced max --seeds 5 --out {FIGURES}"
-    for name in ("digits", "text")
+    for name in ("digits", "bert")
 )
 STEPS = {
     name: f"dropit-fx bench step --model timm:{name} --batch 16 --json {FIGURES / name}.json"
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tables", action="store_true", help="rewrite its tables only")
     options = parser.parse_args(argv)
     if not (options.write or options.tables):
-        for command in (DIGITS, TEXT, *STEPS.values(), BYTES, PARETO, GRADIENTS, FORMATS, KERNELS):
+        for command in (DIGITS, BERT, *STEPS.values(), BYTES, PARETO, GRADIENTS, FORMATS, KERNELS):
             print(f"$ {command}", flush=True)
             program = Path(sys.executable).with_name(command.split()[0])
             subprocess.run([program, *shlex.split(command)[1:]], cwd=ROOT, check=True)
@@ -168,7 +168,7 @@ def first_sentence(path: Path) -> str:
 def measured() -> str:
     tables = [
         (f"`{DIGITS}`", "digits", training_table),
-        (f"`{TEXT}`", "text", text_table),
+        (f"`{BERT}`", "bert", bert_table),
         *((f"`{command}`", name, step_table) for name, command in STEPS.items()),
         (f"`{PARETO}`", "pareto_deit_tiny", pareto_table),
         (f"`{BYTES}`", "bytes", bytes_table),
@@ -192,7 +192,7 @@ def training_table(results: dict[str, Any]) -> str:
     return markdown(["model", *HEAD[3:]], lines) + "\n\n" + note(results)
 
 
-def text_table(results: dict[str, Any]) -> str:
+def bert_table(results: dict[str, Any]) -> str:
     about = (
         "A pretrained encoder learns to tell which of eight parts of SciPy a paragraph documents;"
         " its attention has dropout and runs as matmul, softmax, dropout and matmul."

@@ -30,11 +30,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils.data import Dataset
-from training import DENSE, MIB, positive
+from training import DENSE, MIB, packing, positive, preset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from dropit_fx import measure
-from dropit_fx.config import presets
 from dropit_fx.integrations.hf import BACKENDS, DropITCallback
 
 
@@ -80,7 +79,9 @@ def train(
 ) -> dict[str, Any]:
     """One training: the loss of its first and its last tenth, saved bytes, and seconds."""
     model = build(options)
-    callback = None if variant == DENSE else DropITCallback(preset=variant, backend=options.backend)
+    callback = (
+        None if variant == DENSE else DropITCallback(**packing(variant), backend=options.backend)
+    )
     every = max(1, options.steps // 10)
     trainer = Trainer(
         model,
@@ -143,7 +144,9 @@ def arguments() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--text", type=Path, metavar="FILE", help="any file (default: see above)")
-    parser.add_argument("--presets", nargs="+", choices=presets(), default=["balanced"])
+    parser.add_argument(
+        "--presets", nargs="+", type=preset, default=["balanced"], help="or config files"
+    )
     parser.add_argument("--backend", choices=BACKENDS, default="dropit_eager")
     parser.add_argument("--steps", type=positive, default=150)
     parser.add_argument("--batch", type=positive, default=8, help="sequences (default: 8)")

@@ -109,9 +109,10 @@ def arguments(example: Example, description: str | None) -> argparse.ArgumentPar
     parser.add_argument(
         "--presets",
         nargs="+",
-        choices=presets(),
+        type=preset,
         default=["balanced"],
-        help="trained beside dense (default: balanced)",
+        metavar="PRESET",
+        help=f"{', '.join(presets())}, or a config file: trained beside dense (default: balanced)",
     )
     parser.add_argument(
         "--seeds",
@@ -152,6 +153,18 @@ def positive(text: str) -> int:
     return value
 
 
+def preset(text: str) -> str:
+    """The name of a preset, or of a config file."""
+    if text not in presets() and not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is no preset and no file")
+    return text
+
+
+def packing(variant: str) -> dict[str, str]:
+    """What a preset or a config file is to ``transform`` and to the backend."""
+    return {"preset": variant} if variant in presets() else {"config": variant}
+
+
 def settings(example: Example, options: argparse.Namespace) -> dict[str, Any]:
     tasks = {name: example.tasks[name] for name in options.models}
     packages = ("dropit-fx", "torch", *example.packages)
@@ -176,15 +189,15 @@ class Made:
 
 
 def make(task: Task, variant: str, compiled: bool, seed: int) -> Made:
-    """A model, dense or packed by the preset that `variant` names."""
+    """A model, dense or packed by the preset or the file that `variant` names."""
     torch.manual_seed(seed)
     module = task.build().train()
     if compiled:
-        plug_in = {} if variant == DENSE else {"backend": "dropit", "options": {"preset": variant}}
+        plug_in = {} if variant == DENSE else {"backend": "dropit", "options": packing(variant)}
         return Made(module, torch.compile(module, **plug_in))
     if variant != DENSE:
         example = task.data().train_x[: task.batch]
-        module = dropit_fx.transform(module, preset=variant, example_args=(example,))
+        module = dropit_fx.transform(module, **packing(variant), example_args=(example,))
     return Made(module, module)
 
 

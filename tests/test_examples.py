@@ -13,15 +13,15 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
+import bert  # noqa: E402
 import digits  # noqa: E402
 import figures  # noqa: E402
-import text  # noqa: E402
 import training  # noqa: E402
 
 VARIANTS = ["dense", "lossless", "balanced"]
 TINY = {
     "digits": ("--limit 128 --epochs 10 --models resnet --no-compile", digits.main),
-    "text": ("--limit 32 --epochs 4", text.main),
+    "bert": ("--limit 32 --epochs 4", bert.main),
 }
 
 
@@ -88,17 +88,17 @@ def test_times_only_replaces_nothing_but_times(tmp_path: Path) -> None:
 
 
 def test_text_is_balanced_the_same_each_time_and_names_no_class() -> None:
-    data = text.load()
-    for labels, count in ((data.train_y, text.TRAIN), (data.test_y, text.TEST)):
-        assert labels.bincount().tolist() == [count] * len(text.PARTS)
-    text.load.cache_clear()
-    assert torch.equal(text.load().train_x, data.train_x)
+    data = bert.load()
+    for labels, count in ((data.train_y, bert.TRAIN), (data.test_y, bert.TEST)):
+        assert labels.bincount().tolist() == [count] * len(bert.PARTS)
+    bert.load.cache_clear()
+    assert torch.equal(bert.load().train_x, data.train_x)
     train, test = ({tuple(row.tolist()) for row in x} for x in (data.train_x, data.test_x))
     assert not train & test
     for part in ("integrate", "spatial"):
-        prose = " ".join(t for texts in text.docstrings(part) for t in texts).lower()
+        prose = " ".join(t for texts in bert.docstrings(part) for t in texts).lower()
         assert len(prose) > 10_000
-        assert not [name for name in (*text.PARTS, "scipy") if name in prose]
+        assert not [name for name in (*bert.PARTS, "scipy") if name in prose]
 
 
 def test_curves_have_few_points_and_keep_the_mean() -> None:

@@ -145,7 +145,7 @@ class DropITCallback(TrainerCallback):
         self.graphs = tuple(self._compiled[self._before :]) or self.graphs
         self._before = None
         dense = sum(graph.report.dense_bytes for graph in self.graphs)
-        packed = sum(map(_kept_bytes, self.graphs))
+        packed = sum(graph.saved_bytes for graph in self.graphs)
         if dense == 0:
             log.warning("nothing is packed: no compiled graph of the model saves anything")
         log.info("a batch saves %d bytes, %d without packing", packed, dense)
@@ -156,10 +156,3 @@ class DropITCallback(TrainerCallback):
                 "step": state.global_step,
             }
         )
-
-
-def _kept_bytes(graph: CompiledGraph) -> int:
-    """What one graph saves: as it was partitioned, where it was."""
-    if graph.partitions:
-        return graph.partitions[-1].saved_bytes
-    return graph.report.kept_bytes

@@ -1,6 +1,6 @@
 """Fine-tunes a pretrained BERT encoder to tell which part of SciPy a paragraph documents.
 
-    python examples/text.py --presets balanced max --seeds 3 --out build/text
+    python examples/bert.py --presets balanced max --seeds 3 --out build/bert
 
 The text is what SciPy's docstrings say, so that nothing is downloaded: eight sub-packages, as many
 paragraphs of each, without the words that hold the name of a sub-package. The model is the encoder
@@ -118,8 +118,8 @@ def build() -> Any:
     return Classifier()
 
 
-TEXT = Example(
-    name="text",
+BERT = Example(
+    name="bert",
     tasks={"bert": Task(build=build, data=load, batch=32, lr=2e-4, epochs=2)},
     packages=("transformers", "scipy", ENCODER),
     rounds=10,
@@ -128,7 +128,7 @@ TEXT = Example(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run(TEXT, __doc__, argv)
+    return run(BERT, __doc__, argv)
 
 
 if __name__ == "__main__":
