@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import zipfile
@@ -135,3 +136,51 @@ def test_the_tests_run_on_what_is_claimed() -> None:
         r.specifier for r in map(Requirement, project["dependencies"]) if r.name == "torch"
     )
     assert torch_range.contains(version("torch"))
+
+
+THREE_WAYS = """
+import dropit_fx, torch
+from torch import nn
+from dropit_fx.kernels import cpu
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 256), nn.ReLU())
+
+x = torch.randn(128, 64)
+dense = mlp()
+packed = dropit_fx.transform(mlp(), example_args=(x,))
+plugged = torch.compile(mlp(), backend="dropit", options={"inner": "aot_eager"})
+parts = nn.Sequential(mlp(), nn.Linear(256, 4))
+dropit_fx.transform(parts, modules="0", example_args=(x,))
+for model in (packed, plugged):
+    out = model(x)
+    assert torch.equal(out, dense(x))
+    out.sum().backward()
+parts(x).sum().backward()
+share = dropit_fx.measure.saved_bytes(packed, x) / dropit_fx.measure.saved_bytes(dense, x)
+print(dropit_fx.__file__)
+print("C" if cpu.library() else "PyTorch", f"{share:.2f}")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", [True, False], ids=["compiler", "no compiler"])
+def test_three_ways_of_use_in_an_environment_of_its_own(
+    compiler: bool, sdist: Path, tmp_path: Path
+) -> None:
+    python = tmp_path / "env/bin/python"
+    run(sys.executable, "-m", "venv", tmp_path / "env", cwd=tmp_path)
+    # its dependencies are read from here: a line of a .pth is only a path, so that nothing that is
+    # installed here for editing is found
+    (site,) = (tmp_path / "env/lib").glob("python*/site-packages")
+    (site / "here.pth").write_text(f"{Path(sysconfig.get_paths()['purelib'])}\n")
+    build = "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, sdist
+    run(sys.executable, "-m", *build, cwd=tmp_path, **({} if compiler else {"CC": "false"}))
+    (made,) = tmp_path.glob("dropit_fx-*.whl")
+    run(python, "-m", "pip", "install", "--no-deps", made, cwd=tmp_path)
+    out = run(python, "-c", THREE_WAYS, cwd=tmp_path).splitlines()
+    assert Path(out[0]).is_relative_to(site)
+    kernels, share = out[1].split()
+    assert kernels == ("C" if compiler else "PyTorch")
+    assert float(share) < 0.5

@@ -68,6 +68,17 @@ def test_files_that_documents_name_exist() -> None:
             assert (ROOT / path).exists(), f"{document} links to {path}"
 
 
+def test_every_line_of_the_comparison_has_its_test() -> None:
+    part = re.search(r"<!-- compared -->\n(.*?)<!-- end -->", README, re.DOTALL)
+    assert part
+    lines = part[1].strip().splitlines()[2:]
+    for line in lines:
+        named = re.match(r"\| [^|]+ \| `(test_\w+\.py)::(test_\w+)` \|", line)
+        assert named, line
+        assert f"\ndef {named[2]}(" in (ROOT / "tests" / named[1]).read_text(), line
+    assert len(lines) >= 10
+
+
 def test_every_environment_default_is_named() -> None:
     for option in backend.OPTIONS:
         assert f"`DROPIT_{option.upper()}`" in README
