@@ -1,4 +1,4 @@
-"""The command ``dropit-fx``: ``report`` what a model saves, ``bench`` what packing costs.
+"""The command ``dropit-fx``: ``report`` what a model saves, ``demo`` it, ``bench`` what it costs.
 
 Errors that the user can mend are one message on stderr and exit code 2.
 """
@@ -6,6 +6,7 @@ Errors that the user can mend are one message on stderr and exit code 2.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import warnings
@@ -20,15 +21,15 @@ from torch import nn
 import dropit_fx
 from dropit_fx import bench, model_spec
 from dropit_fx.capture import CaptureError
-from dropit_fx.config import ConfigError
+from dropit_fx.config import DEFAULT_PRESET, ConfigError
 from dropit_fx.model_spec import SpecError
-from dropit_fx.report import as_text, mib
+from dropit_fx.report import Report, as_text, mib
 
 if TYPE_CHECKING:
     from dropit_fx.partition import Partition
 
 PRESET_OPTIONS: tuple[tuple[str, type, str], ...] = (
-    ("preset", str, "its rules come after the config's own (default: dropit)"),
+    ("preset", str, f"its rules come after the config's own (default: {DEFAULT_PRESET})"),
     ("gamma", float, "dropping rate in [0, 1) of the preset's rules"),
     ("bits", int, "bits of a kept value, 1 to 8, of the preset's rules"),
 )
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         help="write JSON to FILE; without FILE, to stdout in the place of the table",
     )
     report.add_argument("--plot", metavar="FILE", help="draw it as .png, .svg or .pdf")
+    report.add_argument("--html", metavar="FILE", help="write it as a page for a browser")
     report.add_argument(
         "--compiled",
         action="store_true",
@@ -88,6 +90,19 @@ def _parser() -> argparse.ArgumentParser:
         " forwards really save (takes minutes for a large model)",
     )
     report.set_defaults(run=_report)
+
+    demo = commands.add_parser(
+        "demo",
+        help="the same as a page for a browser",
+        description="Writes what a training step of a model saves, dense and packed, as one HTML"
+        " file: memory through the step, codecs, a table that sorts. The file needs no other, and"
+        " nothing from the network.",
+        epilog="example: dropit-fx demo --batch 64 --preset max --out max.html",
+    )
+    _add_model(demo, default=_demo_model())
+    for name, default in (("preset", DEFAULT_PRESET), ("out", "report.html")):
+        demo.add_argument(f"--{name}", default=default, help="default: %(default)s")
+    demo.set_defaults(run=_demo)
 
     _add_benches(commands.add_parser("bench", help="what packing costs on this machine"))
     return parser
@@ -146,13 +161,14 @@ def _add_benches(parser: argparse.ArgumentParser) -> None:
     gradients.set_defaults(run=lambda options: _bench(bench.gradients, options))
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     parser.add_argument(
         "--model",
-        required=True,
+        required=default is None,
+        default=default,
         metavar="SPEC",
         help="timm:NAME, torchvision:NAME, or pkg.module:factory (called without arguments;"
-        " returns a module, or (module, example_args))",
+        " returns a module, or (module, example_args))" + (f"; default: {default}" * bool(default)),
     )
     parser.add_argument("--batch", type=_positive, default=16, help="batch size (default: 16)")
     parser.add_argument(
@@ -178,22 +194,17 @@ def _positive(text: str) -> int:
 def _report(options: argparse.Namespace) -> int:
     progress = Console(stderr=True)
     config = {k: getattr(options, k) for k in ("config", "preset", "strategy", "gamma", "bits")}
-    with progress.status(f"building {options.model}"):
-        model, args = model_spec.build(options.model, options.batch, options.size)
-    with progress.status("finding what autograd saves"):
-        report = dropit_fx.report(dropit_fx.transform(model, example_args=args, **config))
+    model, args, report = _packed(progress, options, config)
     compiled = _compiled(progress, model, args, config) if options.compiled else {}
 
+    named = {k: v for k, v in config.items() if v is not None}
+    about = _about(options)
     if options.plot:
         report.plot(options.plot)
+    if options.html:
+        report.page(options.html, about | (named or {"preset": DEFAULT_PRESET}))
     if options.json:
-        data: dict[str, Any] = {
-            "model": options.model,
-            "batch": options.batch,
-            "size": options.size,
-            "config": {k: v for k, v in config.items() if v is not None},
-        }
-        data |= report.to_dict()
+        data = about | {"config": named} | report.to_dict()
         if compiled:
             data["compiled"] = {k: _partition_data(v) for k, v in compiled.items()}
         _write(json.dumps(data, indent=2) + "\n", options.json)
@@ -207,6 +218,36 @@ def _report(options: argparse.Namespace) -> int:
         if compiled:
             sys.stdout.write(_compiled_text(compiled, options.summary))
     return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    config = {"preset": options.preset}
+    _, _, report = _packed(Console(stderr=True), options, config)
+    report.page(options.out, _about(options) | config)
+    dense, kept = mib(report.dense_bytes), mib(report.kept_bytes)
+    print(f"{options.out}: {dense} saved dense, {kept} kept, {report.ratio:.1%} of dense")
+    return 0
+
+
+def _about(options: argparse.Namespace) -> dict[str, Any]:
+    return {"model": options.model, "batch": options.batch, "size": options.size}
+
+
+def _demo_model() -> str:
+    """Of the README where timm is installed, else one that needs nothing."""
+    timm = importlib.util.find_spec("timm")
+    return "timm:deit_tiny_patch16_224" if timm else "dropit_fx.model_spec:small_net"
+
+
+def _packed(
+    progress: Console, options: argparse.Namespace, config: dict[str, Any]
+) -> tuple[nn.Module, tuple[Any, ...], Report]:
+    """The model that the options name, its inputs, and the report of it packed."""
+    with progress.status(f"building {options.model}"):
+        model, args = model_spec.build(options.model, options.batch, options.size)
+    with progress.status("finding what autograd saves"):
+        report = dropit_fx.report(dropit_fx.transform(model, example_args=args, **config))
+    return model, args, report
 
 
 Partitions = dict[str, "list[Partition]"]  # "dense" and "packed"

@@ -57,6 +57,20 @@ def build(spec: str, batch: int, size: int | None = None) -> tuple[nn.Module, tu
     return model.train(), pytree.tree_map_only(Tensor, lambda t: _resized(t, batch, size), args)
 
 
+def small_net() -> tuple[nn.Module, tuple[Any, ...]]:
+    """A small convolutional net with some of everything, for demonstrations: (module, inputs)."""
+    model = nn.Sequential()
+    for stage, (channels, width) in enumerate([(3, 32), (32, 64), (64, 128)]):
+        model.add_module(f"conv{stage}", nn.Conv2d(channels, width, 3, padding=1, bias=False))
+        model.add_module(f"norm{stage}", nn.BatchNorm2d(width))
+        model.add_module(f"relu{stage}", nn.ReLU())
+        model.add_module(f"pool{stage}", nn.MaxPool2d(2))
+    flat = nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.LayerNorm(2048)  # of images of any side
+    head = nn.Linear(2048, 512), nn.GELU(), nn.Dropout(0.1), nn.Linear(512, 10)
+    model.add_module("head", nn.Sequential(*flat, *head))
+    return model, (torch.randn(16, 3, 32, 32),)
+
+
 def _timm(name: str, size: int | None) -> nn.Module:
     timm = _imported("timm", "demo")
     known = timm.list_models()

@@ -302,10 +302,7 @@ def _legend_below(axes: Any, depth: float, columns: int = 4) -> None:
 
 def _codec(row: Row) -> str:
     """The codecs of a row without their options: ``bitmask + mink``."""
-    names = dict.fromkeys(part.split("(")[0] for part in row.codec.split("+"))
-    if len(names) > 1:
-        names.pop("drop", None)
-    return " + ".join(sorted(names))
+    return " + ".join(row.codecs)
 
 
 def _colours(rows: Iterable[Row]) -> dict[str, str]:

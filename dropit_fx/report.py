@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from io import StringIO
 from os import PathLike
@@ -52,6 +52,12 @@ class Row:
     reason: str
     region: str = ""
 
+    @property
+    def codecs(self) -> tuple[str, ...]:
+        """The codecs without their options, sorted; ``drop`` only where there is no other."""
+        names = {part.split("(")[0] for part in self.codec.split("+")}
+        return tuple(sorted(names - {"drop"} or names))
+
 
 @dataclass(frozen=True)
 class Report:
@@ -69,12 +75,17 @@ class Report:
         """Saved bytes of the rewritten model."""
         return sum(r.kept_bytes for r in self.rows if not r.region)
 
+    @property
+    def ratio(self) -> float:
+        """What is kept, as a share of dense; 1 where nothing is saved."""
+        return self.kept_bytes / self.dense_bytes if self.dense_bytes else 1.0
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data: totals in bytes and the rows."""
         return {
             "dense_bytes": self.dense_bytes,
             "kept_bytes": self.kept_bytes,
-            "ratio": self.kept_bytes / self.dense_bytes if self.dense_bytes else 1.0,
+            "ratio": self.ratio,
             "rows": [asdict(r) for r in self.rows],
         }
 
@@ -91,7 +102,7 @@ class Report:
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("codec, or why it is kept", overflow="fold")
         for r in self.rows:
-            cells = (r.name, r.module, r.op, _short(r.where), mib(r.dense_bytes), mib(r.kept_bytes))
+            cells = (r.name, r.module, r.op, short(r.where), mib(r.dense_bytes), mib(r.kept_bytes))
             text = r.codec if not r.reason else f"kept: {r.reason}"
             text += f" [in {r.region}]" if r.region else ""
             table.add_row(*map(escape, (*cells, text)))
@@ -122,8 +133,7 @@ class Report:
         return table
 
     def _totals(self) -> tuple[str, str, str]:
-        share = self.kept_bytes / self.dense_bytes if self.dense_bytes else 1.0
-        return mib(self.dense_bytes), mib(self.kept_bytes), f"{share:.1%} of dense"
+        return mib(self.dense_bytes), mib(self.kept_bytes), f"{self.ratio:.1%} of dense"
 
     def __str__(self) -> str:
         """The table, one line for each tensor however long."""
@@ -138,6 +148,17 @@ class Report:
         from dropit_fx.plot import report_picture
 
         report_picture(self, path)
+
+    def page(self, path: str | PathLike[str], about: Mapping[str, object] | None = None) -> None:
+        """Writes one HTML file to look at: memory through a step, codecs, a table that sorts.
+
+        Args:
+            path: Of the file; it needs no other, and nothing from the network.
+            about: What else the heading tells, by name: ``{"model": ..., "preset": ...}``.
+        """
+        from dropit_fx.page import write_page
+
+        write_page(self, path, about)
 
 
 def as_text(table: Table) -> str:
@@ -156,7 +177,8 @@ def mib(count: int) -> str:
     return f"{count / 2**20:.2f} MiB"
 
 
-def _short(where: str) -> str:
+def short(where: str) -> str:
+    """``folder/file.py:line`` of a longer path."""
     return "/".join(where.split("/")[-2:])
 
 

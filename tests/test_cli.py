@@ -146,7 +146,8 @@ def test_arguments_that_do_not_parse(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["report", "--help"], ["bench", "pareto", "--help"]]
+    "arguments",
+    [["--help"], ["report", "--help"], ["demo", "--help"], ["bench", "pareto", "--help"]],
 )
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
