@@ -3,19 +3,29 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo figures test lint format wheel clean
+.PHONY: help demo examples figures test lint format wheel clean
 
 help:
-	@echo "make demo    train on scikit-learn's digits, dense and packed; prints and saves a table"
-	@echo "make figures measure what the README says, and write it there"
-	@echo "make test    run the tests"
-	@echo "make lint    ruff (rules and format) and mypy"
-	@echo "make format  let ruff rewrite the files"
-	@echo "make wheel   build a wheel and a source distribution into dist/"
-	@echo "make clean   remove what the other targets made, .venv too"
+	@echo "make demo     train on scikit-learn's digits, dense and packed; prints and saves a table"
+	@echo "make examples run every example with its defaults: 20 minutes"
+	@echo "make figures  measure what the README says, and write it there"
+	@echo "make test     run the tests"
+	@echo "make lint     ruff (rules and format) and mypy"
+	@echo "make format   let ruff rewrite the files"
+	@echo "make wheel    build a wheel and a source distribution into dist/"
+	@echo "make clean    remove what the other targets made, .venv too"
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/digits.py
+
+# One seed of what trains several models, and two ranks of what runs on several.
+examples: $(VENV)/.installed-test
+	$(BIN)/python examples/deit.py
+	$(BIN)/python examples/detection.py
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/bert.py --seeds 1 --no-compile
+	$(BIN)/python examples/gpt2.py
+	$(BIN)/torchrun --nproc-per-node 2 examples/ddp.py
+	$(BIN)/torchrun --nproc-per-node 2 examples/fsdp.py
 
 # The figures of the README, and the README itself. An hour.
 figures: $(VENV)/.installed-test

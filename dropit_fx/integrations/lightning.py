@@ -1,4 +1,4 @@
-"""Lightning: a compiled or rewritten ``LightningModule`` trains as it is; a callback logs its bytes.
+"""Lightning: a compiled or rewritten ``LightningModule`` trains as it is; its bytes are logged.
 
 model = torch.compile(LitModel(), backend="dropit")  # or transform() of a network inside it
 Trainer(callbacks=[LogSavedBytes()]).fit(model)
