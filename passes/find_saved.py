@@ -123,6 +123,8 @@ class _Probe(fx.Interpreter):
                     mine[:] = [_Kept(n, t) for t in args[1:] if isinstance(t, Tensor)]
                     if not pytree.tree_any(_requires_grad, result):
                         mine.clear()
+                elif _is_number(n):
+                    result = n.meta["example_value"]
                 else:
                     result = super().run_node(n)
         except Exception as error:
@@ -331,6 +333,11 @@ class _Probe(fx.Interpreter):
                 alive=story.alive,
                 dense=storage in dense,
             )
+
+
+def _is_number(n: fx.Node) -> bool:
+    """A float of the model that Dynamo made an input of its graph: fake tensors hold no values."""
+    return n.target == "item" and isinstance(n.meta.get("example_value"), float | torch.SymFloat)
 
 
 def _is_checkpoint(n: fx.Node) -> bool:

@@ -2,8 +2,6 @@
 
 import json
 import pickle
-import re
-import shlex
 import sys
 from pathlib import Path
 
@@ -11,16 +9,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+from command_lines import command_lines
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 import deit  # noqa: E402
 
-TABLE = re.search(
-    r"<!-- commands -->\n(.*?)<!-- end -->", (ROOT / "examples/README.md").read_text(), re.DOTALL
-)
-COMMANDS = re.findall(r"\| `(deit\.py [^`]*)` \|$", TABLE[1] if TABLE else "", re.MULTILINE)
+LINES = len(command_lines("deit.py", {}))
 FEW = ["--epochs", "1", "--batch-size", "2", "--workers", "0"]
 
 
@@ -64,9 +60,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", COMMANDS, ids=range(len(COMMANDS)))
+@pytest.mark.parametrize("line", range(LINES))
 def test_published_commands(
-    command: str,
+    line: int,
     imagenet: Path,
     cifar: Path,
     weights: Path,
@@ -75,10 +71,9 @@ def test_published_commands(
 ) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
-    arguments = shlex.split(command)[1:]
+    arguments = command_lines("deit.py", {"WEIGHTS.pth": str(weights)})[line]
     data = imagenet if "IMNET" in arguments else cifar
-    given = {"PATH": str(data), "WEIGHTS.pth": str(weights)}
-    arguments = [given.get(a, a) for a in arguments]
+    arguments = [str(data) if word == "PATH" else word for word in arguments]
     assert deit.main([*arguments, *FEW, "--out", str(tmp_path)]) == 0
     (found,) = json.loads((tmp_path / "deit.json").read_text()).values()
     assert np.isfinite(found["epochs"][0]["loss"])
@@ -86,7 +81,7 @@ def test_published_commands(
 
 
 def test_all_of_them_are_in_the_table() -> None:
-    assert len(COMMANDS) == 4
+    assert LINES == 4
 
 
 @pytest.mark.slow

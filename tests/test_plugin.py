@@ -76,6 +76,21 @@ def test_a_changing_batch_compiles_twice_at_most(inner):
     assert len(backend.compiled_graphs()) - before <= 2
 
 
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_floats_of_the_model_may_be_inputs_of_a_dynamic_graph(inner):
+    """The momentum and epsilon of a norm: Dynamo reads them from tensors with ``item``."""
+    model = Convolutions()
+    dense, x = copy.deepcopy(model), torch.randn(4, 3, 16, 16)
+    options = {"inner": inner, "preset": "lossless"}
+    compiled = torch.compile(model, backend="dropit", dynamic=True, options=options)
+    compiled(x).sum().backward()
+    dense(x).sum().backward()
+    assert any(row.codec != "keep" for row in backend.compiled_graphs()[-1].report.rows)
+    for mine, other in zip(model.parameters(), dense.parameters(), strict=True):
+        assert torch.equal(mine.grad, other.grad)
+    assert torch.equal(model.norm.running_mean, dense.norm.running_mean)
+
+
 def test_a_rewritten_module_compiles_with_the_guard_in_one_line(fresh):
     x, read = torch.randn(16, 64), []
     rewritten = dropit_fx.transform(mlp(), example_args=(x,))

@@ -96,11 +96,9 @@ def test_yaml_blocks_are_configs() -> None:
 CONFIGS = sorted((ROOT / "examples/configs").glob("*.yaml"))
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in CONFIGS if p.stem != "detection"], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_example_configs_fit_their_models(path: Path) -> None:
-    model, x = FAMILIES.get(path.stem, vit)()  # detection.yaml: test_detection.py
+    model, x = FAMILIES.get(path.stem, vit)()
     report = dropit_fx.report(dropit_fx.transform(model, path, example_args=(x,)))
     assert report.kept_bytes < report.dense_bytes
 
