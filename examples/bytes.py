@@ -161,13 +161,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                     progress.update(bar, description=f"{name}, {way}, {variant}")
                     rows[variant] = measured(MODELS[name], preset, way == "compiled")
                     progress.advance(bar)
+            if options.out is not None:  # after each model: all of them take half an hour
+                write(results, options)
     Console().print(table(results))
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        titled = {n: {"title": MODELS[n].title, **ways} for n, ways in results.items()}
-        text = json.dumps({"preset": options.preset, "models": titled}, indent=2)
-        (options.out / "bytes.json").write_text(text + "\n")
     return 0
+
+
+def write(results: dict[str, Any], options: argparse.Namespace) -> None:
+    options.out.mkdir(parents=True, exist_ok=True)
+    titled = {n: {"title": MODELS[n].title, **ways} for n, ways in results.items()}
+    text = json.dumps({"preset": options.preset, "models": titled}, indent=2)
+    (options.out / "bytes.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":

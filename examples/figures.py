@@ -31,8 +31,8 @@ FIGURES = Path("examples/figures")
 MIB = 2**20
 
 DIGITS, BERT = (
-    f"python examples/{name}.py --presets balanced max --seeds 5 --out {FIGURES}"
-    for name in ("digits", "bert")
+    f"python examples/{name} --presets balanced max --seeds 5 --out {FIGURES}"
+    for name in ("digits.py --no-compile", "bert.py")
 )
 STEPS = {
     name: f"dropit-fx bench step --model timm:{name} --batch 16 --json {FIGURES / name}.json"
