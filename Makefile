@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make demo     train on scikit-learn's digits, dense and packed; prints and saves a table"
-	@echo "make examples run every example with its defaults: 20 minutes"
+	@echo "make examples run every example with its defaults"
 	@echo "make figures  measure what the README says, and write it there"
 	@echo "make test     run the tests"
 	@echo "make lint     ruff (rules and format) and mypy"
@@ -27,7 +27,7 @@ examples: $(VENV)/.installed-test
 	$(BIN)/torchrun --nproc-per-node 2 examples/ddp.py
 	$(BIN)/torchrun --nproc-per-node 2 examples/fsdp.py
 
-# The figures of the README, and the README itself. An hour.
+# The figures of the README, and the README itself. More than an hour.
 figures: $(VENV)/.installed-test
 	$(BIN)/python examples/figures.py
 

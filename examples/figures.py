@@ -1,6 +1,6 @@
 """Measures the figures of the README and writes them into it.
 
-    python examples/figures.py             # run every command (an hour on two cores)
+    python examples/figures.py             # run every command (more than an hour)
     python examples/figures.py --write     # only rewrite the README from examples/figures/*.json
     python examples/figures.py --tables    # the same without running its code blocks
 
