@@ -14,14 +14,22 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.checkpoint import checkpoint
 
 from dropit_fx.config import Config, ConfigError, _did_you_mean, make_config
 from dropit_fx.core_types import Plan
 from dropit_fx.expand import expand, opaque_nodes
 from dropit_fx.fake import concrete_fakes, propagate
 from dropit_fx.layouts import channels_last
-from dropit_fx.packed_call import CACHE_VERSION, PACKED_OPS, VERSIONS, pack
+from dropit_fx.op_table import CHECKPOINT
+from dropit_fx.packed_call import (
+    CACHE_VERSION,
+    PACKED_OPS,
+    VERSIONS,
+    checkpointed,
+    pack,
+    packed_checkpoint,
+    stand_in,
+)
 from dropit_fx.partition import KeepPacked, Partition, ReturnInputsAsTheyAre
 from dropit_fx.passes import run_pipeline
 from dropit_fx.passes.choose_codecs import check_rules_matched
@@ -214,7 +222,7 @@ def _inductor(
     # our functions are safe to cache under a version that changes with the formulas and kernels
     names = {
         f"{op.__module__}.{op.__name__}": CACHE_VERSION + VERSIONS.get(name, "")
-        for name, op in {"": pack, **PACKED_OPS}.items()
+        for name, op in {"pack": pack, "stand_in": stand_in, **PACKED_OPS}.items()
     }
     patches["unsafe_marked_cacheable_functions"] = names | dict(
         patches.get("unsafe_marked_cacheable_functions") or {}
@@ -267,21 +275,10 @@ def _eager(
     for part in gm.modules():
         if isinstance(part, fx.GraphModule):
             for node in part.graph.nodes:
-                if node.target is torch.ops.higher_order.tag_activation_checkpoint:
-                    node.target = _checkpointed
+                if node.target in (*CHECKPOINT.targets, packed_checkpoint):
+                    node.target = checkpointed
             part.recompile()
     return gm.forward
-
-
-def _checkpointed(body: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-    """A checkpointed region that is made again with the random numbers of its forward.
-
-    PyTorch's op for it draws new ones unless AOTAutograd traces it: dropout would have one mask in
-    the forward and another in the backward.
-    """
-    if "_checkpoint_context_fn" in body.meta:
-        kwargs["context_fn"] = body.meta["_checkpoint_context_fn"]
-    return checkpoint(body, *args, **kwargs | {"use_reentrant": False})
 
 
 _INNER: dict[str, Inner] = {

@@ -1,7 +1,7 @@
 """``dropit-fx bench pareto``: memory against time of a compiled step, dense, recomputed and packed.
 
 The rivals lose nothing: the dense step, ``torch.utils.checkpoint`` for each block, and PyTorch's
-``activation_memory_budget``. Ours are the presets, also under budgets. The verdict names every
+``activation_memory_budget``. Ours are the presets, also checkpointed and under budgets. The verdict names every
 pair in which a rival takes less memory *and* less time than one of ours.
 """
 
@@ -72,6 +72,7 @@ def variants() -> tuple[Variant, ...]:
         Variant("checkpoint", checkpoint=True),
         *(Variant(f"budget={b}", budget=b) for b in BUDGETS),
         *(Variant(preset, preset) for preset in PRESETS),
+        Variant("balanced+checkpoint", "balanced", checkpoint=True),
         *(Variant(f"balanced+budget={b}", "balanced", b) for b in BUDGETS),
     )
 

@@ -103,8 +103,9 @@ class OpRule:
     obstacle: Callable[[Mapping[str, Any]], str] = lambda args: ""
 
     def read(self, operand: str) -> Read | None:
-        """The row's read of ``operand``, or None."""
-        return next((r for r in self.reads if r.operand == operand), None)
+        """The row's read of ``operand`` (``inputs`` for ``inputs.0``), or None."""
+        name = operand.partition(".")[0]
+        return next((r for r in self.reads if r.operand == name), None)
 
 
 Options = dict[str, Any]

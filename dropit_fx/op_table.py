@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -128,6 +129,12 @@ def _plain_cross_entropy(args: Mapping[str, Any]) -> str:
 
 def _dropout_draws(args: Mapping[str, Any]) -> str:
     return "" if args["training"] and 0 < args["p"] < 1 else "this dropout draws no mask"
+
+
+def _selective(args: Mapping[str, Any]) -> str:
+    if "_checkpoint_context_fn" in args["body"].meta:
+        return "a selective checkpoint looks values up by the ops of its forward"
+    return ""
 
 
 def _plain_where(args: Mapping[str, Any]) -> str:
@@ -696,6 +703,15 @@ SAVES_NOTHING: tuple[OpRule, ...] = tuple(
     for name in ("add", "sub")
 )
 
+# What is recomputed keeps its inputs. `packed_checkpoint` runs this row.
+CHECKPOINT = OpRule(
+    name="checkpoint",
+    targets=(torch.ops.higher_order.tag_activation_checkpoint,),
+    reads=(Read(operand="inputs", use=Use.REDUCE, needed_by=("inputs",)),),
+    run=runs.checkpoint,
+    obstacle=_selective,
+)
+
 RULES: dict[str, OpRule] = {}
 DERIVABLE: dict[str, OpRule] = {}
 _BY_TARGET: dict[Any, OpRule] = {}
@@ -712,7 +728,7 @@ def add_row(rule: OpRule) -> None:
         _DERIVABLE_BY_TARGET.update(dict.fromkeys(rule.targets, rule))
 
 
-for _rule in (*OP_RULES, *SAVES_NOTHING):
+for _rule in (*OP_RULES, *SAVES_NOTHING, CHECKPOINT):
     add_row(_rule)
 
 # Arguments that change nothing.
@@ -742,6 +758,8 @@ def bind(
 ) -> dict[str, Any] | None:
     """Argument name -> value, defaults included, in the order of the row's signature.
 
+    Arguments of a variadic ``*inputs`` are ``inputs.0``, ``inputs.1`` and so on.
+
     None where the call has arguments that the row does not know (``out=``), which keeps it dense.
     """
     signature = inspect.signature(rule.run)
@@ -757,7 +775,22 @@ def bind(
     except TypeError:
         return None
     bound.apply_defaults()
-    return dict(bound.arguments)
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
+            named |= {f"{name}.{i}": v for i, v in enumerate(value)}
+        else:
+            named[name] = value
+    return named
+
+
+def reads_of(rule: OpRule, operands: Mapping[str, Any]) -> tuple[Read, ...]:
+    """The reads of one call; a read of variadic arguments becomes one of each."""
+    found: list[Read] = []
+    for read in rule.reads:
+        each = tuple(n for n in operands if n.startswith(f"{read.operand}."))
+        found += [replace(read, operand=n, needed_by=each) for n in each] or [read]
+    return tuple(found)
 
 
 def inputs_of(rule: OpRule) -> tuple[str, ...]:

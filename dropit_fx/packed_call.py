@@ -1,6 +1,6 @@
 """How a row runs with packed saved tensors: the functions that appear in rewritten graphs.
 
-Three kinds of node::
+Its kinds of node::
 
     %p = dropit_fx.packed_call.pack(%x, (%w,), 'mink', {'gamma': 0.9, ...})       -> Packed or None
     %y = dropit_fx.packed_call.packed_linear(%x, %w, %b, packed={'input': %p})    -> the op's result
@@ -8,8 +8,9 @@ Three kinds of node::
 
 ``pack`` makes the copy that is kept (once for all readers of a value); ``packed_<row>`` runs the op
 exactly and keeps the packed form in the place of the dense tensor; ``derived`` keeps nothing new:
-it says how a value is made again from what is packed of the operands of the op that made it. Reads
-that the op makes itself (masks, indices, its result) name their codec and options:
+it says how a value is made again from what is packed of the operands of the op that made it.
+``packed_checkpoint`` is a checkpointed region; in its body, ``stand_in`` reads a packed input.
+Reads that the op makes itself (masks, indices, its result) name their codec and options:
 ``packed={'result': ('bitmask', {'bits': 1})}``; with ``gives=('result',)`` the call returns the
 packed form of these too, for other readers. One ``torch.autograd.Function`` runs every row; packed
 tensors go through ``save_for_backward``, so hooks, offloading and fake tensors see them.
@@ -23,13 +24,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils.checkpoint import checkpoint
 
 from dropit_fx import backwards
 from dropit_fx.codecs import CODEC
 from dropit_fx.core_types import OpRule
-from dropit_fx.op_table import DERIVABLE, OP_RULES, RULES, bind, inputs_of
+from dropit_fx.op_table import CHECKPOINT, DERIVABLE, OP_RULES, RULES, bind, inputs_of
 
 
 class Packed(NamedTuple):
@@ -469,6 +471,93 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
     return packed_op
 
 
+def stand_in(x: Tensor, packed: Packed | None) -> Tensor:
+    """What a checkpointed region reads for its input ``x``: ``x`` made again from ``packed``.
+
+    The partitioner puts ``x`` itself in its place in the forward (``partition.KeepPacked``). The
+    gradient goes to ``x``.
+    """
+    if packed is None:
+        return x
+    entry = _Entry("x", packed.codec, packed.options, packed.dtype, len(packed.parts))
+    again: Tensor = _StandIn.apply(x, entry, *packed.parts)
+    return again
+
+
+class _StandIn(torch.autograd.Function):
+    """``apply(x, entry, *parts)``: the value of ``parts``, with the gradient of ``x``."""
+
+    @staticmethod
+    def forward(x: Tensor, entry: _Entry, *parts: Tensor) -> Tensor:
+        return _value(entry, parts, _layout(x)).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.parts = len(inputs) - 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return (grad, None, *[None] * ctx.parts)
+
+
+def packed_checkpoint(
+    body: fx.GraphModule, *inputs: Any, packed: Mapping[str, Packed | None], **options: Any
+) -> Any:
+    """A checkpointed region that is made again from packed inputs, for a compiler to partition.
+
+    Args:
+        body: The region; behind its own inputs it takes those in ``packed``, as a ``stand_in``.
+        inputs: Its inputs.
+        packed: ``inputs.<index>`` -> its packed form.
+        options: Of ``torch.utils.checkpoint.checkpoint``.
+    """
+    return CHECKPOINT.run(body, *inputs, *packed.values(), **options)
+
+
+def checkpointed(
+    body: fx.GraphModule,
+    *inputs: Any,
+    packed: Mapping[str, Packed | None] | None = None,
+    **options: Any,
+) -> Any:
+    """As ``packed_checkpoint``, for graphs that run as they are.
+
+    The region is made again with the random numbers of its forward; PyTorch's own op for it draws
+    new ones unless AOTAutograd traces it.
+    """
+    if "_checkpoint_context_fn" in body.meta:
+        options["context_fn"] = body.meta["_checkpoint_context_fn"]
+    kept: list[Any] = list(inputs)
+    parts: list[Tensor] = []
+    exact: dict[int, Tensor] = {}
+    entries: dict[int, tuple[_Entry, _Layout]] = {}
+    for operand, copy in (packed or {}).items():
+        if copy is not None:
+            at = int(operand.rpartition(".")[2])
+            exact[at], kept[at] = inputs[at], None
+            entry = _Entry(operand, copy.codec, copy.options, copy.dtype, len(copy.parts))
+            entries[at] = entry, _layout(inputs[at])
+            parts += copy.parts
+    no_stand_ins = [None] * len(packed or {})
+
+    def region(*given: Any) -> Any:
+        values, rest = list(given[: len(inputs)]), given[len(inputs) :]
+        for at, (entry, layout) in entries.items():
+            mine, rest = rest[: entry.tensors], rest[entry.tensors :]
+            if exact:
+                values[at] = exact[at]
+            else:
+                with torch.no_grad():
+                    values[at] = _value(entry, mine, layout).to(layout[3])
+                values[at].requires_grad_()
+        return body(*values, *no_stand_ins)
+
+    try:
+        return checkpoint(region, *kept, *parts, **options | {"use_reentrant": False})
+    finally:
+        exact.clear()
+
+
 def _cache_version() -> str:
     """Hash of every formula and kernel: what compile caches do not look into, and must key on."""
     here = Path(__file__).parent
@@ -499,3 +588,4 @@ def add_row(rule: OpRule, version: str = "") -> None:
 
 for _rule in OP_RULES:
     add_row(_rule)
+PACKED_OPS[CHECKPOINT.name] = packed_checkpoint

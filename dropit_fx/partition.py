@@ -129,7 +129,7 @@ class KeepPacked(CustomPartitionerFn):
         packed: list[fx.Node] = []
         sources: dict[int, fx.Node] = {}
         for node in gm.graph.nodes:
-            if node.target in UNPACK_OPS:
+            if node.target in UNPACK_OPS and not must_recompute(node):
                 node.meta["partitioner_tag"] = "must_be_in_backward"
             elif node.target in PACK_OPS and not must_recompute(node):
                 # (a checkpointed region is recomputed whole, packing included)
@@ -145,6 +145,7 @@ class KeepPacked(CustomPartitionerFn):
             with functorch_config.patch(activation_memory_budget=budget):
                 graphs = self.base(gm, joint_inputs, num_fwd_outputs=count + len(packed), **kwargs)
             _drop_outputs(graphs[0], slice(count, count + len(packed)))
+            _read_what_was_packed(graphs[0])
             return graphs, read_partition(*graphs, count, static)
 
         budget = functorch_config.activation_memory_budget
@@ -201,6 +202,18 @@ def _drop_outputs(forward: fx.GraphModule, extra: slice) -> None:
     results = list(made.args[0])
     del results[extra]
     made.args = (tuple(results),)
+    forward.recompile()
+
+
+def _read_what_was_packed(forward: fx.GraphModule) -> None:
+    """Lets checkpointed regions read their inputs, not what the backward will make of them."""
+    for node in forward.graph.nodes:
+        if node.target in UNPACK_OPS and must_recompute(node):
+            part = node.args[0]
+            made = part if part.target in PACK_OPS else part.args[0]
+            if made.target in PACK_OPS:
+                node.replace_all_uses_with(made.args[0])
+    forward.graph.eliminate_dead_code()
     forward.recompile()
 
 

@@ -11,6 +11,10 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 
+def checkpoint(body: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    return torch.ops.higher_order.tag_activation_checkpoint(body, *inputs, **options)
+
+
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(input, weight, bias)
 

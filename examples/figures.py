@@ -44,6 +44,10 @@ PARETO = (
     "dropit-fx bench pareto --model timm:deit_tiny_patch16_224 --batch 16"
     f" --json {FIGURES}/pareto_deit_tiny.json --plot {FIGURES}/pareto_deit_tiny.png"
 )
+DEIT_SMALL = (
+    "dropit-fx bench pareto --model timm:deit_small_patch16_224 --batch 32"
+    f" --variants balanced '*checkpoint' --rounds 5 --json {FIGURES}/pareto_deit_small.json"
+)
 GRADIENTS = f"dropit-fx bench gradients --json {FIGURES}/gradients.json"
 KERNELS = f"dropit-fx bench kernels --json {FIGURES}/kernels.json"
 

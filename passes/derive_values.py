@@ -21,7 +21,7 @@ from torch import fx
 
 from dropit_fx.codecs import CODEC
 from dropit_fx.core_types import Decision, Plan, Site
-from dropit_fx.op_table import bind, derivable_rule_of
+from dropit_fx.op_table import CHECKPOINT, bind, derivable_rule_of
 from dropit_fx.passes.share_packed import by_site
 
 COPIES = 2  # the factors of a gated product, the summands behind a downsampling block
@@ -56,8 +56,12 @@ def derive_values(plan: Plan) -> Plan:
 
 
 def _may_change(decision: Decision, site: Site) -> bool:
-    """Packed by value for a preset's rule; a rule of the user's own says how to keep it."""
-    return _by_value(decision) and not decision.own and not site.alive
+    """Packed by value for a preset's rule; a rule of the user's own says how to keep it.
+
+    What a checkpointed region reads has to be in its forward what it is, to the last bit.
+    """
+    derivable = _by_value(decision) and decision.read.rule is not CHECKPOINT
+    return derivable and not decision.own and not site.alive
 
 
 def _by_value(decision: Decision) -> bool:

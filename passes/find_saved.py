@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 
 from dropit_fx.core_types import INSIDE, OpRule, Plan, Read, SavedRead, Site, Use, Values
 from dropit_fx.fake import fake_mode_of, fake_state, storage_id
-from dropit_fx.op_table import bind, is_inplace, rule_of
+from dropit_fx.op_table import CHECKPOINT, bind, is_inplace, reads_of, rule_of
 from dropit_fx.packed_call import memory_order
 from dropit_fx.provenance import node_module, node_where
 
@@ -191,8 +191,6 @@ class _Probe(fx.Interpreter):
         if not mine:
             return
         rule, obstacle = rule_of(n), ""
-        if _is_checkpoint(n):
-            obstacle = "a checkpointed region is recomputed from it"
         values = bind(rule, args, kwargs, n.target) if rule is not None else None
         nodes = bind(rule, n.args, n.kwargs, n.target) if rule is not None else None
         if rule is not None and values is None:
@@ -202,17 +200,19 @@ class _Probe(fx.Interpreter):
         if values is not None and is_inplace(n, values):
             obstacle = obstacle or self._seen_by_others(n, args)
         operands = {} if rule is None or values is None else dict(values) | {"result": result}
+        reads = reads_of(rule, operands) if rule is not None else ()
         taken: set[str] = set()
         for kept in mine:
-            read = _match(kept.tensor, rule, operands, taken) if operands else None
+            read = _match(kept.tensor, reads, operands, taken) if operands else None
             if read is not None and read.operand != INSIDE:
                 taken.add(read.operand)
-            self._add(n, kept.tensor, rule, read, operands, nodes or {}, obstacle)
+            why = obstacle or (_why_exact(kept.tensor) if rule is CHECKPOINT else "")
+            self._add(n, kept.tensor, rule, read, operands, nodes or {}, why)
         if rule is not None and not obstacle and rule.read(INSIDE) is not None:
             self._add_what_is_run_again(n, rule, operands, nodes or {}, taken)
         if rule is not None and values is not None and taken:
             # autograd may keep one tensor for two reads, or where only the shape is read
-            for read in rule.reads:
+            for read in reads:
                 operand = operands.get(read.operand)
                 if (
                     read.operand not in taken
@@ -341,7 +341,12 @@ def _is_number(n: fx.Node) -> bool:
 
 
 def _is_checkpoint(n: fx.Node) -> bool:
-    return getattr(n.target, "__name__", "") == "tag_activation_checkpoint"
+    return rule_of(n) is CHECKPOINT
+
+
+def _why_exact(tensor: Tensor) -> str:
+    """Why an input of a checkpointed region is not to be rounded, or ``""``."""
+    return "" if tensor.requires_grad else "no gradient goes there: it may be a mask or a table"
 
 
 def _requires_grad(value: Any) -> bool:
@@ -353,14 +358,13 @@ def _is_parameter(n: fx.Node, tensor: Tensor) -> bool:
 
 
 def _match(
-    tensor: Tensor, rule: OpRule | None, operands: dict[str, Any], taken: set[str]
+    tensor: Tensor, reads: tuple[Read, ...], operands: dict[str, Any], taken: set[str]
 ) -> Read | None:
     """The row's read that ``tensor`` is.
 
     It may have the operand's storage, be made inside the op, or be a copy of an operand.
     """
-    assert rule is not None
-    open_reads = [r for r in rule.reads if r.operand not in taken]
+    open_reads = [r for r in reads if r.operand not in taken]
     for read in open_reads:
         operand = operands.get(read.operand)
         if isinstance(operand, Tensor) and storage_id(operand) == storage_id(tensor):

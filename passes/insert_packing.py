@@ -15,20 +15,20 @@ from typing import Any
 from torch import fx
 
 from dropit_fx.core_types import Decision, OpRule, Plan
-from dropit_fx.op_table import bind, derivable_rule_of, is_inplace
-from dropit_fx.packed_call import PACKED_OPS, derived, pack
+from dropit_fx.op_table import CHECKPOINT, bind, derivable_rule_of, is_inplace
+from dropit_fx.packed_call import PACKED_OPS, derived, pack, stand_in
 from dropit_fx.passes.derive_values import bases_of, recipe
 from dropit_fx.passes.share_packed import CAST
 
 
 def insert_packing(plan: Plan) -> Plan:
     """Rewrites ``plan.module`` (and the nested graphs) in place."""
+    for body in plan.bodies.values():
+        insert_packing(body)
     writer = _Writer(plan)
     for node in list(plan.module.graph.nodes):
         if node.name in writer.by_node:
             writer.swap(node)
-    for body in plan.bodies.values():
-        insert_packing(body)
     plan.module.graph.lint()
     plan.module.recompile()
     return plan
@@ -112,6 +112,8 @@ class _Writer:
             call = self.graph.call_function(PACKED_OPS[rule.name], args, kwargs)
         call.meta = dict(node.meta)
         self.order[call] = at = self.order[node]
+        if rule is CHECKPOINT:
+            _take_packed(self.plan.bodies[str(node.args[0])], tuple(packed))
         result = call
         if gives:
             result = self._item(call, 0, at)
@@ -211,6 +213,22 @@ class _Writer:
         node.meta = _origin(reader)
         self.order[node] = self.order[reader]
         return node
+
+
+def _take_packed(body: Plan, operands: tuple[str, ...]) -> None:
+    """Lets a checkpointed region read packed forms of ``operands``, its last arguments."""
+    graph = body.module.graph
+    inputs = graph.find_nodes(op="placeholder")
+    last = inputs[-1]
+    for operand in operands:
+        x = inputs[int(operand.rpartition(".")[2])]
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"packed_{x.name}")
+        with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+            again = graph.call_function(stand_in, (x, last))
+        x.replace_all_uses_with(again, delete_user_cb=lambda user, own=again: user is not own)
+    graph.lint()
+    body.module.recompile()
 
 
 def _arguments(decision: Decision, reader: fx.Node) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Pass 3: one value, one packed copy; and never a packing larger than what it replaces.
 
 q, k and v read the same x: they share one copy, in the most accurate packing that any of them asks
-for (the one with the most bytes). Readers may see the value through different views; what counts is
+for (the one with the most bytes, of those that serve all of them). Readers may see the value through different views; what counts is
 that the elements are the same in memory order, and that nothing wrote to them in between.
 
 Requires: ``plan.decisions``. Ensures: decisions with the same ``pack`` key have the same codec and
@@ -25,7 +25,7 @@ def share_packed(plan: Plan) -> Plan:
     for decision in plan.decisions:
         if is_copy(decision):
             groups.setdefault(value_of(decision), []).append(decision)
-    best = {key: max(group, key=lambda d: d.nbytes) for key, group in groups.items()}
+    best = {key: _most_accurate(group) for key, group in groups.items()}
     names = {key: f"{group[0].read.source}" for key, group in groups.items()}
     shared: list[Decision] = []
     for decision in plan.decisions:
@@ -42,6 +42,13 @@ def share_packed(plan: Plan) -> Plan:
         shared.append(decision)
     bodies = {name: share_packed(body) for name, body in plan.bodies.items()}
     return replace(plan, decisions=_recast(_never_larger(plan, shared)), bodies=bodies)
+
+
+def _most_accurate(group: list[Decision]) -> Decision:
+    """The packing with the most bytes of those that serve every reader's use."""
+    uses = {d.read.read.use for d in group if d.read.read is not None}
+    able = [d for d in group if uses <= CODEC[d.codec].serves]
+    return max(able or group, key=lambda d: d.nbytes)
 
 
 def _recast(decisions: tuple[Decision, ...]) -> tuple[Decision, ...]:

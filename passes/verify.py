@@ -17,7 +17,7 @@ from dropit_fx.codecs import CODEC
 from dropit_fx.config import serves
 from dropit_fx.core_types import OpRule, Plan, Use
 from dropit_fx.op_table import DERIVABLE, RULES, bind, inputs_of
-from dropit_fx.packed_call import PACKED_OPS, derived, pack
+from dropit_fx.packed_call import PACKED_OPS, derived, pack, stand_in
 from dropit_fx.passes.share_packed import CAST, by_site, packed_bytes, value_of
 
 
@@ -159,6 +159,8 @@ def derived_from_what_is_there(plan: Plan) -> Iterator[str]:
         for name, value in (bind(DERIVABLE[rule_name], args, {}) or {}).items():
             if not isinstance(value, fx.Node) or name in packs:
                 continue
+            if value.target is stand_in:
+                value = value.args[0]
             same = {value.name, plan.values.views.get(value.name)}
             if not same & (plan.values.alive.keys() | kept):
                 yield f"'{n.name}' keeps '{value}' whole, which nobody else does"

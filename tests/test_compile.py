@@ -169,7 +169,7 @@ def test_timm_gradient_checkpointing_and_packing_go_together(fresh: None) -> Non
 
 
 @pytest.mark.parametrize("preset", [None, "balanced"])
-def test_the_inputs_of_checkpointed_regions_are_kept_and_reported(preset: str | None) -> None:
+def test_the_inputs_of_checkpointed_regions_are_reported(preset: str | None) -> None:
     model, x = small_vit(depth=3)
     model.set_grad_checkpointing()
     options = {"config": {"preset": preset}}
@@ -177,10 +177,10 @@ def test_the_inputs_of_checkpointed_regions_are_kept_and_reported(preset: str | 
     measured = saved_bytes(packed, x)
     found = backend.compiled_graphs()[-1].report
     assert measured == found.kept_bytes
-    inputs = [r for r in found.rows if "recomputed from it" in r.reason and not r.region]
+    inputs = [r for r in found.rows if "checkpoint" in r.op and not r.region]
     assert [r.shape for r in inputs] == [(16, 17, 192)] * 3
-    assert {r.codec for r in inputs} == {"keep"}
-    assert (found.kept_bytes < found.dense_bytes) == (preset is not None)
+    assert {r.codecs for r in inputs} == {("keep",) if preset is None else ("quant",)}
+    assert (found.kept_bytes < found.dense_bytes / 5) == (preset is not None)
 
 
 @pytest.mark.parametrize("budget", [0.3, 0.7])

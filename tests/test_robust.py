@@ -326,6 +326,31 @@ def test_readers_share_the_most_accurate_packing() -> None:
     assert len(packs(packed)) == 1
 
 
+class TwoKinds(nn.Module):
+    """A linear layer and a norm read the same tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.q, self.norm = nn.Linear(64, 64), nn.Linear(64, 64), nn.LayerNorm(64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inp(x)
+        return self.q(h) + self.norm(h)
+
+
+def test_a_shared_packing_serves_every_reader() -> None:
+    """Dropped elements would do for the linear layer, and take more room, but not for the norm."""
+    rules = [
+        {"op": "linear", "codec": "mink", "gamma": 0.1, "bits": 8},
+        {"op": "layer_norm", "codec": "quant", "bits": 5, "block": 256},
+    ]
+    config = {"preset": None, "rules": rules}
+    packed = dropit_fx.transform(TwoKinds(), config, example_args=(torch.randn(128, 64),))
+    shared = [r for r in rows(packed).values() if r.op == "linear+layer_norm"]
+    assert [r.codec for r in shared] == ["quant(bits=5)"]
+    assert len(packs(packed)) == 1
+
+
 class Hidden(nn.Module):
     """Returns what its last layer saves."""
 
