@@ -1,8 +1,8 @@
 """``dropit-fx bench pareto``: memory against time of a compiled step, dense, recomputed and packed.
 
 The rivals lose nothing: the dense step, ``torch.utils.checkpoint`` for each block, and PyTorch's
-``activation_memory_budget``. Ours are the presets, also checkpointed and under budgets. The verdict names every
-pair in which a rival takes less memory *and* less time than one of ours.
+``activation_memory_budget``. Ours are the presets, also checkpointed and under budgets. The verdict
+names every pair in which a rival takes less memory *and* less time than one of ours.
 """
 
 from __future__ import annotations

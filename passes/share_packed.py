@@ -1,8 +1,9 @@
 """Pass 3: one value, one packed copy; and never a packing larger than what it replaces.
 
 q, k and v read the same x: they share one copy, in the most accurate packing that any of them asks
-for (the one with the most bytes, of those that serve all of them). Readers may see the value through different views; what counts is
-that the elements are the same in memory order, and that nothing wrote to them in between.
+for (the one with the most bytes, of those that serve all of them). Readers may see the value
+through different views; what counts is that the elements are the same in memory order, and that
+nothing wrote to them in between.
 
 Requires: ``plan.decisions``. Ensures: decisions with the same ``pack`` key have the same codec and
 options, and no site's packed bytes reach its dense bytes.

@@ -83,6 +83,7 @@ def test_variants_are_chosen_by_globs_and_dense_is_always_there() -> None:
     assert [v.name for v in choose(["balanced*"])] == [
         "dense",
         "balanced",
+        "balanced+checkpoint",
         *(f"balanced+budget={b}" for b in (0.5, 0.3, 0.1)),
     ]
     every = choose([])
@@ -139,7 +140,7 @@ def test_bench_pareto_compiles_every_variant_and_writes_what_it_returns(
     assert rows["dense"]["ratio"] == rows["dense"]["saved_ratio"] == 1
     saved = {name: r["saved_bytes"] for name, r in rows.items()}
     assert saved["checkpoint"] < saved["dense"]
-    assert saved["balanced+checkpoint"] < 0.4 * saved["checkpoint"]
+    assert saved["balanced+checkpoint"] < saved["balanced"]
     assert saved["budget=0.1"] < 0.2 * saved["dense"]
     assert saved["balanced"] < 0.3 * saved["dense"]
     assert saved["balanced+budget=0.1"] <= saved["balanced"]
