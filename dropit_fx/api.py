@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from os import PathLike
 from typing import Any
 
-from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import fx, nn
 
 from dropit_fx import example_inputs
 from dropit_fx.capture import CaptureError, capture
 from dropit_fx.config import Config, ConfigError, make_config
 from dropit_fx.core_types import Plan
 from dropit_fx.expand import expand, opaque_nodes
-from dropit_fx.fake import propagate
+from dropit_fx.fake import fakes_of, propagate
 from dropit_fx.passes import run_pipeline
 from dropit_fx.passes.choose_codecs import check_rules_matched
 from dropit_fx.report import attach
@@ -27,7 +26,7 @@ def transform(
     *,
     example_args: tuple[Any, ...] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
-    modules: str | None = None,
+    modules: str | Sequence[str] | None = None,
     preset: str | None = None,
     strategy: str | None = None,
     gamma: float | None = None,
@@ -46,8 +45,10 @@ def transform(
             shapes and dtypes are read. Without them, shapes are taken from the model where it tells
             them (``example_inputs.guess``).
         example_kwargs: Keyword inputs.
-        modules: A glob on qualified names: rewrites each matching submodule in place, leaves the
-            rest of the model alone, and returns ``model``.
+        modules: A glob on qualified names, or several: rewrites each matching submodule in place,
+            leaves the rest of the model alone, and returns ``model``. What the submodules are
+            called with is seen in a run on fake tensors; a model that decides by values (a
+            detector) is copied and run for real, without gradients.
         preset: Name of a preset; its rules come after the config's own.
         strategy: Codec of linear and convolution inputs: ``"mink"``, ``"random"``, ``"quant"``.
         gamma: Dropping rate in [0, 1) of the preset's rules.
@@ -63,7 +64,11 @@ def transform(
     settled = make_config(config, preset=preset, strategy=strategy, gamma=gamma, bits=bits)
     if modules is not None:
         whole: fx.GraphModule = _transform_submodules(
-            model, settled, modules, example_args, example_kwargs
+            model,
+            settled,
+            (modules,) if isinstance(modules, str) else tuple(modules),
+            example_args,
+            example_kwargs,
         )
         return whole
     args, kwargs = example_inputs.settle(model, example_args, example_kwargs)
@@ -81,9 +86,7 @@ def rewrite(
     kwargs: Mapping[str, Any],
 ) -> Plan:
     """Runs the pipeline over a captured graph, in place."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    inputs = example_inputs.placeholder_values(graph_module, args, kwargs)
-    fakes = tuple(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in inputs)
+    fakes = fakes_of(example_inputs.placeholder_values(graph_module, args, kwargs))
     if opaque_nodes(graph_module):
         expand(graph_module, propagate(graph_module, fakes))
     return run_pipeline(Plan(module=graph_module, inputs=fakes, config=config))
@@ -92,15 +95,19 @@ def rewrite(
 def _transform_submodules(
     model: nn.Module,
     config: Config,
-    glob: str,
+    globs: tuple[str, ...],
     example_args: tuple[Any, ...] | None,
     example_kwargs: Mapping[str, Any] | None,
 ) -> Any:  # the model, of whatever class it is
-    names = [n for n, _ in model.named_modules() if n and fnmatchcase(n, glob)]
+    known = [n for n, _ in model.named_modules() if n]
+    for glob in globs:
+        if not any(fnmatchcase(n, glob) for n in known):
+            children = ", ".join(n for n, _ in model.named_children())
+            raise ConfigError(
+                f"modules={glob!r} matches no submodule. Direct children: {children}."
+            )
+    names = [n for n in known if any(fnmatchcase(n, glob) for glob in globs)]
     names = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
-    if not names:
-        known = ", ".join(n for n, _ in model.named_children())
-        raise ConfigError(f"modules={glob!r} matches no submodule. Direct children: {known}.")
     args, kwargs = example_inputs.settle(model, example_args, example_kwargs)
     seen = example_inputs.record(model, names, args, kwargs)
     plans = []

@@ -5,8 +5,11 @@ Only their shapes and dtypes are read.
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dropit_fx.capture import CaptureError
-from dropit_fx.fake import fake_state
+from dropit_fx.fake import as_activation, fake_state, storage_id
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -68,41 +71,93 @@ def guess(model: nn.Module) -> Inputs:
 def record(
     model: nn.Module, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Inputs]:
-    """What each named submodule is called with in one fake run of the model, as blank tensors."""
-    seen: dict[str, Inputs] = {}
+    """What each named submodule is called with in one run of the model, as blank tensors.
 
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.setdefault(name, (args, kwargs))
+    They require a gradient where they can: as leaves what the model itself was given, and as
+    activations what it has made.
 
-        return hook
-
-    hooks = [
-        model.get_submodule(n).register_forward_pre_hook(note(n), with_kwargs=True) for n in names
-    ]
-    try:
-        _dry_run(model, args, kwargs)
-    except Exception as error:  # the user's code ran: anything can be raised
-        if missing := [n for n in names if n not in seen]:
-            raise CaptureError(
-                f"{type(model).__name__} does not run on fake tensors of the example's shapes, and"
-                f" stopped before submodule '{missing[0]}': {type(error).__name__}: {error}"
-            ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
+    Raises:
+        CaptureError: The model stops before one of them, on fake tensors and on real ones.
+    """
+    for run in (_dry_run, _real_run):
+        seen: dict[str, Inputs] = {}
+        outside: set[int] = set()
+        try:
+            run(model, args, kwargs, _Watch(names, seen, outside))
+        except Exception as error:  # the user's code ran: anything can be raised
+            failed = error
+        else:
+            break
+        if all(n in seen for n in names):
+            break
+    else:
+        missing = next(n for n in names if n not in seen)
+        raise CaptureError(
+            f"{type(model).__name__} does not run on inputs of the example's shapes, and"
+            f" stopped before submodule '{missing}': {type(failed).__name__}: {failed}"
+        ) from failed
 
     def blank(t: Tensor) -> Tensor:
         layout = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
-        return layout.requires_grad_(t.is_floating_point())  # inner activations carry gradients
+        if not t.is_floating_point():
+            return layout
+        layout.requires_grad_()
+        return layout if storage_id(t) in outside else as_activation(layout)
 
     return {n: pytree.tree_map_only(Tensor, blank, given) for n, given in seen.items()}
 
 
-def _dry_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+@dataclass
+class _Watch:
+    """Notes what submodules are called with while a model runs."""
+
+    names: list[str]
+    seen: dict[str, Inputs]
+    outside: set[int]  # storages of the model's inputs, parameters and buffers
+
+    @contextmanager
+    def on(self, model: nn.Module, *given: Any) -> Iterator[None]:
+        tensors = (*pytree.tree_leaves(given), *model.parameters(), *model.buffers())
+        self.outside |= {storage_id(t) for t in tensors if isinstance(t, Tensor)}
+
+        def note(name: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                self.seen.setdefault(name, (args, kwargs))
+
+            return hook
+
+        hooks = [
+            model.get_submodule(n).register_forward_pre_hook(note(n), with_kwargs=True)
+            for n in self.names
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _real_run(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watch: _Watch
+) -> None:
+    """Runs a copy of the model: a run leaves traces, in statistics and wherever a model likes."""
+    copied = copy.deepcopy(model)
+    devices = {t.device for t in copied.parameters() if t.device.type == "cuda"}
+    with torch.no_grad(), torch.random.fork_rng(devices), watch.on(copied, args, kwargs):
+        copied(*args, **kwargs)
+
+
+def _dry_run(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    watch: _Watch | None = None,
+) -> None:
+    """Runs the model on fake tensors."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
-    with mode, torch.no_grad(), fake_state(model, mode):
+    watching = watch.on if watch is not None else lambda *given: nullcontext()
+    with mode, torch.no_grad(), fake_state(model, mode), watching(model, fakes):
         model(*fakes[0], **fakes[1])
 
 

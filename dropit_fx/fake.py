@@ -45,10 +45,31 @@ def concrete_fakes(values: Iterable[Any]) -> tuple[Any, ...]:
                     dtype=value.dtype,
                     device=value.device,
                 )
-            return fake.requires_grad_(value.requires_grad)
+            return _differentiable_as(value, fake)
         return hint(value) if isinstance(value, torch.SymInt) else value
 
     return tuple(concrete(v) for v in values)
+
+
+def fakes_of(values: Iterable[Any]) -> tuple[Any, ...]:
+    """Fake tensors for real ones, in a mode of their own; other values as they are."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    return tuple(
+        _differentiable_as(v, mode.from_tensor(v.detach())) if isinstance(v, Tensor) else v
+        for v in values
+    )
+
+
+def _differentiable_as(value: Tensor, fake: Tensor) -> Tensor:
+    """``fake``, requiring a gradient as ``value`` does: as a leaf, or as what an op has made."""
+    fake.requires_grad_(value.requires_grad)
+    return fake if value.is_leaf else as_activation(fake)
+
+
+def as_activation(leaf: Tensor) -> Tensor:
+    """The same as the result of an op: such a tensor stays after a forward for autograd alone."""
+    with torch.enable_grad():
+        return leaf.clone()
 
 
 @contextmanager

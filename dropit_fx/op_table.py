@@ -122,6 +122,10 @@ def _plain_cross_entropy(args: Mapping[str, Any]) -> str:
         return "its targets are probabilities"
     if args["weight"] is not None or args["label_smoothing"]:
         return "class weights and label smoothing read more than the logarithms"
+    return _deprecated_reduction(args)
+
+
+def _deprecated_reduction(args: Mapping[str, Any]) -> str:
     if args["size_average"] is not None or args["reduce"] is not None:
         return "it is called with deprecated arguments"
     return ""
@@ -616,6 +620,22 @@ OP_RULES: tuple[OpRule, ...] = (
             backward=bw.softmax(log=name == "log_softmax"),
         )
         for name in ("softmax", "log_softmax")
+    ),
+    OpRule(
+        name="nll_loss",
+        targets=(F.nll_loss, aten.nll_loss_nd.default),
+        orders={
+            aten.nll_loss_nd.default: ("input", "target", "weight", "reduction", "ignore_index")
+        },
+        reads=(
+            Read(operand="input", use=Use.SHAPE, needed_by=("input",)),
+            Read(operand="target", use=Use.REDUCE, needed_by=("input",), lossy=False),
+            Read(operand="weight", use=Use.REDUCE, needed_by=("input",), lossy=False),
+            Read(operand=INSIDE, use=Use.SHAPE, needed_by=("input",)),
+        ),
+        run=runs.nll_loss,
+        autocast="float32",
+        obstacle=_deprecated_reduction,
     ),
     OpRule(
         name="cross_entropy",

@@ -433,6 +433,21 @@ def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Te
     return torch.log_softmax(input, dim, dtype)
 
 
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: Any = "mean",
+) -> Tensor:
+    out: Tensor = torch.ops.aten.nll_loss_nd(
+        input, target, weight, reduction_enum(reduction), ignore_index
+    )
+    return out
+
+
 def cross_entropy(
     input: Tensor,
     target: Tensor,

@@ -27,7 +27,6 @@ Needs the extra `detection`.
 """
 
 import argparse
-import copy
 import statistics
 import sys
 import time
@@ -117,35 +116,18 @@ def build(options: argparse.Namespace, classes: int) -> nn.Module:
     return model.to(options.device)
 
 
-class Parts(nn.ModuleDict):
-    """Parts of a model on their own, where none decides what another runs on."""
-
-    def forward(self, inputs: Mapping[str, tuple[Any, ...]]) -> list[Any]:
-        return [self[name](*args) for name, args in inputs.items()]
-
-
 def pack(model: nn.Module, batch: Batch, config: Any = None, **settings: Any) -> None:
     """Rewrites the PARTS of a model in place, for images of any size and any number of boxes.
 
     Args:
         model: One of MODELS, in training mode.
         batch: Any: a run of a copy on it tells what the parts are called with.
-        config: For `dropit_fx.transform`, where a rule names modules from a part on.
+        config: For `dropit_fx.transform`.
         **settings: For `dropit_fx.transform` as well.
     """
-    keys = {name.replace(".", "_"): name for name in PARTS if name in dict(model.named_modules())}
-    inputs: dict[str, tuple[Any, ...]] = {}
-    probe = copy.deepcopy(model)  # a run leaves traces: statistics, and the scales of the features
-    for key, name in keys.items():
-        probe.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, key=key: inputs.update({key: args})
-        )
-    with torch.no_grad():
-        probe(*batch)
-    parts = Parts({key: model.get_submodule(name) for key, name in keys.items()})
-    dropit_fx.transform(parts, config, modules="*", example_args=(inputs,), **settings)
-    for key, name in keys.items():
-        model.set_submodule(name, parts[key])
+    known = dict(model.named_modules())
+    parts = [name for name in PARTS if name in known]
+    dropit_fx.transform(model, config, modules=parts, example_args=batch, **settings)
 
 
 def make(variant: str, data: Images, options: argparse.Namespace) -> nn.Module:

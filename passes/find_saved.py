@@ -6,6 +6,9 @@ with a row or without: the bytes found here equal what the same hooks count in a
 table then says what each kept tensor is to the node that keeps it (its input, its result, a mask
 inside it).
 
+An input that is a leaf stays with the caller; one that another op has made is an activation like
+those inside (a block that is compiled by itself), kept for the backward alone.
+
 Requires: a graph and fake inputs. Ensures: ``plan.sites`` covers every saved storage that is not a
 parameter, a buffer or an input.
 """
@@ -137,7 +140,7 @@ class _Probe(fx.Interpreter):
             if isinstance(tensor, Tensor):
                 story = self.stories.setdefault(storage_id(tensor), _Story(owner=n.name))
                 story.nodes.append(n)
-                if n.op == "placeholder" and not story.alive:
+                if n.op == "placeholder" and not story.alive and tensor.is_leaf:
                     story.alive = "a parameter" if _is_parameter(n, tensor) else "a model input"
                 if n.op == "get_attr" and not story.alive:
                     story.alive = "a constant of the graph"
@@ -254,8 +257,8 @@ class _Probe(fx.Interpreter):
     def _seen_by_others(self, n: fx.Node, args: Any) -> str:
         """Who else sees the tensor that an in-place call writes, so that it cannot be packed."""
         story = self.stories[storage_id(args[0])]
-        if story.alive in _FREE:
-            return f"it writes into {story.alive}"
+        if story.alive in _FREE or story.nodes[0].op == "placeholder":
+            return f"it writes into {story.alive or 'an input of the graph'}"
         at = self._order[n]
         for other in story.nodes:
             if other is n or other is n.args[0]:

@@ -658,6 +658,12 @@ CASES: dict[str, list[Case]] = {
     "scaled_dot_product_attention": _attention(),
     "softmax": _softmax(),
     "log_softmax": _softmax(),
+    "nll_loss": [
+        # PyTorch's own backward refuses channels_last
+        *(c for c in _cross_entropy() if c.name not in ("1-D", "channels_last")),
+        case("class weights", T((6, 5)), T((6,), make=classes(5)), T((5,), make=positive)),
+        case("one", T((5,)), T((), make=classes(5)), reduction="sum"),
+    ],
     "cross_entropy": _cross_entropy(),
     "avg_pool2d": _avg_pool2d(),
     "exp": _pointwise(),

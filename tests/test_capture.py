@@ -157,7 +157,7 @@ def test_no_tracer_the_error_names_both_lines_and_the_plug_in() -> None:
 
 def test_the_plug_in_takes_a_model_that_no_tracer_takes() -> None:
     model, x = ValueDependent(), torch.rand(16, 8)
-    options = {"config": {"force": True}, "gamma": 0.0}
+    options = {"config": {"preset": "dropit", "force": True}, "gamma": 0.0}
     compiled = torch.compile(copy.deepcopy(model), backend="dropit_eager", options=options)
     assert differing(step(model, (x,), {}).gradients, step(compiled, (x,), {}).gradients) == []
 
@@ -312,11 +312,36 @@ def test_modules_takes_the_parts_of_a_model_that_no_tracer_takes_whole() -> None
     with pytest.raises(CaptureError, match="no tracer takes Outer"):
         transform(copy.deepcopy(model), example_args=(x,))
     dense = copy.deepcopy(model)
-    with pytest.raises(CaptureError, match="stopped before submodule 'late': DataDependent"):
-        transform(copy.deepcopy(model), modules="late", example_args=(x,))
-    transform(model, modules="body", example_args=(x,))
+    state = torch.get_rng_state()
+    transform(model, modules=["body", "la*"], example_args=(x,))
+    assert torch.equal(state, torch.get_rng_state())
     assert isinstance(model.body, fx.GraphModule)
+    assert isinstance(model.late, fx.GraphModule)  # seen in a real run: fake values decide nothing
     assert torch.equal(model(x), dense(x))
+
+
+def test_a_real_run_leaves_no_trace_and_its_errors_are_told() -> None:
+    class Decides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.late = nn.BatchNorm1d(8), nn.Linear(8, 8)
+            self.runs = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.runs += 1
+            h = self.norm(x)
+            if h.sum() > 1e9:
+                raise ValueError("too large")
+            return self.late(h)
+
+    model = Decides()
+    nn.init.constant_(model.norm.bias, 1e10)
+    with pytest.raises(CaptureError, match="stopped before submodule 'late': ValueError: too larg"):
+        transform(copy.deepcopy(model), modules="late", example_args=(torch.randn(16, 8),))
+    model = Decides()
+    transform(model, modules="late", example_args=(torch.randn(16, 8),))
+    assert isinstance(model.late, fx.GraphModule)
+    assert model.norm.num_batches_tracked == 0
 
 
 def test_modules_that_match_nothing_are_an_error_that_lists_the_children() -> None:

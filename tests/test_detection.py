@@ -132,7 +132,7 @@ def test_inputs_of_layers_are_packed() -> None:
     batch = detection.load(data, [0, 1], options)
     detection.pack(model, batch, strategy="mink", gamma=0.8)
     rows = dropit_fx.report(model).rows
-    for part in ("backbone", "roi_heads_box_head", "roi_heads_mask_head"):
+    for part in detection.PARTS:
         inside = [row.codec for row in rows if row.module.startswith(part)]
         assert any("mink(gamma=0.8)" in codec for codec in inside), part
     found = gradients(model, batch)

@@ -945,7 +945,8 @@ OP_DB = {
         for name in (
             *("gelu", "silu", "mish", "elu", "selu", "celu", "softplus", "hardswish"),
             *("hardsigmoid", "logsigmoid", "softsign", "layer_norm", "group_norm", "rms_norm"),
-            *("batch_norm", "scaled_dot_product_attention", "cross_entropy", "embedding", "pad"),
+            *("batch_norm", "scaled_dot_product_attention", "cross_entropy", "nll_loss"),
+            *("embedding", "pad"),
             *(f"avg_pool{d}d" for d in (1, 2, 3)),
             *(f"adaptive_avg_pool{d}d" for d in (1, 2, 3)),
         )

@@ -86,6 +86,10 @@ ENTRIES: dict[str, list[tuple[str, dict[str, str]]]] = {
     ],
     "softmax": [("_softmax", {"self": "input"})],
     "log_softmax": [("_log_softmax", {"self": "input"})],
+    "nll_loss": [
+        ("nll_loss_forward", {"self": "input", "total_weight": INSIDE}),
+        ("nll_loss2d_forward", {"self": "input", "total_weight": INSIDE}),
+    ],
     "cross_entropy": [
         ("_log_softmax", {"self": "input", "result": "log_probs"}),
         ("nll_loss_forward", {"self": "log_probs", "total_weight": INSIDE}),
