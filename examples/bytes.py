@@ -148,7 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--compiled", action=argparse.BooleanOptionalAction, default=True, help="compiled ones too"
     )
-    parser.add_argument("--out", type=Path, help="folder for bytes.json")
+    parser.add_argument(
+        "--out", type=Path, help="folder for bytes.json, which keeps its other models"
+    )
     options = parser.parse_args(argv)
     ways = ("eager", "compiled")[: 1 + options.compiled]
     results: dict[str, Any] = {}
@@ -169,9 +171,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write(results: dict[str, Any], options: argparse.Namespace) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
-    titled = {n: {"title": MODELS[n].title, **ways} for n, ways in results.items()}
-    text = json.dumps({"preset": options.preset, "models": titled}, indent=2)
-    (options.out / "bytes.json").write_text(text + "\n")
+    path = options.out / "bytes.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    same = known.get("preset") == options.preset
+    found = dict(known["models"]) if same else {}
+    found |= {n: {"title": MODELS[n].title, **ways} for n, ways in results.items()}
+    ordered = {n: found[n] for n in MODELS if n in found}
+    path.write_text(json.dumps({"preset": options.preset, "models": ordered}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

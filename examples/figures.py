@@ -38,7 +38,7 @@ STEPS = {
     name: f"dropit-fx bench step --model timm:{name} --batch 16 --json {FIGURES / name}.json"
     for name in ("deit_tiny_patch16_224", "resnet50")
 }
-BYTES = f"python examples/bytes.py --out {FIGURES}"
+BYTES = f"python examples/bytes.py --models deit_tiny_bf16 convnext_tiny gpt2 llama --out {FIGURES}"
 FORMATS = f"dropit-fx bench formats --json {FIGURES}/formats.json"
 PARETO = (
     "dropit-fx bench pareto --model timm:deit_tiny_patch16_224 --batch 16"

@@ -209,7 +209,7 @@ class _Probe(fx.Interpreter):
             read = _match(kept.tensor, reads, operands, taken) if operands else None
             if read is not None and read.operand != INSIDE:
                 taken.add(read.operand)
-            why = obstacle or (_why_exact(kept.tensor) if rule is CHECKPOINT else "")
+            why = obstacle or (self._why_exact(n, kept.tensor) if rule is CHECKPOINT else "")
             self._add(n, kept.tensor, rule, read, operands, nodes or {}, why)
         if rule is not None and not obstacle and rule.read(INSIDE) is not None:
             self._add_what_is_run_again(n, rule, operands, nodes or {}, taken)
@@ -245,6 +245,13 @@ class _Probe(fx.Interpreter):
     def _is_free(self, tensor: Tensor) -> bool:
         story = self.stories.get(storage_id(tensor))
         return story is not None and story.alive in _FREE
+
+    def _why_exact(self, n: fx.Node, tensor: Tensor) -> str:
+        """Why an input of a checkpointed region is not to be packed, or ``""``."""
+        regions = [m.args[0] for m in self.module.graph.nodes if _is_checkpoint(m)]  # type: ignore[union-attr]
+        if [r.target for r in regions].count(n.args[0].target) > 1:  # type: ignore[union-attr]
+            return "its region is called more than once"
+        return "" if tensor.requires_grad else "no gradient goes there: it may be a mask or a table"
 
     def _is_recast(self, tensor: Tensor, rule: OpRule | None, operand: Any) -> bool:
         """Whether autocast made ``tensor`` from a parameter."""
@@ -345,11 +352,6 @@ def _is_number(n: fx.Node) -> bool:
 
 def _is_checkpoint(n: fx.Node) -> bool:
     return rule_of(n) is CHECKPOINT
-
-
-def _why_exact(tensor: Tensor) -> str:
-    """Why an input of a checkpointed region is not to be rounded, or ``""``."""
-    return "" if tensor.requires_grad else "no gradient goes there: it may be a mask or a table"
 
 
 def _requires_grad(value: Any) -> bool:

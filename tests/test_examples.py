@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+
+import dropit_fx
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 import bert  # noqa: E402
+import bytes as whole_models  # noqa: E402
 import digits  # noqa: E402
 import figures  # noqa: E402
 import training  # noqa: E402
@@ -85,6 +89,30 @@ def test_times_only_replaces_nothing_but_times(tmp_path: Path) -> None:
         assert got["time"] > 0
         got["time"] = -1.0
     assert after == before
+
+
+def test_bytes_of_whole_models_are_counted_and_join_those_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tiny() -> torch.nn.Module:
+        config = transformers.GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=99)
+        config.update({"attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0})
+        return whole_models.Tokens(transformers.GPT2LMHeadModel(config))
+
+    model = whole_models.Model("Tiny", tiny, lambda: (torch.randint(0, 99, (4, 32)),))
+    models = {"one": model, "two": model}
+    monkeypatch.setattr(whole_models, "MODELS", models)
+    for name in models:
+        options = f"--models {name} --no-compiled --out {tmp_path}"
+        assert whole_models.main(options.split()) == 0
+    found = json.loads((tmp_path / "bytes.json").read_text())["models"]
+    assert list(found) == ["one", "two"]
+    assert found["one"] == found["two"]
+    dense, packed = found["one"]["eager"]["dense"], found["one"]["eager"]["packed"]
+    x = torch.randint(0, 99, (4, 32))
+    assert dense["saved_bytes"] == dropit_fx.measure.saved_bytes(tiny(), x)
+    assert packed["saved_bytes"] < 0.2 * dense["saved_bytes"]
+    assert packed["peak_bytes"] < dense["peak_bytes"]
 
 
 def test_text_is_balanced_the_same_each_time_and_names_no_class() -> None:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from dropit_fx import backend, packed_call
+from dropit_fx import backend, op_table, packed_call
 from dropit_fx.measure import saved_bytes
 from dropit_fx.report import Row
 
@@ -133,6 +133,30 @@ def test_the_graph_shows_what_happens() -> None:
     (again,) = body.graph.find_nodes(op="call_function", target=packed_call.stand_in)
     assert [n.op for n in again.args] == ["placeholder", "placeholder"]
     assert len(again.args[0].users) == 1
+
+
+def test_a_region_of_two_calls_keeps_its_inputs() -> None:
+    class Twice(Region):
+        def forward(self, x: Tensor) -> Tensor:
+            h = checkpoint(self.region, self.first(x), use_reentrant=False)
+            return checkpoint(self.region, h + 1, use_reentrant=False)
+
+    def share(gm: Any, inputs: list[Any]) -> Any:
+        calls = [n for n in gm.graph.nodes if n.target in op_table.CHECKPOINT.targets]
+        calls[1].args[0].target = calls[0].args[0].target
+        gm.recompile()
+        record = backend.rewrite_dynamo_graph(gm, inputs, backend.make_config({"rules": [ROUGH]}))
+        assert record is not None
+        reasons.extend(r.reason for r in record.report.rows if r.op == "checkpoint")
+        return gm.forward
+
+    reasons: list[str] = []
+    x, model = torch.randn(4, 32), Twice(p=0.0)
+    _, dense = step(model, model, x)
+    torch._dynamo.reset()
+    _, ours = step(torch.compile(model, backend=share, fullgraph=True), model, x)
+    assert reasons == ["its region is called more than once"] * 2
+    assert len(ours) == len(dense)
 
 
 class Stack(nn.Module):
