@@ -266,6 +266,25 @@ def test_without_gradients_nothing_is_packed_and_eval_is_exact() -> None:
     assert torch.equal(run(x), model(x))
 
 
+@pytest.mark.parametrize("inner", INNERS[:2])
+def test_sizes_may_change_from_step_to_step(inner: str) -> None:
+    """Dynamo then hands them to the region as numbers, among its inputs."""
+    model = Region(p=0.0)
+    run = torch.compile(
+        model, backend="dropit", dynamic=True, options={"preset": "balanced", "inner": inner}
+    )
+    before = len(backend.compiled_graphs())
+    for batch in (16, 24, 40, 7):
+        x = torch.randn(batch, 32)
+        (exact, dense), (found, ours) = step(model, model, x), step(run, model, x)
+        assert torch.equal(found, exact)
+        flat = [torch.cat([g.flatten() for g in gradients]) for gradients in (ours, dense)]
+        assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.99
+        assert saved_bytes(run, x) < 0.3 * saved_bytes(model, x)
+    # AOTAutograd starts again where a float (dropout's rate) has to be a constant
+    assert len(backend.compiled_graphs()) - before == (1 if inner == "eager" else 2)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_values_that_are_not_finite_are_not_hidden(bad: float) -> None:
     x, model = torch.randn(16, 32), Region(p=0.0)
