@@ -8,6 +8,7 @@ its backward reads, how to run it, and a formula from ``backwards.py`` (or none:
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 from collections.abc import Callable, Hashable, Mapping
@@ -773,6 +774,9 @@ def _row(rows: dict[Any, OpRule], node: fx.Node) -> OpRule | None:
     return rows.get(node.target) if calls and isinstance(node.target, Hashable) else None
 
 
+_signature = functools.cache(inspect.signature)
+
+
 def bind(
     rule: OpRule, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any = None
 ) -> dict[str, Any] | None:
@@ -782,7 +786,9 @@ def bind(
 
     None where the call has arguments that the row does not know (``out=``), which keeps it dense.
     """
-    signature = inspect.signature(rule.run)
+    # Dynamo traces no caches
+    signature_of = inspect.signature if torch.compiler.is_compiling() else _signature
+    signature = signature_of(rule.run)
     known = {(k if k in signature.parameters else _ALIASES.get(k, k)): v for k, v in kwargs.items()}
     order = rule.orders.get(target) if isinstance(target, Hashable) else None
     if order is not None:

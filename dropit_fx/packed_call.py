@@ -91,12 +91,16 @@ def channel_nbytes(shape: Sequence[int]) -> int:
 def _standardise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each channel around 0, in units of its deviation; and the two, as float32 ``(1, C, 1, ...)``.
 
-    In a block of elements of several channels, all of them then have the same say.
+    In a block of elements of several channels, all of them then have the same say. The kernel of
+    batch norm does it in half the time of ``torch.std_mean``.
     """
-    dims, exact = [d for d in range(x.dim()) if d != 1], x.float()
-    deviation, mean = torch.std_mean(exact, dims, correction=0, keepdim=True)
-    deviation = deviation.clamp_min(torch.finfo(torch.float32).tiny)
-    return (exact - mean).div_(deviation).to(x.dtype), mean, deviation
+    tiny = torch.finfo(torch.float32).tiny
+    norm = torch.ops.aten._native_batch_norm_legit.no_stats
+    out, mean, inverse = norm(x.float(), None, None, True, 0.0, tiny)
+    shape = [-1 if d == 1 else 1 for d in range(x.dim())]
+    if memory_order(out) != memory_order(x):
+        out = torch.empty_like(x).copy_(out)
+    return out.to(x.dtype), mean.view(shape), inverse.reciprocal().view(shape)
 
 
 def pack(

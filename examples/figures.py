@@ -23,7 +23,7 @@ from typing import Any
 from dropit_fx import cli
 from dropit_fx.bench_step import FIXED
 from dropit_fx.codecs import CODECS
-from dropit_fx.op_table import OP_RULES
+from dropit_fx.op_table import CHECKPOINT, OP_RULES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -150,7 +150,7 @@ def codecs() -> str:
 
 
 def ops() -> str:
-    return ", ".join(f"`{rule.name}`" for rule in OP_RULES) + "."
+    return ", ".join(f"`{rule.name}`" for rule in (*OP_RULES, CHECKPOINT)) + "."
 
 
 def layout() -> str:
