@@ -42,7 +42,7 @@ BYTES = f"python examples/bytes.py --models deit_tiny_bf16 convnext_tiny gpt2 ll
 FORMATS = f"dropit-fx bench formats --json {FIGURES}/formats.json"
 PARETO = (
     "dropit-fx bench pareto --model timm:deit_tiny_patch16_224 --batch 16"
-    f" --json {FIGURES}/pareto_deit_tiny.json --plot {FIGURES}/pareto_deit_tiny.png"
+    f" --rounds 15 --json {FIGURES}/pareto_deit_tiny.json --plot {FIGURES}/pareto_deit_tiny.png"
 )
 DEIT_SMALL = (
     "dropit-fx bench pareto --model timm:deit_small_patch16_224 --batch 32"
