@@ -271,16 +271,20 @@ def draw(result: dict[str, Any], path: str | PathLike[str]) -> None:
 
 
 def _label(axes: Any, places: dict[str, tuple[float, float]]) -> None:
-    """Names the points, each where it covers no other name and no point."""
+    """Names the points, each inside the axes where it covers no other name and no point."""
     axes.figure.draw_without_rendering()  # settles the scales
     points = 72 / axes.figure.dpi
     at = {name: axes.transData.transform(place) * points for name, place in places.items()}
+    left, right = axes.bbox.x0 * points, axes.bbox.x1 * points
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in at.values()]
     for name, (x, y) in sorted(at.items(), key=lambda item: -item[1][1]):
         width, height = 5.6 * len(name), 10.0
         spots = [(side, dy) for dy in _HEIGHTS for side in (8.0, -8 - width)]
         boxes = [(x + dx, y + dy, x + dx + width, y + dy + height) for dx, dy in spots]
-        free = [not any(_meet(box, other) for other in taken) for box in boxes]
+        free = [
+            left <= box[0] and box[2] <= right and not any(_meet(box, other) for other in taken)
+            for box in boxes
+        ]
         chosen = free.index(True) if any(free) else 0
         taken.append(boxes[chosen])
         axes.annotate(
