@@ -99,6 +99,8 @@ def _transform_submodules(
     example_args: tuple[Any, ...] | None,
     example_kwargs: Mapping[str, Any] | None,
 ) -> Any:  # the model, of whatever class it is
+    if not globs:
+        raise ConfigError("modules is an empty list: name a submodule, or leave it out.")
     known = [n for n, _ in model.named_modules() if n]
     for glob in globs:
         if not any(fnmatchcase(n, glob) for n in known):

@@ -171,6 +171,10 @@ class _Entry(NamedTuple):
     tensors: int  # in save_for_backward
 
 
+def _entry(operand: str, packed: Packed) -> _Entry:
+    return _Entry(operand, packed.codec, packed.options, packed.dtype, len(packed.parts))
+
+
 DERIVED = "derived"
 _Layout = tuple[Any, ...]  # shape, strides, memory order, dtype, device
 
@@ -207,7 +211,7 @@ def derived(
             packed = Packed((value.detach(),), "keep", (), value.dtype)
         if packed is None:
             continue
-        entries.append(_Entry(name, packed.codec, packed.options, packed.dtype, len(packed.parts)))
+        entries.append(_entry(name, packed))
         layouts.append(_layout(value if isinstance(value, Tensor) else packed.parts[0]))
         parts += packed.parts
     recipe = (rule_name, plain, tuple(entries), tuple(layouts), _layout(like))
@@ -451,7 +455,7 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
                 held.append((read.operand, codec, tuple(options.items())))
         for operand, how in packed.items():
             if isinstance(how, Packed):
-                given.append(_Entry(operand, how.codec, how.options, how.dtype, len(how.parts)))
+                given.append(_entry(operand, how))
                 parts += how.parts
         device = next(a.device.type for a in bound.values() if isinstance(a, Tensor))
         with torch.autocast(device, enabled=False):
@@ -483,8 +487,7 @@ def stand_in(x: Tensor, packed: Packed | None) -> Tensor:
     """
     if packed is None:
         return x
-    entry = _Entry("x", packed.codec, packed.options, packed.dtype, len(packed.parts))
-    again: Tensor = _StandIn.apply(x, entry, *packed.parts)
+    again: Tensor = _StandIn.apply(x, _entry("x", packed), *packed.parts)
     return again
 
 
@@ -539,13 +542,13 @@ def checkpointed(
         if copy is not None:
             at = int(operand.rpartition(".")[2])
             exact[at], kept[at] = inputs[at], None
-            entry = _Entry(operand, copy.codec, copy.options, copy.dtype, len(copy.parts))
-            entries[at] = entry, _layout(inputs[at])
+            entries[at] = _entry(operand, copy), _layout(inputs[at])
             parts += copy.parts
     no_stand_ins = [None] * len(packed or {})
+    count = len(inputs)  # the region outlives the forward: it must not hold the inputs themselves
 
     def region(*given: Any) -> Any:
-        values, rest = list(given[: len(inputs)]), given[len(inputs) :]
+        values, rest = list(given[:count]), given[count:]
         for at, (entry, layout) in entries.items():
             mine, rest = rest[: entry.tensors], rest[entry.tensors :]
             if exact:

@@ -475,9 +475,7 @@ def cross_entropy_saving(
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     log_probs = torch.log_softmax(input, class_dim(input))
-    out = torch.ops.aten.nll_loss_nd(
-        log_probs, target, weight, reduction_enum(reduction), ignore_index
-    )
+    out = nll_loss(log_probs, target, weight, ignore_index=ignore_index, reduction=reduction)
     return out, {"log_probs": log_probs}
 
 

@@ -349,6 +349,11 @@ def test_modules_that_match_nothing_are_an_error_that_lists_the_children() -> No
         transform(vision_transformer(), modules="block.*", example_args=(torch.ones(1),))
 
 
+def test_no_modules_at_all_are_an_error() -> None:
+    with pytest.raises(ConfigError, match="modules is an empty list"):
+        transform(vision_transformer(), modules=[], example_args=(torch.ones(1),))
+
+
 def test_a_rule_that_matches_in_one_submodule_is_enough() -> None:
     x = torch.randn(2, 3, 64, 64)
     rules = {"rules": [{"module": "mlp.fc2", "codec": "mink", "gamma": 0.5}]}

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
 )
 
 from dropit_fx import backend, op_table, packed_call
-from dropit_fx.measure import saved_bytes
+from dropit_fx.measure import peak_memory, saved_bytes
 from dropit_fx.report import Row
 
 ROUGH = {"op": "checkpoint", "codec": "quant", "bits": 3, "block": 64}
@@ -114,6 +114,25 @@ def test_saved_bytes_are_those_of_the_packed_input(inner: str) -> None:
         run(x)
         partition = backend.compiled_graphs()[-1].partitions[-1]
         assert partition.packs_in_backward == partition.unpacks_in_forward == ()
+
+
+class Chain(Region):
+    """Eight regions, each of which is made again from the result of the one before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        for _ in range(8):
+            h = checkpoint(self.region, h, use_reentrant=False)
+        return h
+
+
+@pytest.mark.parametrize("inner", INNERS)
+def test_dense_inputs_are_freed_in_the_forward(inner: str) -> None:
+    x, model = torch.randn(4096, 32), Chain(p=0.0)
+    size = len(x) * 64 * 4
+    keep = peak_memory(compiled(model, inner), x)
+    # seven results of regions go; packed, eight inputs take an eighth each; one is unpacked
+    assert peak_memory(compiled(model, inner, ROUGH), x) < keep - (7 - 1 - 1) * size
 
 
 def test_the_graph_shows_what_happens() -> None:
