@@ -8,7 +8,6 @@ instead of 64.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dropit_fx.backwards import Call, Grads, Saved, per_dimension
+from dropit_fx.kernels.windows import decode_window_reference, encode_window_reference
 
 aten = torch.ops.aten
 
@@ -42,40 +42,20 @@ class Window:
         """In the order of ``aten.max_pool2d_with_indices``."""
         return self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode
 
-    def _origin(self, like: Tensor, d: int) -> Tensor:
-        """First input coordinate of each window of ``like`` along dimension ``d``, to broadcast."""
-        dims = len(self.kernel)
-        n = like.shape[d - dims]
-        first = torch.arange(n, device=like.device, dtype=torch.int32)
-        return (first * self.stride[d] - self.padding[d]).reshape([n] + [1] * (dims - 1 - d))
-
-    # Both run while activations are held: few temporaries, in four bytes, written in place.
-
     def encode(self, indices: Tensor, sizes: list[int]) -> Tensor:
         """Flat positions in an input of spatial ``sizes`` -> offsets inside the window (uint8)."""
-        code, weight = torch.zeros_like(indices, dtype=torch.uint8), 1
-        indices = indices.to(_index_dtype(sizes))
-        for d in reversed(range(len(self.kernel))):
-            offset = (indices % sizes[d]).sub_(self._origin(code, d))
-            offset.floor_divide_(self.dilation[d]).mul_(weight)
-            code.add_(offset.to(torch.uint8))
-            indices = indices.floor_divide_(sizes[d])
-            weight *= self.kernel[d]
-        return code
+        op = torch.ops.dropit.encode_window if _one_kernel(indices) else encode_window_reference
+        return op(indices, sizes, self.kernel, self.stride, self.padding, self.dilation)
 
-    def decode(self, code: Tensor, sizes: list[int]) -> Tensor:
+    def decode(self, codes: Tensor, sizes: list[int]) -> Tensor:
         """The inverse of :meth:`encode`: int64 positions."""
-        indices, weight = torch.zeros_like(code, dtype=torch.int64), 1
-        for d in reversed(range(len(self.kernel))):
-            coordinate = (code % self.kernel[d]).to(_index_dtype(sizes)).mul_(self.dilation[d])
-            indices.add_(coordinate.add_(self._origin(code, d)).mul_(weight))
-            code = code // self.kernel[d]
-            weight = weight * sizes[d]
-        return indices
+        op = torch.ops.dropit.decode_window if _one_kernel(codes) else decode_window_reference
+        return op(codes, sizes, self.kernel, self.stride, self.padding, self.dilation)
 
 
-def _index_dtype(sizes: list[int]) -> torch.dtype:
-    return torch.int32 if math.prod(sizes) < 2**31 else torch.int64
+def _one_kernel(x: Tensor) -> bool:
+    # A compiler fuses the formula with the pooling itself, and holds no int64 positions then
+    return x.is_cuda and not torch.compiler.is_compiling()
 
 
 def window_bits(dims: int) -> Callable[[Mapping[str, Any]], int]:

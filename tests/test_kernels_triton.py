@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-from dropit_fx.kernels import ops, reference
 
 pytest.importorskip("triton")
 
@@ -60,15 +56,3 @@ def test_compiles_for_a_gpu_without_fused_or_approximate_arithmetic(
     assert "fma.rn" not in ptx
     for approximate in ("div.full", "div.approx", "sqrt.approx"):
         assert approximate not in ptx
-
-
-def test_a_machine_without_triton_uses_the_reference(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setitem(sys.modules, "dropit_fx.kernels.triton", None)  # makes the import fail
-    x = torch.randn(100)
-    with caplog.at_level(logging.WARNING):
-        packed = ops._on_cuda("sparsify")(x, 1000, 64, 0, 0, False)
-    for left, right in zip(packed, reference.sparsify(x, 1000, 64, 0, 0, False), strict=True):
-        assert torch.equal(left, right)
-    assert "no Triton" in caplog.text

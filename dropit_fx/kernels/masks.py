@@ -5,7 +5,8 @@
 
 A bit is set where ``x`` lies strictly between ``low`` and ``high`` (None: no bound), and for NaN,
 as in ATen's formulas. ``apply_mask`` gives ``grad`` where the bit is set, ``off * grad`` elsewhere,
-and exactly 0 where ``off`` is 0. Both take 1-D tensors. On CUDA they run in PyTorch.
+and exactly 0 where ``off`` is 0. Both take 1-D tensors. Bounds are rounded to the dtype of ``x``,
+``off`` to float32.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from dropit_fx.kernels import reference
 from dropit_fx.kernels.cpu import load
+from dropit_fx.kernels.dispatch import on_cuda
 from dropit_fx.kernels.layout import uint_nbytes
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as in masks.c
@@ -68,9 +70,14 @@ def _pack_between(x: Tensor, low: float | None, high: float | None) -> Tensor:
     return out
 
 
-def _apply_mask(bits: Tensor, grad: Tensor, off: float) -> Tensor:
+def check_mask(bits: Tensor, grad: Tensor) -> None:
+    """Raises ValueError where there is not one bit for each element."""
     if bits.numel() != uint_nbytes(grad.numel(), 1):
         raise ValueError(f"{bits.numel()} bytes are no mask of {grad.numel()} elements")
+
+
+def _apply_mask(bits: Tensor, grad: Tensor, off: float) -> Tensor:
+    check_mask(bits, grad)
     lib = library()
     known = grad.dtype == torch.float32 or (grad.dtype == torch.bfloat16 and off == 0)
     if lib is None or not known:
@@ -107,6 +114,7 @@ for _name, _schema, _reference, _cpu in (
     torch.library.define(f"dropit::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"dropit::{_name}", "CompositeExplicitAutograd", _reference)
     torch.library.impl(f"dropit::{_name}", "CPU", _cpu)
+    torch.library.impl(f"dropit::{_name}", "CUDA", on_cuda("triton_masks", _name, _reference))
 
 
 @torch.library.register_fake("dropit::pack_between")

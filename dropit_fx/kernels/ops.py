@@ -20,16 +20,13 @@ differentiation.
 
 from __future__ import annotations
 
-import functools
-import importlib
-import logging
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dropit_fx.kernels import cpu, reference
+from dropit_fx.kernels.dispatch import on_cuda
 from dropit_fx.kernels.layout import (
     block_count,
     check_borders,
@@ -41,8 +38,6 @@ from dropit_fx.kernels.layout import (
     scale_columns,
     uint_nbytes,
 )
-
-_log = logging.getLogger(__name__)
 
 _SCHEMAS = {
     "sparsify": "(Tensor x, int keep, int block, int bits, int layout, bool stochastic)"
@@ -59,27 +54,13 @@ _SCHEMAS = {
 _TAGS = {"sample": (torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded)}
 
 
-def _on_cuda(name: str) -> Callable[..., Any]:
-    """The Triton kernel, imported at the first call; the reference where there is no Triton."""
-
-    @functools.cache
-    def implementation() -> Callable[..., Any]:
-        try:
-            module = importlib.import_module("dropit_fx.kernels.triton")
-        except ImportError as error:
-            _log.warning("dropit_fx: no Triton (%s), using the slower PyTorch kernels", error)
-            module = reference
-        return cast("Callable[..., Any]", getattr(module, name))
-
-    return lambda *args: implementation()(*args)
-
-
 for _name, _schema in _SCHEMAS.items():
     _tags = _TAGS.get(_name, (torch.Tag.pt2_compliant_tag,))
     torch.library.define(f"dropit::{_name}", _schema, tags=_tags)
-    torch.library.impl(f"dropit::{_name}", "CompositeExplicitAutograd", getattr(reference, _name))
+    _plain = getattr(reference, _name)
+    torch.library.impl(f"dropit::{_name}", "CompositeExplicitAutograd", _plain)
     torch.library.impl(f"dropit::{_name}", "CPU", getattr(cpu, _name))
-    torch.library.impl(f"dropit::{_name}", "CUDA", _on_cuda(_name))
+    torch.library.impl(f"dropit::{_name}", "CUDA", on_cuda("triton", _name, _plain))
 
 
 @torch.library.register_fake("dropit::sparsify")
