@@ -5,8 +5,8 @@
 
 A bit is set where ``x`` lies strictly between ``low`` and ``high`` (None: no bound), and for NaN,
 as in ATen's formulas. ``apply_mask`` gives ``grad`` where the bit is set, ``off * grad`` elsewhere,
-and exactly 0 where ``off`` is 0. Both take 1-D tensors. Bounds are rounded to the dtype of ``x``,
-``off`` to float32.
+and exactly 0 where ``off`` is 0. Both take 1-D tensors. ``off`` is rounded to float32, bounds to
+the dtype of ``x``; only the C kernel for bfloat16 takes bounds as float32.
 """
 
 from __future__ import annotations
