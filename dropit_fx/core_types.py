@@ -131,6 +131,10 @@ class Codec:
         options: What a config rule may set.
         pack: ``(flat, options) -> parts``: a 1-D contiguous tensor to the tensors that are kept.
         unpack: ``(parts, options, numel, dtype) -> flat``.
+        pack_channels: ``(flat, mean, inverse, inner, options) -> parts``: as ``pack`` of
+            ``(flat - mean) * inverse``, where run r of ``inner`` elements is of channel r % C; None
+            where that takes a pass of its own.
+        unpack_channels: ``(parts, mean, deviation, inner, options, numel, dtype) -> flat``.
         buffers: How many tensors ``parts`` are.
         nbytes: ``(numel, dtype, options) -> int``: exactly the bytes of ``parts``.
         lossless: Whether these options give back every bit.
@@ -144,6 +148,13 @@ class Codec:
     pack: Callable[[Tensor, Options], tuple[Tensor, ...]]
     unpack: Callable[[tuple[Tensor, ...], Options, Any, torch.dtype], Tensor]
     nbytes: Callable[[int, torch.dtype, Options], int]
+    pack_channels: Callable[[Tensor, Tensor, Tensor, Any, Options], tuple[Tensor, ...]] | None = (
+        None
+    )
+    unpack_channels: (
+        Callable[[tuple[Tensor, ...], Tensor, Tensor, Any, Options, Any, torch.dtype], Tensor]
+        | None
+    ) = None
     buffers: int = 1
     lossless: Callable[[Options], bool] = lambda options: False
     faithful: Callable[[Options], bool] = lambda options: False

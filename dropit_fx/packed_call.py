@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dropit_fx import backwards
 from dropit_fx.codecs import CODEC
-from dropit_fx.core_types import OpRule
+from dropit_fx.core_types import Codec, OpRule
 from dropit_fx.op_table import CHECKPOINT, DERIVABLE, OP_RULES, RULES, bind, inputs_of
 
 
@@ -88,19 +88,49 @@ def channel_nbytes(shape: Sequence[int]) -> int:
     return 2 * 4 * int(shape[1])
 
 
+_TINY = torch.finfo(torch.float32).tiny  # in the place of a norm's epsilon
+
+
 def _standardise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each channel around 0, in units of its deviation; and the two, as float32 ``(1, C, 1, ...)``.
+    """Each channel around 0, in units of its deviation; and mean and inverse deviation, (C,).
 
     In a block of elements of several channels, all of them then have the same say. The kernel of
     batch norm does it in half the time of ``torch.std_mean``.
     """
-    tiny = torch.finfo(torch.float32).tiny
     norm = torch.ops.aten._native_batch_norm_legit.no_stats
-    out, mean, inverse = norm(x.float(), None, None, True, 0.0, tiny)
-    shape = [-1 if d == 1 else 1 for d in range(x.dim())]
+    out, mean, inverse = norm(x.float(), None, None, True, 0.0, _TINY)
     if memory_order(out) != memory_order(x):
         out = torch.empty_like(x).copy_(out)
-    return out.to(x.dtype), mean.view(shape), inverse.reciprocal().view(shape)
+    return out.to(x.dtype), mean, inverse
+
+
+def _pack_by_channel(
+    x: Tensor, codec: Codec, options: dict[str, Any]
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """The parts of standardised ``x``, and mean and deviation of each channel, ``(1, C, 1, ...)``.
+
+    On CUDA what is standardised never lies in memory: in eager mode batch norm's own kernel reads
+    the statistics, for a compiler they are those that it computes for the norm behind.
+    """
+    if not x.is_cuda or codec.pack_channels is None:
+        standard, mean, inverse = _standardise(x)
+        parts = codec.pack(flatten(standard), options)
+    else:
+        plain = type(x) is Tensor and not torch.compiler.is_compiling()
+        mean, inverse = torch.batch_norm_stats(x, _TINY) if plain else _standardise(x)[1:]
+        order = memory_order(x)
+        parts = codec.pack_channels(flatten(x), mean, inverse, _run(x.shape, order), options)
+    shape = [-1 if d == 1 else 1 for d in range(x.dim())]
+    return parts, mean.view(shape), inverse.reciprocal().view(shape)
+
+
+def _run(shape: Sequence[int], order: list[int] | None) -> Any:
+    """How many elements of one channel (dimension 1) follow each other, in memory order."""
+    order = list(range(len(shape))) if order is None else order
+    inner = 1
+    for d in order[order.index(1) + 1 :]:
+        inner = inner * shape[d]
+    return inner
 
 
 def pack(
@@ -132,11 +162,12 @@ def pack(
         return None
     with torch.no_grad():
         x = _autocast(x) if autocast else x
-        statistics: tuple[Tensor, ...] = ()
+        parts: tuple[Tensor, ...]
         if options.get("by_channel"):
-            x, mean, deviation = _standardise(x)
-            statistics = (mean, deviation)
-        parts = (*CODEC[codec].pack(flatten(x), dict(options)), *statistics)
+            parts, *statistics = _pack_by_channel(x, CODEC[codec], dict(options))
+            parts = (*parts, *statistics)
+        else:
+            parts = CODEC[codec].pack(flatten(x), dict(options))
     return Packed(parts, codec, tuple(options.items()), x.dtype)
 
 
@@ -229,11 +260,15 @@ def _value(entry: _Entry, parts: tuple[Tensor, ...], layout: _Layout) -> Tensor:
     numel = 1
     for size in shape:
         numel = numel * size
-    options = dict(entry.options)
-    by_channel = options.get("by_channel", False)
-    codes = parts[:-2] if by_channel else parts
-    value = unflatten(CODEC[entry.codec].unpack(codes, options, numel, entry.dtype), shape, order)
-    return value.mul_(parts[-1]).add_(parts[-2]) if by_channel else value
+    options, codec = dict(entry.options), CODEC[entry.codec]
+    if not options.get("by_channel"):
+        return unflatten(codec.unpack(parts, options, numel, entry.dtype), shape, order)
+    *codes, mean, deviation = parts
+    if parts[0].is_cuda and codec.unpack_channels is not None:
+        given = tuple(codes), mean.view(-1), deviation.view(-1), _run(shape, order)
+        return unflatten(codec.unpack_channels(*given, options, numel, entry.dtype), shape, order)
+    value = unflatten(codec.unpack(tuple(codes), options, numel, entry.dtype), shape, order)
+    return value.mul_(deviation).add_(mean)
 
 
 def _derive(recipe: tuple[Any, ...], parts: tuple[Tensor, ...]) -> Tensor:
@@ -573,7 +608,7 @@ def _cache_version() -> str:
         for n in ("backwards", "op_table", "packed_call", "pooling", "runs", "step_tables")
     ]
     files += [here / "step_tables.json"]
-    files += sorted((here / "codecs").glob("*.py")) + sorted((here / "kernels").glob("*.[pc]*"))
+    files += sorted((here / "codecs").glob("*.py")) + sorted((here / "kernels").rglob("*.[pc]*"))
     digest = hashlib.sha256()
     for file in files:
         if file.is_file():

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 _dropit = torch.ops.dropit
 PACK_OPS = (
     _dropit.sparsify.default,
+    _dropit.sparsify_channels.default,
     _dropit.sample.default,
     _dropit.pack_uint.default,
     _dropit.encode_steps.default,
@@ -44,6 +45,7 @@ PACK_OPS = (
 )
 UNPACK_OPS = (
     _dropit.unsparsify.default,
+    _dropit.unsparsify_channels.default,
     _dropit.unpack_uint.default,
     _dropit.decode_steps.default,
     _dropit.apply_mask.default,

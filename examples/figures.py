@@ -156,7 +156,9 @@ def ops() -> str:
 def layout() -> str:
     """Every module with the first sentence of its docstring."""
     lines = []
-    inner = (f"dropit_fx/{name}" for name in ("codecs", "integrations", "kernels"))
+    inner = (
+        f"dropit_fx/{name}" for name in ("codecs", "integrations", "kernels", "kernels/triton")
+    )
     for folder in ("dropit_fx", "passes", *inner):
         lines.append(f"{folder}/")
         for path in sorted((ROOT / folder).glob("*.py")):

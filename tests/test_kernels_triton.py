@@ -1,14 +1,29 @@
-"""The Triton kernels: the bits of the reference in the interpreter, and code for a real GPU."""
+"""The Triton kernels: the bits of the reference in the interpreter, and code for real GPUs."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
+
+from launches import Launch, recorded
+
+from dropit_fx.codecs import CODEC
+from dropit_fx.config import make_config, presets
+from dropit_fx.kernels import FULL, packed_nbytes
+from dropit_fx.kernels import triton as kernels
+from dropit_fx.kernels.triton.launch import LARGEST_BLOCK, MAX_GRID
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEIT = 64 * 197 * 1536  # what a GELU of DeiT-S reads, of 64 images
+Format = tuple[int, int, int, int, bool]  # keep, block, bits, layout, stochastic
 
 
 @pytest.mark.parametrize(("dtype", "formats"), [("float32", 17), ("bfloat16", 9), ("float16", 9)])
@@ -19,40 +34,153 @@ def test_same_bits_as_the_reference(dtype: str, formats: int) -> None:
     assert run.stdout == f"{formats} formats equal\n"
 
 
-@pytest.mark.parametrize(
-    ("bits", "layout", "stochastic", "pointer"),
-    [(3, 0, False, "*i16"), (5, 1, True, "*i32"), (4, 2, True, "*i32")],
-)
-def test_compiles_for_a_gpu_without_fused_or_approximate_arithmetic(
-    bits: int, layout: int, stochastic: bool, pointer: str
+def formats_of_presets() -> list[Format]:
+    """Every format of the packed format that a preset's rules ask for."""
+    found: dict[Format, None] = {}
+
+    def note(*arguments: Any) -> tuple[Any, ...]:
+        found[arguments[1:]] = None
+        return ()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops.dropit, "sparsify", note)
+        for preset in presets():
+            for rule in make_config(None, preset=preset).rules:
+                codec = CODEC[rule.codec]
+                if codec.name in ("mink", "quant"):
+                    codec.pack(torch.empty(0), codec.defaults() | dict(rule.options))
+    return list(found)
+
+
+FORMATS = formats_of_presets()
+OTHERS: list[Format] = [  # what a config may ask for beside
+    (5000, 1024, 3, 0, False),
+    (5000, 1024, 3, 0, True),
+    (FULL, 256, 4, 1, False),
+    (FULL, LARGEST_BLOCK, 5, 0, False),
+    (5000, LARGEST_BLOCK, 4, 0, False),
+    (5000, LARGEST_BLOCK, 3, 0, False),
+]
+
+
+def launch(op: Callable[..., Any], *args: Any) -> Launch:
+    """What an op launches for its arguments: one kernel."""
+    with recorded() as found:
+        op(*args)
+    assert len(found) == 1, op
+    return found[0]
+
+
+def both_ways(numel: int, dtype: torch.dtype, form: Format) -> tuple[Launch, Launch]:
+    """The launches of packing and unpacking."""
+    x = torch.empty(numel, dtype=dtype, device="meta")
+    with recorded():
+        parts = kernels.sparsify(x, *form)
+    back = *parts, numel, dtype, *form[:4]
+    return launch(kernels.sparsify, x, *form), launch(kernels.unsparsify, *back)
+
+
+def test_the_presets_have_the_formats_that_are_compiled_here() -> None:
+    assert len(FORMATS) >= 8
+    assert (FULL, 256, 5, 0, False) in FORMATS
+    assert (5000, 1024, 4, 0, False) in FORMATS
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", [*FORMATS, *OTHERS], ids=str)
+def test_a_format_compiles_without_spills_and_in_wide_accesses(
+    form: Format, dtype: torch.dtype, capability: int
 ) -> None:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    keep, block, bits, _, _ = form
+    pack, unpack = both_ways(DEIT, dtype, form)
+    packing, unpacking = pack.build(capability), unpack.build(capability)
+    # a codebook of 8192 elements is the one format that passes what a thread has
+    crowded = keep < FULL and block == LARGEST_BLOCK and bits == 3
+    assert packing.spills <= (96 if crowded else 0)
+    assert unpacking.spills == 0
+    assert packing.registers <= (255 if keep < FULL else 168)
+    assert unpacking.registers <= 128
+    # more than 48 KiB would have to be asked for; on an SM with 100 KiB two programs have room
+    assert packing.shared <= (65536 if block == LARGEST_BLOCK else 8192)
+    assert unpacking.shared <= 4096
+    assert 16 in packing.loads
+    assert 16 in unpacking.stores
 
-    from dropit_fx.kernels import triton as kernels
 
-    constants = {
-        "DTYPE": 0 if pointer == "*i32" else 1,
-        "BITS": bits,
-        "LAYOUT": layout,
-        "STOCHASTIC": stochastic,
-        "SAMPLE": False,
-        "FULL_": False,
-        "COLUMNS": kernels.scale_columns(bits, layout),
-        "LANES": 256,
-    }
-    pointers = {"x_ptr": pointer, "values_ptr": "*u8", "scale_ptr": "*i16", "mask_ptr": "*u8"}
-    pointers |= {"seed_ptr": "*i64", "weight_full": "fp32", "weight_tail": "fp32"}
-    names = kernels._sparsify_kernel.arg_names
-    source = ASTSource(
-        fn=kernels._sparsify_kernel,
-        signature={n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-    )
-    target, options = GPUTarget("cuda", 80, 32), {"enable_fp_fusion": False}
-    ptx = triton.compile(source, target=target, options=options).asm["ptx"]
-    assert ("sqrt.rn.f32" if layout < 2 else "div.rn.f32") in ptx
-    assert "fma.rn" not in ptx
-    for approximate in ("div.full", "div.approx", "sqrt.approx"):
-        assert approximate not in ptx
+@pytest.mark.parametrize(
+    ("form", "exact"),
+    [
+        ((FULL, 256, 3, 0, False), "sqrt.rn.f32"),
+        ((FULL, 256, 5, 1, True), "sqrt.rn.f32"),
+        ((FULL, 256, 4, 2, True), "div.rn.f32"),
+        ((5000, 256, 4, 0, False), "div.rn.f32"),
+    ],
+)
+def test_no_arithmetic_is_fused_or_approximate(form: Format, exact: str) -> None:
+    pack, unpack = both_ways(4096, torch.float32, form)
+    ptx = pack.build(80).ptx
+    assert exact in ptx
+    for text in (ptx, unpack.build(80).ptx):
+        for inexact in ("fma.rn.f32", "div.full", "div.approx", "sqrt.approx", ".ftz"):
+            assert inexact not in text
+
+
+def of_every_op(numel: int, dtype: torch.dtype) -> dict[str, tuple[Launch, float]]:
+    """Name -> the launch of each op on `numel` elements, and the bytes that it has to move."""
+    x = torch.empty(numel, dtype=dtype, device="meta")
+    codes = x.to(torch.uint8)
+    dense = numel * dtype.itemsize
+    found: dict[str, tuple[Launch, float]] = {}
+    for form in (*FORMATS, *OTHERS):
+        least = dense + packed_nbytes(numel, *form[:4], dtype.itemsize)
+        pack, unpack = both_ways(numel, dtype, form)
+        found |= {f"pack {form}": (pack, least), f"unpack {form}": (unpack, least)}
+    form = (FULL, 256, 6, 2)
+    least = dense + packed_nbytes(numel, *form, dtype.itemsize)
+    mean = torch.empty(1, device="meta")
+    channels = x, mean, mean, 1, *form, False
+    with recorded():
+        parts = kernels.sparsify_channels(*channels)
+    back = *parts, mean, mean, 1, numel, dtype, *form
+    found["pack channels"] = launch(kernels.sparsify_channels, *channels), least
+    found["unpack channels"] = launch(kernels.unsparsify_channels, *back), least
+    least = dense + packed_nbytes(numel, 1000, 1024, 0, 0, dtype.itemsize)
+    found["sample"] = launch(kernels.sample, x, 1000, 1024), least
+    for bits in range(1, 9):
+        packed = torch.empty((numel * bits + 7) // 8, dtype=torch.uint8, device="meta")
+        least = numel + packed.numel()
+        found[f"pack_uint {bits}"] = launch(kernels.pack_uint, codes, bits), least
+        found[f"unpack_uint {bits}"] = launch(kernels.unpack_uint, packed, bits, numel), least
+    packed = torch.empty((numel * 3 + 7) // 8, dtype=torch.uint8, device="meta")
+    levels = [float(i) for i in range(8)]
+    least = dense + packed.numel()
+    found["encode_steps"] = launch(kernels.encode_steps, x, levels[1:], 3), least
+    found["decode_steps"] = launch(kernels.decode_steps, packed, levels, 3, numel, dtype), least
+    bit = torch.empty((numel + 7) // 8, dtype=torch.uint8, device="meta")
+    found["pack_between"] = launch(kernels.pack_between, x, 0.0, None), dense + bit.numel()
+    found["apply_mask"] = launch(kernels.apply_mask, bit, x, 0.0), 2 * dense + bit.numel()
+    window = ([1, 2 * numel], [1, 2], [1, 2], [0, 0], [1, 1])
+    positions = torch.empty(1, 1, 1, numel, dtype=torch.int64, device="meta")
+    offsets = positions.to(torch.uint8)
+    found["encode_window"] = launch(kernels.encode_window, positions, *window), 9 * numel
+    found["decode_window"] = launch(kernels.decode_window, offsets, *window), 9 * numel
+    return found
+
+
+@pytest.mark.parametrize("numel", [1, 255, 2**16 + 1, DEIT, 2**31 - 1, 2**31, 2**33])
+def test_every_op_is_one_launch_within_the_limits_of_a_grid(numel: int) -> None:
+    for name, (one, _) in of_every_op(numel, torch.bfloat16).items():
+        (grid,) = one.grid
+        assert 1 <= grid <= MAX_GRID, name
+        assert one.options.get("num_warps", 4) <= 16, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_kernel_reads_once_and_writes_the_packed_form_once(dtype: torch.dtype) -> None:
+    """What a launch is given is what it moves: it has no temporary in memory to pass data by."""
+    for name, (one, least) in of_every_op(DEIT, dtype).items():
+        given = [v for v in one.arguments.values() if isinstance(v, torch.Tensor)]
+        storages = {v.untyped_storage()._cdata: v.untyped_storage().nbytes() for v in given}
+        moved = sum(storages.values())
+        assert least <= moved <= 1.15 * least, f"{name}: {moved / DEIT:.2f} bytes an element"

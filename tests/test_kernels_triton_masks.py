@@ -16,7 +16,9 @@ pytest.importorskip("triton")
 
 from compiled_kernels import Figures, build
 
-from dropit_fx.kernels import dispatch, masks, triton_masks, triton_windows
+from dropit_fx.kernels import dispatch, masks
+from dropit_fx.kernels.triton import masks as triton_masks
+from dropit_fx.kernels.triton import windows as triton_windows
 
 
 @pytest.mark.parametrize(

@@ -42,12 +42,20 @@ def main(dtype: torch.dtype) -> None:
         back = (*expected, 110, dtype, *form)
         assert_same_bits(kernels.unsparsify(*back), reference.unsparsify(*back))
         count += 1
+    mean, inverse = torch.randn(5), torch.rand(5) + 0.1
+    for inner, form in ((1, (10000, 96, 6, 2)), (11, (10000, 64, 5, 0)), (2, (3333, 96, 4, 0))):
+        channels = (x, mean, inverse, inner, *form, False, seed)
+        packed = kernels.sparsify_channels(*channels)
+        for left, right in zip(packed, reference.sparsify_channels(*channels), strict=True):
+            assert_same_bits(left, right)
+        back = (*packed, mean, 1 / inverse, inner, 110, dtype, *form)
+        assert_same_bits(kernels.unsparsify_channels(*back), reference.unsparsify_channels(*back))
     for left, right in zip(
         kernels.sample(x, 2500, 64, seed), reference.sample(x, 2500, 64, seed), strict=True
     ):
         assert_same_bits(left, right)
     for bits in range(1, 9) if dtype == torch.float32 else ():
-        codes = torch.randint(0, 2**bits, (2 * bits + 1,), dtype=torch.uint8)
+        codes = torch.randint(0, 2**bits, (2 * bits + 2049,), dtype=torch.uint8)
         packed_codes = kernels.pack_uint(codes, bits)
         assert_same_bits(packed_codes, reference.pack_uint(codes, bits))
         assert_same_bits(kernels.unpack_uint(packed_codes, bits, codes.numel()), codes)

@@ -15,7 +15,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from kernel_cases import assert_same_bits
 
-from dropit_fx.kernels import masks, triton_masks, triton_windows, windows
+from dropit_fx.kernels import masks, windows
+from dropit_fx.kernels.triton import masks as triton_masks
+from dropit_fx.kernels.triton import windows as triton_windows
 
 SPECIAL = [0.0, -0.0, 1e-45, -1e-40, 9e-41, 2e-38, 6e-8, 3e38, math.inf, -math.inf, math.nan]
 # a bound that its dtype rounds up, one that it rounds down, one beyond float16, subnormal ones

@@ -126,6 +126,29 @@ def _unpack(format_of: Format) -> Callable[[tuple[Tensor, ...], Options, Any, to
     return unpack
 
 
+def _pack_channels(
+    flat: Tensor, mean: Tensor, inverse: Tensor, inner: Any, options: Options
+) -> tuple[Tensor, ...]:
+    given = flat, mean, inverse, inner
+    parts: tuple[Tensor, ...] = torch.ops.dropit.sparsify_channels(*given, *_quant_format(options))
+    return parts
+
+
+def _unpack_channels(
+    parts: tuple[Tensor, ...],
+    mean: Tensor,
+    deviation: Tensor,
+    inner: Any,
+    options: Options,
+    numel: Any,
+    dtype: torch.dtype,
+) -> Tensor:
+    form = _quant_format(options)[:4]
+    given = *parts, mean, deviation, inner, numel, dtype
+    out: Tensor = torch.ops.dropit.unsparsify_channels(*given, *form)
+    return out
+
+
 def _nbytes(format_of: Format) -> Callable[[int, torch.dtype, Options], int]:
     def nbytes(numel: int, dtype: torch.dtype, options: Options) -> int:
         keep, block, bits, layout, _ = format_of(options)
@@ -173,6 +196,8 @@ QUANT = Codec(
     options=(QUANT_BITS, BLOCK, RANGE, ROUNDING),
     pack=_pack(_quant_format),
     unpack=_unpack(_quant_format),
+    pack_channels=_pack_channels,
+    unpack_channels=_unpack_channels,
     nbytes=_nbytes(_quant_format),
     buffers=3,
     lossless=_keeps_all,

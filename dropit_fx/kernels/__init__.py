@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
-
 from dropit_fx.kernels import ops as ops
 from dropit_fx.kernels.layout import (
     AFFINE,
@@ -19,7 +16,7 @@ from dropit_fx.kernels.layout import (
     scale_columns,
 )
 
-__all__ = ["AFFINE", "FULL", "LAYOUTS", "SYMMETRIC", "UNIFORM", "VERSION", "kept", "packed_nbytes"]
+__all__ = ["AFFINE", "FULL", "LAYOUTS", "SYMMETRIC", "UNIFORM", "kept", "packed_nbytes"]
 
 
 def packed_nbytes(numel: int, keep: int, block: int, bits: int, layout: int, itemsize: int) -> int:
@@ -39,15 +36,3 @@ def packed_nbytes(numel: int, keep: int, block: int, bits: int, layout: int, ite
         return kept(numel, keep, block) * itemsize + mask_nbytes(numel, keep)
     scale = block_count(numel, block) * scale_columns(bits, layout) * 2
     return codes_nbytes(numel, keep, block, bits) + scale + mask_nbytes(numel, keep)
-
-
-def _version() -> str:
-    """Hash of the sources: a changed kernel or formula must not meet a stale compile cache."""
-    folder = Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.py"), *folder.glob("*.c")]):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-VERSION = _version()

@@ -4,6 +4,12 @@
         -> (Tensor values, Tensor scale, Tensor mask)
     dropit::unsparsify(Tensor values, Tensor scale, Tensor mask, SymInt numel, ScalarType dtype,
                        int keep, int block, int bits, int layout) -> Tensor
+    dropit::sparsify_channels(Tensor x, Tensor mean, Tensor inverse, SymInt inner, int keep,
+                              int block, int bits, int layout, bool stochastic)
+        -> (Tensor values, Tensor scale, Tensor mask)
+    dropit::unsparsify_channels(Tensor values, Tensor scale, Tensor mask, Tensor mean,
+                                Tensor deviation, SymInt inner, SymInt numel, ScalarType dtype,
+                                int keep, int block, int bits, int layout) -> Tensor
     dropit::sample(Tensor x, int keep, int block) -> (Tensor values, Tensor mask)
     dropit::pack_uint(Tensor x, int bits) -> Tensor
     dropit::unpack_uint(Tensor packed, int bits, SymInt numel) -> Tensor
@@ -13,14 +19,16 @@
 
 `x` is 1-D. `keep` counts kept elements per 10000, `block` is in elements (0: the whole tensor),
 `bits` is 0 (values as they are) or 1..8, `layout` is that of the levels: 0 symmetric, 1 affine, 2
-uniform (see `coder`). Output shapes follow from input shapes and these integers alone: see module
-`layout`. No op has a gradient: they are called inside an `autograd.Function`, which does the
-differentiation.
+uniform (see `coder`). The `_channels` ops pack what `mean` and `inverse` (float32, one a channel)
+standardise: run r of `inner` elements is of channel r % C. Output shapes follow from input shapes
+and these integers alone: see module `layout`. No op has a gradient: they are called inside an
+`autograd.Function`, which does the differentiation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +52,12 @@ _SCHEMAS = {
     " -> (Tensor values, Tensor scale, Tensor mask)",
     "unsparsify": "(Tensor values, Tensor scale, Tensor mask, SymInt numel, ScalarType dtype,"
     " int keep, int block, int bits, int layout) -> Tensor",
+    "sparsify_channels": "(Tensor x, Tensor mean, Tensor inverse, SymInt inner, int keep,"
+    " int block, int bits, int layout, bool stochastic)"
+    " -> (Tensor values, Tensor scale, Tensor mask)",
+    "unsparsify_channels": "(Tensor values, Tensor scale, Tensor mask, Tensor mean,"
+    " Tensor deviation, SymInt inner, SymInt numel, ScalarType dtype, int keep, int block,"
+    " int bits, int layout) -> Tensor",
     "sample": "(Tensor x, int keep, int block) -> (Tensor values, Tensor mask)",
     "pack_uint": "(Tensor x, int bits) -> Tensor",
     "unpack_uint": "(Tensor packed, int bits, SymInt numel) -> Tensor",
@@ -59,12 +73,13 @@ for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"dropit::{_name}", _schema, tags=_tags)
     _plain = getattr(reference, _name)
     torch.library.impl(f"dropit::{_name}", "CompositeExplicitAutograd", _plain)
-    torch.library.impl(f"dropit::{_name}", "CPU", getattr(cpu, _name))
+    if not _name.endswith("_channels"):  # on a CPU, batch norm's kernel standardises in less time
+        torch.library.impl(f"dropit::{_name}", "CPU", getattr(cpu, _name))
     torch.library.impl(f"dropit::{_name}", "CUDA", on_cuda("triton", _name, _plain))
 
 
 @torch.library.register_fake("dropit::sparsify")
-def _(
+def _fake_sparsify(
     x: Tensor, keep: int, block: int, bits: int, layout: int, stochastic: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_format(keep, block, bits, layout)
@@ -91,6 +106,28 @@ def _(
     layout: int,
 ) -> Tensor:
     check_format(keep, block, bits, layout)
+    return values.new_empty(numel, dtype=dtype)
+
+
+@torch.library.register_fake("dropit::sparsify_channels")
+def _(x: Tensor, mean: Tensor, inverse: Tensor, inner: int, *form: Any) -> tuple[Tensor, ...]:
+    parts: tuple[Tensor, ...] = _fake_sparsify(x, *form)
+    return parts
+
+
+@torch.library.register_fake("dropit::unsparsify_channels")
+def _(
+    values: Tensor,
+    scale: Tensor,
+    mask: Tensor,
+    mean: Tensor,
+    deviation: Tensor,
+    inner: int,
+    numel: int,
+    dtype: torch.dtype,
+    *form: int,
+) -> Tensor:
+    check_format(*form)
     return values.new_empty(numel, dtype=dtype)
 
 

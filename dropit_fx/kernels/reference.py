@@ -311,3 +311,54 @@ def sample(x: Tensor, keep: int, block: int, seed: Tensor | None = None) -> tupl
 
 def _weight(length: int, k: int) -> float:
     return length / k if k else 0.0
+
+
+def sparsify_channels(
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    inner: int,
+    keep: int,
+    block: int,
+    bits: int,
+    layout: int,
+    stochastic: bool,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `sparsify`, of ``(x - mean) * inverse``, channel by channel.
+
+    Args:
+        x: (numel,), a whole number of runs of `inner` elements; run r is of channel r % C.
+        mean: (C,) float32.
+        inverse: (C,) float32.
+        inner: elements of a run.
+        keep: as for `sparsify`, like all that follow.
+        block: elements per block, or 0.
+        bits: bits per kept value, 0: as they are.
+        layout: of the levels.
+        stochastic: draws one seed unless one is given.
+        seed: (1,) int64.
+    """
+    runs = x.view(-1, mean.numel(), inner)
+    scaled = (runs.to(torch.float32) - mean[:, None]) * inverse[:, None]
+    return sparsify(scaled.to(x.dtype).view(-1), keep, block, bits, layout, stochastic, seed)
+
+
+def unsparsify_channels(
+    values: Tensor,
+    scale: Tensor,
+    mask: Tensor,
+    mean: Tensor,
+    deviation: Tensor,
+    inner: int,
+    numel: int,
+    dtype: torch.dtype,
+    keep: int,
+    block: int,
+    bits: int,
+    layout: int,
+) -> Tensor:
+    """Inverse of `sparsify_channels`: times `deviation`, plus `mean`, each rounded to `dtype`."""
+    flat = unsparsify(values, scale, mask, numel, dtype, keep, block, bits, layout)
+    runs = flat.view(-1, mean.numel(), inner)
+    return runs.mul_(deviation[:, None]).add_(mean[:, None]).view(-1)
