@@ -383,3 +383,22 @@ def test_the_plug_in_is_found_by_name_and_is_no_inner_backend_of_itself() -> Non
         compiled = torch.compile(mlp(), backend="dropit", options={"inner": inner})
         with pytest.raises(Exception, match=f"no inner backend '{inner}'"):
             compiled(torch.randn(4, 64))
+
+
+def test_a_compiler_computes_the_statistics_of_a_batch_norm_and_of_its_packing_once() -> None:
+    import torch._inductor.lowering  # noqa: F401  some decompositions need it
+    from torch._functorch.compile_utils import fx_graph_cse
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from dropit_fx import packed_call
+
+    def statistics_and_norm(x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        _, mean, inverse = packed_call._standardise(x)
+        return mean, inverse, torch.nn.functional.batch_norm(x, None, None, scale, scale, True)
+
+    x, scale = torch.randn(4, 8, 5, 5, dtype=torch.bfloat16), torch.ones(8)
+    traced = make_fx(statistics_and_norm, select_decomp_table(), tracing_mode="fake")(x, scale)
+    traced.graph.eliminate_dead_code()
+    once = fx_graph_cse(traced.graph)
+    assert len([n for n in once.nodes if n.target is torch.ops.aten.var_mean.correction]) == 1
