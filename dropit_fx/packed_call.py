@@ -32,6 +32,7 @@ from dropit_fx import backwards
 from dropit_fx.codecs import CODEC
 from dropit_fx.core_types import OpRule
 from dropit_fx.op_table import CHECKPOINT, DERIVABLE, OP_RULES, RULES, bind, inputs_of
+from dropit_fx.private import CHECKPOINT_CONTEXT, native_batch_norm_legit
 
 
 class Packed(NamedTuple):
@@ -95,7 +96,7 @@ def _standardise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     batch norm does it in half the time of ``torch.std_mean``.
     """
     tiny = torch.finfo(torch.float32).tiny
-    norm = torch.ops.aten._native_batch_norm_legit.no_stats
+    norm = native_batch_norm_legit.no_stats
     out, mean, inverse = norm(x.float(), None, None, True, 0.0, tiny)
     shape = [-1 if d == 1 else 1 for d in range(x.dim())]
     if memory_order(out) != memory_order(x):
@@ -532,8 +533,8 @@ def checkpointed(
     The region is made again with the random numbers of its forward; PyTorch's own op for it draws
     new ones unless AOTAutograd traces it.
     """
-    if "_checkpoint_context_fn" in body.meta:
-        options["context_fn"] = body.meta["_checkpoint_context_fn"]
+    if CHECKPOINT_CONTEXT in body.meta:
+        options["context_fn"] = body.meta[CHECKPOINT_CONTEXT]
     kept: list[Any] = list(inputs)
     parts: list[Tensor] = []
     exact: dict[int, Tensor] = {}
