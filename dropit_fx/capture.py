@@ -25,10 +25,10 @@ from dropit_fx.private import (
     MODULE_DICTS,
     BatchNorm,
     NormBase,
-    buffers,
-    leave_out_of_state,
+    leave_unsaved,
     pytree,
     unchecked_dimensions,
+    unsaved_buffers,
 )
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,9 @@ def capture(
                 " modules=..."
             )
     graph_module.graph.lint()
+    unsaved = unsaved_buffers(model) | unsaved_buffers(graph_module)
     graph_module = RewrittenModule(graph_module, graph_module.graph, type(model).__name__)
+    leave_unsaved(graph_module, unsaved)  # of its own, fx forgets it before PyTorch 2.14
     missing = set(model.state_dict()) ^ set(graph_module.state_dict())
     if missing:
         _adopt(model, graph_module, missing)
@@ -182,7 +184,7 @@ def _symbolic(model: nn.Module) -> fx.GraphModule:
             graph = Tracer().trace(model)
         graph_module = fx.GraphModule(model, graph, type(model).__name__)
         constants = set(vars(model)) - own
-        leave_out_of_state(graph_module, constants & set(buffers(graph_module)))
+        leave_unsaved(graph_module, constants)
         return graph_module
     finally:
         for name in set(vars(model)) - own:  # the tracer leaves tensor constants on the model
@@ -210,8 +212,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     known = set(model.state_dict())
     for name, _ in list(graph_module.named_buffers()):
         if name not in known:  # a constant that export lifted
-            parent, _, leaf = name.rpartition(".")
-            leave_out_of_state(graph_module.get_submodule(parent), [leaf])
+            leave_unsaved(graph_module, [name])
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         parent, _, leaf = name.rpartition(".")
         try:

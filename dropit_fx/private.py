@@ -246,9 +246,22 @@ def buffers(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 @_reads("torch.nn.Module._non_persistent_buffers_set")
-def leave_out_of_state(module: nn.Module, names: Iterable[str]) -> None:
-    """Keeps buffers out of the state dict."""
-    module._non_persistent_buffers_set.update(names)
+def unsaved_buffers(model: nn.Module) -> set[str]:
+    """Names of the buffers that are no part of the state dict."""
+    return {
+        f"{path}.{name}".removeprefix(".")
+        for path, part in model.named_modules(remove_duplicate=False)
+        for name in part._non_persistent_buffers_set
+    }
+
+
+def leave_unsaved(model: nn.Module, names: Iterable[str]) -> None:
+    """Keeps buffers out of the state dict; names that ``model`` does not have are passed over."""
+    owners = dict(model.named_modules(remove_duplicate=False))
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        if path in owners and leaf in buffers(owners[path]):
+            owners[path]._non_persistent_buffers_set.add(leaf)
 
 
 def unchecked_dimensions(norm: BatchNorm) -> AbstractContextManager[Any]:

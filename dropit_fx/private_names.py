@@ -159,7 +159,7 @@ TABLE: tuple[Name, ...] = (
     Name("torch.nn.modules.batchnorm._BatchNorm", _IMPORT, "norms that the tracer looks into"),
     Name(
         "torch.nn.BatchNorm2d._check_input_dim",
-        _CAPTURE,
+        _lack("models with batch norm are captured by torch.export, which needs an example"),
         "left out while tracing: proxies have no dimensions",
     ),
     Name("torch.nn.modules.conv._ConvNd", _IMPORT, "guessing inputs from a first layer"),

@@ -179,7 +179,8 @@ def _modules_hold_dictionaries() -> None:
 @of("torch.nn.Module._non_persistent_buffers_set")
 def _buffers_are_left_out_of_the_state() -> None:
     norm = nn.BatchNorm1d(2)
-    private.leave_out_of_state(norm, ["running_mean"])
+    private.leave_unsaved(norm, ["running_mean", "not there"])
+    assert private.unsaved_buffers(norm) == {"running_mean"}
     assert "running_mean" not in norm.state_dict(), "what it names is in the state dict"
 
 
