@@ -30,10 +30,18 @@ from dropit_fx.packed_call import (
     packed_checkpoint,
     stand_in,
 )
-from dropit_fx.partition import KeepPacked, Partition, ReturnInputsAsTheyAre
+from dropit_fx.partition import KeepPacked, Partition, ReturnInputsAsTheyAre, in_turn
 from dropit_fx.passes import run_pipeline
 from dropit_fx.passes.choose_codecs import check_rules_matched
 from dropit_fx.passes.find_saved import FakeRunError
+from dropit_fx.private import (
+    CACHEABLE,
+    PARTITIONER,
+    POST_PASS,
+    inductor_has,
+    list_options,
+    lookup_backend,
+)
 from dropit_fx.report import Report, rows
 
 log = logging.getLogger(__name__)
@@ -135,7 +143,7 @@ def _compile(
 
 
 def _check_inductor_options(options: Mapping[str, Any]) -> None:
-    legal = torch._inductor.list_options()
+    legal = list_options()
     for key in options:
         if key.replace("-", "_") not in legal:
             hint = _did_you_mean(key, (*OPTIONS, *legal)).split(" Choose one of")[0]
@@ -178,7 +186,7 @@ Inner = Callable[
 def _inner(name: str) -> Inner:
     if name in _INNER:
         return _INNER[name]
-    known = (*_INNER, *torch._dynamo.list_backends(exclude_tags=()))
+    known = (*_INNER, *torch.compiler.list_backends(exclude_tags=()))
     if name in ("dropit", "dropit_eager") or name not in known:
         raise ConfigError(f"no inner backend {name!r}.{_did_you_mean(name, known)}")
 
@@ -193,7 +201,7 @@ def _inner(name: str) -> Inner:
             "inner backend %r partitions by itself: packed tensors may not be what it saves",
             name,
         )
-        return torch._dynamo.lookup_backend(name)(gm, example_inputs)
+        return lookup_backend(name)(gm, example_inputs)
 
     return foreign
 
@@ -211,22 +219,20 @@ def _inductor(
     options: dict[str, Any],
     record: CompiledGraph | None,
 ) -> Compiled:
-    from torch._inductor.compile_fx import compile_fx
+    from dropit_fx.private import compile_fx, list_mode_options
 
-    patches = dict(torch._inductor.list_mode_options(mode)) if mode else {}
+    patches = dict(list_mode_options(mode)) if mode else {}
     patches |= {k.replace("-", "_"): v for k, v in options.items()}
-    patches["custom_partitioner_fn"] = _guard(patches.get("custom_partitioner_fn"), record)
-    passes = patches.get("post_grad_custom_post_pass") or []
-    passes = list(passes) if isinstance(passes, list | tuple) else [passes]
-    patches["post_grad_custom_post_pass"] = [*passes, ReturnInputsAsTheyAre()]
+    patches[PARTITIONER] = _guard(patches.get(PARTITIONER), record)
+    if inductor_has(POST_PASS):
+        patches[POST_PASS] = in_turn(patches.get(POST_PASS), ReturnInputsAsTheyAre())
     # our functions are safe to cache under a version that changes with the formulas and kernels
     names = {
         f"{op.__module__}.{op.__name__}": CACHE_VERSION + VERSIONS.get(name, "")
         for name, op in {"pack": pack, "stand_in": stand_in, **PACKED_OPS}.items()
     }
-    patches["unsafe_marked_cacheable_functions"] = names | dict(
-        patches.get("unsafe_marked_cacheable_functions") or {}
-    )
+    if inductor_has(CACHEABLE):
+        patches[CACHEABLE] = names | dict(patches.get(CACHEABLE) or {})
     compiled: Compiled = compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[assignment]
     return compiled
 
@@ -239,9 +245,11 @@ def _aot(decompose: bool) -> Inner:
         options: dict[str, Any],
         record: CompiledGraph | None,
     ) -> Compiled:
-        from functorch.compile import make_boxed_func
-        from torch._dynamo.backends.common import aot_autograd
-        from torch._functorch.partitioners import min_cut_rematerialization_partition
+        from dropit_fx.private import (
+            aot_autograd,
+            make_boxed_func,
+            min_cut_rematerialization_partition,
+        )
 
         def nop(graph: fx.GraphModule, inputs: list[Any]) -> Compiled:
             boxed: Compiled = make_boxed_func(graph.forward)
@@ -249,8 +257,10 @@ def _aot(decompose: bool) -> Inner:
 
         extra: dict[str, Any] = {}
         if decompose:
-            import torch._inductor.lowering  # noqa: F401  the decomposition of max_pool2d needs it
-            from torch._inductor.decomposition import select_decomp_table
+            from dropit_fx.private import (
+                lowering,  # noqa: F401  the decomposition of max_pool2d needs it
+                select_decomp_table,
+            )
 
             extra["decompositions"] = select_decomp_table
         base = None if decompose else min_cut_rematerialization_partition

@@ -27,6 +27,7 @@ from torch import Tensor
 from dropit_fx import runs
 from dropit_fx.core_types import OpRule
 from dropit_fx.kernels import attention as attention_kernel
+from dropit_fx.private import log_softmax_backward_data, softmax_backward_data
 
 Grads = dict[str, Tensor | None]
 aten = torch.ops.aten
@@ -443,7 +444,7 @@ def attention(grad: Tensor, saved: Saved, call: Call) -> Grads:
 
 def softmax(log: bool) -> Formula:
     """``dX = y (dY - sum(dY y))``, and ``dY - exp(y) sum(dY)`` of the logarithm."""
-    op = aten._log_softmax_backward_data if log else aten._softmax_backward_data
+    op = log_softmax_backward_data if log else softmax_backward_data
 
     def backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
         dtype = call.dtypes["input"]
@@ -462,7 +463,7 @@ def cross_entropy(grad: Tensor, saved: Saved, call: Call) -> Grads:
         aten.nll_loss_nd, target=target, reduction=reduction, ignore_index=ignored
     )
     (inner,) = torch.func.vjp(loss, log_probs)[1](grad)
-    out = aten._log_softmax_backward_data(inner, log_probs, dim, call.dtypes["input"])
+    out = log_softmax_backward_data(inner, log_probs, dim, call.dtypes["input"])
     return {"input": out}
 
 

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import fx, nn
-from torch._functorch import config as functorch_config
 
 from dropit_fx import backend
 from dropit_fx.bench_step import Rows, Runs, Task, table, take_turns
 from dropit_fx.config import ConfigError, _did_you_mean
 from dropit_fx.plot import CODEC_COLOURS, INK, MIB, _figure_class, _finish
+from dropit_fx.private import at_memory_budget, lookup_backend, recompiling
 
 BUDGETS = (0.5, 0.3, 0.1)
 PRESETS = ("balanced", "max", "dropit", "gact", "mesa", "fewbit", "lossless")
@@ -56,9 +56,9 @@ class Variant:
 
         def compile_graph(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
             self.graphs += 1
-            with functorch_config.patch(activation_memory_budget=self.budget):
+            with at_memory_budget(self.budget):
                 if self.preset is None:
-                    return torch._dynamo.lookup_backend(inner)(gm, inputs)
+                    return lookup_backend(inner)(gm, inputs)
                 return backend.dropit(gm, inputs, options={"preset": self.preset, "inner": inner})
 
         compiled: Callable[..., Any] = torch.compile(model, backend=compile_graph)
@@ -127,8 +127,7 @@ def bench_pareto(
             continue
         runs[variant.name] = module, variant.compiled(module, inner)
     # all of them compile the same code: without this, the ninth would run as it is
-    limits = {"recompile_limit": 8 * len(runs), "accumulated_recompile_limit": 256 * len(runs)}
-    with torch._dynamo.config.patch(limits):
+    with recompiling(8 * len(runs), 256 * len(runs)):
         rows = take_turns(task, runs, rounds, lambda _: "dense")
     for variant in chosen:
         if variant.name in rows:

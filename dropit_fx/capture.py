@@ -13,16 +13,23 @@ import logging
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
-from unittest import mock
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from dropit_fx.graph_module import RewrittenModule
 from dropit_fx.input_guards import exporting_input_guards
 from dropit_fx.modes import both_modes
 from dropit_fx.packed_call import PACKED_OPS, pack
+from dropit_fx.private import (
+    MODULE_DICTS,
+    BatchNorm,
+    NormBase,
+    leave_unsaved,
+    pytree,
+    unchecked_dimensions,
+    unsaved_buffers,
+)
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +52,7 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether ``m`` becomes one ``call_module`` node."""
-        if isinstance(m, nn.modules.batchnorm._NormBase):
+        if isinstance(m, NormBase):
             seen_through = isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
             return not seen_through or m.momentum is None
         if isinstance(m, (nn.MultiheadAttention, nn.RNNBase)):
@@ -69,9 +76,9 @@ class Tracer(fx.Tracer):
         kwargs: dict[str, Any],
     ) -> Any:
         """Batch norm's check of the number of dimensions is left out: proxies have none."""
-        if not isinstance(m, nn.modules.batchnorm._BatchNorm):
+        if not isinstance(m, BatchNorm):
             return super().call_module(m, forward, args, kwargs)
-        with mock.patch.object(m, "_check_input_dim", return_value=None):
+        with unchecked_dimensions(m):
             return super().call_module(m, forward, args, kwargs)
 
 
@@ -114,7 +121,9 @@ def capture(
                 " modules=..."
             )
     graph_module.graph.lint()
+    unsaved = unsaved_buffers(model) | unsaved_buffers(graph_module)
     graph_module = RewrittenModule(graph_module, graph_module.graph, type(model).__name__)
+    leave_unsaved(graph_module, unsaved)  # of its own, fx forgets it before PyTorch 2.14
     missing = set(model.state_dict()) ^ set(graph_module.state_dict())
     if missing:
         _adopt(model, graph_module, missing)
@@ -175,7 +184,7 @@ def _symbolic(model: nn.Module) -> fx.GraphModule:
             graph = Tracer().trace(model)
         graph_module = fx.GraphModule(model, graph, type(model).__name__)
         constants = set(vars(model)) - own
-        graph_module._non_persistent_buffers_set |= constants & set(graph_module._buffers)
+        leave_unsaved(graph_module, constants)
         return graph_module
     finally:
         for name in set(vars(model)) - own:  # the tracer leaves tensor constants on the model
@@ -203,8 +212,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     known = set(model.state_dict())
     for name, _ in list(graph_module.named_buffers()):
         if name not in known:  # a constant that export lifted
-            parent, _, leaf = name.rpartition(".")
-            graph_module.get_submodule(parent)._non_persistent_buffers_set.add(leaf)
+            leave_unsaved(graph_module, [name])
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         parent, _, leaf = name.rpartition(".")
         try:
@@ -218,13 +226,13 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _reorder(theirs: nn.Module, ours: nn.Module) -> None:
     """Gives parameters the model's order: saved optimizer states know them by number alone."""
-    for kind in ("_parameters", "_buffers", "_modules"):
+    for kind in MODULE_DICTS:
         held = getattr(ours, kind)
         for name in [n for n in getattr(theirs, kind) if n in held]:
             held[name] = held.pop(name)
     for name, child in ours.named_children():
-        original = theirs._modules.get(name)
-        if original is not None and original is not child:
+        original = getattr(theirs, name, None)
+        if isinstance(original, nn.Module) and original is not child:
             _reorder(original, child)
 
 

@@ -259,20 +259,21 @@ def _compiled(
     """Compiles the model twice with inductor and reads the partitions."""
     from dropit_fx import backend  # these import inductor, which takes seconds
     from dropit_fx.partition import KeepPacked
+    from dropit_fx.private import PARTITIONER
 
     dense: list[Partition] = []
     before = len(backend.compiled_graphs())
     options = {k: v for k, v in config.items() if v is not None}
-    guard: dict[str, Any] = {"custom_partitioner_fn": KeepPacked(note=dense.append)}
+    guard: dict[str, Any] = {PARTITIONER: KeepPacked(note=dense.append)}
     no_caches = torch.compiler.config.patch(force_disable_caches=True)  # type: ignore[attr-defined]
     with warnings.catch_warnings(), no_caches:  # a cached result has no graph to read
         warnings.filterwarnings("ignore", ".*force_disable_caches")
         with progress.status("compiling it dense"):
             torch.compile(model, options=guard)(*args)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         with progress.status("compiling it packed"):
             torch.compile(model, backend="dropit", options=options)(*args)
-        torch._dynamo.reset()
+        torch.compiler.reset()
     packed = [p for graph in backend.compiled_graphs()[before:] for p in graph.partitions]
     return {"dense": dense, "packed": packed}
 

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dropit_fx.capture import CaptureError
-from dropit_fx.fake import as_activation, fake_state, storage_id
+from dropit_fx.fake import as_activation, fake_state
+from dropit_fx.private import ConvNd, FakeTensorMode, codegen, pytree, storage_id
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -185,7 +184,7 @@ def _candidates(model: nn.Module) -> list[Inputs]:
 
 
 def _input_shapes(layer: nn.Module) -> list[tuple[int, ...]]:
-    if isinstance(layer, nn.modules.conv._ConvNd):
+    if isinstance(layer, ConvNd):
         dims = len(layer.kernel_size)
         return [(2, layer.in_channels, *[n] * dims) for n in (224, 64, 32, 28)]
     if isinstance(layer, nn.Linear):
@@ -203,7 +202,7 @@ def placeholder_values(
 ) -> tuple[Any, ...]:
     """The example inputs in the order of the graph's placeholders; defaults where none is given."""
     placeholders = graph_module.graph.find_nodes(op="placeholder")
-    info = getattr(graph_module.graph._codegen, "pytree_info", None)
+    info = getattr(codegen(graph_module.graph), "pytree_info", None)
     if info is not None and info.in_spec is not None:
         leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
         if len(leaves) == len(placeholders):

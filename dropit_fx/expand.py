@@ -13,11 +13,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from dropit_fx.private import (
+    ORIGIN,
+    DimDynamic,
+    FakeTensorMode,
+    ShapeEnv,
+    StatelessSymbolicContext,
+    make_fx,
+    pytree,
+)
 
 log = logging.getLogger(__name__)
 
@@ -90,9 +96,7 @@ def _expand_node(graph_module: fx.GraphModule, node: fx.Node, values: dict[str, 
             if other.op == "get_attr":
                 raise RuntimeError(f"a constant inside ({other.target})")
             new = graph.node_copy(other, copied.__getitem__)
-            new.meta = {
-                k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")
-            }
+            new.meta = {k: v for k, v in node.meta.items() if k in ORIGIN}
             copied[other] = new
     result = inner.graph.find_nodes(op="output")[0].args[0]
     for user in list(node.users):

@@ -8,24 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.nn.utils.stateless import _reparametrize_module
 
-
-def storage_id(tensor: Tensor) -> int:
-    """Identifies a storage for as long as something holds it."""
-    return int(tensor.untyped_storage()._cdata)
+from dropit_fx.private import (
+    FakeTensor,
+    FakeTensorMode,
+    hint,
+    reparametrize_module,
+    storage_id,
+)
 
 
 def fake_mode_of(values: Iterable[Any]) -> FakeTensorMode:
     """The mode of the first fake tensor among ``values``, or a new one."""
     found = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
     return found or FakeTensorMode(allow_non_fake_inputs=True)
-
-
-def hint(size: Any) -> Any:
-    """The number that a symbolic size stands for in the example, without a guard on it."""
-    return size if isinstance(size, int) or size.node.hint is None else size.node.hint
 
 
 def concrete_fakes(values: Iterable[Any]) -> tuple[Any, ...]:
@@ -81,7 +77,7 @@ def fake_state(module: nn.Module, mode: FakeTensorMode) -> Iterator[dict[int, st
         fakes[name] = tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor)
         kind = "a parameter" if isinstance(tensor, nn.Parameter) else "a buffer"
         kinds[storage_id(fakes[name])] = kind
-    with _reparametrize_module(module, fakes, tie_weights=True):
+    with reparametrize_module(module, fakes, tie_weights=True):
         yield kinds
 
 

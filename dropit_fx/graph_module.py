@@ -7,13 +7,11 @@ import copy
 import importlib
 from typing import Any, NamedTuple
 
-import torch
 from torch import fx, nn
 from torch.fx.graph import CodeGen
-from torch.fx.node import _get_qualified_name, map_arg
+from torch.fx.node import map_arg
 
-# what makes the state of an nn.Module, without the graph and the code made from it
-_STATE = ("training", "_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
+from dropit_fx.private import MODULE_STATE, OpOverload, codegen, get_qualified_name
 
 
 class _Ref(NamedTuple):
@@ -37,10 +35,10 @@ class RewrittenModule(fx.GraphModule):
             (n.op, n.name, _spell(n), *map_arg((n.args, n.kwargs), index.__getitem__))
             for n in nodes
         ]
-        codegen = self.graph._codegen
-        state = {name: self.__dict__[name] for name in _STATE}
-        info = getattr(codegen, "pytree_info", None)
-        return _restore, (type(self).__name__, state, specs, type(codegen), info, self.meta)
+        writer = codegen(self.graph)
+        state = {name: self.__dict__[name] for name in MODULE_STATE}
+        info = getattr(writer, "pytree_info", None)
+        return _restore, (type(self).__name__, state, specs, type(writer), info, self.meta)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModule:
         restore, args = self.__reduce__()
@@ -53,9 +51,9 @@ def _spell(node: fx.Node) -> str:
     """A name that :func:`_resolve` finds again."""
     if node.op != "call_function":
         return str(node.target)
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return "torch.ops." + str(node.target)
-    return _get_qualified_name(node.target)  # type: ignore[arg-type]
+    return get_qualified_name(node.target)  # type: ignore[arg-type]
 
 
 def _resolve(name: str) -> Any:
@@ -74,7 +72,7 @@ def _restore(
     name: str,
     state: dict[str, Any],
     specs: list[tuple[str, str, str, Any, Any]],
-    codegen: type[CodeGen],
+    writer: type[CodeGen],
     info: Any,
     meta: dict[str, Any],
 ) -> RewrittenModule:
@@ -97,7 +95,7 @@ def _restore(
         nodes.append(graph.create_node(op, callee, linked(args), linked(kwargs), label))
         nodes[-1].name = label
     if info is not None:
-        graph.set_codegen(codegen(info))  # type: ignore[call-arg]
+        graph.set_codegen(writer(info))  # type: ignore[call-arg]
     root = nn.Module()
     root.__dict__.update(state)
     module = RewrittenModule(root, graph, name)

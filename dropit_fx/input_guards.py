@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from dropit_fx.private import guards_made_by, never_removed, pytree
 
+
+@never_removed
 class InputGuards(nn.Module):
     """Raises ValueError where an input is not as the graph assumes.
 
@@ -22,8 +24,6 @@ class InputGuards(nn.Module):
         conditions: Python expressions over ``args``, the graph's inputs, with the text that names
             them as the user does: ``("args[0].size()[0] >= 9", "x.size()[0] >= 9")``.
     """
-
-    _is_impure = True  # for fx, which removes calls whose result nobody reads
 
     def __init__(self, conditions: tuple[tuple[str, str], ...]) -> None:
         super().__init__()
@@ -47,8 +47,7 @@ class InputGuards(nn.Module):
 
 
 def _function(conditions: tuple[tuple[str, str], ...]) -> Callable[..., None]:
-    from torch._dynamo import dont_skip_tracing  # slow to import, as is sympy
-    from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
+    from dropit_fx.private import SYMPY_INTERP, dont_skip_tracing  # slow to load, as is sympy
 
     lines = ["def check(*args):"]
     for condition, told in conditions:
@@ -83,11 +82,5 @@ def _of_export(guards: list[str], paths: list[pytree.KeyPath]) -> InputGuards:
 @contextmanager
 def exporting_input_guards() -> Iterator[None]:
     """Makes ``ExportedProgram.module()`` put :class:`InputGuards` in the place of its own check."""
-    from torch.export import _unlift
-
-    own = _unlift._convert_guards_code_to_fn
-    _unlift._convert_guards_code_to_fn = _of_export  # type: ignore[assignment]
-    try:
+    with guards_made_by(_of_export):
         yield
-    finally:
-        _unlift._convert_guards_code_to_fn = own

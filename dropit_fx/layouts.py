@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from dropit_fx.op_table import RULES
+from dropit_fx.private import EXAMPLE_VALUE
 
 _FORMATS = {2: torch.channels_last, 3: torch.channels_last_3d}
 _CONVOLUTIONS: dict[Any, torch.memory_format] = {
@@ -34,14 +35,14 @@ def channels_last(graph_module: fx.GraphModule) -> None:
     graph = graph_module.graph
     for node in list(graph.nodes):
         layout = _CONVOLUTIONS.get(node.target) if node.op == "call_function" else None
-        value = node.meta.get("example_value")
+        value = node.meta.get(EXAMPLE_VALUE)
         if layout is None or value is None or value.device.type != "cpu":
             continue
         if value.dim() != (4 if layout is torch.channels_last else 5):
             continue
         with graph.inserting_after(node):
             after = graph.call_method("contiguous", (node,), {"memory_format": layout})
-        after.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
+        after.meta = {k: v for k, v in node.meta.items() if k != EXAMPLE_VALUE}
         node.replace_all_uses_with(after, delete_user_cb=lambda user, a=after: user is not a)
     graph.lint()
     graph_module.recompile()

@@ -30,12 +30,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._autograd import DeviceType
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._pytree import tree_leaves
+
+from dropit_fx.private import (
+    FakeTensor,
+    buffers,
+    memory_events,
+    pytree,
+    raw_saved,
+    sequence_number,
+    sparse_parts,
+    storage_id,
+    unsafe_preserve_version_counter,
+)
 
 __all__ = ["SavedTensor", "peak_memory", "saved_bytes", "saved_tensors"]
 
@@ -110,19 +118,19 @@ def saved_tensors(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Sav
 
     nodes = _nodes_behind(result, start)
     leaves = [node.variable for node in nodes if hasattr(node, "variable")]
-    excluded = {_key(part) for leaf in leaves for part in _plain(leaf)} | before.keys()
+    excluded = {storage_id(part) for leaf in leaves for part in _plain(leaf)} | before.keys()
 
     found: dict[int, Tensor] = {}  # by storage
     readers: dict[int, dict[str, None]] = {}
     # A box that is gone was freed with its graph, before `fn` returned.
     boxes = [box for box in (ref() for ref in held) if box is not None]
     for tensor in (part for box in boxes for part in _plain(box.tensor)):
-        found.setdefault(_key(tensor), tensor)
+        found.setdefault(storage_id(tensor), tensor)
     for node in nodes:
         for name, tensor in _kept_by(node):
             for part in _plain(tensor):
-                found.setdefault(_key(part), part)
-                readers.setdefault(_key(part), {})[name] = None
+                found.setdefault(storage_id(part), part)
+                readers.setdefault(storage_id(part), {})[name] = None
     return [
         SavedTensor(
             shape=tuple(tensor.shape),
@@ -162,7 +170,7 @@ def peak_memory(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
         RuntimeError: The profiler is already running, or the result cannot be differentiated.
     """
     _check_callable(fn, "peak_memory")
-    for leaf in tree_leaves((args, kwargs)):
+    for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
             raise ValueError(
                 f"peak_memory runs the backward, and an argument of shape {tuple(leaf.shape)} is "
@@ -204,26 +212,26 @@ def _leaving_no_trace() -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        buffers = [
+        held = [
             (module, name, buffer, buffer.detach().clone())
             for module in _alive(nn.Module)
-            for name, buffer in (module.__dict__.get("_buffers") or {}).items()
+            for name, buffer in buffers(module).items()
             if buffer is not None
             and not buffer.is_meta
             and not buffer.is_inference()  # can only be written in inference mode
             and not isinstance(buffer, FakeTensor)
         ]
         # With the values, their versions: graphs that have saved a buffer stay valid.
-        stack.enter_context(_unsafe_preserve_version_counter(tuple(b for _, _, b, _ in buffers)))
+        stack.enter_context(unsafe_preserve_version_counter(tuple(b for _, _, b, _ in held)))
         try:
             yield
         finally:
-            for module, name, buffer, value in buffers:
+            for module, name, buffer, value in held:
                 # Versions do not tell: batch_norm writes its statistics without counting them up.
                 if not torch.equal(buffer, value):
                     with torch.no_grad():
                         buffer.copy_(value)
-                module._buffers[name] = buffer
+                buffers(module)[name] = buffer
 
 
 def _run_step(
@@ -235,7 +243,7 @@ def _run_step(
     loss = getattr(result, "loss", None)
     tensors = [
         t
-        for t in ([loss] if isinstance(loss, Tensor) else tree_leaves(result))
+        for t in ([loss] if isinstance(loss, Tensor) else pytree.tree_leaves(result))
         if isinstance(t, Tensor) and t.requires_grad
     ]
     if not tensors:
@@ -263,7 +271,7 @@ def _run_step(
 
 def _devices(tree: Any) -> set[torch.device]:
     found = set()
-    for leaf in tree_leaves(tree):
+    for leaf in pytree.tree_leaves(tree):
         if isinstance(leaf, nn.Module):
             found |= {p.device for p in leaf.parameters()}
         elif isinstance(leaf, Tensor):
@@ -297,14 +305,8 @@ def _peak_on_cpu(step: Callable[[], object]) -> int:
     finally:
         if quiet:
             del os.environ["KINETO_LOG_LEVEL"]
-    assert profiler.profiler is not None  # it has run
-    changes = [
-        (event.start_ns(), event.nbytes())  # negative where memory is freed
-        for event in profiler.profiler.kineto_results.events()
-        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU
-    ]
     level = peak = 0
-    for _, nbytes in sorted(changes, key=lambda change: change[0]):
+    for _, nbytes in sorted(memory_events(profiler), key=lambda event: event[0]):
         level += nbytes
         peak = max(peak, level)
     return peak
@@ -320,11 +322,6 @@ class _Held:
         self.tensor = tensor
 
 
-def _key(tensor: Tensor) -> int:
-    """Identifies a storage among those that are alive."""
-    return int(tensor.untyped_storage()._cdata)
-
-
 def _plain(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors with storage that a tensor consists of: itself, or a subclass' inner tensors."""
     if hasattr(tensor, "__tensor_flatten__"):
@@ -335,7 +332,7 @@ def _plain(tensor: Tensor) -> Iterator[Tensor]:
     elif tensor.layout == torch.strided:
         yield tensor
     elif tensor.layout == torch.sparse_coo:
-        yield from (tensor._indices(), tensor._values())
+        yield from sparse_parts(tensor)
     elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
     elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
@@ -359,7 +356,7 @@ def _storages_alive() -> dict[int, Tensor]:
     storages: dict[int, Tensor] = {}
     for tensor in _alive(Tensor):
         try:
-            storages.update((_key(part), part) for part in _plain(tensor))
+            storages.update((storage_id(part), part) for part in _plain(tensor))
         except (RuntimeError, NotImplementedError):
             continue  # a tensor without storage, such as functorch leaves behind, saves nothing
     return storages
@@ -370,17 +367,17 @@ def _next_sequence_number() -> int:
     with torch.enable_grad():
         node = torch.ones((), requires_grad=True).clone().grad_fn
     assert node is not None
-    return int(node._sequence_nr()) + 1
+    return sequence_number(node) + 1
 
 
 def _nodes_behind(result: Any, start: int) -> list[Node]:
     """The autograd nodes that lead to the tensors in `result` and are not older than `start`."""
-    stack = [t.grad_fn for t in tree_leaves(result) if isinstance(t, Tensor) and t.grad_fn]
+    stack = [t.grad_fn for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.grad_fn]
     found: dict[Node, None] = {}
     while stack:
         node = stack.pop()
         # Leaves' nodes have the highest number there is: those of this and of an older graph alike.
-        if node not in found and node._sequence_nr() >= start:
+        if node not in found and sequence_number(node) >= start:
             found[node] = None
             stack.extend(following for following, _ in node.next_functions if following)
     return list(found)
@@ -388,14 +385,9 @@ def _nodes_behind(result: Any, start: int) -> list[Node]:
 
 def _kept_by(node: Node) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that a node holds: saved, packed by hooks of `fn`'s own, or as an attribute."""
-    for attribute in dir(node):
-        if attribute.startswith("_raw_saved_"):
-            name = node.name()
-            if attribute != "_raw_saved_tensors":  # how Python functions call all of them
-                name += "." + attribute.removeprefix("_raw_saved_")
-            saved = getattr(node, attribute)
-            for one in saved if isinstance(saved, tuple | list) else (saved,):
-                yield from ((name, tensor) for tensor in _tensors_in(one.data))
+    for name, saved in raw_saved(node):
+        full = f"{node.name()}.{name}" if name else node.name()
+        yield from ((full, tensor) for tensor in _tensors_in(saved))
     # `ctx.x = x` of a Python function escapes every hook; compiled functions keep some tensors this
     # way.
     for value in getattr(node, "__dict__", {}).values():
@@ -405,4 +397,4 @@ def _kept_by(node: Node) -> Iterator[tuple[str, Tensor]]:
 def _tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, _Held):
         return [value.tensor]
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from dropit_fx import example_inputs
+from dropit_fx.private import pytree
 
 LIBRARIES = ("timm", "torchvision")
 

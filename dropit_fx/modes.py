@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from dropit_fx.input_guards import InputGuards
 from dropit_fx.packed_call import by_mode, require_mode
+from dropit_fx.private import OpOverload, schema
 from dropit_fx.provenance import node_module, node_where
 
 log = logging.getLogger(__name__)
@@ -205,17 +206,17 @@ def _spell_out(node: fx.Node) -> None:
 
     Export leaves out those that one mode happens to agree with.
     """
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return
     args, kwargs = list(node.args), dict(node.kwargs)
-    for i, argument in enumerate(node.target._schema.arguments):
+    for i, argument in enumerate(schema(node.target).arguments):
         if i < len(args) or argument.name in kwargs or not argument.has_default_value():
             continue
         if argument.kwarg_only or i > len(args):
             kwargs[argument.name] = argument.default_value
         else:
             args.append(argument.default_value)
-    for argument in node.target._schema.arguments[len(args) :]:
+    for argument in schema(node.target).arguments[len(args) :]:
         if argument.name not in kwargs or argument.kwarg_only:
             break
         args.append(kwargs.pop(argument.name))

@@ -24,6 +24,14 @@ from dropit_fx import runs
 from dropit_fx.codecs.bitmask import index_bits
 from dropit_fx.core_types import INSIDE, OpRule, Read, Use
 from dropit_fx.pooling import max_pool_backward, max_pool_saving, packable, window_bits
+from dropit_fx.private import (
+    CHECKPOINT_CONTEXT,
+    STACKLEVEL,
+    OpOverload,
+    c_nn,
+    schema,
+    tag_activation_checkpoint,
+)
 
 aten = torch.ops.aten
 
@@ -137,7 +145,7 @@ def _dropout_draws(args: Mapping[str, Any]) -> str:
 
 
 def _selective(args: Mapping[str, Any]) -> str:
-    if "_checkpoint_context_fn" in args["body"].meta:
+    if CHECKPOINT_CONTEXT in args["body"].meta:
         return "a selective checkpoint looks values up by the ops of its forward"
     return ""
 
@@ -165,18 +173,18 @@ def _any_index(args: Mapping[str, Any]) -> int:
 
 def _adaptive_spellings(d: int) -> tuple[Any, ...]:
     name = f"adaptive_avg_pool{d}d"
-    plain = (torch.adaptive_avg_pool1d,) if d == 1 else (getattr(torch._C._nn, name),)
+    plain = (torch.adaptive_avg_pool1d,) if d == 1 else (c_nn(name),)
     return (getattr(F, name), *plain, getattr(aten, name).default)
 
 
 # Ops whose backward reads nothing but the shape of their input: name, run, spellings.
 _SHAPE_ONLY: tuple[tuple[str, Callable[..., Any], tuple[Any, ...]], ...] = (
-    ("pad", runs.pad, (F.pad, torch._C._nn.pad, aten.pad.default)),
+    ("pad", runs.pad, (F.pad, c_nn("pad"), aten.pad.default)),
     ("avg_pool1d", runs.avg_pool1d, (F.avg_pool1d, torch.avg_pool1d, aten.avg_pool1d.default)),
     (
         "avg_pool3d",
         runs.avg_pool(3),
-        (F.avg_pool3d, torch._C._nn.avg_pool3d, aten.avg_pool3d.default),
+        (F.avg_pool3d, aten.avg_pool3d.default),
     ),
     *(
         (f"adaptive_avg_pool{d}d", runs.adaptive_avg_pool(d), _adaptive_spellings(d))
@@ -614,7 +622,7 @@ OP_RULES: tuple[OpRule, ...] = (
                 name,
                 getattr(aten, name).int,
             ),
-            orders={getattr(F, name): ("input", "dim", "_stacklevel", "dtype")},
+            orders={getattr(F, name): ("input", "dim", STACKLEVEL, "dtype")},
             reads=(Read(operand="result", use=Use.REDUCE, needed_by=("input",)),),
             run=getattr(runs, name),
             autocast="float32 on cuda",
@@ -698,7 +706,7 @@ OP_RULES: tuple[OpRule, ...] = (
     ),
     OpRule(
         name="avg_pool2d",
-        targets=(F.avg_pool2d, torch._C._nn.avg_pool2d, aten.avg_pool2d.default),
+        targets=(F.avg_pool2d, aten.avg_pool2d.default),
         reads=(Read(operand="input", use=Use.SHAPE, needed_by=("input",)),),
         run=runs.avg_pool(2),
         backward=bw.avg_pool2d,
@@ -727,7 +735,7 @@ SAVES_NOTHING: tuple[OpRule, ...] = tuple(
 # What is recomputed keeps its inputs. `packed_checkpoint` runs this row.
 CHECKPOINT = OpRule(
     name="checkpoint",
-    targets=(torch.ops.higher_order.tag_activation_checkpoint,),
+    targets=(tag_activation_checkpoint,),
     reads=(Read(operand="inputs", use=Use.REDUCE, needed_by=("inputs",)),),
     run=runs.checkpoint,
     obstacle=_selective,
@@ -753,7 +761,7 @@ for _rule in (*OP_RULES, *SAVES_NOTHING, CHECKPOINT):
     add_row(_rule)
 
 # Arguments that change nothing.
-_MEANINGLESS = {"_stacklevel", "cudnn_enabled", "cudnn_enable"}
+_MEANINGLESS = {STACKLEVEL, "cudnn_enabled", "cudnn_enable"}
 
 # Some spellings call an argument otherwise.
 _ALIASES = {"self": "input", "train": "training", "mat1": "input", "batch1": "input"}
@@ -830,6 +838,6 @@ def is_inplace(node: fx.Node, args: Mapping[str, Any]) -> bool:
     if args.get("inplace") or node.target is operator.imul:
         return True
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if isinstance(node.target, torch._ops.OpOverload):
-        name = node.target._schema.name
+    if isinstance(node.target, OpOverload):
+        name = schema(node.target).name
     return name.endswith("_") and not name.endswith("__")

@@ -32,6 +32,7 @@ from dropit_fx import backwards
 from dropit_fx.codecs import CODEC
 from dropit_fx.core_types import Codec, OpRule
 from dropit_fx.op_table import CHECKPOINT, DERIVABLE, OP_RULES, RULES, bind, inputs_of
+from dropit_fx.private import CHECKPOINT_CONTEXT, native_batch_norm_legit
 
 
 class Packed(NamedTuple):
@@ -97,7 +98,7 @@ def _standardise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     In a block of elements of several channels, all of them then have the same say. The kernel of
     batch norm does it in half the time of ``torch.std_mean``.
     """
-    norm = torch.ops.aten._native_batch_norm_legit.no_stats
+    norm = native_batch_norm_legit.no_stats
     out, mean, inverse = norm(x.float(), None, None, True, 0.0, _TINY)
     if memory_order(out) != memory_order(x):
         out = torch.empty_like(x).copy_(out)
@@ -567,8 +568,8 @@ def checkpointed(
     The region is made again with the random numbers of its forward; PyTorch's own op for it draws
     new ones unless AOTAutograd traces it.
     """
-    if "_checkpoint_context_fn" in body.meta:
-        options["context_fn"] = body.meta["_checkpoint_context_fn"]
+    if CHECKPOINT_CONTEXT in body.meta:
+        options["context_fn"] = body.meta[CHECKPOINT_CONTEXT]
     kept: list[Any] = list(inputs)
     parts: list[Tensor] = []
     exact: dict[int, Tensor] = {}

@@ -21,16 +21,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch import config as functorch_config
-from torch._functorch.partitioners import min_cut_rematerialization_partition, must_recompute
-from torch._inductor.custom_graph_pass import (
-    CustomGraphPass,
-    CustomPartitionerFn,
-    get_hash_for_files,
-)
 from torch.utils.checkpoint import CheckpointPolicy
 
-from dropit_fx.fake import hint
+from dropit_fx.private import (
+    IN_BACKWARD,
+    OUTPUT_TRACES,
+    OUTPUTS,
+    PLACE,
+    POLICY,
+    STRIDES,
+    VALUE,
+    VISIBLE,
+    CustomGraphPass,
+    CustomPartitionerFn,
+    at_memory_budget,
+    get_hash_for_files,
+    hint,
+    memory_budget,
+    min_cut_rematerialization_partition,
+    must_recompute,
+    storage_id,
+    takes_several_passes,
+)
 
 log = logging.getLogger(__name__)
 
@@ -127,30 +139,30 @@ class KeepPacked(CustomPartitionerFn):
         count = kwargs.pop("num_fwd_outputs")
         out = gm.graph.find_nodes(op="output")[0]
         flat = list(out.args[0])
-        described = list(out.meta.get("desc", [None] * len(flat)))
+        described = list(out.meta.get(OUTPUTS, [None] * len(flat)))
         packed: list[fx.Node] = []
         sources: dict[int, fx.Node] = {}
         for node in gm.graph.nodes:
             if node.target in UNPACK_OPS and not must_recompute(node):
-                node.meta["partitioner_tag"] = "must_be_in_backward"
+                node.meta[PLACE] = IN_BACKWARD
             elif node.target in PACK_OPS and not must_recompute(node):
                 # (a checkpointed region is recomputed whole, packing included)
-                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE  # whatever the budget
-                packed += [node] if isinstance(node.meta.get("val"), Tensor) else list(node.users)
+                node.meta[POLICY] = CheckpointPolicy.MUST_SAVE  # whatever the budget
+                packed += [node] if isinstance(node.meta.get(VALUE), Tensor) else list(node.users)
                 sources |= {_storage(n): n for n in node.all_input_nodes}
         packed = [n for n in packed if n.users and n not in flat]
         out.args = ((*flat[:count], *packed, *flat[count:]),)
-        out.meta["desc"] = described[:count] + [None] * len(packed) + described[count:]
+        out.meta[OUTPUTS] = described[:count] + [None] * len(packed) + described[count:]
         static = kwargs.get("static_lifetime_input_indices") or ()
 
         def cut(budget: float) -> tuple[Graphs, Partition]:
-            with functorch_config.patch(activation_memory_budget=budget):
+            with at_memory_budget(budget):
                 graphs = self.base(gm, joint_inputs, num_fwd_outputs=count + len(packed), **kwargs)
             _drop_outputs(graphs[0], slice(count, count + len(packed)))
             _read_what_was_packed(graphs[0])
             return graphs, read_partition(*graphs, count, static)
 
-        budget = functorch_config.activation_memory_budget
+        budget = memory_budget()
         if not packed or budget == 1:
             graphs, partition = cut(budget)
         else:
@@ -196,7 +208,7 @@ class KeepPacked(CustomPartitionerFn):
 def _drop_outputs(forward: fx.GraphModule, extra: slice) -> None:
     """Takes outputs away that were added for the time of the cut."""
     made = forward.graph.find_nodes(op="output")[0]
-    for key in ("desc", "output_stack_traces"):
+    for key in (OUTPUTS, OUTPUT_TRACES):
         if key in made.meta:
             kept = list(made.meta[key])
             del kept[extra]
@@ -219,6 +231,34 @@ def _read_what_was_packed(forward: fx.GraphModule) -> None:
     forward.recompile()
 
 
+class _InTurn(CustomGraphPass):
+    """Several passes as one, where inductor takes no list."""
+
+    def __init__(self, passes: tuple[Callable[[fx.Graph], None], ...]) -> None:
+        self.passes = passes
+
+    def uuid(self) -> Any:
+        """Part of the compile caches' keys; None where one of the passes has none."""
+        keys = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.passes]
+        return keys if all(keys) else None
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Runs them."""
+        for one in self.passes:
+            one(graph)
+
+
+def in_turn(given: Any, last: CustomGraphPass) -> Any:
+    """Inductor's option for a pass over its graphs: what is given (one, several, None), then ours.
+
+    Inductor takes a list from 2.13 on.
+    """
+    before = tuple(given) if isinstance(given, list | tuple) else (given,) if given else ()
+    if takes_several_passes():
+        return [*before, last]
+    return _InTurn((*before, last)) if before else last
+
+
 class ReturnInputsAsTheyAre(CustomGraphPass):
     """Keeps inductor from saving channels-last copies of weights.
 
@@ -235,13 +275,13 @@ class ReturnInputsAsTheyAre(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         """Marks the outputs of ``graph`` that are its inputs."""
         out = graph.find_nodes(op="output")[0]
-        visible = out.meta.get("user_visible_output_idxs")
-        if visible is None or "original_output_strides" not in out.meta:
+        visible = out.meta.get(VISIBLE)
+        if visible is None or STRIDES not in out.meta:
             return
         inputs = [
             i for i, n in enumerate(out.args[0]) if isinstance(n, fx.Node) and n.op == "placeholder"
         ]
-        out.meta["user_visible_output_idxs"] = sorted({*visible, *inputs})
+        out.meta[VISIBLE] = sorted({*visible, *inputs})
 
 
 def read_partition(
@@ -255,7 +295,7 @@ def read_partition(
     free = {_storage(n) for n in placeholders}
     saved: dict[int, SavedValue] = {}
     for node in forward.graph.find_nodes(op="output")[0].args[0][num_fwd_outputs:]:
-        value = node.meta.get("val") if isinstance(node, fx.Node) else None
+        value = node.meta.get(VALUE) if isinstance(node, fx.Node) else None
         if not isinstance(value, Tensor) or node in placeholders or _storage(node) in free:
             continue
         origin = node.args[0] if node.target.__name__ == "getitem" else node
@@ -275,11 +315,11 @@ def read_partition(
 
 
 def _storage(node: fx.Node) -> int:
-    value = node.meta.get("val")
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else -1
+    value = node.meta.get(VALUE)
+    return storage_id(value) if isinstance(value, Tensor) else -1
 
 
 def _nbytes(node: fx.Node) -> int:
     """Bytes of the whole storage; 0 for what is no tensor."""
-    value = node.meta.get("val")
+    value = node.meta.get(VALUE)
     return hint(value.untyped_storage().nbytes()) if isinstance(value, Tensor) else 0

@@ -69,7 +69,7 @@ def pointwise(name: str) -> Callable[[Pointwise], Pointwise]:
         rule = OpRule(name=name, targets=(op,), reads=reads, run=run, derive=run)
         add_row(rule)
         packed_call.add_row(rule, _version(f))
-        torch._dynamo.allow_in_graph(op)  # type: ignore[no-untyped-call]
+        torch.compiler.allow_in_graph(op)  # type: ignore[no-untyped-call]
         _DECLARED[name] = op
         return op
 

@@ -6,12 +6,14 @@ from pathlib import Path
 
 from torch import fx
 
+from dropit_fx.private import MODULES, TRACE
+
 _OURS = str(Path(__file__).parent)
 
 
 def node_where(node: fx.Node) -> str:
     """``file:line`` of the user's code that made the node, ``""`` where the tracer did not say."""
-    trace = node.meta.get("stack_trace") or node.stack_trace or ""
+    trace = node.meta.get(TRACE) or node.stack_trace or ""
     best = ""
     for line in trace.splitlines():
         line = line.strip()
@@ -29,7 +31,7 @@ def node_module(node: fx.Node) -> str:
     The tracers write it differently: ``blocks.0.attn``, ``L['self'].blocks.0.attn``,
     ``L['self']._modules['blocks']._modules['0']``.
     """
-    stack = node.meta.get("nn_module_stack")
+    stack = node.meta.get(MODULES)
     if not stack:
         return str(node.target) if node.op == "call_module" else ""
     name = str(list(stack.values())[-1][0])

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from dropit_fx.core_types import Decision, Plan
 from dropit_fx.passes.share_packed import by_site
+from dropit_fx.private import uncompiled
 
 _META = "dropit_report"
 
@@ -188,7 +189,7 @@ def report(rewritten: nn.Module) -> Report:
     Raises:
         ValueError: Nothing in it was rewritten by dropit_fx.
     """
-    rewritten = getattr(rewritten, "_orig_mod", rewritten)  # torch.compile's wrapper
+    rewritten = uncompiled(rewritten)
     graphs = [m for m in rewritten.modules() if isinstance(m, fx.GraphModule)]
     found = [m.meta[_META] for m in graphs if _META in m.meta]
     if not found:

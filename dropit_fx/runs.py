@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
+
+from dropit_fx.private import suggest_memory_format, tag_activation_checkpoint
 
 
 def checkpoint(body: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
-    return torch.ops.higher_order.tag_activation_checkpoint(body, *inputs, **options)
+    return tag_activation_checkpoint(body, *inputs, **options)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -21,13 +21,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from dropit_fx.core_types import INSIDE, OpRule, Plan, Read, SavedRead, Site, Use, Values
-from dropit_fx.fake import fake_mode_of, fake_state, storage_id
+from dropit_fx.fake import fake_mode_of, fake_state
 from dropit_fx.op_table import CHECKPOINT, bind, is_inplace, reads_of, rule_of
 from dropit_fx.packed_call import memory_order
+from dropit_fx.private import EXAMPLE_VALUE, pytree, set_hooks_tracing, storage_id, version
 from dropit_fx.provenance import node_module, node_where
 
 _FREE = ("a parameter", "a buffer", "a model input")
@@ -75,12 +75,12 @@ def _hooks(note: Callable[[Tensor], Tensor]) -> Iterator[None]:
 
     ``torch.compile`` does so while it splits a DistributedDataParallel model by its buckets.
     """
-    tracing = torch._C._autograd._saved_tensors_hooks_set_tracing(False)
+    tracing = set_hooks_tracing(False)
     try:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             yield
     finally:
-        torch._C._autograd._saved_tensors_hooks_set_tracing(tracing)
+        set_hooks_tracing(tracing)
 
 
 class _Probe(fx.Interpreter):
@@ -112,11 +112,11 @@ class _Probe(fx.Interpreter):
 
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         self._versions = {
-            id(t): t._version for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)
+            id(t): version(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)
         }
         for operand in n.all_input_nodes:
             value = self.env[operand]
-            if isinstance(value, Tensor) and value._version != self._made[operand.name]:
+            if isinstance(value, Tensor) and version(value) != self._made[operand.name]:
                 self._stale.add((n.name, operand.name))
         try:
             with _hooks(note):
@@ -127,7 +127,7 @@ class _Probe(fx.Interpreter):
                     if not pytree.tree_any(_requires_grad, result):
                         mine.clear()
                 elif _is_number(n):
-                    result = n.meta["example_value"]
+                    result = n.meta[EXAMPLE_VALUE]
                 else:
                     result = super().run_node(n)
         except Exception as error:
@@ -158,7 +158,7 @@ class _Probe(fx.Interpreter):
             if not pytree.tree_any(lambda leaf: isinstance(leaf, Tensor), result):
                 self._alive[n.name] = "a number"
             return
-        self._made[n.name] = result._version
+        self._made[n.name] = version(result)
         story = self.stories[storage_id(result)]
         if story.alive in _ALIVE:
             self._alive[n.name] = story.alive
@@ -168,7 +168,7 @@ class _Probe(fx.Interpreter):
                 isinstance(x, Tensor)
                 and storage_id(x) == storage_id(result)
                 and x.numel() == result.numel()
-                and result._version == self._versions.get(id(x))
+                and version(result) == self._versions.get(id(x))
                 and memory_order(x) is not None
                 and memory_order(result) is not None
             ):
@@ -292,8 +292,8 @@ class _Probe(fx.Interpreter):
         if isinstance(source, fx.Node):
             x = operands[operand]
             layout = None if memory_order(x) is not None else tuple(x.stride())
-            version = self._versions.get(id(x), x._version) if source is not n else x._version
-            identity = (storage_id(x), int(x.storage_offset()), x.numel(), layout, version)
+            written = version(x) if source is n else self._versions.get(id(x), version(x))
+            identity = (storage_id(x), int(x.storage_offset()), x.numel(), layout, written)
         storage = storage_id(tensor)
         if storage not in self.stories:
             self.stories[storage] = _Story(owner=f"{n.name}.{operand}")
@@ -347,7 +347,7 @@ class _Probe(fx.Interpreter):
 
 def _is_number(n: fx.Node) -> bool:
     """A float of the model that Dynamo made an input of its graph: fake tensors hold no values."""
-    return n.target == "item" and isinstance(n.meta.get("example_value"), float | torch.SymFloat)
+    return n.target == "item" and isinstance(n.meta.get(EXAMPLE_VALUE), float | torch.SymFloat)
 
 
 def _is_checkpoint(n: fx.Node) -> bool:
@@ -359,7 +359,7 @@ def _requires_grad(value: Any) -> bool:
 
 
 def _is_parameter(n: fx.Node, tensor: Tensor) -> bool:
-    return isinstance(n.meta.get("example_value", tensor), nn.Parameter)
+    return isinstance(n.meta.get(EXAMPLE_VALUE, tensor), nn.Parameter)
 
 
 def _match(

@@ -19,6 +19,7 @@ from dropit_fx.op_table import CHECKPOINT, bind, derivable_rule_of, is_inplace
 from dropit_fx.packed_call import PACKED_OPS, derived, pack, stand_in
 from dropit_fx.passes.derive_values import bases_of, recipe
 from dropit_fx.passes.share_packed import CAST
+from dropit_fx.private import ORIGIN
 
 
 def insert_packing(plan: Plan) -> Plan:
@@ -239,4 +240,4 @@ def _arguments(decision: Decision, reader: fx.Node) -> dict[str, Any]:
 
 
 def _origin(node: fx.Node) -> dict[str, Any]:
-    return {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+    return {k: v for k, v in node.meta.items() if k in ORIGIN}

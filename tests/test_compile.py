@@ -386,7 +386,7 @@ def test_the_plug_in_is_found_by_name_and_is_no_inner_backend_of_itself() -> Non
 
 
 def test_a_compiler_computes_the_statistics_of_a_batch_norm_and_of_its_packing_once() -> None:
-    import torch._inductor.lowering  # noqa: F401  some decompositions need it
+    import torch._inductor.lowering
     from torch._functorch.compile_utils import fx_graph_cse
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx

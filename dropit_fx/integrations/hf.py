@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from dropit_fx.backend import CompiledGraph, compiled_graphs, dropit, dropit_eager
 from dropit_fx.config import Config, ConfigError, make_config
+from dropit_fx.private import compiled_in_place, undo_compile
 
 try:
     from transformers import PreTrainedModel, TrainerCallback
@@ -100,7 +101,7 @@ class DropITCallback(TrainerCallback):
             RuntimeError: It is compiled already: by ``torch_compile``, or by its own ``compile``.
         """
         assert model is not None
-        if args.torch_compile or (model._compiled_call_impl and model is not self._model):
+        if args.torch_compile or (compiled_in_place(model) and model is not self._model):
             raise RuntimeError(
                 "DropITCallback compiles the model itself, and it is compiled already. Leave out"
                 " torch_compile=True and model.compile(): DropITCallback(backend='dropit') compiles"
@@ -129,7 +130,7 @@ class DropITCallback(TrainerCallback):
     ) -> None:
         """Makes the model what it was."""
         if self._model is not None:
-            self._model._compiled_call_impl = None
+            undo_compile(self._model)
         self._model = None
 
     def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Any:

@@ -1,0 +1,411 @@
+"""The one way to private and unstable names of PyTorch; ``private_names.py`` has a line for each.
+
+Functions, classes and modules are imported from here under the last part of their name,
+``from dropit_fx.private import compile_fx``, and looked up then: nothing is loaded before it is
+wanted. What is an attribute of an object, a key of ``node.meta`` or an option has a helper below.
+
+On a PyTorch that dropit_fx was not run with, the first use of each part (``import dropit_fx``,
+``torch.export``, the plug-in) warns once of all names of that part that are missing, with what does
+not work without them. A missing name raises :class:`MissingName` where it is used, unless its line
+has another in its place.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.autograd.graph import Node
+
+from dropit_fx.private_names import RUN, TABLE, Name, look_up
+
+if TYPE_CHECKING:
+    import torch._inductor.lowering as lowering
+    import torch.utils._pytree as pytree
+    from functorch.compile import make_boxed_func
+    from torch._dynamo import dont_skip_tracing, lookup_backend
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition, must_recompute
+    from torch._inductor import list_mode_options, list_options
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.custom_graph_pass import (
+        CustomGraphPass,
+        CustomPartitionerFn,
+        get_hash_for_files,
+    )
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._ops import OpOverload
+    from torch._prims_common import suggest_memory_format
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.autograd.grad_mode import (
+        _unsafe_preserve_version_counter as unsafe_preserve_version_counter,
+    )
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import (
+        SYMPY_INTERP,
+        DimDynamic,
+        ShapeEnv,
+        StatelessSymbolicContext,
+    )
+    from torch.fx.node import _get_qualified_name as get_qualified_name
+    from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+    from torch.nn.modules.batchnorm import _NormBase as NormBase
+    from torch.nn.modules.conv import _ConvNd as ConvNd
+    from torch.nn.utils.stateless import _reparametrize_module as reparametrize_module
+
+    set_hooks_tracing: Callable[[bool], bool]
+    tag_activation_checkpoint: Callable[..., Any]
+    log_softmax_backward_data: Callable[..., Tensor]
+    softmax_backward_data: Callable[..., Tensor]
+    native_batch_norm_legit: Any
+
+__all__ = [
+    "SYMPY_INTERP",
+    "BatchNorm",
+    "ConvNd",
+    "CustomGraphPass",
+    "CustomPartitionerFn",
+    "DimDynamic",
+    "FakeTensor",
+    "FakeTensorMode",
+    "NormBase",
+    "OpOverload",
+    "ShapeEnv",
+    "StatelessSymbolicContext",
+    "aot_autograd",
+    "compile_fx",
+    "dont_skip_tracing",
+    "get_hash_for_files",
+    "get_qualified_name",
+    "list_mode_options",
+    "list_options",
+    "log_softmax_backward_data",
+    "lookup_backend",
+    "lowering",
+    "make_boxed_func",
+    "make_fx",
+    "min_cut_rematerialization_partition",
+    "must_recompute",
+    "native_batch_norm_legit",
+    "pytree",
+    "reparametrize_module",
+    "select_decomp_table",
+    "set_hooks_tracing",
+    "softmax_backward_data",
+    "suggest_memory_format",
+    "tag_activation_checkpoint",
+    "unsafe_preserve_version_counter",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class MissingName(ImportError):
+    """This PyTorch lacks a private name; the message says which, and what does not work."""
+
+
+# Looking up -------------------------------------------------------------------------------------
+
+_BY_NAME = {row.name: row for row in TABLE}
+_BY_SHORT = {row.short: row for row in TABLE if row.probe is None}
+_looked_at: set[str] = set()
+
+
+def __getattr__(short: str) -> Any:
+    row = _BY_SHORT.get(short)
+    if row is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {short!r}")
+    warn_of_missing(row.lack.part)
+    try:
+        found = look_up(row.name)
+    except (AttributeError, ImportError) as error:
+        if row.lack.vital:
+            raise MissingName(_sentence(row)) from error
+        found = row.instead or functools.partial(_raise, row)
+    globals()[short] = found
+    return found
+
+
+def _sentence(row: Name) -> str:
+    return (
+        f"PyTorch {torch.__version__} has no {row.name}: {row.lack.text}."
+        f" dropit_fx was run with PyTorch {', '.join(RUN)}."
+    )
+
+
+def _raise(row: Name, *args: Any, **kwargs: Any) -> NoReturn:
+    raise MissingName(_sentence(row))
+
+
+def _reads(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates what reads an attribute: its absence is told as that of an imported name is."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def reading(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return function(*args, **kwargs)
+            except AttributeError as error:
+                raise MissingName(_sentence(_BY_NAME[name])) from error
+
+        return reading
+
+    return decorate
+
+
+def minor(version: str) -> tuple[int, int]:
+    """``(2, 14)`` of ``"2.14.1+cpu"``."""
+    major, rest = version.split(".")[:2]
+    return int(major), int(rest)
+
+
+def has(name: str) -> bool:
+    """Whether this PyTorch has a name of the table, given in full."""
+    return _BY_NAME[name].present
+
+
+def warn_of_missing(part: str) -> None:
+    """On a PyTorch that it was not run with, warns of all that is missing of a part, once."""
+    if part in _looked_at:
+        return
+    _looked_at.add(part)
+    if minor(torch.__version__) in map(minor, RUN):
+        return
+    missing = [row for row in TABLE if row.lack.part == part and not row.present]
+    if missing:
+        warnings.warn(
+            f"dropit_fx was run with PyTorch {', '.join(RUN)}; in {torch.__version__} it misses\n"
+            + "\n".join(f"  {row.name}: {row.lack.text}" for row in missing),
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+if minor(torch.__version__) < minor(RUN[0]):
+    raise ImportError(
+        f"dropit_fx needs PyTorch {RUN[0]} or newer, this is {torch.__version__}:"
+        f" pip install 'torch>={RUN[0]}'"
+    )
+warn_of_missing("import dropit_fx")
+
+
+# Attributes of objects --------------------------------------------------------------------------
+
+
+@_reads("torch.UntypedStorage._cdata")
+def storage_id(tensor: Tensor) -> int:
+    """Identifies a storage for as long as something holds it."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+@_reads("torch.Tensor._version")
+def version(tensor: Tensor) -> int:
+    """How often a tensor has been written in place."""
+    return tensor._version
+
+
+@_reads("torch.SymInt.node.hint")
+def hint(size: Any) -> Any:
+    """The number that a symbolic size stands for in the example, without a guard on it."""
+    return size if isinstance(size, int) or size.node.hint is None else size.node.hint
+
+
+@_reads("torch._ops.OpOverload._schema")
+def schema(op: OpOverload) -> torch.FunctionSchema:
+    """Name, arguments and defaults of an ATen overload."""
+    return op._schema
+
+
+@_reads("torch.Tensor._indices")
+def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices and values of a COO tensor, coalesced or not."""
+    return tensor._indices(), tensor._values()
+
+
+def c_nn(name: str) -> Any:
+    """``torch._C._nn.<name>``, as Dynamo's graphs call it; PyTorch's public function without."""
+    return getattr(torch._C._nn, name, getattr(F, name))
+
+
+MODULE_DICTS = ("_parameters", "_buffers", "_modules")
+MODULE_STATE = ("training", *MODULE_DICTS, "_non_persistent_buffers_set")  # less hooks
+
+
+def buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """Those of the module itself, to be read or replaced; none where it is not initialised."""
+    found: dict[str, Tensor | None] = module.__dict__.get("_buffers") or {}
+    return found
+
+
+@_reads("torch.nn.Module._non_persistent_buffers_set")
+def unsaved_buffers(model: nn.Module) -> set[str]:
+    """Names of the buffers that are no part of the state dict."""
+    return {
+        f"{path}.{name}".removeprefix(".")
+        for path, part in model.named_modules(remove_duplicate=False)
+        for name in part._non_persistent_buffers_set
+    }
+
+
+def leave_unsaved(model: nn.Module, names: Iterable[str]) -> None:
+    """Keeps buffers out of the state dict; names that ``model`` does not have are passed over."""
+    owners = dict(model.named_modules(remove_duplicate=False))
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        if path in owners and leaf in buffers(owners[path]):
+            owners[path]._non_persistent_buffers_set.add(leaf)
+
+
+def unchecked_dimensions(norm: BatchNorm) -> AbstractContextManager[Any]:
+    """Leaves out batch norm's check of the number of dimensions."""
+    return mock.patch.object(norm, "_check_input_dim", return_value=None)
+
+
+def never_removed(module: type[R]) -> type[R]:
+    """Decorates a module class: fx keeps calls whose result nobody reads."""
+    module._is_impure = True  # type: ignore[attr-defined]
+    return module
+
+
+def codegen(graph: fx.Graph) -> Any:
+    """What writes the code of a graph; its ``pytree_info``, if any, is the nesting of inputs."""
+    return getattr(graph, "_codegen", None)
+
+
+def compiled_in_place(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called."""
+    return module._compiled_call_impl is not None
+
+
+def undo_compile(module: nn.Module) -> None:
+    """Undoes ``module.compile()``."""
+    module._compiled_call_impl = None
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``'s wrapper, or the model itself."""
+    inside: nn.Module = getattr(model, "_orig_mod", model)
+    return inside
+
+
+# Autograd and the profiler ------------------------------------------------------------------------
+
+
+@_reads("torch.autograd.graph.Node._sequence_nr")
+def sequence_number(node: Node) -> int:
+    """Numbers a thread's autograd nodes as they are made; that of leaves is the highest."""
+    return int(node._sequence_nr())
+
+
+def raw_saved(node: Node) -> Iterator[tuple[str, Any]]:
+    """What an autograd node holds: a name, "" in Python functions, and the value as hooks left it.
+
+    Raises:
+        MissingName: PyTorch no longer shows it; without the check, nothing would seem to be saved.
+    """
+    if not _shows_saved():
+        raise MissingName(_sentence(_BY_NAME["torch.autograd.graph.Node._raw_saved_*"]))
+    for attribute in dir(node):
+        if attribute.startswith("_raw_saved_"):
+            # how Python functions call all of them
+            name = (
+                "" if attribute == "_raw_saved_tensors" else attribute.removeprefix("_raw_saved_")
+            )
+            saved = getattr(node, attribute)
+            for one in saved if isinstance(saved, tuple | list) else (saved,):
+                yield name, one.data
+
+
+@functools.cache
+def _shows_saved() -> bool:
+    return has("torch.autograd.graph.Node._raw_saved_*")
+
+
+@_reads("torch.profiler.profile.profiler.kineto_results")
+def memory_events(profiler: torch.profiler.profile) -> list[tuple[int, int]]:
+    """Time in ns and bytes, negative where memory is freed, of what a CPU profile has noted."""
+    run: Any = profiler.profiler
+    return [
+        (event.start_ns(), event.nbytes())
+        for event in run.kineto_results.events()
+        if event.name() == "[memory]" and event.device_type().name == "CPU"
+    ]
+
+
+# Keys of node.meta --------------------------------------------------------------------------------
+
+EXAMPLE_VALUE = "example_value"
+MODULES = "nn_module_stack"
+TRACE = "stack_trace"
+ORIGIN = (MODULES, TRACE)
+CHECKPOINT_CONTEXT = "_checkpoint_context_fn"
+VALUE = "val"
+PLACE, IN_BACKWARD = "partitioner_tag", "must_be_in_backward"
+POLICY = "recompute"
+OUTPUTS = "desc"
+OUTPUT_TRACES = "output_stack_traces"
+VISIBLE = "user_visible_output_idxs"
+STRIDES = "original_output_strides"
+STACKLEVEL = "_stacklevel"
+
+
+# Export and compilers -----------------------------------------------------------------------------
+
+
+@contextmanager
+def guards_made_by(make: Callable[..., Any]) -> Iterator[None]:
+    """Replaces what ``ExportedProgram.module()`` makes of the conditions on its inputs."""
+    name = "torch.export._unlift._convert_guards_code_to_fn"
+    warn_of_missing(_BY_NAME[name].lack.part)
+    if not has(name):
+        yield
+        return
+    with mock.patch(name, make):
+        yield
+
+
+PARTITIONER = "custom_partitioner_fn"
+POST_PASS = "post_grad_custom_post_pass"
+CACHEABLE = "unsafe_marked_cacheable_functions"
+
+
+def inductor_has(option: str) -> bool:
+    """Whether inductor's config has an option."""
+    return has(f"torch._inductor.config.{option}")
+
+
+def takes_several_passes() -> bool:
+    """Whether inductor's option for a pass takes a list of them."""
+    return has("torch._inductor.custom_graph_pass.get_custom_graph_passes")
+
+
+def memory_budget() -> float:
+    """The share of what a compiled model saves that it may save; 1 without a budget."""
+    return float(getattr(look_up("torch._functorch.config"), "activation_memory_budget", 1))
+
+
+def at_memory_budget(share: float) -> AbstractContextManager[Any]:
+    """Sets :func:`memory_budget` for the time of a block."""
+    if not has("torch._functorch.config.activation_memory_budget"):
+        return nullcontext()
+    return _patched("torch._functorch.config", activation_memory_budget=share)
+
+
+def recompiling(limit: int, in_all: int) -> AbstractContextManager[Any]:
+    """Sets how often Dynamo compiles one piece of code, and how often in all."""
+    limits = {"recompile_limit": limit, "accumulated_recompile_limit": in_all}
+    known = {k: v for k, v in limits.items() if has(f"torch._dynamo.config.{k}")}
+    return _patched("torch._dynamo.config", **known)
+
+
+def _patched(config: str, **values: Any) -> AbstractContextManager[Any]:
+    patch: AbstractContextManager[Any] = look_up(config).patch(**values)
+    return patch

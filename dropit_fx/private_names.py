@@ -1,0 +1,384 @@
+"""The private and unstable PyTorch names that dropit_fx touches: a line for each.
+
+``private.py`` is the one way to them; no other module may name one (``tests/test_private.py``).
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import KW_ONLY, dataclass
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+# What it was run with: the whole test suite, or the slice of it that `make slice` runs.
+RUN = ("2.11.0", "2.13.0", "2.14.1", "2.15.0")
+
+
+@dataclass(frozen=True)
+class Lack:
+    """What happens where a name is missing.
+
+    Attributes:
+        part: When it is noticed: the names of a part are looked up together.
+        text: What does not work then, or what is done instead.
+        vital: Importing the name raises; else calling it does.
+    """
+
+    part: str
+    text: str
+    vital: bool = False
+
+
+@dataclass(frozen=True)
+class Name:
+    """One private or unstable name.
+
+    Attributes:
+        name: In full. Of attributes of objects: the class and the attribute; of keys of
+            ``node.meta``: ``meta[key]``.
+        lack: What happens where it is missing.
+        used: What it is used for.
+        alias: The name under which `private.py` has it, where that is not the last part of ``name``
+            without underscores.
+        since: The first version in :data:`RUN` that has it.
+        until: The last version in :data:`RUN` that has it.
+        instead: What stands in its place where it is missing.
+        probe: Raises where it is missing, for what cannot be imported; False: a look does not
+            tell, only the tests do.
+    """
+
+    name: str
+    lack: Lack
+    used: str
+    _: KW_ONLY
+    alias: str = ""
+    since: str = RUN[0]
+    until: str = RUN[-1]
+    instead: Any = None
+    probe: Callable[[], object] | Literal[False] | None = None
+
+    @property
+    def short(self) -> str:
+        """The name under which `private.py` has it."""
+        return self.alias or self.name.rpartition(".")[2].lstrip("_")
+
+    @property
+    def present(self) -> bool:
+        """Whether this PyTorch has it, as far as a look tells."""
+        try:
+            if self.probe is None:
+                look_up(self.name)
+            elif self.probe:
+                self.probe()
+        except (AttributeError, ImportError, KeyError):
+            return False
+        return True
+
+
+def look_up(name: str) -> Any:
+    """What ``a.b.c`` names: modules first, then attributes."""
+    first, *rest = name.split(".")
+    found, path = importlib.import_module(first), first
+    for part in rest:
+        path += f".{part}"
+        if not hasattr(found, part) and isinstance(found, ModuleType):
+            importlib.import_module(path)
+        found = getattr(found, part)
+    return found
+
+
+def _module() -> nn.Module:
+    return nn.Module()
+
+
+def _node() -> Any:
+    return torch.ones(1, requires_grad=True).exp().grad_fn
+
+
+_IMPORT = Lack("import dropit_fx", "`import dropit_fx` fails", vital=True)
+_CAPTURE = Lack("import dropit_fx", "dropit_fx.transform fails")
+_SEEN = Lack("import dropit_fx", "reports count what is saved wrongly, or fail")
+_MEASURE = Lack("import dropit_fx", "dropit_fx.measure fails")
+_COPY = Lack("import dropit_fx", "rewritten models can be neither copied nor pickled")
+_OPAQUE = Lack("import dropit_fx", "nn.MultiheadAttention stays whole: counted, not packed")
+_SPELLING = Lack("import dropit_fx", "calls that torch.compile writes so are not packed")
+_TOLD = Lack("import dropit_fx", "messages and rules do not know the user's modules and lines")
+_EXPORT = Lack("torch.export", "models that only torch.export takes are refused", vital=True)
+_PLUGIN = Lack("backend='dropit'", "torch.compile(model, backend='dropit') fails")
+_GUARD = Lack("backend='dropit'", "dropit_fx.backend cannot be imported", vital=True)
+_UNSEEN = Lack("backend='dropit'", "compiled models may save dense tensors beside packed ones")
+_INNER = Lack("backend='dropit'", "of the inner backends, only 'inductor' and 'eager' work")
+_BUDGET = Lack("backend='dropit'", "memory budgets are not heeded")
+
+
+def _lack(text: str, part: str = "import dropit_fx") -> Lack:
+    return Lack(part, text)
+
+
+TABLE: tuple[Name, ...] = (
+    # graphs, arguments, fake tensors
+    Name("torch.utils._pytree", _IMPORT, "arguments of any nesting", alias="pytree"),
+    Name("torch._subclasses.fake_tensor.FakeTensor", _IMPORT, "telling fakes from real tensors"),
+    Name("torch._subclasses.fake_tensor.FakeTensorMode", _IMPORT, "running graphs at no cost"),
+    Name("torch._ops.OpOverload", _IMPORT, "telling ATen calls from others"),
+    Name(
+        "torch._ops.OpOverload._schema",
+        _CAPTURE,
+        "default arguments of ATen calls, and which write into their input",
+        probe=lambda: torch.ops.aten.add.Tensor._schema,
+    ),
+    Name(
+        "torch.nn.utils.stateless._reparametrize_module",
+        _CAPTURE,
+        "fake parameters for the time of a run",
+    ),
+    Name(
+        "torch.SymInt.node.hint",
+        _PLUGIN,
+        "sizes of the example where they are dynamic",
+        probe=False,
+    ),
+    Name("torch.UntypedStorage._cdata", _SEEN, "telling storages apart"),
+    Name("torch.Tensor._version", _SEEN, "telling values apart that were written in place"),
+    Name(
+        "torch._C._autograd._saved_tensors_hooks_set_tracing",
+        _lack("graphs that torch.compile splits for DistributedDataParallel are not packed"),
+        "asking autograd what it saves while a caller traces",
+        alias="set_hooks_tracing",
+        instead=lambda on: on,
+    ),
+    # tracing of models, and the graph modules that come out
+    Name("torch.nn.modules.batchnorm._NormBase", _IMPORT, "norms that stay modules"),
+    Name("torch.nn.modules.batchnorm._BatchNorm", _IMPORT, "norms that the tracer looks into"),
+    Name(
+        "torch.nn.BatchNorm2d._check_input_dim",
+        _lack("models with batch norm are captured by torch.export, which needs an example"),
+        "left out while tracing: proxies have no dimensions",
+    ),
+    Name("torch.nn.modules.conv._ConvNd", _IMPORT, "guessing inputs from a first layer"),
+    Name(
+        "torch.nn.Module._parameters",
+        _CAPTURE,
+        "the order of parameters",
+        probe=lambda: _module()._parameters,
+    ),
+    Name(
+        "torch.nn.Module._buffers",
+        _CAPTURE,
+        "the order of buffers; putting them back",
+        probe=lambda: _module()._buffers,
+    ),
+    Name(
+        "torch.nn.Module._modules",
+        _CAPTURE,
+        "the order of submodules",
+        probe=lambda: _module()._modules,
+    ),
+    Name(
+        "torch.nn.Module._non_persistent_buffers_set",
+        _CAPTURE,
+        "constants of a trace, which are no part of the state dict",
+        probe=lambda: _module()._non_persistent_buffers_set,
+    ),
+    Name(
+        "torch.fx.Graph._codegen",
+        _lack("graphs of torch.export with nested inputs are refused, or lose them in copies"),
+        "how the inputs of a graph are nested",
+        probe=lambda: fx.Graph()._codegen,
+    ),
+    Name("torch.fx.node._get_qualified_name", _COPY, "names of functions in pickles"),
+    Name(
+        "_is_impure",
+        _lack("checks of exported models' inputs may be lost"),
+        "telling fx to keep a module that returns nothing",
+        probe=False,
+    ),
+    Name("meta['stack_trace']", _TOLD, "the user's line of a node", probe=False),
+    Name("meta['nn_module_stack']", _TOLD, "the user's module of a node", probe=False),
+    Name(
+        "torch.fx.experimental.proxy_tensor.make_fx", _OPAQUE, "looking into nn.MultiheadAttention"
+    ),
+    Name("torch.fx.experimental.symbolic_shapes.DimDynamic", _OPAQUE, "its batch and sequence"),
+    Name("torch.fx.experimental.symbolic_shapes.ShapeEnv", _OPAQUE, "its batch and sequence"),
+    Name(
+        "torch.fx.experimental.symbolic_shapes.StatelessSymbolicContext",
+        _OPAQUE,
+        "its batch and sequence",
+    ),
+    Name(
+        "torch.fx.experimental.symbolic_shapes.SYMPY_INTERP",
+        _EXPORT,
+        "functions in the conditions on an exported model's inputs",
+    ),
+    Name(
+        "torch._dynamo.dont_skip_tracing",
+        _lack("exported models with conditions on their inputs compile in pieces", "torch.export"),
+        "compiling these conditions",
+        instead=lambda function: function,
+    ),
+    Name(
+        "torch.export._unlift._convert_guards_code_to_fn",
+        _lack("exported models with conditions on their inputs do not pickle", "torch.export"),
+        "replaced while exporting, by a check that pickles",
+    ),
+    # ops
+    Name("torch._C._nn.pad", _SPELLING, "F.pad in Dynamo's graphs"),
+    Name("torch._C._nn.adaptive_avg_pool2d", _SPELLING, "the same of pooling"),
+    Name("torch._C._nn.adaptive_avg_pool3d", _SPELLING, "the same of pooling"),
+    Name(
+        "torch.ops.higher_order.tag_activation_checkpoint",
+        _lack("checkpointed regions stay as they are"),
+        "regions that torch.compile recomputes",
+    ),
+    Name(
+        "meta['_checkpoint_context_fn']",
+        _lack("selective checkpoints are treated as plain ones"),
+        "telling selective checkpoints",
+        probe=False,
+    ),
+    Name(
+        "_stacklevel",
+        _SPELLING,
+        "an argument of F.softmax and F.log_softmax that changes nothing",
+        probe=lambda: inspect.signature(F.softmax).parameters["_stacklevel"],
+    ),
+    Name(
+        "torch.ops.aten._native_batch_norm_legit",
+        _lack("inputs of batch norm cannot be packed"),
+        "mean and deviation of channels",
+    ),
+    Name(
+        "torch.ops.aten._softmax_backward_data",
+        _lack("softmax cannot be packed"),
+        "its backward",
+    ),
+    Name(
+        "torch.ops.aten._log_softmax_backward_data",
+        _lack("log_softmax and cross_entropy cannot be packed"),
+        "their backward",
+    ),
+    Name(
+        "torch._prims_common.suggest_memory_format",
+        _lack("group_norm cannot be packed"),
+        "the layout in which it is computed on a CPU",
+    ),
+    # measuring
+    Name(
+        "torch.autograd.graph.Node._sequence_nr",
+        _MEASURE,
+        "telling a step's nodes",
+        probe=lambda: _node()._sequence_nr,
+    ),
+    Name(
+        "torch.autograd.graph.Node._raw_saved_*",
+        _MEASURE,
+        "what a node has saved",
+        probe=lambda: _node()._raw_saved_result,
+    ),
+    Name(
+        "torch.autograd.grad_mode._unsafe_preserve_version_counter",
+        _lack("a graph made before a measurement may refuse its backward after it"),
+        "putting buffers back unnoticed",
+        instead=lambda tensors: nullcontext(),
+    ),
+    Name("torch.Tensor._indices", _MEASURE, "bytes of sparse tensors"),
+    Name("torch.Tensor._values", _MEASURE, "bytes of sparse tensors"),
+    Name(
+        "torch.profiler.profile.profiler.kineto_results",
+        _lack("dropit_fx.measure.peak_memory fails on CPUs"),
+        "what was allocated and freed, in order",
+        probe=False,
+    ),
+    # models that are compiled
+    Name(
+        "torch._dynamo.eval_frame.OptimizedModule._orig_mod",
+        _lack("report(torch.compile(rewritten)) finds nothing"),
+        "the model inside",
+        probe=False,
+    ),
+    Name(
+        "torch.nn.Module._compiled_call_impl",
+        _lack("DropITCallback fails"),
+        "telling whether a model is compiled in place, and undoing it",
+    ),
+    Name("meta['example_value']", _PLUGIN, "the fake value of a node of Dynamo's", probe=False),
+    Name("torch._dynamo.lookup_backend", _INNER, "inner backends by name"),
+    Name(
+        "torch._dynamo.config.recompile_limit",
+        _lack(
+            "bench pareto may run its later variants uncompiled, and says so", "backend='dropit'"
+        ),
+        "compiling one model in many ways",
+    ),
+    Name(
+        "torch._dynamo.config.accumulated_recompile_limit",
+        _lack(
+            "bench pareto may run its later variants uncompiled, and says so", "backend='dropit'"
+        ),
+        "compiling one model in many ways",
+    ),
+    Name("torch._inductor.list_options", _PLUGIN, "telling options of inductor's from slips"),
+    Name("torch._inductor.list_mode_options", _PLUGIN, "torch.compile(mode=...)"),
+    Name("torch._inductor.compile_fx.compile_fx", _PLUGIN, "compiling the rewritten graph"),
+    Name("torch._inductor.custom_graph_pass.CustomGraphPass", _GUARD, "the pass behind the cut"),
+    Name("torch._inductor.custom_graph_pass.CustomPartitionerFn", _GUARD, "the partitioner guard"),
+    Name("torch._inductor.custom_graph_pass.get_hash_for_files", _GUARD, "their cache keys"),
+    Name(
+        "torch._inductor.custom_graph_pass.get_custom_graph_passes",
+        _lack("several passes are handed over as one, without is_inference", "backend='dropit'"),
+        "telling whether inductor takes a list of passes",
+        since="2.14.1",
+    ),
+    Name("torch._inductor.config.custom_partitioner_fn", _PLUGIN, "handing over the guard"),
+    Name(
+        "torch._inductor.config.post_grad_custom_post_pass",
+        _lack("channels-last copies of weights may be saved", "backend='dropit'"),
+        "handing over the pass behind the cut",
+    ),
+    Name(
+        "torch._inductor.config.unsafe_marked_cacheable_functions",
+        _lack("packed models are compiled anew in each process", "backend='dropit'"),
+        "compile caches for packed models",
+    ),
+    Name(
+        "torch._functorch.partitioners.min_cut_rematerialization_partition",
+        _GUARD,
+        "the cut between forward and backward",
+    ),
+    Name("torch._functorch.partitioners.must_recompute", _GUARD, "telling checkpointed nodes"),
+    Name("torch._functorch.config.activation_memory_budget", _BUDGET, "recomputing beside packing"),
+    Name("meta['partitioner_tag']", _UNSEEN, "unpacking in the backward", probe=False),
+    Name("meta['recompute']", _UNSEEN, "packed tensors stay saved under a budget", probe=False),
+    Name("meta['val']", _UNSEEN, "the fake value of a node of AOTAutograd's", probe=False),
+    Name("meta['desc']", _PLUGIN, "descriptions of the outputs of a joint graph", probe=False),
+    Name(
+        "meta['output_stack_traces']",
+        _lack("nothing: it is left alone where there is none", "backend='dropit'"),
+        "the same of where they were made",
+        since="2.14.1",
+        probe=False,
+    ),
+    Name(
+        "meta['user_visible_output_idxs']",
+        _lack("channels-last copies of weights may be saved", "backend='dropit'"),
+        "outputs that are returned in their own layout",
+        probe=False,
+    ),
+    Name(
+        "meta['original_output_strides']",
+        _lack("channels-last copies of weights may be saved", "backend='dropit'"),
+        "that layout",
+        probe=False,
+    ),
+    Name("torch._dynamo.backends.common.aot_autograd", _INNER, "backends without inductor"),
+    Name("functorch.compile.make_boxed_func", _INNER, "backends without inductor"),
+    Name("torch._inductor.lowering", _INNER, "loaded for the decomposition of max_pool2d"),
+    Name("torch._inductor.decomposition.select_decomp_table", _INNER, "aot_eager_decomp_partition"),
+)
