@@ -659,11 +659,15 @@ def test_private_names_are_found_in_every_form(code: str) -> None:
 # Other versions -----------------------------------------------------------------------------------
 
 
+HAD = tuple(row for row in TABLE if minor(row.since) <= HERE <= minor(row.until))
+
+
 @pytest.fixture
 def gone(monkeypatch: pytest.MonkeyPatch) -> str:
     """A newer PyTorch that lacks a name."""
     monkeypatch.setattr(torch, "__version__", "9.9.0")
     monkeypatch.setattr(private, "_looked_at", set())
+    monkeypatch.setattr(private, "TABLE", HAD)
     cut = types.SimpleNamespace(**vars(look_up(_CUT)))
     del cut.must_recompute
     monkeypatch.setattr(torch._functorch, "partitioners", cut)
@@ -696,7 +700,7 @@ def test_a_vital_name_that_is_missing_is_told_where_it_is_imported(gone: str) ->
 def test_a_newer_pytorch_with_every_name_is_not_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "9.9.0")
     monkeypatch.setattr(private, "_looked_at", set())
-    monkeypatch.setattr(private, "TABLE", [r for r in TABLE if minor(r.since) <= HERE])
+    monkeypatch.setattr(private, "TABLE", HAD)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for part in sorted({row.lack.part for row in TABLE}):
@@ -740,4 +744,4 @@ def test_an_older_pytorch_is_refused_by_name() -> None:
 
 def test_importing_the_package_loads_no_compiler() -> None:
     out = in_a_new_process("", "import sys, dropit_fx\nprint('torch._inductor' in sys.modules)")
-    assert out.strip() == "False"
+    assert out.splitlines()[-1] == "False"
