@@ -30,6 +30,11 @@ def gradients(**options: Any) -> list[dict[str, Any]]:
     return bench_gradients(**options)
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--device``, which ``model_spec.find_device`` reads."""
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+
+
 def add_gradients_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``bench gradients``; their names are the parameters of ``gradients``."""
     parser.add_argument(
@@ -47,7 +52,7 @@ def add_kernels_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", nargs="+", default=("float32", "bfloat16"), metavar="DTYPE")
     parser.add_argument("--threads", type=int, metavar="N", help="default: as torch is set")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default: 15)")
-    parser.add_argument("--device", default="cpu")
+    add_device(parser)
     parser.add_argument(
         "--json", dest="json_path", metavar="FILE", help="write the figures to FILE"
     )
