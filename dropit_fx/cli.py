@@ -154,6 +154,15 @@ def _add_benches(parser: argparse.ArgumentParser) -> None:
     bench.add_kernels_arguments(kernels)
     kernels.set_defaults(run=lambda options: _bench(bench.kernels, options))
 
+    gpu = benches.add_parser(
+        "gpu",
+        help="everything about this machine's GPU, in nine minutes",
+        description="Measures training steps of models and the kernels, the most wanted first,"
+        " until the time is up. A second run goes on where the first stopped.",
+    )
+    bench.add_gpu_arguments(gpu)
+    gpu.set_defaults(run=lambda options: _bench(bench.gpu, options))
+
     formats = benches.add_parser("formats", help="bits and gradient error of every format")
     bench.add_formats_arguments(formats)
     formats.set_defaults(run=lambda options: _bench(bench.formats, options))

@@ -40,7 +40,7 @@ def find_device(name: str) -> torch.device:
             f"--device {name}: PyTorch {torch.__version__} sees no CUDA device on this machine;"
             " leave --device out to run on the CPU"
         )
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = torch.cuda.current_device() if device == torch.device("cuda") else device.index
     if index >= count:
         raise SpecError(f"--device {name}: the devices here are cuda:0 to cuda:{count - 1}")
     return torch.device("cuda", index)
