@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo examples figures test lint format wheel clean
+.PHONY: help demo examples figures gpu test lint format wheel clean
 
 help:
 	@echo "make demo     train on scikit-learn's digits, dense and packed; prints and saves a table"
 	@echo "make examples run every example with its defaults"
 	@echo "make figures  measure what the README says, and write it there"
+	@echo "make gpu      on a machine with a GPU: its tests and figures, nine minutes, no .venv"
 	@echo "make test     run the tests"
 	@echo "make lint     ruff (rules and format) and mypy"
 	@echo "make format   let ruff rewrite the files"
@@ -30,6 +31,12 @@ examples: $(VENV)/.installed-test
 # The figures of the README, and the README itself. More than an hour.
 figures: $(VENV)/.installed-test
 	$(BIN)/python examples/figures.py
+
+# With the interpreter at hand, into which the package is installed. OUT: a folder that gets a copy of the figures;
+# TESTS= leaves the tests out, ARGS='--models deit_s' picks rows.
+TESTS ?= tests/gpu
+gpu:
+	$(PYTHON) -m dropit_fx.bench_gpu $(if $(TESTS),--tests $(TESTS)) $(if $(OUT),--copy-to '$(OUT)') $(ARGS)
 
 # The models of the tests are built from configs or installed as packages: nothing is downloaded.
 test: $(VENV)/.installed-test

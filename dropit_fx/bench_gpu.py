@@ -30,8 +30,8 @@ from dropit_fx import bench, gpu_rows
 from dropit_fx.config import ConfigError, _did_you_mean
 from dropit_fx.gpu_models import MODELS
 from dropit_fx.gpu_rows import Row
-from dropit_fx.gpu_tables import key, label, said, tables
-from dropit_fx.gpu_worker import Worker, run_tests, tests_line
+from dropit_fx.gpu_tables import key, label, said, tables, tests_line
+from dropit_fx.gpu_worker import Worker, run_tests
 from dropit_fx.model_spec import find_device
 
 ROOT = Path(__file__).resolve().parent
@@ -179,7 +179,8 @@ def bench_gpu(
                 continue
             start = time.monotonic()
             row = job | worker.measure(job, max(1, min(left, 4 * expected + 60)))
-            row |= {"seconds": time.monotonic() - start, "sources": about["sources"]}
+            row.setdefault("seconds", time.monotonic() - start)
+            row["sources"] = about["sources"]
             took[_like(job)] = max(row["seconds"], took.get(_like(job), 0) / 2)
             _put(result["rows"], row)
             result["left_out"] = [*left_out, *map(label, jobs[number + 1 :])]

@@ -38,9 +38,17 @@ def said(row: Row) -> str:
     return f"saved {row['saved_bytes'] / MIB:.0f} MiB{peak}, {row['step_seconds'] * 1e3:.1f} ms"
 
 
+def tests_line(tests: Row) -> str:
+    """How the tests went, in one line."""
+    if "error" in tests:
+        return f"tests: {tests['error']}"
+    counts = ", ".join(f"{tests[kind]} {kind}" for kind in ("passed", "failed", "skipped"))
+    return f"tests: {counts} in {tests['seconds']:.0f} s"
+
+
 def failure(row: Row, length: int) -> str:
     """Why a row has no figures, on one line of at most so many letters."""
-    line: str = row["failed"].splitlines()[0]
+    line: str = row["failed"].splitlines()[0].replace("|", "/")
     return line if len(line) <= length else f"{line[: length - 3]}..."
 
 

@@ -36,8 +36,10 @@ def _work(pipe: Connection, device_name: str, inner: str, rehearse: bool) -> Non
             job: Row = pipe.recv()
         except EOFError:
             return
+        start = time.monotonic()
         row = _measured(job, device, references, inner, rehearse)
-        pipe.send(row | gpu_rows.clean_up(device))  # the frames of an error are gone by now
+        row |= gpu_rows.clean_up(device)  # the frames of an error are gone by now
+        pipe.send(row | {"seconds": time.monotonic() - start})
 
 
 def _measured(job: Row, device: torch.device, references: Any, inner: str, rehearse: bool) -> Row:
@@ -130,7 +132,8 @@ def run_tests(folder: str, rehearse: bool, limit: float) -> Row:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", folder]
     command += ["--junitxml", str(report), "--tb=short"]
     if importlib.util.find_spec("xdist") and not rehearse:
-        command += ["--numprocesses", "4", "--dist", "worksteal"]
+        processes = max(1, min(8, (os.cpu_count() or 1) // 2))
+        command += ["--numprocesses", str(processes), "--dist", "worksteal"]
     environment = os.environ | ({"DROPIT_GPU_REHEARSAL": "1"} if rehearse else {})
     start = time.monotonic()
     process = subprocess.Popen(command, env=environment, process_group=0)
@@ -159,11 +162,3 @@ def _from_report(path: Path) -> Row:
         skipped = any(part.tag == "skipped" for part in case)
         counts["failed" if wrong is not None else "skipped" if skipped else "passed"] += 1
     return counts | {"failures": failures}
-
-
-def tests_line(tests: Row) -> str:
-    """How the tests went, in one line."""
-    if "error" in tests:
-        return f"tests: {tests['error']}"
-    counts = ", ".join(f"{tests[kind]} {kind}" for kind in ("passed", "failed", "skipped"))
-    return f"tests: {counts} in {tests['seconds']:.0f} s"
