@@ -35,6 +35,7 @@ Gradients = list[Tensor | None]  # of each parameter, on the CPU
 PRESETS = ("balanced", "lossless", "max", "dropit")
 BUDGETS = (0.5, 0.2)
 DENSE, CHECKPOINT, OFFLOAD = "dense", "checkpoint", "save_on_cpu"
+PINNED = 24 * 2**30  # bytes of pinned memory with which a process is replaced
 MODES: dict[str, tuple[str, ...]] = {
     "eager": (DENSE, *PRESETS, CHECKPOINT, OFFLOAD),
     "compiled": (DENSE, *PRESETS, CHECKPOINT, *(f"budget={b}" for b in BUDGETS)),
@@ -386,8 +387,13 @@ def _peak(device: torch.device) -> int | None:
 
 
 def clean_up(device: torch.device) -> Row:
-    """Frees what a row left: ``left_bytes``; ``broken``: why the device answers no more."""
-    torch._dynamo.reset()
+    """Frees what a row left on the device.
+
+    Returns:
+        ``left_bytes``, and ``broken``: why the process is to be replaced. After an illegal access
+        every call fails; and pinned memory, which is cached in powers of two, is not given back.
+    """
+    torch.compiler.reset()
     gc.collect()
     if device.type != "cuda":
         return {}
@@ -396,4 +402,6 @@ def clean_up(device: torch.device) -> Row:
         torch.cuda.empty_cache()
     except RuntimeError as error:  # after an illegal access every call fails
         return {"broken": str(error).splitlines()[0]}
-    return {"left_bytes": torch.cuda.memory_allocated(device)}
+    row: Row = {"left_bytes": torch.cuda.memory_allocated(device)}
+    pinned = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
+    return row | ({"broken": f"{pinned >> 30} GiB are pinned"} if pinned > PINNED else {})

@@ -182,6 +182,14 @@ def test_gradients_are_compared_as_one_vector() -> None:
     assert compared == {"cosine": pytest.approx(0.6), "error": pytest.approx(0.8)}
 
 
+def test_make_gpu_is_one_command_of_the_interpreter_at_hand() -> None:
+    command = ["make", "--dry-run", "gpu", "PYTHON=python3.12", "OUT=/tmp/figures"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    (line,) = [line for line in done.stdout.splitlines() if not line.startswith("make")]
+    words = "python3.12 -m dropit_fx.bench_gpu --tests tests/gpu --copy-to /tmp/figures"
+    assert line.replace("'", "").split() == words.split()
+
+
 # The README ---------------------------------------------------------------------------------------
 
 
