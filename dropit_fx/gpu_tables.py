@@ -40,10 +40,10 @@ def said(row: Row) -> str:
 
 def tests_line(tests: Row) -> str:
     """How the tests went, in one line."""
-    if "error" in tests:
-        return f"tests: {tests['error']}"
-    counts = ", ".join(f"{tests[kind]} {kind}" for kind in ("passed", "failed", "skipped"))
-    return f"tests: {counts} in {tests['seconds']:.0f} s"
+    counts = [f"{tests[kind]} {kind}" for kind in ("passed", "failed", "skipped") if kind in tests]
+    took = [f"in {tests['seconds']:.0f} s"] if "seconds" in tests else []
+    wrong = [f"({tests['error']})"] if "error" in tests else []
+    return "tests: " + " ".join([", ".join(counts), *took, *wrong]).strip()
 
 
 def failure(row: Row, length: int) -> str:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -30,6 +31,8 @@ def _work(pipe: Connection, device_name: str, inner: str, rehearse: bool) -> Non
     os.setpgid(0, 0)  # with whatever inductor starts, to be ended together
     torch.compiler.config.force_disable_caches = True  # cold is cold
     device = find_device(device_name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     references: dict[tuple[str, str], gpu_rows.Gradients] = {}
     while True:
         try:
@@ -123,31 +126,41 @@ def run_tests(folder: str, rehearse: bool, limit: float) -> Row:
     """Runs the tests of a folder with this interpreter; ends them after ``limit`` seconds.
 
     Returns:
-        ``passed``, ``failed``, ``skipped``, ``seconds``, and ``failures``: name -> first lines; or
-        ``error`` where they could not be run to their end.
+        ``passed``, ``failed``, ``skipped``, ``seconds``, ``failures``: name -> first lines; and
+        ``error`` where they could not be run, or not to their end.
     """
     if importlib.util.find_spec("pytest") is None:
         return {"error": "pytest is not installed"}
-    report = Path(folder).absolute() / f".report-{os.getpid()}.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", folder]
-    command += ["--junitxml", str(report), "--tb=short"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", folder, "--tb=short"]
     if importlib.util.find_spec("xdist") and not rehearse:
         processes = max(1, min(8, (os.cpu_count() or 1) // 2))
         command += ["--numprocesses", str(processes), "--dist", "worksteal"]
     environment = os.environ | ({"DROPIT_GPU_REHEARSAL": "1"} if rehearse else {})
-    start = time.monotonic()
-    process = subprocess.Popen(command, env=environment, process_group=0)
+    start, result = time.monotonic(), {}
+    with tempfile.TemporaryDirectory() as place:
+        report = Path(place) / "report.xml"
+        command += ["--junitxml", str(report)]
+        process = subprocess.Popen(command, env=environment, process_group=0)
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            result["error"] = f"ended after {limit:.0f} s"
+            _interrupt(process)
+        try:
+            result |= _from_report(report)
+        except (OSError, ElementTree.ParseError):
+            result.setdefault("error", f"pytest ended with exit code {process.returncode}")
+    return result | {"seconds": time.monotonic() - start}
+
+
+def _interrupt(process: subprocess.Popen[bytes]) -> None:
+    """As Ctrl-C does, after which pytest still reports; or for good, with what it has started."""
+    process.send_signal(signal.SIGINT)
     try:
-        process.wait(limit)
-        return _from_report(report) | {"seconds": time.monotonic() - start}
+        process.wait(10)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        return {"error": f"ended after {limit:.0f} s"}
-    except (OSError, ElementTree.ParseError):
-        return {"error": f"pytest ended with exit code {process.returncode} and no report"}
-    finally:
-        report.unlink(missing_ok=True)
 
 
 def _from_report(path: Path) -> Row:

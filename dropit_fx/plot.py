@@ -318,6 +318,7 @@ def gpu_picture(result: Mapping[str, Any], path: str | PathLike[str]) -> None:
     for axes in grid[len(names) :]:
         axes.remove()
     modes = (("eager", CODEC_COLOURS[0], "o"), ("compiled", CODEC_COLOURS[2], "s"))
+    legend: dict[str, Any] = {}
     for axes, name in zip(grid, names, strict=False):
         places: dict[str, tuple[float, float]] = {}
         for mode, colour, marker in modes:
@@ -329,10 +330,11 @@ def gpu_picture(result: Mapping[str, Any], path: str | PathLike[str]) -> None:
             places |= {r["variant"] + marks: p for r, p in zip(mine, at, strict=True)}
         _finish(axes, MODELS[name].title, "peak, MiB")
         axes.set_xlabel("ms a step")
-        axes.set_ylim(bottom=0)
         axes.margins(0.2)
-        axes.legend(frameon=False, fontsize=9)
+        axes.set_ylim(0, 1.15 * max(peak for _, peak in places.values()))
+        legend |= {text: dot for dot, text in zip(*axes.get_legend_handles_labels(), strict=True)}
         _label(axes, places)
+    figure.legend(legend.values(), legend.keys(), loc="outside upper right", frameon=False)
     figure.suptitle(f"forward and backward on {result['card']}, bf16 autocast", color=INK)
     figure.savefig(path, dpi=110)
 
