@@ -177,9 +177,14 @@ def bench_gpu(
             if expected > left:
                 left_out.append(label(job))
                 continue
-            start = time.monotonic()
-            row = job | worker.measure(job, max(1, min(left, 4 * expected + 60)))
+            limit, start = max(1, min(left, 4 * expected + 60)), time.monotonic()
+            row = job | worker.measure(job, limit)
             row.setdefault("seconds", time.monotonic() - start)
+            if (
+                "failed" in row and row["seconds"] >= left
+            ):  # ended by the clock: no fault of its own
+                left_out.append(label(job))
+                continue
             row["sources"] = about["sources"]
             took[_like(job)] = max(row["seconds"], took.get(_like(job), 0) / 2)
             _put(result["rows"], row)
