@@ -269,9 +269,9 @@ def _by_channel(options: dict[str, Any]) -> Callable[[Tensor], tuple[Tensor, ...
 
 def _unpack_channels(options: dict[str, Any]) -> Callable[[tuple[Tensor, ...], Tensor], Tensor]:
     def unpack(parts: tuple[Tensor, ...], x: Tensor) -> Tensor:
-        flat = CODEC["quant"].unpack(parts[:-2], options, x.numel(), x.dtype)
-        value = packed_call.unflatten(flat, x.shape, packed_call.memory_order(x))
-        return value.mul_(parts[-1]).add_(parts[-2])
+        said = tuple((options | {"by_channel": True}).items())
+        entry = packed_call._entry("input", packed_call.Packed(parts, "quant", said, x.dtype))
+        return packed_call._value(entry, parts, packed_call._layout(x))
 
     return unpack
 

@@ -41,6 +41,7 @@ SIZES = (1, 8, 255, 2049, 50_003)
 TESTED = {
     *("sparsify", "unsparsify", "sample", "pack_uint", "unpack_uint"),
     *("encode_steps", "decode_steps", "pack_between", "apply_mask"),
+    *("sparsify_channels", "unsparsify_channels", "encode_window", "decode_window"),
 }
 
 
@@ -203,6 +204,46 @@ def test_a_format_beyond_two_billion_elements(device: torch.device, rehearsal: b
     back = OPS.unsparsify(values, scale, mask, count, x.dtype, *form[:4])
     assert torch.equal(back[-1031:].cpu(), reference.unsparsify(*wanted, 1031, x.dtype, *form[:4]))
     assert (back[: 2**12] - x[: 2**12]).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("inner", [1, 49, 1024])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", [FORMATS[2], FORMATS[4], FORMATS[5], FORMATS[6]], ids=str)
+def test_standardised_channels_have_the_bits_of_the_reference(
+    form: tuple[int, int, int, int, bool], dtype: torch.dtype, inner: int, device: torch.device
+) -> None:
+    channels = 24
+    x = torch.randn(channels * inner * (700 if inner == 1 else 3)).to(dtype)
+    mean, inverse = torch.randn(channels), torch.rand(channels) + 0.5
+    seed = next_seed(device, 5)
+    on_device = [t.to(device) for t in (x, mean, inverse)]
+    packed = OPS.sparsify_channels(*on_device, inner, *form)
+    wanted = reference.sparsify_channels(x, mean, inverse, inner, *form, seed)
+    for part, other in zip(packed, wanted, strict=True):
+        assert_same_bits(part.cpu(), other)
+    rest = (inner, x.numel(), dtype, *form[:4])
+    back = OPS.unsparsify_channels(*packed, *on_device[1:], *rest)
+    assert_same_bits(back.cpu(), reference.unsparsify_channels(*wanted, mean, inverse, *rest))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("last", [False, True], ids=["channels-first", "channels-last"])
+def test_places_in_windows_are_those_of_the_cpu(
+    dims: int, last: bool, device: torch.device
+) -> None:
+    pool = {2: torch.nn.functional.max_pool2d, 3: torch.nn.functional.max_pool3d}[dims]
+    formats = {2: torch.channels_last, 3: torch.channels_last_3d}
+    window = [3, 2, 3][:dims], [2, 1, 2][:dims], [1, 1, 0][:dims], [1, 2, 1][:dims]
+    x = torch.randn(2, 5, *(17, 14, 9)[:dims])
+    _, indices = pool(x, *window, return_indices=True)
+    if last:
+        indices = indices.contiguous(memory_format=formats[dims])
+    sizes = list(x.shape[2:])
+    codes = OPS.encode_window(indices.to(device), sizes, *window)
+    assert torch.equal(codes.cpu(), OPS.encode_window(indices, sizes, *window))
+    back = OPS.decode_window(codes, sizes, *window)
+    assert torch.equal(back.cpu(), indices)
+    assert back.stride() == indices.stride()
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["channels-first", "channels-last"])
