@@ -30,7 +30,7 @@ from dropit_fx import bench, gpu_rows
 from dropit_fx.config import ConfigError, _did_you_mean
 from dropit_fx.gpu_models import MODELS
 from dropit_fx.gpu_rows import Row
-from dropit_fx.gpu_tables import key, label, said, tables, tests_line
+from dropit_fx.gpu_tables import key, label, line_of_tests, said, tables
 from dropit_fx.gpu_worker import Worker, run_tests
 from dropit_fx.model_spec import find_device
 
@@ -162,7 +162,7 @@ def bench_gpu(
     console = Console(width=160, highlight=False)
     if tests:
         result["tests"] = run_tests(tests, rehearse, min(240, 0.4 * 60 * minutes))
-        console.print(tests_line(result["tests"]))
+        console.print(line_of_tests(result["tests"]))
         write(result, copies)
     jobs = _in_order(jobs, result["rows"], about["sources"])
     worker = Worker(device, inner, rehearse)

@@ -38,7 +38,7 @@ def said(row: Row) -> str:
     return f"saved {row['saved_bytes'] / MIB:.0f} MiB{peak}, {row['step_seconds'] * 1e3:.1f} ms"
 
 
-def tests_line(tests: Row) -> str:
+def line_of_tests(tests: Row) -> str:
     """How the tests went, in one line."""
     counts = [f"{tests[kind]} {kind}" for kind in ("passed", "failed", "skipped") if kind in tests]
     took = [f"in {tests['seconds']:.0f} s"] if "seconds" in tests else []

@@ -306,14 +306,20 @@ def gpu() -> str:
 
 
 def gpu_tables(path: Path) -> str:
-    from dropit_fx.gpu_tables import KERNEL_HEAD, MODEL_HEAD, kernel_cells, model_cells, tests_line
+    from dropit_fx.gpu_tables import (
+        KERNEL_HEAD,
+        MODEL_HEAD,
+        kernel_cells,
+        line_of_tests,
+        model_cells,
+    )
 
     result = json.loads(path.read_text())
     versions = ("driver", "torch", "triton", "python", "timm", "transformers")
     about = ", ".join(f"{name} {result[name]}" for name in versions if result[name])
     parts = [f"`make gpu` on one {result['card']} ({about}; {result['date']})"]
     if result["tests"]:
-        parts[0] += f"; {tests_line(result['tests'])}"
+        parts[0] += f"; {line_of_tests(result['tests'])}"
     if lines := model_cells(result["rows"]):
         note = (
             "bf16 autocast. Saved: what autograd keeps, counted by storage (of `save_on_cpu`, on"

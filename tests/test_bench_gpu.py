@@ -18,7 +18,7 @@ from dropit_fx import bench_gpu, gpu_models, gpu_rows, plot
 from dropit_fx.bench_gpu import plan
 from dropit_fx.cli import main
 from dropit_fx.config import ConfigError
-from dropit_fx.gpu_tables import key, label, model_cells, tests_line
+from dropit_fx.gpu_tables import key, label, line_of_tests, model_cells
 from dropit_fx.gpu_worker import Worker, run_tests
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,7 +178,7 @@ def test_tests_are_counted_and_their_failures_named(tmp_path: Path) -> None:
     result = run_tests(str(tmp_path), rehearse=True, limit=15)
     assert result["error"] == "ended after 15 s"
     assert result["passed"] >= 1  # pytest also lists the test that it was in
-    assert tests_line(result).endswith("(ended after 15 s)")
+    assert line_of_tests(result).endswith("(ended after 15 s)")
 
 
 def test_gradients_are_compared_as_one_vector() -> None:
