@@ -13,12 +13,13 @@ BIN := $(VENV)/bin
 # About ten minutes on two cores: private names, kernels, passes, the plug-in with inductor, models.
 SLICE := private kernels kernels_attention kernels_coder kernels_cpu kernels_masks graph verify plugin models
 
-.PHONY: help demo examples figures test slice lint format wheel clean
+.PHONY: help demo examples figures gpu test slice lint format wheel clean
 
 help:
 	@echo "make demo     train on scikit-learn's digits, dense and packed; prints and saves a table"
 	@echo "make examples run every example with its defaults"
 	@echo "make figures  measure what the README says, and write it there"
+	@echo "make gpu      on a machine with a GPU: its tests and figures, nine minutes, no .venv"
 	@echo "make test     run the tests; TORCH=2.11.0 PYTHON=python3.12 in an environment of its own"
 	@echo "make slice    run a part of them, about ten minutes"
 	@echo "make lint     ruff (rules and format) and mypy"
@@ -41,6 +42,12 @@ examples: $(VENV)/.installed-test
 # The figures of the README, and the README itself. More than an hour.
 figures: $(VENV)/.installed-test
 	$(BIN)/python examples/figures.py
+
+# With the interpreter at hand, into which the package is installed. OUT: a folder that gets a copy of the figures;
+# TESTS= leaves the tests out, ARGS='--models deit_s' picks rows.
+TESTS ?= tests/gpu
+gpu:
+	$(PYTHON) -m dropit_fx.bench_gpu $(if $(TESTS),--tests $(TESTS)) $(if $(OUT),--copy-to '$(OUT)') $(ARGS)
 
 # The models of the tests are built from configs or installed as packages: nothing is downloaded.
 test: $(VENV)/.installed-test

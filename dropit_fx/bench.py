@@ -1,4 +1,4 @@
-"""``dropit-fx bench kernels``, ``formats`` and ``gradients``: their arguments.
+"""``dropit-fx bench kernels``, ``formats``, ``gradients`` and ``gpu``: their arguments.
 
 Also ``python -m dropit_fx.bench kernels``, and so on.
 """
@@ -30,6 +30,18 @@ def gradients(**options: Any) -> list[dict[str, Any]]:
     return bench_gradients(**options)
 
 
+def gpu(**options: Any) -> dict[str, Any]:
+    """``bench_gpu.bench_gpu``."""
+    from dropit_fx.bench_gpu import bench_gpu  # which imports inductor: seconds
+
+    return bench_gpu(**options)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--device``, which ``model_spec.find_device`` reads."""
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+
+
 def add_gradients_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``bench gradients``; their names are the parameters of ``gradients``."""
     parser.add_argument(
@@ -41,13 +53,30 @@ def add_gradients_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_gpu_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``bench gpu``; their names are the parameters of ``gpu``."""
+    parser.add_argument("--out", metavar="FILE", help="default: examples/figures/gpu_<card>.json")
+    parser.add_argument("--minutes", type=float, default=9, help="for everything (default: 9)")
+    parser.add_argument(
+        "--models", nargs="+", default=(), metavar="GLOB", help="deit_s, gpt2, ..., kernels"
+    )
+    parser.add_argument(
+        "--variants", nargs="+", default=(), metavar="GLOB", help="'eager *', balanced, 'budget*'"
+    )
+    parser.add_argument("--device", default="cuda", help="default: cuda")
+    parser.add_argument("--inner", metavar="BACKEND", help="what compiles (default: inductor)")
+    parser.add_argument("--rehearse", action="store_true", help="small models on the CPU")
+    parser.add_argument("--copy-to", metavar="DIR", help="gets a copy after every row")
+    parser.add_argument("--tests", metavar="DIR", help="tests to run first")
+
+
 def add_kernels_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``bench kernels``; their names are the parameters of ``kernels``."""
     parser.add_argument("--shape", type=int, nargs="+", default=(16, 197, 768), metavar="N")
     parser.add_argument("--dtypes", nargs="+", default=("float32", "bfloat16"), metavar="DTYPE")
     parser.add_argument("--threads", type=int, metavar="N", help="default: as torch is set")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default: 15)")
-    parser.add_argument("--device", default="cpu")
+    add_device(parser)
     parser.add_argument(
         "--json", dest="json_path", metavar="FILE", help="write the figures to FILE"
     )

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dropit_fx import kernels
 from dropit_fx.kernels import AFFINE, SYMMETRIC, UNIFORM
+from dropit_fx.model_spec import find_device
 from dropit_fx.published import scatter, select
 
 Format = tuple[int, int, int, int]  # keep, block, bits, layout
@@ -66,7 +67,11 @@ def bench_kernels(
     Returns:
         dtype -> name -> ``pack`` and ``unpack``: ``seconds`` (median), ``of_clone`` and
         ``of_published`` (medians of each round's ratio), and ``bits`` an element.
+
+    Raises:
+        SpecError: There is no such device.
     """
+    place = find_device(device)
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)
@@ -75,7 +80,7 @@ def bench_kernels(
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("", total=len(dtypes) * (rounds + 2))
             for name in dtypes:
-                x = torch.randn(math.prod(shape), device=device).to(getattr(torch, name))
+                x = torch.randn(math.prod(shape), device=place).to(getattr(torch, name))
                 jobs = _jobs(x)
                 times: dict[str, list[float]] = {job: [] for job in jobs}
                 for number in range(rounds + 2):
@@ -93,7 +98,8 @@ def bench_kernels(
         Console().print(_table(f"{name}, {title}", rows))
     if json_path is not None:
         with open(json_path, "w") as file:
-            json.dump({"shape": list(shape), "threads": used, "dtypes": result}, file, indent=2)
+            about = {"shape": list(shape), "threads": used, "device": device}
+            json.dump(about | {"dtypes": result}, file, indent=2)
     return result
 
 

@@ -84,6 +84,7 @@ def bench_pareto(
     only: Sequence[str] = (),
     inner: str = "inductor",
     rounds: int = 7,
+    device: str = "cpu",
     json_path: str | None = None,
     plot_path: str | None = None,
 ) -> dict[str, Any]:
@@ -96,6 +97,7 @@ def bench_pareto(
         only: Globs on the names of variants; empty: all. The dense one is always there.
         inner: The backend that compiles all of them: ``inductor``, or one built on AOTAutograd.
         rounds: Steps of each variant that are counted.
+        device: Where they run.
         json_path: Where to write the result.
         plot_path: Where to draw it; the suffix says the format.
 
@@ -108,7 +110,7 @@ def bench_pareto(
         FileNotFoundError: The folder of a path is missing.
         ModuleNotFoundError: matplotlib is missing.
         RuntimeError: A variant ran without having been compiled.
-        SpecError: There is no such model.
+        SpecError: There is no such model or device.
     """
     chosen = choose(only)
     for path in filter(None, (json_path, plot_path)):  # not after minutes of compiling
@@ -116,7 +118,7 @@ def bench_pareto(
             raise FileNotFoundError(f"no folder to write {path} into")
     if plot_path is not None:
         _figure_class()
-    task = Task(model, batch, size)
+    task = Task.of_spec(model, batch, size, device)
     runs: Runs = {}
     skipped: dict[str, str] = {}
     for variant in chosen:
@@ -141,6 +143,7 @@ def bench_pareto(
         "size": size,
         "inner": inner,
         "rounds": rounds,
+        "device": device,
         "threads": torch.get_num_threads(),
         "variants": rows,
         "skipped": skipped,

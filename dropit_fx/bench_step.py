@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dropit_fx import measure
 from dropit_fx.api import transform
-from dropit_fx.model_spec import build
+from dropit_fx.model_spec import build, find_device
 from dropit_fx.published import to_published
 
 Step = Callable[[], Tensor]
@@ -36,22 +36,54 @@ class Task:
     """A model, a batch and its labels: the same for every variant.
 
     Args:
-        spec: A spec as for ``dropit-fx report``.
-        batch: Batch size.
-        size: Height and width of images; None: the model's own.
+        title: What it is, for people.
+        model: In training mode.
+        x: Its only input.
+        autocast: The dtype that the forward runs in under autocast; None: without.
     """
 
-    def __init__(self, spec: str, batch: int, size: int | None) -> None:
-        torch.manual_seed(0)
-        self.title = f"{spec}, batch {batch}"
-        self.model, (self.x,) = build(spec, batch, size)
+    def __init__(
+        self, title: str, model: nn.Module, x: Tensor, autocast: torch.dtype | None = None
+    ) -> None:
+        self.title, self.model, self.x, self.autocast = title, model, x, autocast
         with torch.no_grad():
-            *shape, classes = _logits(copy.deepcopy(self.model)(self.x)).shape
-        self.labels = torch.randint(0, classes, shape).flatten()
+            *shape, classes = _logits(copy.deepcopy(model)(x)).shape
+        self.labels = torch.randint(0, classes, shape, device=x.device).flatten()
+
+    @classmethod
+    def of_spec(cls, spec: str, batch: int, size: int | None, device: str = "cpu") -> Task:
+        """A model with random weights, by a spec as for ``dropit-fx report``.
+
+        Args:
+            spec: Of the model.
+            batch: Batch size.
+            size: Height and width of images; None: the model's own.
+            device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+
+        Raises:
+            SpecError: There is no such model or device.
+        """
+        place = find_device(device)
+        torch.manual_seed(0)
+        model, (x,) = build(spec, batch, size)
+        return cls(f"{spec}, batch {batch}", model.to(place), x.to(place))
 
     def loss(self, run: Callable[..., Any]) -> Tensor:
         """Cross entropy of what ``run`` says of the batch, over every position."""
-        return F.cross_entropy(_logits(run(self.x)).flatten(0, -2), self.labels)
+        kind = self.x.device.type
+        with torch.autocast(kind, self.autocast, enabled=self.autocast is not None):
+            return F.cross_entropy(_logits(run(self.x)).flatten(0, -2), self.labels)
+
+    def timed(self, step: Step) -> float:
+        """Seconds of a step, with all that it leaves for the device to do."""
+        cuda = self.x.is_cuda
+        if cuda:
+            torch.cuda.synchronize(self.x.device)
+        start = time.perf_counter()
+        step()
+        if cuda:
+            torch.cuda.synchronize(self.x.device)
+        return time.perf_counter() - start
 
     def step(self, model: nn.Module, run: Callable[..., Any]) -> tuple[Step, torch.optim.Optimizer]:
         """Forward, loss, backward and one update by SGD with momentum; and what updates."""
@@ -81,6 +113,7 @@ def bench_step(
     bits: int | None = None,
     rounds: int = 7,
     compiled: bool = True,
+    device: str = "cpu",
     json_path: str | None = None,
 ) -> dict[str, Any]:
     """Times the steps of one model and counts what each variant saves.
@@ -94,6 +127,7 @@ def bench_step(
         bits: As for ``transform``.
         rounds: Steps of each variant that are counted, after one that is not.
         compiled: Also compile the dense and the packed model with inductor.
+        device: Where they run.
         json_path: Where to write the result.
 
     Returns:
@@ -105,7 +139,7 @@ def bench_step(
     sugar: dict[str, Any] = {
         k: v for k, v in {"gamma": gamma, "bits": bits}.items() if v is not None
     }
-    task = Task(model, batch, size)
+    task = Task.of_spec(model, batch, size, device)
     dense = task.model
     runs: Runs = {"eager, dense": (dense, dense)}
     for preset in presets:
@@ -124,7 +158,8 @@ def bench_step(
     Console().print(table(task.title, result))
     if json_path is not None:
         with open(json_path, "w") as file:
-            json.dump({"model": model, "batch": batch, **sugar, "variants": result}, file, indent=2)
+            about = {"model": model, "batch": batch, "device": device, **sugar}
+            json.dump(about | {"variants": result}, file, indent=2)
     return result
 
 
@@ -159,9 +194,7 @@ def take_turns(task: Task, runs: Runs, rounds: int, base: Callable[[str], str]) 
         for number in range(rounds):
             for name, step in steps.items():
                 progress.update(bar, description=f"round {number + 1}: {name}")
-                start = time.perf_counter()
-                step()
-                times[name].append(time.perf_counter() - start)
+                times[name].append(task.timed(step))
                 progress.advance(bar)
     for name, row in result.items():
         dense = base(name)

@@ -121,6 +121,7 @@ def _add_benches(parser: argparse.ArgumentParser) -> None:
         step.add_argument(f"--{name}", type=kind, help=text)
     step.add_argument("--rounds", type=_positive, default=7, help="timed steps (default: 7)")
     step.add_argument("--no-compile", action="store_true", help="eager only, much quicker")
+    bench.add_device(step)
     step.add_argument("--json", metavar="FILE", help="write the figures to FILE too")
     step.set_defaults(run=_bench_step)
 
@@ -144,6 +145,7 @@ def _add_benches(parser: argparse.ArgumentParser) -> None:
     inner = ("inductor", "aot_eager", "aot_eager_decomp_partition")
     pareto.add_argument("--inner", choices=inner, default="inductor", help="what compiles them")
     pareto.add_argument("--rounds", type=_positive, default=7, help="timed steps (default: 7)")
+    bench.add_device(pareto)
     pareto.add_argument("--json", metavar="FILE", help="write the figures to FILE too")
     pareto.add_argument("--plot", metavar="FILE", help="draw it as .png, .svg or .pdf")
     pareto.set_defaults(run=_bench_pareto)
@@ -151,6 +153,15 @@ def _add_benches(parser: argparse.ArgumentParser) -> None:
     kernels = benches.add_parser("kernels", help="time of packing and unpacking")
     bench.add_kernels_arguments(kernels)
     kernels.set_defaults(run=lambda options: _bench(bench.kernels, options))
+
+    gpu = benches.add_parser(
+        "gpu",
+        help="everything about this machine's GPU, in nine minutes",
+        description="Measures training steps of models and the kernels, the most wanted first,"
+        " until the time is up. A second run goes on where the first stopped.",
+    )
+    bench.add_gpu_arguments(gpu)
+    gpu.set_defaults(run=lambda options: _bench(bench.gpu, options))
 
     formats = benches.add_parser("formats", help="bits and gradient error of every format")
     bench.add_formats_arguments(formats)
@@ -314,6 +325,7 @@ def _bench_step(options: argparse.Namespace) -> int:
         bits=options.bits,
         rounds=options.rounds,
         compiled=not options.no_compile,
+        device=options.device,
         json_path=options.json,
     )
     return 0
@@ -329,6 +341,7 @@ def _bench_pareto(options: argparse.Namespace) -> int:
         only=options.variants,
         inner=options.inner,
         rounds=options.rounds,
+        device=options.device,
         json_path=options.json,
         plot_path=options.plot,
     )

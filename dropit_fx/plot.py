@@ -293,6 +293,52 @@ def _draw_costs(
         _legend_below(axes, -0.1, columns=2)
 
 
+def gpu_picture(result: Mapping[str, Any], path: str | PathLike[str]) -> None:
+    """Draws peak memory over time of the models' steps, one panel a model; down and left is better.
+
+    Args:
+        result: What ``bench_gpu.bench_gpu`` returns.
+        path: Its suffix says the format: PNG, SVG, PDF.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+        ValueError: No step of a model has been measured, or matplotlib does not know the suffix.
+    """
+    from dropit_fx.bench_pareto import _label
+    from dropit_fx.gpu_models import MODELS
+
+    steps = [r for r in result["rows"] if r["kind"] == "model" and r.get("peak_bytes")]
+    if not steps:
+        raise ValueError("no step has a peak of memory to draw")
+    names = [name for name in MODELS if any(r["model"] == name for r in steps)]
+    columns = min(3, len(names))
+    height = -(-len(names) // columns)
+    figure = _figure_class()(figsize=(5.5 * columns, 4.6 * height), layout="constrained")
+    grid = figure.subplots(height, columns, squeeze=False).flatten()
+    for axes in grid[len(names) :]:
+        axes.remove()
+    modes = (("eager", CODEC_COLOURS[0], "o"), ("compiled", CODEC_COLOURS[2], "s"))
+    legend: dict[str, Any] = {}
+    for axes, name in zip(grid, names, strict=False):
+        places: dict[str, tuple[float, float]] = {}
+        for mode, colour, marker in modes:
+            mine = [r for r in steps if (r["model"], r["mode"]) == (name, mode)]
+            at = [(1e3 * r["step_seconds"], r["peak_bytes"] / MIB) for r in mine]
+            if at:
+                axes.scatter(*zip(*at, strict=True), c=colour, marker=marker, s=40, label=mode)
+            marks = {"eager": "", "compiled": ", compiled"}[mode]
+            places |= {r["variant"] + marks: p for r, p in zip(mine, at, strict=True)}
+        _finish(axes, MODELS[name].title, "peak, MiB")
+        axes.set_xlabel("ms a step")
+        axes.margins(0.2)
+        axes.set_ylim(0, 1.15 * max(peak for _, peak in places.values()))
+        legend |= {text: dot for dot, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+        _label(axes, places)
+    figure.legend(legend.values(), legend.keys(), loc="outside upper right", frameon=False)
+    figure.suptitle(f"forward and backward on {result['card']}, bf16 autocast", color=INK)
+    figure.savefig(path, dpi=110)
+
+
 def _legend_below(axes: Any, depth: float, columns: int = 4) -> None:
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, depth), "borderaxespad": 0}
     axes.legend(

@@ -294,11 +294,66 @@ def kernels_table(results: dict[str, Any]) -> str:
     return markdown(["format", "bits an element", "pack", "unpack"], rows) + "\n\n" + note
 
 
+def gpu() -> str:
+    """A table for each card that `make gpu` has run on, or that there was none."""
+    parts = [gpu_tables(path) for path in sorted((ROOT / FIGURES).glob("gpu_*.json"))]
+    if not parts:
+        return (
+            "**Nothing has been measured on a GPU.** `make gpu` does it on a machine that has one:"
+            " the tests of `tests/gpu/`, then models and kernels, in nine minutes."
+        )
+    return "\n\n".join(parts)
+
+
+def gpu_tables(path: Path) -> str:
+    from dropit_fx.gpu_tables import (
+        KERNEL_HEAD,
+        MODEL_HEAD,
+        kernel_cells,
+        line_of_tests,
+        model_cells,
+    )
+
+    result = json.loads(path.read_text())
+    versions = ("driver", "torch", "triton", "python", "timm", "transformers")
+    about = ", ".join(f"{name} {result[name]}" for name in versions if result[name])
+    parts = [f"`make gpu` on one {result['card']} ({about}; {result['date']})"]
+    if result["tests"]:
+        parts[0] += f"; {line_of_tests(result['tests'])}"
+    if lines := model_cells(result["rows"]):
+        note = (
+            "bf16 autocast. Saved: what autograd keeps, counted by storage (of `save_on_cpu`, on"
+            " the host). Peak: of PyTorch's allocator over a forward and its backward, gradients"
+            " included, above the level before. Shares are of the dense step of the same mode."
+            " Time: median, with the optimizer. Cosine: with the gradient of the dense step, all"
+            " parameters; of a dense step, with its own second gradient."
+        )
+        parts += [markdown(MODEL_HEAD, lines), note]
+    picture = path.with_suffix(".png")
+    if picture.exists():
+        parts.append(f"![Peak memory against time]({picture.relative_to(ROOT)})")
+    if lines := kernel_cells(result["rows"]):
+        note = (
+            "One bfloat16 tensor, larger than the caches. Of a copy: bytes read and written once, a"
+            " second, of what a copy on the device moves. Transient: bytes an element of temporary"
+            " memory, beyond what comes out."
+        )
+        parts += [markdown(KERNEL_HEAD, lines), note]
+    trees = {row["sources"] for row in result["rows"]}
+    if result["left_out"] or len(trees) > 1:
+        parts.append(
+            f"{len(result['left_out'])} rows had no time; the others were measured with"
+            f" {len(trees)} version{'s' * (len(trees) > 1)} of the sources."
+        )
+    return "\n\n".join(parts)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "codecs": codecs,
     "ops": ops,
     "layout": layout,
     "measured": measured,
+    "gpu": gpu,
 }
 
 if __name__ == "__main__":

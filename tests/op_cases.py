@@ -118,7 +118,7 @@ def run(
 def cotangent(out: Tensor) -> Tensor:
     """The random gradient of ``out`` that :func:`run` begins with."""
     generator = torch.Generator().manual_seed(11)
-    return torch.randn(out.shape, generator=generator).to(out.dtype)
+    return torch.randn(out.shape, generator=generator).to(out)
 
 
 def assert_same(a: Any, b: Any) -> None:
