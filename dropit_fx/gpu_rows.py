@@ -270,8 +270,7 @@ def _by_channel(options: dict[str, Any]) -> Callable[[Tensor], tuple[Tensor, ...
 def _unpack_channels(options: dict[str, Any]) -> Callable[[tuple[Tensor, ...], Tensor], Tensor]:
     def unpack(parts: tuple[Tensor, ...], x: Tensor) -> Tensor:
         said = tuple((options | {"by_channel": True}).items())
-        entry = packed_call._entry("input", packed_call.Packed(parts, "quant", said, x.dtype))
-        return packed_call._value(entry, parts, packed_call._layout(x))
+        return packed_call.unpack(packed_call.Packed(parts, "quant", said, x.dtype), x)
 
     return unpack
 

@@ -272,6 +272,11 @@ def _value(entry: _Entry, parts: tuple[Tensor, ...], layout: _Layout) -> Tensor:
     return value.mul_(deviation).add_(mean)
 
 
+def unpack(packed: Packed, like: Tensor) -> Tensor:
+    """What was packed, read back in the shape and the memory order of ``like``."""
+    return _value(_entry("x", packed), packed.parts, _layout(like))
+
+
 def _derive(recipe: tuple[Any, ...], parts: tuple[Tensor, ...]) -> Tensor:
     """Makes a derived value again: 1-D, in the memory order of the tensor that it stands for."""
     rule_name, plain, entries, layouts, (_, _, order, _, _) = recipe

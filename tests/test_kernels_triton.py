@@ -92,18 +92,19 @@ def test_the_presets_have_the_formats_that_are_compiled_here() -> None:
 def test_a_format_compiles_without_spills_and_in_wide_accesses(
     form: Format, dtype: torch.dtype, capability: int
 ) -> None:
-    keep, block, bits, _, _ = form
+    keep, block, _, _, _ = form
     pack, unpack = both_ways(DEIT, dtype, form)
     packing, unpacking = pack.build(capability), unpack.build(capability)
-    # a codebook of 8192 elements is the one format that passes what a thread has
-    crowded = keep < FULL and block == LARGEST_BLOCK and bits == 3
-    assert packing.spills <= (160 if crowded else 0)
-    assert unpacking.spills == 0
-    assert packing.registers <= (255 if keep < FULL else 168)
-    assert unpacking.registers <= 128
-    # more than 48 KiB would have to be asked for; on an SM with 100 KiB two programs have room
-    assert packing.shared <= (65536 if block == LARGEST_BLOCK else 8192)
-    assert unpacking.shared <= 4096
+    if form in FORMATS:
+        assert packing.spills == unpacking.spills == 0
+        # two warps, at least, for each of the four schedulers of an SM
+        assert packing.registers <= (255 if keep < FULL else 168)
+        assert unpacking.registers <= 128
+        assert max(packing.shared, unpacking.shared) <= 8192
+    else:  # a thread's share of 8192 elements is at the limit of what it may have
+        assert packing.spills <= 192
+        assert unpacking.spills <= 64
+        assert max(packing.shared, unpacking.shared) <= 65536  # an SM of sm_80 has 164 KiB
     assert 16 in packing.loads
     assert 16 in unpacking.stores
 

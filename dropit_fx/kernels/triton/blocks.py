@@ -631,7 +631,7 @@ def _unsparsify(
     keep, block, bits, layout = form
     out = values.new_empty(numel, dtype=dtype)
     k_full, k_tail = _kept_counts(numel, keep, block)
-    shape = unpack_tile(keep, block)
+    shape = unpack_tile(block)
     _unsparsify_kernel[block_grid(numel, block, shape)](
         out.view(INT_OF[dtype]),
         values.contiguous() if bits else values.contiguous().view(INT_OF[dtype]),

@@ -42,9 +42,9 @@ def pack_tile(keep: int, block: int, bits: int, layout: int, stochastic: bool) -
     return _tile(block, (1 + crowded) * (1 + (selects and block > _TILE)))
 
 
-def unpack_tile(keep: int, block: int) -> Tile:
+def unpack_tile(block: int) -> Tile:
     """The tile of a program that unpacks."""
-    return _tile(block, 2 if keep < FULL else 1)
+    return _tile(block, 2)
 
 
 def _tile(block: int, share: int) -> Tile:
