@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from dropit_fx import runs
 from dropit_fx.core_types import OpRule
@@ -392,21 +393,34 @@ def group_norm(grad: Tensor, saved: Saved, call: Call) -> Grads:
 
 
 def batch_norm(grad: Tensor, saved: Saved, call: Call) -> Grads:
-    """ATen's own, with the statistics of the exact input; the running ones in eval mode."""
+    """ATen's own, with the statistics of the exact input; the running ones in eval mode.
+
+    On CUDA, in training and with weight and bias, it asks for the kernel as the forward did.
+    """
     names = ("input", "weight", "bias")
     training = bool(call.args["training"])
-    grads = aten.native_batch_norm_backward(
+    x = saved["input"]
+    asks = x.is_cuda and training and {"weight", "bias"} <= call.shapes.keys()
+    with_stats = asks or not training
+    arguments = [
         grad,
-        saved["input"],
+        x,
         saved["weight"] if "weight" in call.shapes else None,
-        saved["running_mean"] if "running_mean" in call.shapes and not training else None,
-        saved["running_var"] if "running_var" in call.shapes and not training else None,
+        saved["running_mean"] if "running_mean" in call.shapes and with_stats else None,
+        saved["running_var"] if "running_var" in call.shapes and with_stats else None,
         saved["mean"],
         saved["invstd"],
         training,
         call.args["eps"],
         [n in call.needs for n in names],
-    )
+    ]
+    if asks:
+        layout = suggest_memory_format(x)
+        arguments[:2] = [t.contiguous(memory_format=layout) for t in (grad, x)]
+        # a copy: cuDNN may write into it, and the backward works twice
+        grads = aten.batch_norm_backward(*arguments, saved["reserve"].clone())
+    else:
+        grads = aten.native_batch_norm_backward(*arguments)
     return dict(zip(names, grads, strict=True))
 
 

@@ -55,6 +55,8 @@ class Read:
             f in ``step_tables``, ``""`` where there is no table for these arguments.
         by_channel: The backward divides by the deviation of each channel (dimension 1): what rounds
             it must round each channel around its own mean and in units of that deviation.
+        nbytes: For what the op makes itself in a size that fake tensors do not tell: from the
+            call's arguments to its bytes.
     """
 
     operand: str
@@ -66,6 +68,7 @@ class Read:
     between: Callable[[Mapping[str, Any]], tuple[Any, Any]] | None = None
     function: Callable[[Mapping[str, Any]], str] | None = None
     by_channel: bool = False
+    nbytes: Callable[[Mapping[str, Any]], int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

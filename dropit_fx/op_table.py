@@ -579,6 +579,14 @@ OP_RULES: tuple[OpRule, ...] = (
         ),
         reads=(
             *_norm("mean", "invstd", by_channel=True),
+            Read(
+                operand="reserve",
+                use=Use.REDUCE,
+                needed_by=("input", "weight"),
+                lossy=False,
+                like="",
+                nbytes=runs.reserve_nbytes,
+            ),
             # of the statistics, only eval mode reads values
             Read(
                 operand="running_mean", use=Use.REDUCE, needed_by=("input", "weight"), lossy=False

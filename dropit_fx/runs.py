@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -360,10 +360,23 @@ def batch_norm_saving(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    out, mean, invstd = torch.native_batch_norm(
-        input, weight, bias, running_mean, running_var, training, momentum, eps
+    # what F.batch_norm itself calls: on CUDA it takes cuDNN's kernel or the native one
+    out, mean, invstd, reserve, _ = torch._batch_norm_impl_index(
+        input, weight, bias, running_mean, running_var, training, momentum, eps, _cudnn_enabled()
     )
-    return out, {"mean": mean, "invstd": invstd}
+    return out, {"mean": mean, "invstd": invstd, "reserve": reserve}
+
+
+def _cudnn_enabled() -> bool:
+    return bool(torch.backends.cudnn.enabled)
+
+
+def reserve_nbytes(args: Mapping[str, Any]) -> int:
+    """Bytes of what cuDNN's batch norm hands to its backward, which a fake tensor leaves out."""
+    x = args["input"]
+    if not (x.is_cuda and torch.cuda.is_available() and args["training"]):
+        return 0
+    return int(torch._C._get_cudnn_batch_norm_reserve_space_size(x, True))
 
 
 def layer_norm_again(

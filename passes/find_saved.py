@@ -58,6 +58,7 @@ class _Kept:
     node: fx.Node
     tensor: Tensor
     dense: bool = True  # by autograd, not by a packed call
+    nbytes: int = 0  # at least, where the fake tensor is too small
 
 
 @dataclass
@@ -297,7 +298,9 @@ class _Probe(fx.Interpreter):
         storage = storage_id(tensor)
         if storage not in self.stories:
             self.stories[storage] = _Story(owner=f"{n.name}.{operand}")
-        self.kept.append(_Kept(n, tensor, dense))
+        self.kept.append(
+            _Kept(n, tensor, dense, read.nbytes(operands) if read and read.nbytes else 0)
+        )
         known = self.reads.setdefault(storage, [])
         if any(r.node == n.name and r.operand == operand for r in known):
             return
@@ -338,7 +341,7 @@ class _Probe(fx.Interpreter):
             story = self.stories[storage]
             yield Site(
                 name=story.owner,
-                nbytes=kept.tensor.untyped_storage().nbytes(),
+                nbytes=max(kept.nbytes, kept.tensor.untyped_storage().nbytes()),
                 reads=tuple(self.reads[storage]),
                 alive=story.alive,
                 dense=storage in dense,
