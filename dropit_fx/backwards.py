@@ -273,8 +273,8 @@ def dropout(grad: Tensor, saved: Saved, call: Call) -> Grads:
     """``dX = dY * mask / (1 - p)``."""
     p = call.args["p"]
     scale = 0.0 if p == 1 else 1 / (1 - p)
-    if grad.is_cpu and type(grad) is Tensor:
-        # eager on CPU, autograd multiplies by a tensor: the scale has been rounded to its dtype
+    if (grad.is_cpu or call.args["inplace"]) and type(grad) is Tensor:
+        # there autograd, in eager mode, multiplies by a tensor: its dtype has rounded the scale
         scale = torch.tensor(scale, dtype=grad.dtype).item()
     return {"input": aten.native_dropout_backward(grad, saved["mask"], scale)}
 

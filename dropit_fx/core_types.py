@@ -80,6 +80,7 @@ class OpRule:
         targets: All spellings of the op in fx graphs: functions, ``OpOverload`` s, and for methods
             their name.
         orders: The names of the positional arguments, for spellings that order them otherwise.
+        ignored: Keyword arguments of some spellings that change nothing.
         reads: What its backward reads.
         run: The op itself, as a function of plain arguments; its signature names the operands.
         run_saving: For ops with reads that are no argument or result as it stands:
@@ -91,7 +92,8 @@ class OpRule:
         derive: Makes the result again, from the arguments of ``run`` and without side effects, at
             the cost of a pass over memory. A reader of the result may then live on what is packed
             of the operands. None where that costs more.
-        obstacle: Why the row does not cover a call (dropout in eval mode), or ``""``.
+        obstacle: From the arguments of a call, and its ``result`` where the row reads nothing, to
+            why the row does not cover it (dropout in eval mode), or ``""``.
     """
 
     name: str
@@ -101,6 +103,7 @@ class OpRule:
     run_saving: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None
     backward: Callable[..., dict[str, Tensor | None]] | None = None
     orders: Mapping[Any, tuple[str, ...]] = field(default_factory=dict)
+    ignored: frozenset[str] = frozenset({"_stacklevel", "cudnn_enabled", "cudnn_enable"})
     autocast: str = ""
     derive: Callable[..., Tensor] | None = None
     obstacle: Callable[[Mapping[str, Any]], str] = lambda args: ""
@@ -218,11 +221,13 @@ class Values:
     Attributes:
         alive: Values that stay whatever is packed, each with the reason; numbers among them.
         views: Views of all elements of another value -> that value.
+        lost: Values that the row of their op does not make again.
         stale: ``(reader, value)`` where the value was written to after its node had made it.
     """
 
     alive: Mapping[str, str] = field(default_factory=dict)
     views: Mapping[str, str] = field(default_factory=dict)
+    lost: frozenset[str] = frozenset()
     stale: frozenset[tuple[str, str]] = frozenset()
 
 

@@ -147,6 +147,14 @@ def _plain_where(args: Mapping[str, Any]) -> str:
     return "" if len(set(both)) <= 1 else "it joins two dtypes"
 
 
+def _no_cast(args: Mapping[str, Any]) -> str:
+    x, out = args["input"], args["result"]
+    floats = x.is_floating_point() and out.is_floating_point()
+    if not floats or x.dtype == out.dtype or x.device != out.device:
+        return "it is no cast from one floating-point dtype to another"
+    return ""
+
+
 def _indices(operand: str, table: str, bits: Callable[[Mapping[str, Any]], int]) -> Read:
     return Read(operand=operand, use=Use.SLOPE, needed_by=(table,), bits=bits, like=operand)
 
@@ -713,23 +721,48 @@ OP_RULES: tuple[OpRule, ...] = (
     ),
 )
 
+_CASTS = (
+    *("to", "type", "type_as", "float", "double", "half", "bfloat16"),
+    *(getattr(aten.to, overload) for overload in ("dtype", "dtype_layout", "device", "other")),
+    aten.type_as.default,
+    aten._to_copy.default,
+)
+
+_OF_CASTS = (
+    *("dtype", "dst_type", "tensor", "other", "device", "layout", "pin_memory"),
+    *("non_blocking", "copy", "memory_format"),
+)
+
 # Ops that save nothing: the rows are here for the values that are derived through them.
-SAVES_NOTHING: tuple[OpRule, ...] = tuple(
+SAVES_NOTHING: tuple[OpRule, ...] = (
+    *(
+        OpRule(
+            name=name,
+            targets=(
+                getattr(operator, name),
+                getattr(operator, f"i{name}"),
+                getattr(torch, name),
+                name,
+                f"__{name}__",
+                getattr(aten, name).Tensor,
+            ),
+            reads=(),
+            run=getattr(runs, name),
+            derive=getattr(runs, name),
+        )
+        for name in ("add", "sub")
+    ),
     OpRule(
-        name=name,
-        targets=(
-            getattr(operator, name),
-            getattr(operator, f"i{name}"),
-            getattr(torch, name),
-            name,
-            f"__{name}__",
-            getattr(aten, name).Tensor,
-        ),
+        name="to",
+        targets=_CASTS,
+        # to what it is cast, the result says
+        orders=dict.fromkeys(_CASTS, ("input",)),
+        ignored=frozenset(_OF_CASTS),
         reads=(),
-        run=getattr(runs, name),
-        derive=getattr(runs, name),
-    )
-    for name in ("add", "sub")
+        run=runs.to,
+        derive=runs.to,
+        obstacle=_no_cast,
+    ),
 )
 
 # What is recomputed keeps its inputs. `packed_checkpoint` runs this row.
@@ -759,9 +792,6 @@ def add_row(rule: OpRule) -> None:
 
 for _rule in (*OP_RULES, *SAVES_NOTHING, CHECKPOINT):
     add_row(_rule)
-
-# Arguments that change nothing.
-_MEANINGLESS = {"_stacklevel", "cudnn_enabled", "cudnn_enable"}
 
 # Some spellings call an argument otherwise.
 _ALIASES = {"self": "input", "train": "training", "mat1": "input", "batch1": "input"}
@@ -802,7 +832,7 @@ def bind(
     if order is not None:
         known |= dict(zip(order, args, strict=False))
         args = ()
-    for name in _MEANINGLESS - set(signature.parameters):
+    for name in rule.ignored - set(signature.parameters):
         known.pop(name, None)
     try:
         bound = signature.bind(*args, **known)

@@ -105,6 +105,9 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
 def dropout_saving(
     input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
+    if inplace and input.is_cuda:  # other random numbers there than those of the fused kernel
+        scaled = torch.empty_like(input).bernoulli_(1 - p).div_(1 - p)
+        return input * scaled, {"mask": scaled != 0}
     # draws the same random numbers as F.dropout, whose own saved tensor is a mask of floats
     out, mask = torch.native_dropout(input, p, True)
     return out, {"mask": mask}
@@ -266,6 +269,11 @@ def pow(input: Any, exponent: Any) -> Tensor:
     return torch.pow(input, exponent)
 
 
+def to(input: Tensor) -> Tensor:
+    """``input`` itself: a value that is made again takes the dtype of the one it stands for."""
+    return input
+
+
 # Normalisation: the statistics are made once, and kept as they are.
 
 
@@ -376,7 +384,8 @@ def reserve_nbytes(args: Mapping[str, Any]) -> int:
     x = args["input"]
     if not (x.is_cuda and torch.cuda.is_available() and args["training"]):
         return 0
-    return int(torch._C._get_cudnn_batch_norm_reserve_space_size(x, True))
+    nbytes = torch._C._get_cudnn_batch_norm_reserve_space_size(x, True)  # type: ignore[attr-defined]
+    return int(nbytes)
 
 
 def layer_norm_again(

@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 
 from dropit_fx.core_types import INSIDE, OpRule, Plan, Read, SavedRead, Site, Use, Values
 from dropit_fx.fake import fake_mode_of, fake_state, storage_id
-from dropit_fx.op_table import CHECKPOINT, bind, is_inplace, reads_of, rule_of
+from dropit_fx.op_table import CHECKPOINT, bind, derivable_rule_of, is_inplace, reads_of, rule_of
 from dropit_fx.packed_call import memory_order
 from dropit_fx.provenance import node_module, node_where
 
@@ -101,6 +101,7 @@ class _Probe(fx.Interpreter):
         self._made: dict[str, int] = {}  # the version of each node's result, when it was made
         self._alive: dict[str, str] = {}
         self._views: dict[str, str] = {}
+        self._lost: set[str] = set()
         self._stale: set[tuple[str, str]] = set()
         self._order = {n: i for i, n in enumerate(plan.module.graph.nodes)}
 
@@ -149,12 +150,12 @@ class _Probe(fx.Interpreter):
             for tensor in pytree.tree_leaves(result):
                 if isinstance(tensor, Tensor) and not self.stories[storage_id(tensor)].alive:
                     self.stories[storage_id(tensor)].alive = "a model output"
-        self._describe(n, result)
+        self._describe(n, args, kwargs, result)
         self._explain(n, args, kwargs, result, mine)
         return result
 
-    def _describe(self, n: fx.Node, result: Any) -> None:
-        """What later passes ask of a value: does it stay, is it a view of another?"""
+    def _describe(self, n: fx.Node, args: Any, kwargs: Any, result: Any) -> None:
+        """What later passes ask of a value: does it stay, is it a view, can it be made again?"""
         if not isinstance(result, Tensor):
             if not pytree.tree_any(lambda leaf: isinstance(leaf, Tensor), result):
                 self._alive[n.name] = "a number"
@@ -175,9 +176,20 @@ class _Probe(fx.Interpreter):
             ):
                 self._views[n.name] = operand.name
 
+        rule = derivable_rule_of(n)
+        if rule is not None and not rule.reads:
+            values = bind(rule, args, kwargs, n.target)
+            if values is not None and rule.obstacle(values | {"result": result}):
+                self._lost.add(n.name)
+
     def result(self) -> Plan:
         """The plan with all that was found."""
-        values = Values(alive=self._alive, views=self._views, stale=frozenset(self._stale))
+        values = Values(
+            alive=self._alive,
+            views=self._views,
+            lost=frozenset(self._lost),
+            stale=frozenset(self._stale),
+        )
         return replace(self.plan, sites=tuple(self.sites()), values=values, bodies=self.bodies)
 
     def _run_body(self, n: fx.Node, args: tuple[Any, ...]) -> Any:

@@ -160,7 +160,11 @@ def tensors_in(formula: str, schema: str) -> set[str]:
     )
     formula = re.sub(r"\w+->sym_sizes\(\)", "", formula)
     names = re.findall(r"Tensor\??(?:\([^)]*\))?\s+(\w+)", schema)
-    return {n for n in [*names, "result", "result1", "result2", "result3"] if re.search(rf"\b{n}\b", formula)}
+    return {
+        n
+        for n in [*names, "result", "result1", "result2", "result3"]
+        if re.search(rf"\b{n}\b", formula)
+    }
 
 
 @pytest.mark.parametrize("name", [r.name for r in OP_RULES])
