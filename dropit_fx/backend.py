@@ -129,7 +129,7 @@ def _compile(
     config = make_config(ours.pop("config"), **ours)  # type: ignore[arg-type]
     compiler = _inner(inner)
     if compiler is _inductor:
-        channels_last(gm)
+        channels_last(gm, _patches(mode, options))
     record = rewrite_dynamo_graph(gm, example_inputs, config)
     return compiler(gm, example_inputs, mode, options, record)
 
@@ -204,6 +204,12 @@ def _guard(base: Callable[..., Any] | None, record: CompiledGraph | None) -> Kee
     return KeepPacked(base, record.partitions.append, record.report.dense_bytes)
 
 
+def _patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the caller changes of inductor's config."""
+    patches = dict(torch._inductor.list_mode_options(mode)) if mode else {}
+    return patches | {k.replace("-", "_"): v for k, v in options.items()}
+
+
 def _inductor(
     gm: fx.GraphModule,
     example_inputs: list[Any],
@@ -213,8 +219,7 @@ def _inductor(
 ) -> Compiled:
     from torch._inductor.compile_fx import compile_fx
 
-    patches = dict(torch._inductor.list_mode_options(mode)) if mode else {}
-    patches |= {k.replace("-", "_"): v for k, v in options.items()}
+    patches = _patches(mode, options)
     patches["custom_partitioner_fn"] = _guard(patches.get("custom_partitioner_fn"), record)
     passes = patches.get("post_grad_custom_post_pass") or []
     passes = list(passes) if isinstance(passes, list | tuple) else [passes]
