@@ -325,6 +325,7 @@ OP_RULES: tuple[OpRule, ...] = (
             aten.dropout.default,
             aten.dropout_.default,
         ),
+        orders=dict.fromkeys((torch.dropout_, aten.dropout_.default), ("input", "p", "training")),
         reads=(Read(operand="mask", use=Use.SLOPE, needed_by=("input",), bits=_one_bit),),
         run=runs.dropout,
         run_saving=runs.dropout_saving,
@@ -845,6 +846,8 @@ def bind(
             named |= {f"{name}.{i}": v for i, v in enumerate(value)}
         else:
             named[name] = value
+    if "inplace" in named and _writes(target):
+        named["inplace"] = True
     return named
 
 
@@ -865,9 +868,13 @@ def inputs_of(rule: OpRule) -> tuple[str, ...]:
 
 def is_inplace(node: fx.Node, args: Mapping[str, Any]) -> bool:
     """Whether the call writes into its input."""
-    if args.get("inplace") or node.target is operator.imul:
+    return bool(args.get("inplace")) or _writes(node.target)
+
+
+def _writes(target: Any) -> bool:
+    if target is operator.imul:
         return True
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if isinstance(node.target, torch._ops.OpOverload):
-        name = node.target._schema.name
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if isinstance(target, torch._ops.OpOverload):
+        name = target._schema.name
     return name.endswith("_") and not name.endswith("__")
