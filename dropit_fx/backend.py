@@ -137,7 +137,7 @@ def _compile(
     config = make_config(ours.pop("config"), **ours)  # type: ignore[arg-type]
     compiler = _inner(inner)
     if compiler is _inductor:
-        channels_last(gm)
+        channels_last(gm, _patches(mode, options))
     record = rewrite_dynamo_graph(gm, example_inputs, config)
     return compiler(gm, example_inputs, mode, options, record)
 
@@ -212,6 +212,14 @@ def _guard(base: Callable[..., Any] | None, record: CompiledGraph | None) -> Kee
     return KeepPacked(base, record.partitions.append, record.report.dense_bytes)
 
 
+def _patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the caller changes of inductor's config."""
+    from dropit_fx.private import list_mode_options
+
+    patches = dict(list_mode_options(mode)) if mode else {}
+    return patches | {k.replace("-", "_"): v for k, v in options.items()}
+
+
 def _inductor(
     gm: fx.GraphModule,
     example_inputs: list[Any],
@@ -219,10 +227,9 @@ def _inductor(
     options: dict[str, Any],
     record: CompiledGraph | None,
 ) -> Compiled:
-    from dropit_fx.private import compile_fx, list_mode_options
+    from dropit_fx.private import compile_fx
 
-    patches = dict(list_mode_options(mode)) if mode else {}
-    patches |= {k.replace("-", "_"): v for k, v in options.items()}
+    patches = _patches(mode, options)
     patches[PARTITIONER] = _guard(patches.get(PARTITIONER), record)
     if inductor_has(POST_PASS):
         patches[POST_PASS] = in_turn(patches.get(POST_PASS), ReturnInputsAsTheyAre())

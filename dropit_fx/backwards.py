@@ -27,7 +27,11 @@ from torch import Tensor
 from dropit_fx import runs
 from dropit_fx.core_types import OpRule
 from dropit_fx.kernels import attention as attention_kernel
-from dropit_fx.private import log_softmax_backward_data, softmax_backward_data
+from dropit_fx.private import (
+    log_softmax_backward_data,
+    softmax_backward_data,
+    suggest_memory_format,
+)
 
 Grads = dict[str, Tensor | None]
 aten = torch.ops.aten
@@ -273,8 +277,8 @@ def dropout(grad: Tensor, saved: Saved, call: Call) -> Grads:
     """``dX = dY * mask / (1 - p)``."""
     p = call.args["p"]
     scale = 0.0 if p == 1 else 1 / (1 - p)
-    if grad.is_cpu and type(grad) is Tensor:
-        # eager on CPU, autograd multiplies by a tensor: the scale has been rounded to its dtype
+    if (grad.is_cpu or call.args["inplace"]) and type(grad) is Tensor:
+        # there autograd, in eager mode, multiplies by a tensor: its dtype has rounded the scale
         scale = torch.tensor(scale, dtype=grad.dtype).item()
     return {"input": aten.native_dropout_backward(grad, saved["mask"], scale)}
 
@@ -393,21 +397,34 @@ def group_norm(grad: Tensor, saved: Saved, call: Call) -> Grads:
 
 
 def batch_norm(grad: Tensor, saved: Saved, call: Call) -> Grads:
-    """ATen's own, with the statistics of the exact input; the running ones in eval mode."""
+    """ATen's own, with the statistics of the exact input; the running ones in eval mode.
+
+    On CUDA, in training and with weight and bias, it asks for the kernel as the forward did.
+    """
     names = ("input", "weight", "bias")
     training = bool(call.args["training"])
-    grads = aten.native_batch_norm_backward(
+    x = saved["input"]
+    asks = x.is_cuda and training and {"weight", "bias"} <= call.shapes.keys()
+    with_stats = asks or not training
+    arguments = [
         grad,
-        saved["input"],
+        x,
         saved["weight"] if "weight" in call.shapes else None,
-        saved["running_mean"] if "running_mean" in call.shapes and not training else None,
-        saved["running_var"] if "running_var" in call.shapes and not training else None,
+        saved["running_mean"] if "running_mean" in call.shapes and with_stats else None,
+        saved["running_var"] if "running_var" in call.shapes and with_stats else None,
         saved["mean"],
         saved["invstd"],
         training,
         call.args["eps"],
         [n in call.needs for n in names],
-    )
+    ]
+    if asks:
+        layout = suggest_memory_format(x)
+        arguments[:2] = [t.contiguous(memory_format=layout) for t in (grad, x)]
+        # a copy: cuDNN may write into it, and the backward works twice
+        grads = aten.batch_norm_backward(*arguments, saved["reserve"].clone())
+    else:
+        grads = aten.native_batch_norm_backward(*arguments)
     return dict(zip(names, grads, strict=True))
 
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from dropit_fx.private import STACKLEVEL
+
 if TYPE_CHECKING:
     from dropit_fx.config import Config
 
@@ -55,6 +57,8 @@ class Read:
             f in ``step_tables``, ``""`` where there is no table for these arguments.
         by_channel: The backward divides by the deviation of each channel (dimension 1): what rounds
             it must round each channel around its own mean and in units of that deviation.
+        nbytes: For what the op makes itself in a size that fake tensors do not tell: from the
+            call's arguments to its bytes.
     """
 
     operand: str
@@ -66,6 +70,7 @@ class Read:
     between: Callable[[Mapping[str, Any]], tuple[Any, Any]] | None = None
     function: Callable[[Mapping[str, Any]], str] | None = None
     by_channel: bool = False
+    nbytes: Callable[[Mapping[str, Any]], int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +82,7 @@ class OpRule:
         targets: All spellings of the op in fx graphs: functions, ``OpOverload`` s, and for methods
             their name.
         orders: The names of the positional arguments, for spellings that order them otherwise.
+        ignored: Keyword arguments of some spellings that change nothing.
         reads: What its backward reads.
         run: The op itself, as a function of plain arguments; its signature names the operands.
         run_saving: For ops with reads that are no argument or result as it stands:
@@ -88,7 +94,8 @@ class OpRule:
         derive: Makes the result again, from the arguments of ``run`` and without side effects, at
             the cost of a pass over memory. A reader of the result may then live on what is packed
             of the operands. None where that costs more.
-        obstacle: Why the row does not cover a call (dropout in eval mode), or ``""``.
+        obstacle: From the arguments of a call, and its ``result`` where the row reads nothing, to
+            why the row does not cover it (dropout in eval mode), or ``""``.
     """
 
     name: str
@@ -98,6 +105,7 @@ class OpRule:
     run_saving: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None
     backward: Callable[..., dict[str, Tensor | None]] | None = None
     orders: Mapping[Any, tuple[str, ...]] = field(default_factory=dict)
+    ignored: frozenset[str] = frozenset({STACKLEVEL, "cudnn_enabled", "cudnn_enable"})
     autocast: str = ""
     derive: Callable[..., Tensor] | None = None
     obstacle: Callable[[Mapping[str, Any]], str] = lambda args: ""
@@ -226,11 +234,13 @@ class Values:
     Attributes:
         alive: Values that stay whatever is packed, each with the reason; numbers among them.
         views: Views of all elements of another value -> that value.
+        lost: Values that the row of their op does not make again.
         stale: ``(reader, value)`` where the value was written to after its node had made it.
     """
 
     alive: Mapping[str, str] = field(default_factory=dict)
     views: Mapping[str, str] = field(default_factory=dict)
+    lost: frozenset[str] = frozenset()
     stale: frozenset[tuple[str, str]] = frozenset()
 
 

@@ -48,12 +48,17 @@ def concrete_fakes(values: Iterable[Any]) -> tuple[Any, ...]:
 
 
 def fakes_of(values: Iterable[Any]) -> tuple[Any, ...]:
-    """Fake tensors for real ones, in a mode of their own; other values as they are."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    return tuple(
-        _differentiable_as(v, mode.from_tensor(v.detach())) if isinstance(v, Tensor) else v
-        for v in values
-    )
+    """Fake tensors for real ones, and for fake ones in their own mode; other values as they are."""
+    values = tuple(values)
+    mode = fake_mode_of(values)
+
+    def fake(value: Tensor) -> Tensor:
+        leaf = value.detach()
+        return _differentiable_as(
+            value, leaf if isinstance(leaf, FakeTensor) else mode.from_tensor(leaf)
+        )
+
+    return tuple(fake(v) if isinstance(v, Tensor) else v for v in values)
 
 
 def _differentiable_as(value: Tensor, fake: Tensor) -> Tensor:

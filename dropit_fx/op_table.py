@@ -31,6 +31,7 @@ from dropit_fx.private import (
     c_nn,
     schema,
     tag_activation_checkpoint,
+    to_copy,
 )
 
 aten = torch.ops.aten
@@ -153,6 +154,14 @@ def _selective(args: Mapping[str, Any]) -> str:
 def _plain_where(args: Mapping[str, Any]) -> str:
     both = [args[n].dtype for n in ("input", "other") if isinstance(args[n], Tensor)]
     return "" if len(set(both)) <= 1 else "it joins two dtypes"
+
+
+def _no_cast(args: Mapping[str, Any]) -> str:
+    x, out = args["input"], args["result"]
+    floats = x.is_floating_point() and out.is_floating_point()
+    if not floats or x.dtype == out.dtype or x.device != out.device:
+        return "it is no cast from one floating-point dtype to another"
+    return ""
 
 
 def _indices(operand: str, table: str, bits: Callable[[Mapping[str, Any]], int]) -> Read:
@@ -325,6 +334,7 @@ OP_RULES: tuple[OpRule, ...] = (
             aten.dropout.default,
             aten.dropout_.default,
         ),
+        orders=dict.fromkeys((torch.dropout_, aten.dropout_.default), ("input", "p", "training")),
         reads=(Read(operand="mask", use=Use.SLOPE, needed_by=("input",), bits=_one_bit),),
         run=runs.dropout,
         run_saving=runs.dropout_saving,
@@ -587,6 +597,14 @@ OP_RULES: tuple[OpRule, ...] = (
         ),
         reads=(
             *_norm("mean", "invstd", by_channel=True),
+            Read(
+                operand="reserve",
+                use=Use.REDUCE,
+                needed_by=("input", "weight"),
+                lossy=False,
+                like="",
+                nbytes=runs.reserve_nbytes,
+            ),
             # of the statistics, only eval mode reads values
             Read(
                 operand="running_mean", use=Use.REDUCE, needed_by=("input", "weight"), lossy=False
@@ -713,23 +731,48 @@ OP_RULES: tuple[OpRule, ...] = (
     ),
 )
 
+_CASTS = (
+    *("to", "type", "type_as", "float", "double", "half", "bfloat16"),
+    *(getattr(aten.to, overload) for overload in ("dtype", "dtype_layout", "device", "other")),
+    aten.type_as.default,
+    to_copy.default,
+)
+
+_OF_CASTS = (
+    *("dtype", "dst_type", "tensor", "other", "device", "layout", "pin_memory"),
+    *("non_blocking", "copy", "memory_format"),
+)
+
 # Ops that save nothing: the rows are here for the values that are derived through them.
-SAVES_NOTHING: tuple[OpRule, ...] = tuple(
+SAVES_NOTHING: tuple[OpRule, ...] = (
+    *(
+        OpRule(
+            name=name,
+            targets=(
+                getattr(operator, name),
+                getattr(operator, f"i{name}"),
+                getattr(torch, name),
+                name,
+                f"__{name}__",
+                getattr(aten, name).Tensor,
+            ),
+            reads=(),
+            run=getattr(runs, name),
+            derive=getattr(runs, name),
+        )
+        for name in ("add", "sub")
+    ),
     OpRule(
-        name=name,
-        targets=(
-            getattr(operator, name),
-            getattr(operator, f"i{name}"),
-            getattr(torch, name),
-            name,
-            f"__{name}__",
-            getattr(aten, name).Tensor,
-        ),
+        name="to",
+        targets=_CASTS,
+        # to what it is cast, the result says
+        orders=dict.fromkeys(_CASTS, ("input",)),
+        ignored=frozenset(_OF_CASTS),
         reads=(),
-        run=getattr(runs, name),
-        derive=getattr(runs, name),
-    )
-    for name in ("add", "sub")
+        run=runs.to,
+        derive=runs.to,
+        obstacle=_no_cast,
+    ),
 )
 
 # What is recomputed keeps its inputs. `packed_checkpoint` runs this row.
@@ -759,9 +802,6 @@ def add_row(rule: OpRule) -> None:
 
 for _rule in (*OP_RULES, *SAVES_NOTHING, CHECKPOINT):
     add_row(_rule)
-
-# Arguments that change nothing.
-_MEANINGLESS = {STACKLEVEL, "cudnn_enabled", "cudnn_enable"}
 
 # Some spellings call an argument otherwise.
 _ALIASES = {"self": "input", "train": "training", "mat1": "input", "batch1": "input"}
@@ -802,7 +842,7 @@ def bind(
     if order is not None:
         known |= dict(zip(order, args, strict=False))
         args = ()
-    for name in _MEANINGLESS - set(signature.parameters):
+    for name in rule.ignored - set(signature.parameters):
         known.pop(name, None)
     try:
         bound = signature.bind(*args, **known)
@@ -815,6 +855,8 @@ def bind(
             named |= {f"{name}.{i}": v for i, v in enumerate(value)}
         else:
             named[name] = value
+    if "inplace" in named and _writes(target):
+        named["inplace"] = True
     return named
 
 
@@ -835,9 +877,13 @@ def inputs_of(rule: OpRule) -> tuple[str, ...]:
 
 def is_inplace(node: fx.Node, args: Mapping[str, Any]) -> bool:
     """Whether the call writes into its input."""
-    if args.get("inplace") or node.target is operator.imul:
+    return bool(args.get("inplace")) or _writes(node.target)
+
+
+def _writes(target: Any) -> bool:
+    if target is operator.imul:
         return True
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if isinstance(node.target, OpOverload):
-        name = schema(node.target).name
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if isinstance(target, OpOverload):
+        name = schema(target).name
     return name.endswith("_") and not name.endswith("__")

@@ -16,6 +16,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 from unittest import mock
 
@@ -60,11 +61,14 @@ if TYPE_CHECKING:
     from torch.nn.modules.conv import _ConvNd as ConvNd
     from torch.nn.utils.stateless import _reparametrize_module as reparametrize_module
 
+    batch_norm_impl_index: Callable[..., Any]
+    cudnn_reserve_nbytes: Callable[[Tensor, bool], int]
     set_hooks_tracing: Callable[[bool], bool]
     tag_activation_checkpoint: Callable[..., Any]
     log_softmax_backward_data: Callable[..., Tensor]
     softmax_backward_data: Callable[..., Tensor]
     native_batch_norm_legit: Any
+    to_copy: Any
 
 __all__ = [
     "SYMPY_INTERP",
@@ -80,7 +84,9 @@ __all__ = [
     "ShapeEnv",
     "StatelessSymbolicContext",
     "aot_autograd",
+    "batch_norm_impl_index",
     "compile_fx",
+    "cudnn_reserve_nbytes",
     "dont_skip_tracing",
     "get_hash_for_files",
     "get_qualified_name",
@@ -101,6 +107,7 @@ __all__ = [
     "softmax_backward_data",
     "suggest_memory_format",
     "tag_activation_checkpoint",
+    "to_copy",
     "unsafe_preserve_version_counter",
 ]
 
@@ -385,6 +392,21 @@ def inductor_has(option: str) -> bool:
 def takes_several_passes() -> bool:
     """Whether inductor's option for a pass takes a list of them."""
     return has("torch._inductor.custom_graph_pass.get_custom_graph_passes")
+
+
+def inductor_config(**values: Any) -> AbstractContextManager[Any]:
+    """Sets options of inductor's for the time of a block."""
+    return _patched("torch._inductor.config", **values)
+
+
+def decides_layout(graph: fx.Graph, is_inference: bool) -> bool:
+    """Whether inductor lays out the convolutions of a graph channels-last: its own decision."""
+    name = "torch._inductor.graph.GraphLowering.decide_layout_opt"
+    warn_of_missing(_BY_NAME[name].lack.part)
+    if not has(name):
+        return False
+    module = SimpleNamespace(graph=graph)  # nothing else of a module is read
+    return bool(look_up(name)(module, is_inference=is_inference))
 
 
 def memory_budget() -> float:

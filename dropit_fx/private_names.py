@@ -102,6 +102,11 @@ def _node() -> Any:
     return torch.ones(1, requires_grad=True).exp().grad_fn
 
 
+def _native_batch_norm(*arguments: Any) -> tuple[Any, ...]:
+    out, mean, invstd = torch.native_batch_norm(*arguments[:-1])
+    return out, mean, invstd, mean.new_empty(0, dtype=torch.uint8), 0
+
+
 _IMPORT = Lack("import dropit_fx", "`import dropit_fx` fails", vital=True)
 _CAPTURE = Lack("import dropit_fx", "dropit_fx.transform fails")
 _SEEN = Lack("import dropit_fx", "reports count what is saved wrongly, or fail")
@@ -255,6 +260,20 @@ TABLE: tuple[Name, ...] = (
         "mean and deviation of channels",
     ),
     Name(
+        "torch._batch_norm_impl_index",
+        _lack("on CUDA, batch norm runs PyTorch's own kernel where dense runs cuDNN's"),
+        "batch norm's forward in the kernel that F.batch_norm picks",
+        instead=_native_batch_norm,
+    ),
+    Name(
+        "torch._C._get_cudnn_batch_norm_reserve_space_size",
+        _lack("reports leave out what cuDNN's batch norm hands to its backward"),
+        "bytes that a fake tensor leaves out",
+        alias="cudnn_reserve_nbytes",
+        instead=lambda x, training: 0,
+    ),
+    Name("torch.ops.aten._to_copy", _SPELLING, "dtype casts in exported graphs"),
+    Name(
         "torch.ops.aten._softmax_backward_data",
         _lack("softmax cannot be packed"),
         "its backward",
@@ -335,6 +354,13 @@ TABLE: tuple[Name, ...] = (
         _lack("several passes are handed over as one, without is_inference", "backend='dropit'"),
         "telling whether inductor takes a list of passes",
         since="2.14.1",
+    ),
+    Name(
+        "torch._inductor.graph.GraphLowering.decide_layout_opt",
+        _lack(
+            "convolutions are packed as they are laid out, not as inductor does", "backend='dropit'"
+        ),
+        "asking whether inductor lays out convolutions channels-last",
     ),
     Name("torch._inductor.config.custom_partitioner_fn", _PLUGIN, "handing over the guard"),
     Name(

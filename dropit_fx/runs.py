@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dropit_fx.private import suggest_memory_format, tag_activation_checkpoint
+from dropit_fx.private import (
+    batch_norm_impl_index,
+    cudnn_reserve_nbytes,
+    suggest_memory_format,
+    tag_activation_checkpoint,
+)
 
 
 def checkpoint(body: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
@@ -106,6 +111,9 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
 def dropout_saving(
     input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
+    if inplace and input.is_cuda:  # other random numbers there than those of the fused kernel
+        scaled = torch.empty_like(input).bernoulli_(1 - p).div_(1 - p)
+        return input * scaled, {"mask": scaled != 0}
     # draws the same random numbers as F.dropout, whose own saved tensor is a mask of floats
     out, mask = torch.native_dropout(input, p, True)
     return out, {"mask": mask}
@@ -267,6 +275,11 @@ def pow(input: Any, exponent: Any) -> Tensor:
     return torch.pow(input, exponent)
 
 
+def to(input: Tensor) -> Tensor:
+    """``input`` itself: a value that is made again takes the dtype of the one it stands for."""
+    return input
+
+
 # Normalisation: the statistics are made once, and kept as they are.
 
 
@@ -361,10 +374,23 @@ def batch_norm_saving(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    out, mean, invstd = torch.native_batch_norm(
-        input, weight, bias, running_mean, running_var, training, momentum, eps
+    # what F.batch_norm itself calls: on CUDA it takes cuDNN's kernel or the native one
+    out, mean, invstd, reserve, _ = batch_norm_impl_index(
+        input, weight, bias, running_mean, running_var, training, momentum, eps, _cudnn_enabled()
     )
-    return out, {"mean": mean, "invstd": invstd}
+    return out, {"mean": mean, "invstd": invstd, "reserve": reserve}
+
+
+def _cudnn_enabled() -> bool:
+    return bool(torch.backends.cudnn.enabled)
+
+
+def reserve_nbytes(args: Mapping[str, Any]) -> int:
+    """Bytes of what cuDNN's batch norm hands to its backward, which a fake tensor leaves out."""
+    x = args["input"]
+    if not (x.is_cuda and torch.cuda.is_available() and args["training"]):
+        return 0
+    return cudnn_reserve_nbytes(x, True)
 
 
 def layer_norm_again(

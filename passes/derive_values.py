@@ -120,7 +120,7 @@ def recipe(node: fx.Node, plan: Plan, bases: Bases) -> dict[str, Decision | fx.N
         is derived in turn. None where an operand is lost, or the op costs more than a pass over
         memory.
     """
-    rule = derivable_rule_of(node)
+    rule = None if node.name in plan.values.lost else derivable_rule_of(node)
     bound = bind(rule, node.args, node.kwargs, node.target) if rule is not None else None
     if bound is None:
         return None

@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 
 from dropit_fx.core_types import INSIDE, OpRule, Plan, Read, SavedRead, Site, Use, Values
 from dropit_fx.fake import fake_mode_of, fake_state
-from dropit_fx.op_table import CHECKPOINT, bind, is_inplace, reads_of, rule_of
+from dropit_fx.op_table import CHECKPOINT, bind, derivable_rule_of, is_inplace, reads_of, rule_of
 from dropit_fx.packed_call import memory_order
 from dropit_fx.private import EXAMPLE_VALUE, pytree, set_hooks_tracing, storage_id, version
 from dropit_fx.provenance import node_module, node_where
@@ -58,6 +58,7 @@ class _Kept:
     node: fx.Node
     tensor: Tensor
     dense: bool = True  # by autograd, not by a packed call
+    nbytes: int = 0  # at least, where the fake tensor is too small
 
 
 @dataclass
@@ -100,6 +101,7 @@ class _Probe(fx.Interpreter):
         self._made: dict[str, int] = {}  # the version of each node's result, when it was made
         self._alive: dict[str, str] = {}
         self._views: dict[str, str] = {}
+        self._lost: set[str] = set()
         self._stale: set[tuple[str, str]] = set()
         self._order = {n: i for i, n in enumerate(plan.module.graph.nodes)}
 
@@ -148,12 +150,12 @@ class _Probe(fx.Interpreter):
             for tensor in pytree.tree_leaves(result):
                 if isinstance(tensor, Tensor) and not self.stories[storage_id(tensor)].alive:
                     self.stories[storage_id(tensor)].alive = "a model output"
-        self._describe(n, result)
+        self._describe(n, args, kwargs, result)
         self._explain(n, args, kwargs, result, mine)
         return result
 
-    def _describe(self, n: fx.Node, result: Any) -> None:
-        """What later passes ask of a value: does it stay, is it a view of another?"""
+    def _describe(self, n: fx.Node, args: Any, kwargs: Any, result: Any) -> None:
+        """What later passes ask of a value: does it stay, is it a view, can it be made again?"""
         if not isinstance(result, Tensor):
             if not pytree.tree_any(lambda leaf: isinstance(leaf, Tensor), result):
                 self._alive[n.name] = "a number"
@@ -174,9 +176,20 @@ class _Probe(fx.Interpreter):
             ):
                 self._views[n.name] = operand.name
 
+        rule = derivable_rule_of(n)
+        if rule is not None and not rule.reads:
+            values = bind(rule, args, kwargs, n.target)
+            if values is not None and rule.obstacle(values | {"result": result}):
+                self._lost.add(n.name)
+
     def result(self) -> Plan:
         """The plan with all that was found."""
-        values = Values(alive=self._alive, views=self._views, stale=frozenset(self._stale))
+        values = Values(
+            alive=self._alive,
+            views=self._views,
+            lost=frozenset(self._lost),
+            stale=frozenset(self._stale),
+        )
         return replace(self.plan, sites=tuple(self.sites()), values=values, bodies=self.bodies)
 
     def _run_body(self, n: fx.Node, args: tuple[Any, ...]) -> Any:
@@ -204,11 +217,9 @@ class _Probe(fx.Interpreter):
             obstacle = obstacle or self._seen_by_others(n, args)
         operands = {} if rule is None or values is None else dict(values) | {"result": result}
         reads = reads_of(rule, operands) if rule is not None else ()
-        taken: set[str] = set()
-        for kept in mine:
-            read = _match(kept.tensor, reads, operands, taken) if operands else None
-            if read is not None and read.operand != INSIDE:
-                taken.add(read.operand)
+        matched = _match([k.tensor for k in mine], reads, operands)
+        taken = {read.operand for read in matched if read is not None} - {INSIDE}
+        for kept, read in zip(mine, matched, strict=True):
             why = obstacle or (self._why_exact(n, kept.tensor) if rule is CHECKPOINT else "")
             self._add(n, kept.tensor, rule, read, operands, nodes or {}, why)
         if rule is not None and not obstacle and rule.read(INSIDE) is not None:
@@ -297,7 +308,9 @@ class _Probe(fx.Interpreter):
         storage = storage_id(tensor)
         if storage not in self.stories:
             self.stories[storage] = _Story(owner=f"{n.name}.{operand}")
-        self.kept.append(_Kept(n, tensor, dense))
+        self.kept.append(
+            _Kept(n, tensor, dense, read.nbytes(operands) if read and read.nbytes else 0)
+        )
         known = self.reads.setdefault(storage, [])
         if any(r.node == n.name and r.operand == operand for r in known):
             return
@@ -338,7 +351,7 @@ class _Probe(fx.Interpreter):
             story = self.stories[storage]
             yield Site(
                 name=story.owner,
-                nbytes=kept.tensor.untyped_storage().nbytes(),
+                nbytes=max(kept.nbytes, kept.tensor.untyped_storage().nbytes()),
                 reads=tuple(self.reads[storage]),
                 alive=story.alive,
                 dense=storage in dense,
@@ -363,27 +376,57 @@ def _is_parameter(n: fx.Node, tensor: Tensor) -> bool:
 
 
 def _match(
-    tensor: Tensor, reads: tuple[Read, ...], operands: dict[str, Any], taken: set[str]
-) -> Read | None:
-    """The row's read that ``tensor`` is.
+    tensors: list[Tensor], reads: tuple[Read, ...], operands: dict[str, Any]
+) -> list[Read | None]:
+    """The row's read that each tensor is, or None.
 
-    It may have the operand's storage, be made inside the op, or be a copy of an operand.
+    It may have the operand's storage, be made inside the op, or be a copy of an operand; what is
+    certain is settled first, since under autocast a weight may have the shape of an input.
     """
-    open_reads = [r for r in reads if r.operand not in taken]
-    for read in open_reads:
-        operand = operands.get(read.operand)
-        if isinstance(operand, Tensor) and storage_id(operand) == storage_id(tensor):
-            return read
-    for read in open_reads:
-        if read.operand not in operands:
-            return read
-    for read in open_reads:  # a contiguous copy, or autocast's copy in the lower precision
-        operand = operands[read.operand]
-        if isinstance(operand, Tensor) and operand.numel() == tensor.numel():
-            same = sorted(operand.shape) == sorted(tensor.shape)
-            if same or operand.shape[-1:] == tensor.shape[-1:]:
-                return read
-    return None
+    found: list[Read | None] = [None] * len(tensors)
+    taken: set[str] = set()
+    ways = [_is_operand, _is_copy, _is_made_inside, _has_its_shape, _has_its_last_dimension]
+    if any(r.operand == INSIDE for r in reads):
+        ways.remove(_is_copy)  # what is computed inside may look like an operand
+    for fits in ways:
+        for i, tensor in enumerate(tensors):
+            open_reads = [r for r in reads if r.operand not in taken]
+            if operands and found[i] is None:
+                read = next((r for r in open_reads if fits(tensor, r.operand, operands)), None)
+                found[i] = read
+                taken |= {read.operand} - {INSIDE} if read is not None else set()
+    return found
+
+
+def _is_operand(tensor: Tensor, operand: str, operands: dict[str, Any]) -> bool:
+    value = operands.get(operand)
+    return isinstance(value, Tensor) and storage_id(value) == storage_id(tensor)
+
+
+def _is_copy(tensor: Tensor, operand: str, operands: dict[str, Any]) -> bool:
+    """A contiguous one, as cuDNN's batch norm makes of its input."""
+    x = operands.get(operand)
+    if not isinstance(x, Tensor) or x.is_contiguous():
+        return False
+    return x.dtype == tensor.dtype and x.shape == tensor.shape
+
+
+def _is_made_inside(tensor: Tensor, operand: str, operands: dict[str, Any]) -> bool:
+    return operand not in operands
+
+
+def _has_its_shape(tensor: Tensor, operand: str, operands: dict[str, Any]) -> bool:
+    value = operands[operand]
+    return isinstance(value, Tensor) and sorted(value.shape) == sorted(tensor.shape)
+
+
+def _has_its_last_dimension(tensor: Tensor, operand: str, operands: dict[str, Any]) -> bool:
+    value = operands[operand]
+    return (
+        isinstance(value, Tensor)
+        and value.numel() == tensor.numel()
+        and value.shape[-1:] == tensor.shape[-1:]
+    )
 
 
 def _target_name(module: fx.GraphModule | nn.Module, n: fx.Node) -> str:

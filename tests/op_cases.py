@@ -574,6 +574,7 @@ def _mm(*front: T) -> list[Case]:
     ]
 
 
+ON_CUDA = {"reserve"}  # operands that kernels of CUDA alone make
 FROM_ITS_RESULT = "written in place, PyTorch computes the slope from the result"
 
 CASES: dict[str, list[Case]] = {

@@ -338,3 +338,96 @@ def test_statistics_of_channels_are_counted() -> None:
     )
     report = dropit_fx.report(packed)
     assert measure.saved_bytes(packed, x) == report.kept_bytes
+
+
+# --- casts
+
+HALVES = (torch.bfloat16, torch.float16)
+aten = torch.ops.aten
+CASTS: dict[str, Any] = {
+    "to(dtype)": lambda h, dtype: h.to(dtype),
+    "to(dtype=)": lambda h, dtype: h.to(dtype=dtype, copy=True),
+    "to(device, dtype)": lambda h, dtype: h.to("cpu", dtype),
+    "to(other)": lambda h, dtype: h.to(torch.zeros(3, dtype=dtype)),
+    "to(tensor=)": lambda h, dtype: h.to(tensor=torch.zeros(3, dtype=dtype)),
+    "type": lambda h, dtype: h.type(dtype),
+    "type(name)": lambda h, dtype: h.type(
+        {torch.bfloat16: "torch.BFloat16Tensor", torch.float16: "torch.HalfTensor"}[dtype]
+    ),
+    "type_as": lambda h, dtype: h.type_as(torch.zeros(3, dtype=dtype)),
+    "its name": lambda h, dtype: h.bfloat16() if dtype is torch.bfloat16 else h.half(),
+    "aten.to.dtype": lambda h, dtype: aten.to.dtype(h, dtype),
+    "aten.to.device": lambda h, dtype: aten.to.device(h, "cpu", dtype),
+    "aten.to.other": lambda h, dtype: aten.to.other(h, other=torch.zeros(3, dtype=dtype)),
+    "aten.to.dtype_layout": lambda h, dtype: aten.to.dtype_layout(h, dtype=dtype, device="cpu"),
+    "aten.type_as": lambda h, dtype: aten.type_as.default(h, torch.zeros(3, dtype=dtype)),
+    "aten._to_copy": lambda h, dtype: aten._to_copy.default(h, dtype=dtype),
+}
+
+
+class Cast(nn.Module):
+    """A value in float32 that GELU reads, and a linear layer in a lower precision."""
+
+    def __init__(self, cast: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.cast, self.dtype = cast, dtype
+        self.inner, self.outer = nn.Linear(64, 64), nn.Linear(64, 64, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x)
+        return self.outer(self.cast(h, self.dtype)).float() + F.gelu(h)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("spelling", CASTS)
+def test_a_cast_is_made_again_from_what_it_casts(spelling: str, dtype: torch.dtype) -> None:
+    model, x = Cast(CASTS[spelling], dtype), torch.randn(32, 64)
+    packed = dropit_fx.transform(copy.deepcopy(model), example_args=(x,))
+    saved = {r.op: r.codec for r in dropit_fx.report(packed).rows}
+    assert saved == {"gelu": "quant(bits=5)", "linear": "derived"}
+    assert measure.saved_bytes(packed, x) == dropit_fx.report(packed).kept_bytes
+    out = packed(x)
+    assert_same(out, model(x))
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    again = rounded(model.inner(x)).to(dtype)  # rounded by the codec, then by the cast
+    assert_same(packed.outer.weight.grad, grad.to(dtype).t() @ again)
+
+
+@pytest.mark.parametrize("spelling", ["to(dtype)", "to(other)", "aten.to.dtype", "type_as"])
+def test_a_cast_to_the_same_dtype_is_the_value_itself(spelling: str) -> None:
+    model, x = Cast(CASTS[spelling], torch.float32), torch.randn(32, 64)
+    packed = dropit_fx.transform(model, example_args=(x,))
+    assert len(nodes(packed, pack)) == 1
+    assert not nodes(packed, derived)  # both readers share the copy
+    assert measure.saved_bytes(packed, x) == dropit_fx.report(packed).kept_bytes
+
+
+NO_CASTS: dict[str, Any] = {
+    "memory format": lambda h, dtype: (
+        h.view(1, 2, 1, -1).to(memory_format=torch.channels_last, copy=True).reshape(32, 64)
+    ),
+    "a copy": lambda h, dtype: h.to(dtype, copy=True),
+    "through integers": lambda h, dtype: h.to(torch.int32).to(dtype),
+}
+
+
+@pytest.mark.parametrize("spelling", NO_CASTS)
+def test_what_is_no_cast_between_floats_is_not_made_again(spelling: str) -> None:
+    model, x = Cast(NO_CASTS[spelling], torch.float32), torch.randn(32, 64)
+    packed = dropit_fx.transform(copy.deepcopy(model), example_args=(x,))
+    assert not nodes(packed, derived)
+    assert_same(packed(x), model(x))
+
+
+def test_casts_are_made_again_one_after_the_other() -> None:
+    def cast(h: Tensor, dtype: torch.dtype) -> Tensor:
+        return h.half().bfloat16().float()
+
+    model, x = Cast(cast, torch.float32), torch.randn(32, 64)
+    packed = dropit_fx.transform(copy.deepcopy(model), example_args=(x,))
+    out = packed(x)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    again = cast(rounded(model.inner(x)), torch.float32)
+    assert_same(packed.outer.weight.grad, grad.t() @ again)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torchgen
 import yaml
-from op_cases import CASES, T, graph_of
+from op_cases import CASES, ON_CUDA, T, graph_of
 
 from dropit_fx.codecs.bitmask import BITMASK, index_bits
 from dropit_fx.core_types import INSIDE
@@ -77,7 +77,10 @@ ENTRIES: dict[str, list[tuple[str, dict[str, str]]]] = {
     "layer_norm": [("native_layer_norm", {"result1": "mean", "result2": "rstd"})],
     "group_norm": [("native_group_norm", {"result1": "mean", "result2": "rstd"})],
     "rms_norm": [("_fused_rms_norm", {"result1": INSIDE})],
-    "batch_norm": [("native_batch_norm", {"result1": "mean", "result2": "invstd"})],
+    "batch_norm": [
+        ("native_batch_norm", {"result1": "mean", "result2": "invstd"}),
+        ("cudnn_batch_norm", {"result1": "mean", "result2": "invstd", "result3": "reserve"}),
+    ],
     "scaled_dot_product_attention": [
         (
             "_scaled_dot_product_flash_attention_for_cpu",
@@ -107,6 +110,10 @@ JOINT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "native_group_norm": (("input", "weight", "mean", "rstd"), ("input", "weight", "bias")),
     "native_batch_norm": (
         ("input", "weight", "running_mean", "running_var", "mean", "invstd"),
+        ("input", "weight", "bias"),
+    ),
+    "cudnn_batch_norm": (
+        ("input", "weight", "running_mean", "running_var", "mean", "invstd", "reserve"),
         ("input", "weight", "bias"),
     ),
     "_fused_rms_norm": (("input", "weight", INSIDE), ("input", "weight")),
@@ -141,7 +148,7 @@ def formulas(entry: dict[str, Any]) -> list[tuple[list[str], str]]:
     """(arguments, the formula of their gradients)."""
     plain = entry.get("dispatch", {}).get("Default", entry)
     # what stands under "result" is the forward-mode derivative
-    results = ("result", "result0", "result1", "result2", "output")
+    results = ("result", "result0", "result1", "result2", "result3", "output")
     skip = ("name", *results, "output_differentiability", "dispatch")
     return [([n.strip() for n in k.split(",")], v) for k, v in plain.items() if k not in skip]
 
@@ -153,7 +160,11 @@ def tensors_in(formula: str, schema: str) -> set[str]:
     )
     formula = re.sub(r"\w+->sym_sizes\(\)", "", formula)
     names = re.findall(r"Tensor\??(?:\([^)]*\))?\s+(\w+)", schema)
-    return {n for n in [*names, "result", "result1", "result2"] if re.search(rf"\b{n}\b", formula)}
+    return {
+        n
+        for n in [*names, "result", "result1", "result2", "result3"]
+        if re.search(rf"\b{n}\b", formula)
+    }
 
 
 @pytest.mark.parametrize("name", [r.name for r in OP_RULES])
@@ -179,6 +190,8 @@ def test_row_reads_what_the_formulas_of_pytorch_mention(name: str) -> None:
         if name == "scaled_dot_product_attention":
             # a mask that requires grad is added to q k^T: its gradient reads what theirs do
             found |= {(operand, "attn_mask") for operand, _ in found}
+        if entry_name == "native_batch_norm":
+            found |= {(operand, n) for operand in ON_CUDA for n in ("input", "weight")}
         assert reads == found or name in STEPS, entry_name
         every |= found
     assert reads == every
@@ -221,7 +234,7 @@ def graph_and_saved(name: str, needs: set[str]) -> tuple[set[str], set[str]]:
     outer = {n: t.untyped_storage().data_ptr() for n, t in seen.items()}
     found = {n for n, storage in outer.items() if storage in storages}
     inner = storages - set(outer.values())
-    read = [r.operand for r in rule.reads if needs & set(r.needed_by)]
+    read = [r.operand for r in rule.reads if needs & set(r.needed_by) and r.operand not in ON_CUDA]
     made = [n for n in read if n not in seen and n not in bound]
     if INSIDE in made:  # whatever else there is
         assert len(inner) >= len(made) > 0
