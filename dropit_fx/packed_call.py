@@ -611,7 +611,15 @@ def _cache_version() -> str:
     here = Path(__file__).parent
     files = [
         here / f"{n}.py"
-        for n in ("backwards", "op_table", "packed_call", "pooling", "runs", "step_tables")
+        for n in (
+            "backwards",
+            "op_table",
+            "packed_call",
+            "pooling",
+            "private_names",
+            "runs",
+            "step_tables",
+        )
     ]
     files += [here / "step_tables.json"]
     files += sorted((here / "codecs").glob("*.py")) + sorted((here / "kernels").rglob("*.[pc]*"))

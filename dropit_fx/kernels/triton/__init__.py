@@ -7,15 +7,10 @@ Tested with Triton's interpreter (`TRITON_INTERPRET=1`, set before triton is imp
 for sm_80 and sm_90; not measured on a GPU.
 """
 
-from dropit_fx.kernels.triton.blocks import (
-    sample,
-    sparsify,
-    sparsify_channels,
-    unsparsify,
-    unsparsify_channels,
-)
 from dropit_fx.kernels.triton.codes import decode_steps, encode_steps, pack_uint, unpack_uint
 from dropit_fx.kernels.triton.masks import apply_mask, pack_between
+from dropit_fx.kernels.triton.sparsify import sample, sparsify, sparsify_channels
+from dropit_fx.kernels.triton.unsparsify import unsparsify, unsparsify_channels
 from dropit_fx.kernels.triton.windows import decode_window, encode_window
 
 __all__ = [

@@ -193,3 +193,11 @@ def code_at(ptr, i, size, valid, BITS: tl.constexpr):
         more = valid & (at // 8 + 1 < size)
         code |= tl.load(ptr + at // 8 + 1, mask=more, other=0).to(tl.int32) << 8
     return (code >> (at % 8).to(tl.int32)) & (2**BITS - 1)
+
+
+@triton.jit
+def channel_of(first, lane, inner, channels):
+    """The channel of each element of rows that start at `first`: runs of `inner` elements each."""
+    run = first // inner
+    at = (first - run * inner).to(tl.int32)[:, None] + lane
+    return ((run % channels).to(tl.int32)[:, None] + at // inner) % channels

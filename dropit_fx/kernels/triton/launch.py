@@ -1,4 +1,4 @@
-"""How many programs and warps a launch takes: pure arithmetic, checked against CUDA's limits.
+"""What a launch takes: tiles, warps and grids, and which tensors there is a kernel for.
 
 Grids are one-dimensional: y and z end at 65,535, which one large activation passes.
 """
@@ -7,11 +7,23 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from dropit_fx.kernels.layout import FULL, is_codebook
+import torch
+from torch import Tensor
+
+from dropit_fx.kernels.dispatch import warn_once
+from dropit_fx.kernels.layout import (
+    FULL,
+    block_count,
+    is_codebook,
+    kept_in_block,
+    split_blocks,
+)
+from dropit_fx.kernels.triton.bits import DTYPES
 
 MAX_GRID = 2**31 - 1  # programs along x
 LARGEST_BLOCK = 8192  # what still fits into the registers of one program
 _TILE = 1024  # elements of a warp: 32 a thread, loaded 16 bytes at a time
+LARGEST_RUN = 2**31 - 1 - LARGEST_BLOCK  # of one channel: positions inside it are int32
 CODES = 2048  # codes that one program of a flat kernel handles, in 4 warps
 
 # Every float operation is one IEEE operation: see `coder`
@@ -57,3 +69,37 @@ def _tile(block: int, share: int) -> Tile:
 def programs(count: int, each: int) -> tuple[int]:
     """The grid of programs that handle `each` of `count` things."""
     return ((count + each - 1) // each,)
+
+
+class Channels(NamedTuple):
+    """Mean and scale of each channel, (C,) float32, for elements in runs of `inner` a channel."""
+
+    mean: Tensor
+    scale: Tensor
+    inner: int
+
+
+def fits(dtype: torch.dtype, numel: int, block: int) -> bool:
+    """Whether there is a kernel for it; says so where PyTorch, slower, has to do."""
+    if dtype in DTYPES and 0 < block <= LARGEST_BLOCK:
+        return numel > 0
+    if numel:
+        what = "whole tensors" if block == 0 else f"blocks of {block}"
+        warn_once(
+            str(dtype) if dtype not in DTYPES else what,
+            f"{dtype} in {what} has no CUDA kernel: PyTorch packs it, with about 32 bytes an"
+            f" element for the time being. Kernels take {', '.join(map(str, DTYPES))} in blocks of"
+            f" up to {LARGEST_BLOCK} elements.",
+        )
+    return False
+
+
+def kept_counts(numel: int, keep: int, block: int) -> tuple[int, int]:
+    """Kept elements of a full block, and of the tail."""
+    _, length, tail = split_blocks(numel, block)
+    return kept_in_block(length, keep, block), kept_in_block(tail, keep, block)
+
+
+def block_grid(numel: int, block: int, tile: Tile) -> tuple[int]:
+    """Programs for `numel` elements in blocks of `block`."""
+    return programs(block_count(numel, block), tile.rows)

@@ -1,0 +1,274 @@
+"""The value coder (see `dropit_fx.kernels.coder`) on tiles: a row a block, its scale beside it."""
+
+# Kernel arguments have no types that a type checker knows.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dropit_fx.kernels.layout import SYMMETRIC, UNIFORM
+from dropit_fx.kernels.triton.bits import (
+    INFINITY,
+    LARGEST,
+    TOP,
+    ceiling,
+    floor,
+    narrow,
+    pattern,
+    round_down,
+    round_up,
+    single,
+    to_bfloat,
+    uniform,
+)
+
+_SYMMETRIC = tl.constexpr(SYMMETRIC)
+_UNIFORM = tl.constexpr(UNIFORM)
+
+
+@triton.jit
+def _grid(start, width, step):
+    scaled = step.to(tl.float32) * width
+    root = start + scaled
+    return root * root
+
+
+@triton.jit
+def _fixed_point(magnitude, largest):
+    raw = magnitude >> 23
+    mantissa = (magnitude & 0x7FFFFF) | tl.where(raw > 0, 0x800000, 0)
+    shift = tl.minimum(8 + largest - tl.maximum(raw, 1), 31)
+    return ((mantissa >> shift) + 1) >> 1
+
+
+@triton.jit
+def _grid_steps(m, start, end, seed_ptr, index, COUNT: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """Steps of sqrt(m) between start and end of each row, nearest or random."""
+    span = end - start
+    steps = span * 0.0 + (COUNT - 1)
+    inverse = tl.where(span > 0, tl.div_rn(steps, tl.where(span > 0, span, 1.0)), 0.0)
+    position = (tl.sqrt_rn(m) - start[:, None]) * inverse[:, None]
+    if STOCHASTIC:
+        width = tl.div_rn(span, steps)[:, None]
+        step = tl.minimum(position.to(tl.int32), COUNT - 2)
+        lower = _grid(start[:, None], width, step)
+        gap = _grid(start[:, None], width, step + 1) - lower
+        step += (uniform(seed_ptr, index) * gap < m - lower).to(tl.int32)
+    else:
+        step = tl.minimum((position + 0.5).to(tl.int32), COUNT - 1)
+    return step
+
+
+@triton.jit
+def _uniform_steps(m, span, seed_ptr, index, COUNT: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """Steps of m between 0 and span of each row, nearest or random."""
+    steps = span * 0.0 + (COUNT - 1)
+    zoom = tl.where(span < 5.421010862427522e-20, 18446744073709551616.0, 1.0)  # 2**-64, 2**64
+    zoomed = span * zoom
+    inverse = tl.where(span > 0, tl.div_rn(steps, tl.where(span > 0, zoomed, 1.0)), 0.0)
+    position = m * zoom[:, None] * inverse[:, None]
+    if STOCHASTIC:
+        width = tl.div_rn(span, steps)[:, None]
+        step = tl.minimum(position.to(tl.int32), COUNT - 2)
+        lower = tl.minimum(step.to(tl.float32) * width, span[:, None])
+        gap = tl.minimum((step + 1).to(tl.float32) * width, span[:, None]) - lower
+        step += (uniform(seed_ptr, index) * gap < m - lower).to(tl.int32)
+    else:
+        step = tl.minimum((position + 0.5).to(tl.int32), COUNT - 1)
+    return step
+
+
+@triton.jit
+def _store_level(ptr, level, poisoned, real):
+    bits = (tl.where(poisoned, 0x7FC00000, pattern(level)) >> 16).to(tl.int16)
+    tl.store(ptr, bits, mask=real)
+
+
+@triton.jit
+def _bfloat_at(ptr, real):
+    return single((tl.load(ptr, mask=real, other=0).to(tl.int32)) << 16)
+
+
+@triton.jit
+def encode(
+    u,
+    kept,
+    k,
+    column,
+    real,
+    seed_ptr,
+    index,
+    BITS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Codes of the kept values of each row, 0 elsewhere; stores what they are read back with.
+
+    Args:
+        u: (ROWS, LANES) patterns of float32.
+        kept: (ROWS, LANES) bool.
+        k: (ROWS,) how many are kept.
+        column: (ROWS,) where the scale of each row starts.
+        real: (ROWS,) bool: rows that there are.
+        seed_ptr: for STOCHASTIC rounding.
+        index: (ROWS, LANES) position in the tensor, which random numbers are drawn by.
+        BITS: 1..8.
+        LAYOUT: of the levels.
+        STOCHASTIC: round at random, to what is right in the mean.
+        COLUMNS: bfloat16 numbers of a row's scale.
+    """
+    magnitude = u & 0x7FFFFFFF
+    high_key = tl.max(tl.where(kept, magnitude, 0), 1)
+    poisoned = (high_key >= INFINITY) & (k > 0)
+    # A poisoned block is computed as zeros, so that nothing overflows on the way
+    u = tl.where(poisoned[:, None], 0, u)
+    high_key = tl.where(poisoned, 0, high_key)
+    x = single(u)
+    magnitude = u & 0x7FFFFFFF
+    sign = (u >> 31) & 1
+    low_key = tl.min(tl.where(kept, magnitude, 0x7FFFFFFF), 1)
+    low_key = tl.minimum(low_key, high_key)
+    low = single(low_key)
+    high = single(high_key)
+    if LAYOUT != _SYMMETRIC:
+        edge = single(tl.full((), LARGEST, tl.int32))
+        least = tl.min(tl.where(kept, x, edge), 1)
+        most = tl.max(tl.where(kept, x, -edge), 1)
+        least = tl.where(k > 0, least, 0.0)
+        most = tl.where(k > 0, most, 0.0)
+        base = floor(least)
+        upper = ceiling(most)
+        if LAYOUT == _UNIFORM:
+            most = tl.maximum(most, upper)
+        widest = tl.maximum(most - base, 0.0)
+        overflow = pattern(widest) >= INFINITY
+        poisoned = poisoned | overflow
+        above = tl.where(overflow[:, None], 0.0, tl.maximum(x - base[:, None], 0.0))
+        above = tl.where(kept, above, 0.0)
+        c0 = base
+        if LAYOUT == _UNIFORM:
+            c1 = upper
+            span = tl.where(overflow, 0.0, upper - base)
+            code = _uniform_steps(above, span, seed_ptr, index, 2**BITS, STOCHASTIC)
+        else:
+            c1 = round_up(tl.sqrt_rn(tl.where(overflow, 0.0, widest)))
+            zero = c1 * 0.0
+            code = _grid_steps(above, zero, c1, seed_ptr, index, 2**BITS, STOCHASTIC)
+    elif BITS > 3:
+        c0 = round_down(tl.sqrt_rn(low))
+        c1 = round_up(tl.sqrt_rn(high))
+        m = single(tl.where(kept, magnitude, low_key[:, None]))
+        code = _grid_steps(m, c0, c1, seed_ptr, index, 2 ** (BITS - 1), STOCHASTIC)
+        code = code | (sign << (BITS - 1))
+    elif STOCHASTIC:
+        c0 = round_down(low)
+        c1 = round_up(high)
+        if BITS == 1:
+            ends = c1[:, None]
+            code = (uniform(seed_ptr, index) * (ends + ends) >= x + ends).to(tl.int32)
+            c0 = c1
+        else:
+            m = single(magnitude)
+            lower = c0[:, None] + tl.zeros_like(m)
+            upper = c1[:, None] + tl.zeros_like(m)
+            code = tl.zeros_like(u)
+            if BITS == 3:
+                start = tl.sqrt_rn(low)
+                three = start * 0.0 + 3.0
+                width = tl.div_rn(tl.sqrt_rn(high) - start, three)
+                one = tl.full((), 1, tl.int32)
+                l1 = single(to_bfloat(pattern(_grid(start, width, one))))
+                l2 = single(to_bfloat(pattern(_grid(start, width, one + 1))))
+                l1 = tl.minimum(tl.maximum(l1, c0), c1)
+                l2 = tl.minimum(tl.maximum(l2, c0), c1)
+                m1 = l1[:, None]
+                m2 = l2[:, None]
+                code = (m >= m1).to(tl.int32) + (m >= m2).to(tl.int32)
+                lower = tl.where(code == 0, c0[:, None], tl.where(code == 1, m1, m2))
+                upper = tl.where(code == 0, m1, tl.where(code == 1, m2, c1[:, None]))
+                _store_level(column + 1, l1, poisoned, real)
+                _store_level(column + 2, l2, poisoned, real)
+            drawn = uniform(seed_ptr, index) * (upper - lower)
+            code += (drawn < m - lower).to(tl.int32)
+            code = code | (sign << (BITS - 1))
+    else:
+        COUNT: tl.constexpr = 2 ** (BITS - 1)
+        first_root = tl.sqrt_rn(low)
+        last_root = tl.sqrt_rn(high)
+        if BITS == 3:
+            first_root = tl.sqrt_rn(first_root)
+            last_root = tl.sqrt_rn(last_root)
+        start64 = first_root.to(tl.float64)
+        span64 = last_root.to(tl.float64) - start64
+        largest = tl.maximum(high_key >> 23, 1)
+        fixed = tl.where(kept, _fixed_point(magnitude, largest[:, None]), 0)
+        code = tl.zeros_like(u)
+        for j in range(1, COUNT):  # not unrolled, here and below: registers are what is short
+            root = start64 + span64 * (tl.full((), j, tl.float64) * (1 / COUNT))
+            border = root * root
+            if BITS == 3:
+                border = border * border
+            code += (magnitude >= pattern(border.to(tl.float32))[:, None]).to(tl.int32)
+        unit = ((largest - 141 + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
+        for j in range(COUNT):
+            inside = tl.where(code == j, fixed, 0)  # up to 2**15 each, 2**28 together
+            square = tl.sum(inside.to(tl.int64) * inside, 1).to(tl.float64)
+            total = tl.maximum(tl.sum(inside, 1), 1).to(tl.float64)
+            level = (square / total * unit).to(tl.float32)
+            level = single(tl.minimum(to_bfloat(pattern(level)), TOP))
+            _store_level(column + j, level, poisoned, real)
+        code = code | (sign << (BITS - 1))
+    if LAYOUT != _SYMMETRIC or BITS > 3 or STOCHASTIC:
+        _store_level(column, c0, poisoned, real)
+        if COLUMNS > 1:
+            _store_level(column + COLUMNS - 1, c1, poisoned, real)
+    return tl.where(kept & ~poisoned[:, None], code, 0)
+
+
+@triton.jit
+def decode(
+    code,
+    kept,
+    column,
+    real,
+    BITS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The inverse of `encode`: patterns of the tensor's dtype, (ROWS, LANES).
+
+    A level beyond the greatest finite number of the dtype becomes that number.
+    """
+    c0 = _bfloat_at(column, real)
+    if LAYOUT != _SYMMETRIC:
+        steps = tl.full((ROWS,), 2**BITS - 1, tl.float32)
+        c1 = _bfloat_at(column + 1, real)
+        if LAYOUT == _UNIFORM:
+            width = tl.div_rn(c1 - c0, steps)
+            scaled = code.to(tl.float32) * width[:, None]
+            level = pattern(tl.minimum(c0[:, None] + scaled, c1[:, None]))
+        else:
+            root = code.to(tl.float32) * tl.div_rn(c1, steps)[:, None]
+            level = pattern(c0[:, None] + root * root)
+    else:
+        step = code & (2 ** (BITS - 1) - 1)
+        if BITS > 3:
+            steps = tl.full((ROWS,), 2 ** (BITS - 1) - 1, tl.float32)
+            width = tl.div_rn(_bfloat_at(column + 1, real) - c0, steps)
+            level = pattern(_grid(c0[:, None], width[:, None], step))
+        else:
+            level = pattern(_bfloat_at(column[:, None] + step, kept))
+        level = level ^ ((code >> (BITS - 1)) << 31)
+    magnitude = level & 0x7FFFFFFF
+    if DTYPE == 0:
+        top = 0x7F7FFFFF
+    elif DTYPE == 1:
+        top = 0x7F7F0000
+    else:
+        top = 0x477FE000
+    beyond = (magnitude > top) & (magnitude <= INFINITY)
+    return narrow(tl.where(beyond, (level & -2147483648) | top, level), DTYPE)
