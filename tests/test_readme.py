@@ -2,6 +2,7 @@
 
 import re
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 
 import dropit_fx
 from dropit_fx import backend
+from dropit_fx.private_names import RUN
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -131,3 +133,15 @@ FAMILIES: dict[str, Callable[[], tuple[torch.nn.Module, torch.Tensor]]] = {
     "bert": bert,
     "gpt2": gpt2,
 }
+
+
+def test_the_versions_that_were_run_are_the_same_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pythons = [c.rpartition(" ")[2] for c in project["classifiers"] if "Python :: 3." in c]
+    assert project["requires-python"] == f">={pythons[0]}"
+    oldest = RUN[0].rpartition(".")[0]
+    assert f"torch>={oldest}" in project["dependencies"]
+    install = re.search(r"^## Install\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)
+    assert install
+    for version in (*RUN, *(f"Python {python}" for python in pythons)):
+        assert version in install[1], f"the install section does not say {version}"
