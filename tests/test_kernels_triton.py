@@ -18,7 +18,7 @@ from launches import Launch, recorded
 
 from dropit_fx.codecs import CODEC
 from dropit_fx.config import make_config, presets
-from dropit_fx.kernels import FULL, packed_nbytes
+from dropit_fx.kernels import FULL, dispatch, packed_nbytes, reference
 from dropit_fx.kernels import triton as kernels
 from dropit_fx.kernels.triton.launch import LARGEST_BLOCK, MAX_GRID
 
@@ -196,3 +196,29 @@ def test_every_kernel_reads_once_and_writes_the_packed_form_once(dtype: torch.dt
         storages = {v.untyped_storage()._cdata: v.untyped_storage().nbytes() for v in given}
         moved = sum(storages.values())
         assert least <= moved <= 1.15 * least, f"{name}: {moved / DEIT:.2f} bytes an element"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "block", "said"),
+    [
+        (torch.float64, 64, "torch.float64 in blocks of 64 has no CUDA kernel"),
+        (torch.float32, 0, "torch.float32 in whole tensors has no CUDA kernel"),
+        (torch.float32, 2 * LARGEST_BLOCK, "in blocks of 16384 has no CUDA kernel"),
+    ],
+)
+def test_what_has_no_kernel_says_so_once(
+    dtype: torch.dtype,
+    block: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(dispatch, "_warned", set())
+    x = torch.randn(100, dtype=dtype)
+    for _ in range(2):
+        parts = kernels.sparsify(x, 5000, block, 4, 0, False)
+        kernels.unsparsify(*parts, 100, dtype, 5000, block, 4, 0)
+        kernels.sample(x, 5000, block)
+    assert caplog.text.count(said) == 1
+    for left, right in zip(parts, reference.sparsify(x, 5000, block, 4, 0, False), strict=True):
+        assert torch.equal(left, right)
