@@ -43,6 +43,7 @@ class Launch:
     def build(self, capability: int) -> Figures:
         """Compiles it, with what Triton would specialise it for."""
         constants = {p.name for p in self.kernel.params if p.is_constexpr}
+        constants |= {n for n, v in self.arguments.items() if isinstance(v, int) and v == 1}
         given = {n: v for n, v in self.arguments.items() if n not in constants}
         divisible = [n for n, v in given.items() if isinstance(v, torch.Tensor) or _sixteen(v)]
         return build(

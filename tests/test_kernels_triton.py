@@ -180,6 +180,18 @@ def of_every_op(numel: int, dtype: torch.dtype) -> dict[str, tuple[Launch, float
     return found
 
 
+@pytest.mark.parametrize("numel", [1, 2**33])
+def test_every_kernel_compiles_for_the_smallest_and_the_largest(numel: int) -> None:
+    """Triton makes a constant of each argument that is 1, and int64 of large ones."""
+    done: dict[tuple[str, int], None] = {}
+    for name, (one, _) in of_every_op(numel, torch.bfloat16).items():
+        bits = one.arguments.get("BITS", 0)
+        if (one.kernel.__name__, bits) not in done or "channels" in name:
+            assert one.build(80).registers > 0, name
+            done[one.kernel.__name__, bits] = None
+    assert len({kernel for kernel, _ in done}) == 10
+
+
 @pytest.mark.parametrize("numel", [1, 255, 2**16 + 1, DEIT, 2**31 - 1, 2**31, 2**33])
 def test_every_op_is_one_launch_within_the_limits_of_a_grid(numel: int) -> None:
     for name, (one, _) in of_every_op(numel, torch.bfloat16).items():
