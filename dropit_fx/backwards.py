@@ -119,6 +119,17 @@ def _right(grad: Tensor, a: Tensor, b_is_column_major: bool) -> Tensor:
     return grad.t().mm(a).t() if b_is_column_major else a.t().mm(grad)
 
 
+def _batch_by_batch(shape: Any, strides: Any) -> bool:
+    """Whether a product of a batch and a matrix without gradient is one ``bmm``, not one ``mm``.
+
+    ATen's ``matmul`` folds the batch into the rows where that is a view, or where the matrix wants
+    a gradient; the two round differently on some processors.
+    """
+    rows = range(len(shape) - 2)
+    view = all(strides[d] == strides[d + 1] * shape[d + 1] for d in rows)
+    return len(shape) > 2 and not view and 0 not in shape
+
+
 def linear(grad: Tensor, saved: Saved, call: Call) -> Grads:
     """``input: (*, in)``, ``weight: (out, in)``, ``bias: (out,)``, ``grad: (*, out)``."""
     if grad.dim() < 2 or len(call.shapes["weight"]) != 2:
@@ -127,8 +138,13 @@ def linear(grad: Tensor, saved: Saved, call: Call) -> Grads:
     flat = grad.flatten(0, -2)  # (rows, out)
     if "input" in call.needs:
         shape, strides = call.shapes["input"], call.strides["input"]
-        columns = grad.dim() == 2 and _column_major(shape, strides)
-        out["input"] = _left(flat, saved["weight"].t(), columns).reshape(shape)
+        if "weight" not in call.needs and _batch_by_batch(shape, strides):
+            batch = grad.flatten(0, -3)  # (batch, rows, out)
+            weight = saved["weight"].expand(batch.shape[0], -1, -1)
+            out["input"] = batch.bmm(weight).reshape(shape)
+        else:
+            columns = grad.dim() == 2 and _column_major(shape, strides)
+            out["input"] = _left(flat, saved["weight"].t(), columns).reshape(shape)
     if "weight" in call.needs:
         out["weight"] = flat.t().mm(saved["input"].flatten(0, -2))  # (out, rows) @ (rows, in)
     if "bias" in call.needs:
@@ -207,8 +223,14 @@ def matmul(grad: Tensor, saved: Saved, call: Call) -> Grads:
     if len(b_shape) == 2:
         flat = grad.flatten(0, -2)  # (rows, n)
         if "input" in call.needs:
-            columns = len(a_shape) == 2 and _column_major(a_shape, call.strides["input"])
-            out["input"] = _left(flat, saved["other"], columns).reshape(a_shape)
+            strides = call.strides["input"]
+            if "other" not in call.needs and _batch_by_batch(a_shape, strides):
+                batch = grad.flatten(0, -3)  # (batch, m, n)
+                matrix = saved["other"].t().expand(batch.shape[0], -1, -1)
+                out["input"] = batch.bmm(matrix).reshape(a_shape)
+            else:
+                columns = len(a_shape) == 2 and _column_major(a_shape, strides)
+                out["input"] = _left(flat, saved["other"], columns).reshape(a_shape)
         if "other" in call.needs:
             columns = _column_major(b_shape, call.strides["other"])
             out["other"] = _right(flat, saved["input"].flatten(0, -2), columns)

@@ -543,6 +543,7 @@ def _matmul() -> list[Case]:
     out += [
         case("transposed left", T((5, 6), _t), T((5, 4))),
         case("transposed right", T((6, 5)), T((4, 5), _t)),
+        case("columns by a matrix", T((2, 5, 6), _t), T((5, 4))),
         case("q @ k^T", T((2, 3, 6, 5)), T((2, 3, 6, 5), _t)),
         case("expanded", T((1, 6, 5), lambda v: v.expand(3, 6, 5)), T((3, 5, 4))),
         case("slice", T((3, 6, 10), lambda v: v[..., ::2]), T((5, 4))),
