@@ -62,7 +62,6 @@ if TYPE_CHECKING:
     from torch.nn.utils.stateless import _reparametrize_module as reparametrize_module
 
     batch_norm_impl_index: Callable[..., Any]
-    cudnn_reserve_nbytes: Callable[[Tensor, bool], int]
     set_hooks_tracing: Callable[[bool], bool]
     tag_activation_checkpoint: Callable[..., Any]
     log_softmax_backward_data: Callable[..., Tensor]
@@ -86,7 +85,6 @@ __all__ = [
     "aot_autograd",
     "batch_norm_impl_index",
     "compile_fx",
-    "cudnn_reserve_nbytes",
     "dont_skip_tracing",
     "get_hash_for_files",
     "get_qualified_name",
@@ -235,6 +233,12 @@ def schema(op: OpOverload) -> torch.FunctionSchema:
 def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Indices and values of a COO tensor, coalesced or not."""
     return tensor._indices(), tensor._values()
+
+
+def cudnn_reserve_nbytes(x: Tensor) -> int:
+    """Bytes that cuDNN's batch norm of ``x`` hands to its backward; 0 without a GPU to ask."""
+    name = "torch._C._get_cudnn_batch_norm_reserve_space_size"
+    return int(look_up(name)(x, True)) if torch.cuda.is_available() and has(name) else 0
 
 
 def c_nn(name: str) -> Any:

@@ -269,8 +269,6 @@ TABLE: tuple[Name, ...] = (
         "torch._C._get_cudnn_batch_norm_reserve_space_size",
         _lack("reports leave out what cuDNN's batch norm hands to its backward"),
         "bytes that a fake tensor leaves out",
-        alias="cudnn_reserve_nbytes",
-        instead=lambda x, training: 0,
     ),
     Name("torch.ops.aten._to_copy", _SPELLING, "dtype casts in exported graphs"),
     Name(

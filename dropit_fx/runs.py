@@ -388,9 +388,7 @@ def _cudnn_enabled() -> bool:
 def reserve_nbytes(args: Mapping[str, Any]) -> int:
     """Bytes of what cuDNN's batch norm hands to its backward, which a fake tensor leaves out."""
     x = args["input"]
-    if not (x.is_cuda and torch.cuda.is_available() and args["training"]):
-        return 0
-    return cudnn_reserve_nbytes(x, True)
+    return cudnn_reserve_nbytes(x) if x.is_cuda and args["training"] else 0
 
 
 def layer_norm_again(
