@@ -117,6 +117,22 @@ def uniform(seed_ptr, index):
 
 
 @triton.jit
+def rows_of(numel, block, k_full, k_tail, ROWS: tl.constexpr):
+    """The blocks of a program, a row each.
+
+    Returns:
+        Number, first element, elements and kept elements of each, (ROWS,), none behind the last;
+        and whether all of them are full.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    row = program * ROWS + tl.arange(0, ROWS)
+    first = row * block
+    n = tl.minimum(tl.maximum(numel - first, 0), block).to(tl.int32)
+    k = tl.where(n < block, tl.where(n > 0, k_tail, 0), k_full)
+    return row, first, n, k, (program + 1) * ROWS * block <= numel
+
+
+@triton.jit
 def load_tile(ptr, at, valid, whole, EVEN: tl.constexpr):
     """Loads a tile; without a mask, which would split it into single elements, where it is whole.
 

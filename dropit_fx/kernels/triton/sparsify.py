@@ -34,6 +34,7 @@ from dropit_fx.kernels.triton.bits import (
     load_tile,
     narrow,
     pattern,
+    rows_of,
     single,
     store_codes,
     store_tile,
@@ -83,16 +84,11 @@ def _sparsify_kernel(
     EVEN: tl.constexpr,
 ):
     """`stream`: what a full block takes of `values`, in bytes, or elements where BITS is 0."""
-    program = tl.program_id(0).to(tl.int64)
-    row = program * ROWS + tl.arange(0, ROWS)
+    row, first, n, k, whole = rows_of(numel, block, k_full, k_tail, ROWS)
     lane = tl.arange(0, LANES)[None, :]
-    first = row * block
-    n = tl.minimum(tl.maximum(numel - first, 0), block).to(tl.int32)
-    k = tl.where(n < block, tl.where(n > 0, k_tail, 0), k_full)
     real = n > 0  # the last program may have rows to spare
     valid = lane < n[:, None]
     index = first[:, None] + lane
-    whole = (program + 1) * ROWS * block <= numel
     raw = load_tile(x_ptr, index, valid, whole, EVEN)
     u = widen(raw, DTYPE)
     if BY_CHANNEL:

@@ -20,6 +20,7 @@ from dropit_fx.kernels.triton.bits import (
     load_tile,
     narrow,
     pattern,
+    rows_of,
     single,
     store_tile,
     widen,
@@ -61,14 +62,9 @@ def _unsparsify_kernel(
     LANES: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    row = program * ROWS + tl.arange(0, ROWS)
+    row, first, n, k, whole = rows_of(numel, block, k_full, k_tail, ROWS)
     lane = tl.arange(0, LANES)[None, :]
-    first = row * block
-    n = tl.minimum(tl.maximum(numel - first, 0), block).to(tl.int32)
-    k = tl.where(n < block, tl.where(n > 0, k_tail, 0), k_full)
     valid = lane < n[:, None]
-    whole = (program + 1) * ROWS * block <= numel
     start_of = (values_ptr + row * stream)[:, None]
     if FULL_:
         kept = valid
