@@ -93,7 +93,16 @@ def max_pool_saving(dims: int) -> Callable[..., tuple[Tensor, dict[str, Tensor]]
         ceil_mode: bool = False,
         return_indices: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        window = Window(dims, locals())
+        window = Window(
+            dims,
+            {
+                "kernel_size": kernel_size,
+                "stride": stride,
+                "padding": padding,
+                "dilation": dilation,
+                "ceil_mode": ceil_mode,
+            },
+        )
         x = input.unsqueeze(-2) if dims == 1 else input
         op = aten.max_pool3d_with_indices if dims == 3 else aten.max_pool2d_with_indices
         out, codes = op(x, *window.arguments)

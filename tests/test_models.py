@@ -15,6 +15,7 @@ from torch import nn
 
 from dropit_fx import report, transform
 from dropit_fx.input_guards import InputGuards
+from dropit_fx.private import minor
 
 # --- one step in training mode
 
@@ -188,7 +189,10 @@ def test_another_batch_size_runs_on_the_same_graph(case: Case) -> None:
 def test_lossless_under_inductor_is_within_float_rounding(case: Case) -> None:
     model = case.model()
     args, kwargs = case.inputs()
-    expected = step(copy.deepcopy(model), args, kwargs)
+    dense = copy.deepcopy(model)
+    if case.name == "convnext_tiny" and minor(torch.__version__) < (2, 13):
+        dense = torch.compile(dense)  # whose stem has no gradient there, packed or not
+    expected = step(dense, args, kwargs)
     options = {"config": {"preset": "dropit", "force": True}, "gamma": 0.0}
     compiled = torch.compile(model, backend="dropit", fullgraph=True, options=options)
     with inductor_config.patch(fallback_random=True):  # the random numbers of eager mode

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from op_cases import (
     CASES,
+    CRASHES_ALONE,
     FROM_ITS_RESULT,
     LOSSLESS,
     ON_CUDA,
@@ -171,6 +172,8 @@ SEVERAL = [
 @pytest.mark.parametrize(("name", "call"), SEVERAL, ids=case_id)
 def test_each_gradient_alone_has_the_same_bits(name: str, call: Case) -> None:
     # a formula computes only what is asked for, and may read only what that needs
+    if (name, call.name) in CRASHES_ALONE:
+        pytest.skip("this PyTorch crashes in the dense backward of weight or bias alone")
     if (name, call.name) == ("matmul", "broadcast right"):
         pytest.skip("matmul itself folds a batch of one in two ways, which differ in rounding")
     tensors = call.tensors()
