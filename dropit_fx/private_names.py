@@ -351,7 +351,7 @@ TABLE: tuple[Name, ...] = (
         "torch._inductor.custom_graph_pass.get_custom_graph_passes",
         _lack("several passes are handed over as one, without is_inference", "backend='dropit'"),
         "telling whether inductor takes a list of passes",
-        since="2.14.1",
+        since="2.13.0",
     ),
     Name(
         "torch._inductor.graph.GraphLowering.decide_layout_opt",
@@ -386,7 +386,7 @@ TABLE: tuple[Name, ...] = (
         "meta['output_stack_traces']",
         _lack("nothing: it is left alone where there is none", "backend='dropit'"),
         "the same of where they were made",
-        since="2.14.1",
+        since="2.13.0",
         probe=False,
     ),
     Name(
