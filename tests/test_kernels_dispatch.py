@@ -29,7 +29,7 @@ def test_a_machine_without_triton_uses_the_reference(
     x = torch.randn(100)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            op = dispatch.on_cuda("triton", "sparsify", reference.sparsify)
+            op = dispatch.on_cuda("sparsify", reference.sparsify)
             packed = op(x, 1000, 64, 0, 0, False)
     for left, right in zip(packed, reference.sparsify(x, 1000, 64, 0, 0, False), strict=True):
         assert torch.equal(left, right)
@@ -49,13 +49,13 @@ def test_a_kernel_is_launched_on_the_device_of_its_tensor(
         yield
         inside.append("left")
 
-    module = types.ModuleType("kernels")
+    module = types.ModuleType("triton")
     module.op = lambda x, n: (list(inside), n)
-    monkeypatch.setitem(sys.modules, "dropit_fx.kernels.kernels", module)
+    monkeypatch.setitem(sys.modules, "dropit_fx.kernels.triton", module)
     monkeypatch.setattr(torch.cuda, "device", current)
     with FakeTensorMode():
         x = torch.empty(8, device=device)
-    assert dispatch.on_cuda("kernels", "op", reference.sparsify)(x, 3) == (entered, 3)
+    assert dispatch.on_cuda("op", reference.sparsify)(x, 3) == (entered, 3)
     assert inside == [*entered, *["left"] * len(entered)]
 
 

@@ -16,19 +16,19 @@ _log = logging.getLogger(__name__)
 _warned: set[str] = set()
 
 
-def on_cuda(module: str, name: str, fallback: Callable[..., Any]) -> Callable[..., Any]:
+def on_cuda(name: str, fallback: Callable[..., Any]) -> Callable[..., Any]:
     """The CUDA implementation of an op, launched on the device of the op's first argument.
 
     Args:
-        module: of `dropit_fx.kernels`, imported at the first call: importing Triton takes time.
-        name: the function there; its first argument is a tensor.
+        name: the function of `dropit_fx.kernels.triton`, which is imported at the first call:
+            importing Triton takes time. Its first argument is a tensor.
         fallback: what runs where Triton cannot be imported.
     """
 
     @functools.cache
     def implementation() -> Callable[..., Any]:
         try:
-            found = importlib.import_module(f"dropit_fx.kernels.{module}")
+            found = importlib.import_module("dropit_fx.kernels.triton")
         except ImportError as error:
             warn_once("no Triton", f"no Triton ({error}), using the slower PyTorch kernels")
             return fallback

@@ -114,7 +114,7 @@ for _name, _schema, _reference, _cpu in (
     torch.library.define(f"dropit::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"dropit::{_name}", "CompositeExplicitAutograd", _reference)
     torch.library.impl(f"dropit::{_name}", "CPU", _cpu)
-    torch.library.impl(f"dropit::{_name}", "CUDA", on_cuda("triton", _name, _reference))
+    torch.library.impl(f"dropit::{_name}", "CUDA", on_cuda(_name, _reference))
 
 
 @torch.library.register_fake("dropit::pack_between")

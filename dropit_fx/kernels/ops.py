@@ -75,7 +75,7 @@ for _name, _schema in _SCHEMAS.items():
     torch.library.impl(f"dropit::{_name}", "CompositeExplicitAutograd", _plain)
     if not _name.endswith("_channels"):  # on a CPU, batch norm's kernel standardises in less time
         torch.library.impl(f"dropit::{_name}", "CPU", getattr(cpu, _name))
-    torch.library.impl(f"dropit::{_name}", "CUDA", on_cuda("triton", _name, _plain))
+    torch.library.impl(f"dropit::{_name}", "CUDA", on_cuda(_name, _plain))
 
 
 @torch.library.register_fake("dropit::sparsify")

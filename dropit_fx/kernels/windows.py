@@ -76,7 +76,7 @@ for _name, _tensor, _reference in (
     _schema = f"(Tensor {_tensor}, {_ARGUMENTS}) -> Tensor"
     torch.library.define(f"dropit::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"dropit::{_name}", "CompositeExplicitAutograd", _reference)
-    torch.library.impl(f"dropit::{_name}", "CUDA", on_cuda("triton", _name, _reference))
+    torch.library.impl(f"dropit::{_name}", "CUDA", on_cuda(_name, _reference))
 
 
 @torch.library.register_fake("dropit::encode_window")
