@@ -118,7 +118,8 @@ def _pack_by_channel(
         parts = codec.pack(flatten(standard), options)
     else:
         plain = type(x) is Tensor and not torch.compiler.is_compiling()
-        mean, inverse = torch.batch_norm_stats(x, _TINY) if plain else _standardise(x)[1:]
+        found = torch.batch_norm_stats(x, _TINY) if plain else _standardise(x)[1:]
+        mean, inverse = (t.float() for t in found)  # of float64, the kernel's are float64
         order = memory_order(x)
         parts = codec.pack_channels(flatten(x), mean, inverse, _run(x.shape, order), options)
     shape = [-1 if d == 1 else 1 for d in range(x.dim())]
