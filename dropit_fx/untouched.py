@@ -70,17 +70,14 @@ class Untouched:
     """What happened inside an :func:`untouched` block.
 
     Attributes:
-        changes: Filled when the block ends, before it is undone; :meth:`look` tells them earlier.
+        look: What has changed so far.
+        changes: What had changed when the block ended, before it was undone.
         chance: Names of the sources of random numbers that the block drew from.
     """
 
+    look: Callable[[], list[Change]]
     changes: list[Change] = field(default_factory=list)
     chance: list[str] = field(default_factory=list)
-    _kept: _Kept | None = None
-
-    def look(self) -> list[Change]:
-        """What has changed so far."""
-        return self.changes if self._kept is None else self._kept.changes()
 
 
 @contextmanager
@@ -113,11 +110,11 @@ def untouched(model: nn.Module, *, values: bool = False) -> Iterator[Untouched]:
     for name, module in model.named_modules():
         kept.note(module, name, "", 0)
     sources = [(s, s.state()) for s in _sources()]
-    seen = Untouched(_kept=kept)
+    seen = Untouched(kept.changes)
     try:
         yield seen
     finally:
-        seen.changes, seen._kept = kept.changes(), None
+        seen.changes = kept.changes()
         kept.restore()
         for source, state in sources:
             if not _same_state(source.state(), state):
@@ -440,7 +437,7 @@ class _Kept:
                 self.note(inner, module, path, depth + 1)
         elif isinstance(value, staticmethod | classmethod):
             self.note(value.__func__, module, path, depth)
-        elif isinstance(value, functools._lru_cache_wrapper):
+        elif isinstance(value, _LRU_CACHE):
             self.parts.append(_Cached(value, module, path))
             self.note(value.__wrapped__, module, path, depth + 1)
         elif isinstance(value, FunctionType):
@@ -539,6 +536,7 @@ _LEAVES = (
 )
 # of these libraries, only modules, tensors and generators change with a model
 _LIBRARIES = frozenset({"torch", "numpy", "sympy", "dropit_fx", "triton"})
+_LRU_CACHE: Any = type(functools.lru_cache(lambda: None))
 _OPEN = (SimpleNamespace,)
 
 
