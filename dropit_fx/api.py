@@ -74,7 +74,7 @@ def transform(
             example_kwargs,
         )
         return whole
-    with untouched(model):
+    with untouched(model, generators=True):
         args, kwargs = example_inputs.settle(model, example_args, example_kwargs)
         graph_module = capture(model, args, kwargs)
         plan = rewrite(graph_module, settled, args, kwargs)
@@ -149,7 +149,7 @@ def _transform_submodules(
     names = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
     made: dict[str, fx.GraphModule] = {}
     plans = []
-    with untouched(model):
+    with untouched(model, generators=True):
         args, kwargs = example_inputs.settle(model, example_args, example_kwargs)
         seen = example_inputs.record(model, names, args, kwargs)
         for name in names:

@@ -81,7 +81,9 @@ class Untouched:
 
 
 @contextmanager
-def untouched(model: nn.Module, *, values: bool = False) -> Iterator[Untouched]:
+def untouched(
+    model: nn.Module, *, values: bool = False, generators: bool = False
+) -> Iterator[Untouched]:
     """Puts back what the block changes in ``model``, and tells what that was; after errors, too.
 
     Noted and restored: the attributes of every submodule (hooks, buffers, parameters and their
@@ -95,6 +97,8 @@ def untouched(model: nn.Module, *, values: bool = False) -> Iterator[Untouched]:
         model: Any module.
         values: Copy parameters, gradients and buffers as well, for a block that may write into
             them (a run on real tensors). Without, such a write is told and not undone.
+        generators: Watch every random generator of Python and NumPy that lives, wherever it is
+            held, not their global ones alone; finding them takes a tenth of a second.
 
     Yields:
         What changed, complete when the block has ended::
@@ -109,7 +113,7 @@ def untouched(model: nn.Module, *, values: bool = False) -> Iterator[Untouched]:
     kept = _Kept(values)
     for name, module in model.named_modules():
         kept.note(module, name, "", 0)
-    sources = [(s, s.state()) for s in _sources()]
+    sources = [(s, s.state()) for s in _sources(generators)]
     seen = Untouched(kept.changes)
     try:
         yield seen
@@ -637,8 +641,8 @@ class _Source:
     restore: Callable[[Any], object]
 
 
-def _sources() -> Iterator[_Source]:
-    """Python's, NumPy's and PyTorch's own, and every generator of Python and NumPy that lives."""
+def _sources(living: bool) -> Iterator[_Source]:
+    """Python's, NumPy's and PyTorch's own; ``living``: every generator of Python and NumPy."""
     yield _Source("Python's random", random.getstate, random.setstate)
     yield _Source("torch's default generator", torch.get_rng_state, torch.set_rng_state)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -656,7 +660,7 @@ def _sources() -> Iterator[_Source]:
     own: set[int] = {id(getattr(random.random, "__self__", None))}
     if numpy is not None:
         own.add(id(getattr(numpy.random.random, "__self__", None)))
-    for found in _living(kinds):
+    for found in _living(kinds) if living else ():
         if id(found) in own or isinstance(found, random.SystemRandom):
             continue
         kind = f"a {type(found).__module__}.{type(found).__qualname__}"
