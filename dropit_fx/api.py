@@ -95,8 +95,8 @@ def rewrite(
         CaptureError: The graph does not run on inputs of the example's shapes.
     """
     fakes = fakes_of(example_inputs.placeholder_values(graph_module, args, kwargs))
-    if opaque_nodes(graph_module):
-        expand(graph_module, propagate(graph_module, fakes))
+    if opaque_nodes(graph_module, wrapped=True):
+        expand(graph_module, propagate(graph_module, fakes), wrapped=True)
     try:
         return run_pipeline(Plan(module=graph_module, inputs=fakes, config=config))
     except FakeRunError as error:

@@ -267,6 +267,9 @@ def _exported_program(
         shapes = pytree.tree_map(dynamic, (args, kwargs))
         named = {**dict(zip(names, shapes[0], strict=False)), **shapes[1]}
         seconds = _granted.get(model, usual) if count is None else 4 * usual
+        if not seconds:  # it did not come back in the other mode
+            tried.append(f"with {way} dynamic was given up in the other mode")
+            continue
         try:
             with sympy_bounded(seconds):
                 program = torch.export.export(

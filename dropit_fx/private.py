@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from torch.nn.utils.stateless import _reparametrize_module as reparametrize_module
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
+    from torch.utils._sympy.printers import PythonPrinter
 
     batch_norm_impl_index: Callable[..., Any]
     set_hooks_tracing: Callable[[bool], bool]
@@ -83,6 +84,7 @@ __all__ = [
     "FakeTensorMode",
     "NormBase",
     "OpOverload",
+    "PythonPrinter",
     "ShapeEnv",
     "StatelessSymbolicContext",
     "TorchDispatchMode",

@@ -233,6 +233,11 @@ TABLE: tuple[Name, ...] = (
         "its batch and sequence",
     ),
     Name(
+        "torch.utils._sympy.printers.PythonPrinter",
+        _OPAQUE,
+        "conditions on the sizes of what is opened, as Python",
+    ),
+    Name(
         "torch.fx.experimental.symbolic_shapes.SYMPY_INTERP",
         _EXPORT,
         "functions in the conditions on an exported model's inputs",

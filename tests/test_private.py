@@ -146,6 +146,16 @@ def _an_overload_has_a_schema() -> None:
     assert found == ("aten::add", "alpha", 1, True), f"its schema reads {found}"
 
 
+@of("torch.utils._sympy.printers.PythonPrinter")
+def _conditions_on_sizes_print_as_python() -> None:
+    import sympy
+
+    size = sympy.Symbol("s0", positive=True, integer=True)
+    printed = private.PythonPrinter().doprint(sympy.Ne(size, 1))
+    assert eval(printed, {"s0": 2})
+    assert not eval(printed, {"s0": 1})
+
+
 @of("torch.SymInt.node.hint", f"{_SHAPES}.ShapeEnv")
 def _a_symbolic_size_has_a_hint_without_a_guard() -> None:
     env = private.ShapeEnv(specialize_zero_one=False, duck_shape=True)
