@@ -110,7 +110,7 @@ def untouched(
             if seen.chance:  # e.g. ["Python's random", "torch's default generator"]
                 ...
     """
-    kept = _Kept(values)
+    kept = _Kept(values, {id(m): n for n, m in model.named_modules()})
     for name, module in model.named_modules():
         kept.note(module, name, "", 0)
     sources = [(s, s.state()) for s in _sources(generators)]
@@ -397,8 +397,8 @@ class _Generator(_Part):
 class _Kept:
     """All parts that are reached from a model, each once."""
 
-    def __init__(self, values: bool) -> None:
-        self.values = values
+    def __init__(self, values: bool, names: dict[int, str]) -> None:
+        self.values, self._names = values, names
         self.parts: list[_Part] = []
         self._seen: dict[int, Any] = {}  # id -> the object, held so that the id stays its own
 
@@ -417,7 +417,9 @@ class _Kept:
         if id(value) in self._seen:
             return
         self._seen[id(value)] = value
-        if isinstance(value, nn.Module):
+        if id(value) in self._names:
+            self._module(value, self._names[id(value)], "", 0)
+        elif isinstance(value, nn.Module):
             self._module(value, module, path, depth)
         elif isinstance(value, Tensor):
             plain = not path.startswith(tuple(f"{d}[" for d in MODULE_DICTS))
