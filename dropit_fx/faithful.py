@@ -215,10 +215,12 @@ def _assigned(model: nn.Module, change: Change) -> str:
 
 
 def _is_benign(model: nn.Module, change: Change) -> bool:
-    """A memory of results, or what PyTorch's own hooks make of parameters in every call."""
+    """A memory of results, PyTorch's own bookkeeping, or what its hooks make of parameters."""
     if hasattr(change.new, "cache_info"):
         return True
     _, owner, attribute = _owner(model, change)
+    if type(owner).__module__.startswith("torch.nn.") and attribute.startswith("_flat_weight"):
+        return True  # of recurrent layers
     parameters = dict(owner.named_parameters(recurse=False))
     made = any(f"{attribute}_{end}" in parameters for end in ("orig", "g"))
     return made and any(map(_is_torchs, vars(owner)["_forward_pre_hooks"].values()))
