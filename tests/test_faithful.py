@@ -654,6 +654,37 @@ def test_one_model_may_be_transformed_by_two_threads() -> None:
     assert all(torch.equal(m(X), model(X)) for m in made)
 
 
+def test_another_model_is_trained_while_a_thread_transforms() -> None:
+    other, stop = net(), threading.Event()
+    want, errors = other(X), list[BaseException]()
+
+    def train() -> None:
+        while not stop.is_set():
+            try:
+                out = other(X)
+                out.sum().backward()
+                assert torch.equal(out, want)
+            except BaseException as error:  # a thread's own is lost
+                errors.append(error)
+                return
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    model = net()
+    made = [transform(model, example_args=(X,), preset="lossless") for _ in range(3)]
+    stop.set()
+    thread.join()
+    assert errors == []
+    assert torch.equal(made[-1](X), model(X))
+
+
+def test_a_graph_traced_twice_is_the_same_graph() -> None:
+    for between in (Net.between, own_noise, slices_written, two_results):
+        one, two = (transform(net(between), example_args=(X,)) for _ in range(2))
+        assert one.code == two.code
+        assert str(one.graph) == str(two.graph)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
