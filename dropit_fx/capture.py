@@ -62,6 +62,10 @@ class Tracer(fx.Tracer):
     # what is computed from a buffer is computed in each step, not once while tracing
     proxy_buffer_attributes = True
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Proxies that write in place where a tensor does."""
         return SymbolicProxy(node, self)
@@ -92,10 +96,18 @@ class Tracer(fx.Tracer):
         kwargs: dict[str, Any],
     ) -> Any:
         """Batch norm's check of the number of dimensions is left out: proxies have none."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)  # another thread trains meanwhile
         if not isinstance(m, BatchNorm):
             return super().call_module(m, forward, args, kwargs)
         with unchecked_dimensions(m):
             return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Parameters and buffers become proxies, in the thread that traces."""
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
 def _names(function: Callable[..., Any]) -> tuple[str, ...]:
@@ -173,7 +185,7 @@ def _captured(
             with untouched(model):
                 graph_module = both_modes(model, trace)
             if study is not None:
-                _prove(graph_module, study)
+                _prove(graph_module, study, exported=name == "torch.export")
             return graph_module
         except Exception as error:  # a tracer runs the user's code: anything can be raised
             log.info("%s: %s", name, error)
@@ -206,16 +218,16 @@ def _refusal(model: nn.Module, reason: str) -> str:
     )
 
 
-def _prove(graph_module: fx.GraphModule, study: Study) -> None:
+def _prove(graph_module: fx.GraphModule, study: Study, exported: bool) -> None:
     """Raises NotCarried where the graph does not do what the model does, in the model's mode.
 
     Where it does not in the other mode, it says so when it is run in that.
     """
-    wrong = study.difference(graph_module, study.training)
+    wrong = study.difference(graph_module, study.training, exported)
     if wrong:
         raise NotCarried(wrong)
     if not is_one_mode(graph_module):
-        wrong = study.difference(graph_module, not study.training)
+        wrong = study.difference(graph_module, not study.training, exported)
         if wrong:
             one_mode(graph_module, study.training, f"the start (the graph {wrong})")
 
