@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from dropit_fx import example_inputs
-from dropit_fx.capture import CaptureError, capture
+from dropit_fx.capture import LOCK, CaptureError, capture
 from dropit_fx.config import Config, ConfigError, make_config
 from dropit_fx.core_types import Plan
 from dropit_fx.expand import expand, opaque_nodes
@@ -74,7 +74,7 @@ def transform(
             example_kwargs,
         )
         return whole
-    with untouched(model, generators=True):
+    with LOCK, untouched(model, generators=True):
         args, kwargs = example_inputs.settle(model, example_args, example_kwargs)
         graph_module = capture(model, args, kwargs)
         plan = rewrite(graph_module, settled, args, kwargs)
@@ -149,7 +149,7 @@ def _transform_submodules(
     names = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
     made: dict[str, fx.GraphModule] = {}
     plans = []
-    with untouched(model, generators=True):
+    with LOCK, untouched(model, generators=True):
         args, kwargs = example_inputs.settle(model, example_args, example_kwargs)
         seen = example_inputs.record(model, names, args, kwargs)
         for name in names:

@@ -20,7 +20,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from dropit_fx.bounded import TooLong, sympy_bounded
-from dropit_fx.faithful import NotCarried, Study, refuse_hooks
+from dropit_fx.faithful import (
+    NotCarried,
+    Study,
+    own_hooks,
+    refuse_hooks,
+    torchs_hooks_inside,
+)
 from dropit_fx.graph_module import RewrittenModule
 from dropit_fx.input_guards import exporting_input_guards
 from dropit_fx.modes import both_modes, is_one_mode, one_mode
@@ -137,7 +143,7 @@ def capture(
         CaptureError: Neither tracer takes the model, no graph can do what it does, or it is packed
             already.
     """
-    with LOCK:
+    with LOCK, torchs_hooks_inside(model):
         graph_module = _captured(model, args, kwargs)
     for node in graph_module.graph.nodes:
         if node.target is pack or node.target in PACKED_OPS.values():
@@ -156,7 +162,7 @@ def capture(
     _reorder(model, graph_module)
     for kind in HOOK_DICTS:
         if vars(model).get(kind):  # they run around the forward, whatever that is
-            setattr(graph_module, kind, copy.copy(vars(model)[kind]))
+            setattr(graph_module, kind, own_hooks(model, kind))
     return graph_module
 
 
