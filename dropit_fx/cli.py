@@ -21,7 +21,7 @@ from torch import nn
 import dropit_fx
 from dropit_fx import bench, model_spec
 from dropit_fx.capture import CaptureError
-from dropit_fx.config import DEFAULT_PRESET, ConfigError
+from dropit_fx.config import DEFAULT_PRESET, PAPER_PRESET, ConfigError
 from dropit_fx.model_spec import SpecError
 from dropit_fx.report import Report, as_text, mib
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 PRESET_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("preset", str, f"its rules come after the config's own (default: {DEFAULT_PRESET})"),
-    ("gamma", float, "dropping rate in [0, 1) of the preset's rules"),
-    ("bits", int, "bits of a kept value, 1 to 8, of the preset's rules"),
+    ("gamma", float, "dropping rate in [0, 1), for all rules of the preset that have one"),
+    ("bits", int, "bits of a kept value, 1 to 8, for all rules of the preset that have them"),
 )
 # What the user can mend. A missing module: the extras, and what a factory imports.
 USER_ERRORS = (CaptureError, ConfigError, SpecError, OSError, ModuleNotFoundError)
@@ -190,7 +190,12 @@ def _add_model(parser: argparse.ArgumentParser, default: str | None = None) -> N
 def _add_config(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to pack")
     group.add_argument("--config", metavar="FILE", help="a YAML file of rules")
-    group.add_argument("--strategy", metavar="CODEC", help="codec of linear and conv inputs")
+    group.add_argument(
+        "--strategy",
+        metavar="CODEC",
+        help="codec of linear and conv inputs; without --preset and --config, of the preset"
+        f" {PAPER_PRESET}, the published algorithm",
+    )
     for name, kind, text in PRESET_OPTIONS:
         group.add_argument(f"--{name}", type=kind, help=text)
 

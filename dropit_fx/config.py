@@ -169,11 +169,16 @@ def make_config(
 ) -> Config:
     """A config with the sugar of ``transform`` and of the backend's options applied.
 
-    ``strategy``, ``gamma`` and ``bits`` override the preset's rules that drop elements of matmul
-    and convolution inputs. Where no preset and no config is named, they change the preset
-    ``dropit``: the call of the published code, ``transform(model, strategy="mink", gamma=0.9)``.
+    ``gamma`` and ``bits`` change the preset in force, in all its rules whose codec has that option,
+    and leave rules of one's own as they are. ``strategy`` names the codec of its rules that drop
+    elements of matmul and convolution inputs. Where a strategy is named and neither a preset nor a
+    config, the preset is ``dropit``: the call of the published code,
+    ``transform(model, strategy="mink", gamma=0.9)``.
+
+    Raises:
+        ConfigError: The config cannot mean anything, or the preset has no rule with such an option.
     """
-    if preset is None and config is None and (strategy, gamma, bits) != (None, None, None):
+    if preset is None and config is None and strategy is not None:
         preset = PAPER_PRESET
     if preset is not None and config is not None:
         named = load_config(config)
@@ -183,32 +188,62 @@ def make_config(
     else:
         loaded = load_config({"preset": preset} if preset is not None else config)
     changes = {k: v for k, v in (("gamma", gamma), ("bits", bits)) if v is not None}
-    if strategy is None and not changes:
-        return loaded
+    if strategy is not None:
+        loaded = _with_strategy(loaded, strategy, changes)
+    for name, value in changes.items():
+        loaded = _with_option(loaded, name, value)
+    return loaded
+
+
+def _with_strategy(config: Config, strategy: str, changes: Mapping[str, Any]) -> Config:
+    """The preset's rules that drop elements, with another codec and the options that it has."""
     contract = tuple(n for n, c in CODEC.items() if Use.CONTRACT in c.serves and c.name != "keep")
-    if strategy is not None and strategy not in contract:
+    if strategy not in contract:
         raise ConfigError(f"no strategy {strategy!r}.{_did_you_mean(strategy, contract)}")
+    codec = CODEC[strategy]
+    _check_options(codec, changes, "strategy")
 
-    def sweetened(rule: Rule) -> Rule:
-        if not rule.preset or not _drops(rule):
-            return rule
-        codec = strategy or rule.codec
-        names = {o.name for o in CODEC[codec].options}
-        options = {k: v for k, v in rule.options if k in names} | changes
-        _check_options(CODEC[codec], options, "strategy")
-        return replace(rule, codec=codec, options=tuple(options.items()))
+    def swapped(rule: Rule) -> Rule:
+        options = tuple((k, v) for k, v in rule.options if _has(codec, k))
+        return replace(rule, codec=strategy, options=options)
 
-    rules = tuple(sweetened(r) for r in loaded.rules)
-    if not any(r.preset and _drops(r) for r in loaded.rules):
+    if not any(_drops(r) for r in config.rules):
         raise ConfigError(
-            "strategy, gamma and bits change the preset's rules that drop elements, and preset"
-            f" {loaded.preset!r} has none"
+            f"strategy = {strategy!r} takes the place of the codec that drops elements, and preset"
+            f" {config.preset!r} has none.{_presets_with('gamma')}"
         )
-    return replace(loaded, rules=rules)
+    return replace(config, rules=tuple(swapped(r) if _drops(r) else r for r in config.rules))
+
+
+def _with_option(config: Config, name: str, value: Any) -> Config:
+    """The preset's rules with another value of the option, wherever their codec has it."""
+
+    def changed(rule: Rule) -> Rule:
+        codec = CODEC[rule.codec]
+        if not rule.preset or not _has(codec, name):
+            return rule
+        _check_options(codec, {name: value}, f"preset {config.preset}")
+        return replace(rule, options=tuple((dict(rule.options) | {name: value}).items()))
+
+    if not any(r.preset and _has(CODEC[r.codec], name) for r in config.rules):
+        raise ConfigError(
+            f"{name} = {value!r} changes rules of the preset, and preset {config.preset!r} has none"
+            f" whose codec has that option.{_presets_with(name)}"
+        )
+    return replace(config, rules=tuple(map(changed, config.rules)))
+
+
+def _presets_with(option: str) -> str:
+    able = [n for n in presets() if any(_has(CODEC[r.codec], option) for r in _preset(n).rules)]
+    return f" Presets that have: {', '.join(able)}; or write a rule with {option!r} of your own."
+
+
+def _has(codec: Codec, option: str) -> bool:
+    return any(o.name == option for o in codec.options)
 
 
 def _drops(rule: Rule) -> bool:
-    return any(option.name == "gamma" for option in CODEC[rule.codec].options)
+    return rule.preset and _has(CODEC[rule.codec], "gamma")
 
 
 def _rule(source: Any, where: str, preset: bool = False) -> Rule:
