@@ -19,6 +19,7 @@ from dropit_fx.core_types import INSIDE, Codec, Options, Read, Use
 from dropit_fx.op_table import RULES
 
 DEFAULT_PRESET = "balanced"
+PRESET_KEYS = ("derive", "keep_small", "norm_values")  # that a preset sets beside its rules
 PAPER_PRESET = "dropit"  # of the published call, which names a strategy or a rate
 
 
@@ -86,6 +87,10 @@ class Config:
         preset: The preset that the last of them come from, or None.
         derive: Keep no copy of what is a cheap function of something packed: make it again in the
             backward.
+        keep_small: Keep exactly what is small beside the rest: less than a tenth of the large
+            tensors, and three in a hundred of all bytes together.
+        norm_values: Keep exactly what a norm reads whose statistics come from fewer values each;
+            0: pack it whatever their number.
         force: Pack also where that frees nothing or takes more room: for tests of the formulas.
     """
 
@@ -93,6 +98,8 @@ class Config:
     preset: str | None = DEFAULT_PRESET
     force: bool = False
     derive: bool = False
+    keep_small: bool = False
+    norm_values: int = 0
 
     def rule_for(self, module: str, op: str, read: Read) -> Rule | None:
         """The first rule that speaks of ``read``."""
@@ -114,7 +121,8 @@ def _preset(name: str) -> Config:
     text = (resources.files("dropit_fx") / "presets" / f"{name}.yaml").read_text()
     loaded = yaml.safe_load(text)
     rules = tuple(_rule(r, f"preset {name}", preset=True) for r in loaded["rules"])
-    return Config(rules=rules, preset=name, derive=loaded.get("derive", False))
+    settings = {k: loaded[k] for k in PRESET_KEYS if k in loaded}
+    return Config(rules=rules, preset=name, **settings)
 
 
 def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None = None) -> Config:
@@ -123,7 +131,8 @@ def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None 
     Args:
         source: Path of a YAML file, a mapping of the same shape, a Config (returned as it is), or
             None for the default preset. Keys: ``preset`` (a name, or null for none), ``rules`` (a
-            list of ``{module, op, codec, <options of the codec>}``), ``derive``, ``force``.
+            list of ``{module, op, codec, <options of the codec>}``), ``derive``, ``keep_small``,
+            ``norm_values`` (these three as the preset says unless given), ``force``.
 
     Raises:
         ConfigError: An unknown key, preset, codec, op or option, or a value out of range.
@@ -143,7 +152,7 @@ def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None 
         source = {} if loaded is None else loaded
     if not isinstance(source, Mapping):
         raise ConfigError(f"{origin}: a mapping was expected, not {type(source).__name__}")
-    _known(source, ("preset", "rules", "derive", "force"), origin)
+    _known(source, ("preset", "rules", *PRESET_KEYS, "force"), origin)
     rules = source.get("rules") or []
     if not isinstance(rules, list | tuple):
         raise ConfigError(f"{origin}: 'rules' is a list of rules, not {type(rules).__name__}")
@@ -151,12 +160,15 @@ def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None 
     if preset is not None and not isinstance(preset, str):
         raise ConfigError(f"{origin}: no preset {preset!r}.{_did_you_mean(preset, presets())}")
     base = Config(preset=None) if preset is None else _preset(preset)
-    switches = {"derive": source.get("derive", base.derive), "force": source.get("force", False)}
-    for key, value in switches.items():
-        if not isinstance(value, bool):
+    settings = {k: source.get(k, getattr(base, k)) for k in (*PRESET_KEYS, "force")}
+    for key, value in settings.items():
+        if key != "norm_values" and not isinstance(value, bool):
             raise ConfigError(f"{origin}: {key!r} is true or false, not {value!r}")
+    values = settings["norm_values"]
+    if not isinstance(values, int) or isinstance(values, bool) or values < 0:
+        raise ConfigError(f"{origin}: 'norm_values' is a number of values, 0 or more: {values!r}")
     own = tuple(_rule(r, f"{origin}, rule {i + 1}") for i, r in enumerate(rules))
-    return Config(rules=own + base.rules, preset=preset, **switches)
+    return Config(rules=own + base.rules, preset=preset, **settings)
 
 
 def make_config(
@@ -184,7 +196,8 @@ def make_config(
         named = load_config(config)
         own = tuple(r for r in named.rules if not r.preset)
         chosen = _preset(preset)
-        loaded = replace(named, rules=own + chosen.rules, preset=preset, derive=chosen.derive)
+        settings = {k: getattr(chosen, k) for k in PRESET_KEYS}
+        loaded = replace(named, rules=own + chosen.rules, preset=preset, **settings)
     else:
         loaded = load_config({"preset": preset} if preset is not None else config)
     changes = {k: v for k, v in (("gamma", gamma), ("bits", bits)) if v is not None}

@@ -229,6 +229,23 @@ def test_the_call_of_the_published_code_works() -> None:
     assert codecs == {"bitmask(bits=1)+mink(gamma=0.9)"}
 
 
+@pytest.mark.parametrize("kind", ["sugar", "rule"])
+def test_fewer_bits_never_cost_more_bytes(kind: str) -> None:
+    x, images = torch.randn(64, 64), torch.randn(4, 16, 16, 16)
+    mlp = nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.LayerNorm(64)
+    convs = nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.SiLU(), nn.Conv2d(16, 16, 3), nn.ReLU()
+    for layers, given in ((mlp, x), (convs, images)):
+        first = nn.Linear(64, 64) if given is x else nn.Conv2d(16, 16, 3)
+        body = nn.Sequential(first, *layers)
+        kept = []
+        for bits in range(1, 9):
+            rule = {"op": ["gelu", "silu", "batch_norm"], "codec": "quant", "bits": bits}
+            how: Any = {"bits": bits} if kind == "sugar" else {"config": {"rules": [rule]}}
+            made = dropit_fx.transform(body, example_args=(given,), **how)
+            kept.append(dropit_fx.report(made).kept_bytes)
+        assert kept == sorted(kept)
+
+
 # --- errors
 
 ERRORS: list[tuple[str, Any, str]] = [
@@ -236,7 +253,7 @@ ERRORS: list[tuple[str, Any, str]] = [
         "unknown key",
         {"presets": "dropit"},
         "config: no key 'presets'. Did you mean 'preset'? Choose one of: preset, rules, derive,"
-        " force.",
+        " keep_small, norm_values, force.",
     ),
     (
         "unknown key of a rule",
