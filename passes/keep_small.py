@@ -20,7 +20,7 @@ from dropit_fx.passes.choose_codecs import keep
 from dropit_fx.passes.share_packed import CAST, by_site
 
 TENTH = 10  # of the large ones: nothing above is small
-HUNDREDTHS = 3  # of the dense bytes of all that has a lossy copy: no more is kept for this reason
+HUNDREDTHS = 3  # of the dense bytes of all that is not kept: no more is kept for this reason
 REASON = "small beside what is packed, it is kept exactly"
 
 
@@ -42,7 +42,9 @@ def _small(plan: Plan, pairs: list[tuple[Site, list[Decision]]]) -> set[str]:
     if not lossy:
         return set()
     sizes = sorted(s.nbytes for s, _ in lossy)
-    large, room = sizes[len(sizes) * 3 // 4], sum(sizes) * HUNDREDTHS // 100
+    large = sizes[len(sizes) * 3 // 4]
+    packed = sum(s.nbytes for s, mine in pairs if all(d.packed for d in mine))
+    room = packed * HUNDREDTHS // 100
     casts = {d.read.node for d in plan.decisions if d.codec == CAST}
     names: dict[str, int] = defaultdict(int)
     for site in plan.sites:
