@@ -12,12 +12,14 @@ import copy
 import inspect
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from dropit_fx.bounded import TooLong, sympy_bounded
 from dropit_fx.faithful import NotCarried, Study, refuse_hooks
 from dropit_fx.graph_module import RewrittenModule
 from dropit_fx.input_guards import exporting_input_guards
@@ -60,6 +62,10 @@ class Tracer(fx.Tracer):
     # what is computed from a buffer is computed in each step, not once while tracing
     proxy_buffer_attributes = True
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Proxies that write in place where a tensor does."""
         return SymbolicProxy(node, self)
@@ -90,10 +96,18 @@ class Tracer(fx.Tracer):
         kwargs: dict[str, Any],
     ) -> Any:
         """Batch norm's check of the number of dimensions is left out: proxies have none."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)  # another thread trains meanwhile
         if not isinstance(m, BatchNorm):
             return super().call_module(m, forward, args, kwargs)
         with unchecked_dimensions(m):
             return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Parameters and buffers become proxies, in the thread that traces."""
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
 def _names(function: Callable[..., Any]) -> tuple[str, ...]:
@@ -171,7 +185,7 @@ def _captured(
             with untouched(model):
                 graph_module = both_modes(model, trace)
             if study is not None:
-                _prove(graph_module, study)
+                _prove(graph_module, study, exported=name == "torch.export")
             return graph_module
         except Exception as error:  # a tracer runs the user's code: anything can be raised
             log.info("%s: %s", name, error)
@@ -204,16 +218,16 @@ def _refusal(model: nn.Module, reason: str) -> str:
     )
 
 
-def _prove(graph_module: fx.GraphModule, study: Study) -> None:
+def _prove(graph_module: fx.GraphModule, study: Study, exported: bool) -> None:
     """Raises NotCarried where the graph does not do what the model does, in the model's mode.
 
     Where it does not in the other mode, it says so when it is run in that.
     """
-    wrong = study.difference(graph_module, study.training)
+    wrong = study.difference(graph_module, study.training, exported)
     if wrong:
         raise NotCarried(wrong)
     if not is_one_mode(graph_module):
-        wrong = study.difference(graph_module, not study.training)
+        wrong = study.difference(graph_module, not study.training, exported)
         if wrong:
             one_mode(graph_module, study.training, f"the start (the graph {wrong})")
 
@@ -240,20 +254,64 @@ def _symbolic(model: nn.Module) -> fx.GraphModule:
     return graph_module
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
-    auto = torch.export.Dim.AUTO
+# CPU seconds for sizes, and more for each module; BERT takes 0.02 for each
+_SECONDS, _SECONDS_PER_MODULE = 8.0, 0.04
+# In the second mode a model gets more if the first one came back, and none if it did not, so that
+# both are traced in the same way.
+_granted: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()
+_WAYS = {"every dimension": None, "the first dimension of each input": 1, "no dimension": 0}
 
-    def every_dimension(x: Any) -> Any:
-        return dict.fromkeys(range(x.dim()), auto) if isinstance(x, Tensor) else None
 
-    shapes = pytree.tree_map(every_dimension, (args, kwargs))
+def _exported_program(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.export.ExportedProgram:
+    """Exports with every size dynamic; where that fails or does not come back, with fewer."""
     names = list(inspect.signature(model.forward).parameters)
-    dynamic = {**dict(zip(names, shapes[0], strict=False)), **shapes[1]}
-    try:
-        program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
-    except Exception as error:
-        log.info("torch.export with dynamic shapes: %s; retrying with the example's", error)
-        program = torch.export.export(model, args, kwargs, strict=False)
+    tried: list[str] = []
+    failed: Exception | None = None
+    usual = _SECONDS + _SECONDS_PER_MODULE * sum(1 for _ in model.modules())
+    for way, count in _WAYS.items():
+
+        def dynamic(x: Any, count: int | None = count) -> Any:
+            dims = range(x.dim())[:count] if isinstance(x, Tensor) else ()
+            return dict.fromkeys(dims, torch.export.Dim.AUTO) or None
+
+        shapes = pytree.tree_map(dynamic, (args, kwargs))
+        named = {**dict(zip(names, shapes[0], strict=False)), **shapes[1]}
+        seconds = _granted.get(model, usual) if count is None else 4 * usual
+        if not seconds:  # it did not come back in the other mode
+            tried.append(f"with {way} dynamic was given up in the other mode")
+            continue
+        try:
+            with sympy_bounded(seconds):
+                program = torch.export.export(
+                    model, args, kwargs, dynamic_shapes=named if count != 0 else None, strict=False
+                )
+        except Exception as error:
+            failed = error
+            tried.append(f"with {way} dynamic: {first_line(error)}")
+            log.info("torch.export of %s %s", type(model).__name__, tried[-1])
+            if isinstance(error, TooLong) and count is None:
+                _granted[model] = 0.0
+            continue
+        if count is None:
+            _granted[model] = 4 * usual
+        elif any("TooLong" in t for t in tried):
+            log.warning(
+                "torch.export of %s %s; it is exported with %s dynamic, other sizes must be the"
+                " example's",
+                type(model).__name__,
+                tried[0],
+                way,
+            )
+        return program
+    assert failed is not None
+    failed.args = (f"{failed}\n(torch.export was tried {'; '.join(tried)})",)
+    raise failed
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    program = _exported_program(model, args, kwargs)
     with exporting_input_guards():
         exported = program.module()
     # a plain GraphModule: the exported one refuses train() and eval()

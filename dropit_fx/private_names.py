@@ -145,6 +145,11 @@ TABLE: tuple[Name, ...] = (
         "numbering what a model and its graph compute",
     ),
     Name(
+        "torch._export.utils._compiling_state_context",
+        _EXPORT,
+        "what a model's code does that asks whether it is exported",
+    ),
+    Name(
         "torch.nn.modules.module._has_any_global_hook",
         _CAPTURE,
         "hooks that a graph would lose",
@@ -231,6 +236,11 @@ TABLE: tuple[Name, ...] = (
         "torch.fx.experimental.symbolic_shapes.StatelessSymbolicContext",
         _OPAQUE,
         "its batch and sequence",
+    ),
+    Name(
+        "torch.utils._sympy.printers.PythonPrinter",
+        _OPAQUE,
+        "conditions on the sizes of what is opened, as Python",
     ),
     Name(
         "torch.fx.experimental.symbolic_shapes.SYMPY_INTERP",
