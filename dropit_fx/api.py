@@ -54,8 +54,9 @@ def transform(
             detector) is copied and run for real, without gradients.
         preset: Name of a preset; its rules come after the config's own.
         strategy: Codec of linear and convolution inputs: ``"mink"``, ``"random"``, ``"quant"``.
-        gamma: Dropping rate in [0, 1) of the preset's rules.
-        bits: Bits of a kept value, 1 to 8, of the preset's rules.
+            Without a preset or a config, the preset is then ``"dropit"``, the published algorithm.
+        gamma: Dropping rate in [0, 1), for all rules of the preset whose codec has one.
+        bits: Bits of a kept value, 1 to 8, for all rules of the preset whose codec has them.
 
     Returns:
         The rewritten GraphModule; ``dropit_fx.report`` tells what became of each saved tensor.

@@ -221,6 +221,12 @@ def storage_id(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def last_seeding() -> object:
+    """Another object after each ``torch.manual_seed``; always None where PyTorch does not tell."""
+    # XPUs are never in use beside other devices, so that their seed waits to be set
+    return getattr(getattr(torch.xpu, "_lazy_seed_tracker", None), "manual_seed_all_cb", None)
+
+
 @_reads("torch.Tensor._version")
 def version(tensor: Tensor) -> int:
     """How often a tensor has been written in place."""

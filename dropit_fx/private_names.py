@@ -280,6 +280,12 @@ TABLE: tuple[Name, ...] = (
         probe=lambda: inspect.signature(F.softmax).parameters["_stacklevel"],
     ),
     Name(
+        "torch.xpu._lazy_seed_tracker.manual_seed_all_cb",
+        _lack("after torch.manual_seed, chance is the same only where something else drew too"),
+        "noticing torch.manual_seed: it leaves this behind whatever devices there are",
+        probe=lambda: torch.xpu._lazy_seed_tracker.manual_seed_all_cb,
+    ),
+    Name(
         "torch.ops.aten._native_batch_norm_legit",
         _lack("inputs of batch norm cannot be packed"),
         "mean and deviation of channels",

@@ -1,4 +1,4 @@
-"""Pass 5: put the pack node before the first reader, and swap each reader for its packed call.
+"""Pass 6: put the pack node before the first reader, and swap each reader for its packed call.
 
 Requires: decisions whose pack keys are settled. Ensures: every packed decision stands in the graph,
 and nothing else changed; in-place ops that are packed run out of place, with later readers

@@ -341,6 +341,18 @@ def _a_selective_checkpoint_is_a_tagged_region() -> None:
     assert isinstance(value, private.FakeTensor), f"an input's meta has {sorted(x.meta)}"
 
 
+@of("torch.xpu._lazy_seed_tracker.manual_seed_all_cb")
+def _seeding_leaves_another_object_each_time() -> None:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(3)
+        first = private.last_seeding()
+        torch.rand(2)
+        assert private.last_seeding() is first
+        torch.manual_seed(3)
+    assert first is not None
+    assert private.last_seeding() is not first
+
+
 @of("_stacklevel")
 def _softmax_has_an_argument_of_no_meaning() -> None:
     for function in (F.softmax, F.log_softmax):
