@@ -309,8 +309,9 @@ def meaning(
             numbers.name(tensor, name, constants.get(name))
         before = {n: numbers.of(t) for n, t in (*state.items(), *inputs.items())}
         given_args, given_kwargs = pytree.tree_unflatten(list(fakes), spec)
-        with numbers, watch:
-            result = run(*given_args, **given_kwargs)
+        with numbers:
+            with watch:
+                result = run(*given_args, **given_kwargs)
             outputs = pytree.tree_leaves(result)
             grads, functions = _backward(outputs, state | inputs, numbers)
         after = {n: numbers.of(t) for n, t in (*_state(module).items(), *inputs.items())}
@@ -391,8 +392,15 @@ def _backward(
     for i, t in enumerate(differentiated):
         cotangents.append(torch.empty_like(t, requires_grad=False))
         numbers.name(cotangents[-1], f"cotangent {i}")
+    grads: dict[str, int | None] = dict.fromkeys(wanted)
+
+    def arrives(name: str, grad: Tensor) -> None:
+        grads[name] = ((grads[name] or 0) + numbers.of(grad)) & _WORD
+
+    for name, tensor in wanted.items():  # whether .grad is a copy depends on who else holds it
+        tensor.register_hook(functools.partial(arrives, name))
     torch.autograd.backward(differentiated, cotangents)  # grad() stops at reentrant checkpoints
-    return {n: None if t.grad is None else numbers.of(t.grad) for n, t in wanted.items()}, functions
+    return grads, functions
 
 
 def _custom_functions(outputs: list[Tensor]) -> tuple[str, ...]:
@@ -526,10 +534,7 @@ class _Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return hash((base, self._frozen((args, kwargs)), drawn))
 
     def _copied(self, source: Tensor, out: Tensor, key: int) -> int:
-        """The content of a copy: that of the source, where it is all of a storage as the copy is.
-
-        Whether a gradient is copied or taken over depends on who else holds it.
-        """
+        """The content of a copy: that of the source, where it is all of a storage as the copy is."""
         if source.shape != out.shape or {source.layout, out.layout} != {torch.strided}:
             return key
         place = [(t.stride(), t.storage_offset(), t.dtype, _covers(t)) for t in (source, out)]
