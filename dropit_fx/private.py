@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     softmax_backward_data: Callable[..., Tensor]
     native_batch_norm_legit: Any
     to_copy: Any
+    unsafe_view: Any
 
 __all__ = [
     "SYMPY_INTERP",
@@ -107,6 +108,7 @@ __all__ = [
     "tag_activation_checkpoint",
     "to_copy",
     "unsafe_preserve_version_counter",
+    "unsafe_view",
 ]
 
 P = ParamSpec("P")
@@ -215,6 +217,12 @@ def storage_id(tensor: Tensor) -> int:
 def version(tensor: Tensor) -> int:
     """How often a tensor has been written in place."""
     return tensor._version
+
+
+@_reads("torch.Tensor._is_view")
+def is_view(tensor: Tensor) -> bool:
+    """Whether autograd takes a tensor for a view of another."""
+    return tensor._is_view()
 
 
 @_reads("torch.SymInt.node.hint")

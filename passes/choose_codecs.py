@@ -27,7 +27,7 @@ def choose_codecs(plan: Plan) -> Plan:
     """Fills ``plan.decisions`` from the config's rules."""
     decisions: list[Decision] = []
     for site in plan.sites:
-        decisions += _whole_or_none(
+        decisions += whole_or_none(
             site, [_choose(r, plan.config) for r in site.reads], plan.config
         )
     bodies = {name: choose_codecs(body) for name, body in plan.bodies.items()}
@@ -89,7 +89,7 @@ def _choose(read: SavedRead, config: Config) -> Decision:
     )
 
 
-def _whole_or_none(site: Site, decisions: list[Decision], config: Config) -> list[Decision]:
+def whole_or_none(site: Site, decisions: list[Decision], config: Config) -> list[Decision]:
     """House rule 1: all readers of a storage are packed, or none."""
     packed = [d for d in decisions if d.packed]
     if not packed or config.force:
