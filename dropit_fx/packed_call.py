@@ -476,7 +476,11 @@ def _no_view(out: Tensor, args: Sequence[Any]) -> Tensor:
 
     Autograd forbids that for views made inside a custom function.
     """
-    if torch.compiler.is_dynamo_compiling() or not is_view(out) or any(isinstance(a, Tensor) and _shares(a, out) for a in args):
+    if (
+        torch.compiler.is_dynamo_compiling()
+        or not is_view(out)
+        or any(isinstance(a, Tensor) and _shares(a, out) for a in args)
+    ):
         return out
     again: Tensor = unsafe_view(out, out.shape)
     return again if again.stride() == out.stride() else out

@@ -27,9 +27,7 @@ def choose_codecs(plan: Plan) -> Plan:
     """Fills ``plan.decisions`` from the config's rules."""
     decisions: list[Decision] = []
     for site in plan.sites:
-        decisions += whole_or_none(
-            site, [_choose(r, plan.config) for r in site.reads], plan.config
-        )
+        decisions += whole_or_none(site, [_choose(r, plan.config) for r in site.reads], plan.config)
     bodies = {name: choose_codecs(body) for name, body in plan.bodies.items()}
     return replace(plan, decisions=tuple(decisions), bodies=bodies)
 

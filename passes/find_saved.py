@@ -183,7 +183,9 @@ class _Probe(fx.Interpreter):
         if region:
             # recomputed: between forward and backward only the inputs stay
             inputs = [t.detach() for t in args[1:] if isinstance(t, Tensor)]
-            mine[:] = [_Kept(t, self._mark) for t in inputs] if any(map(_requires_grad, results)) else []
+            mine[:] = (
+                [_Kept(t, self._mark) for t in inputs] if any(map(_requires_grad, results)) else []
+            )
         for tensor in results:
             story = self.stories.setdefault(storage_id(tensor), _Story(owner=n.name))
             story.nodes.append(n)
@@ -271,9 +273,7 @@ class _Probe(fx.Interpreter):
             elif read.identity is not None and not values.stays(read.identity):
                 kept.read = replace(read, written=True)
         sites = tuple(self.sites())
-        return replace(
-            self.plan, sites=sites, values=values, calls=self.calls, bodies=self.bodies
-        )
+        return replace(self.plan, sites=sites, values=values, calls=self.calls, bodies=self.bodies)
 
     def _add_numbers(self, out: Any) -> None:
         """Numbers that autograd has wrapped: it keeps them from hooks, and holds them all the same.
@@ -324,8 +324,10 @@ class _Probe(fx.Interpreter):
         matched = _match([k.tensor for k in mine], reads, operands)
         taken: set[str] = set()
         for kept, read in zip(mine, matched, strict=True):
-            if read is not None and not obstacle and _is_copy_of(kept.tensor, read, rule, operands):
+            copied = read is not None and not obstacle and not is_inplace(n, operands)
+            if copied and rule is not CHECKPOINT and _is_copy_of(kept.tensor, read, operands):
                 # the packed call reads the operand, and makes no such copy
+                assert read is not None
                 read = replace(read, operand=INSIDE, use=Use.SHAPE, bits=None)
             taken |= {read.operand} - {INSIDE} if read is not None else set()
             why = obstacle or (self._why_exact(n, kept.tensor) if rule is CHECKPOINT else "")
@@ -506,15 +508,16 @@ def _is_wanted(read: Read, operands: Mapping[str, Any]) -> bool:
     return any(_requires_grad(operands.get(a)) for a in read.needed_by)
 
 
-def _is_copy_of(tensor: Tensor, read: Read, rule: OpRule, operands: Mapping[str, Any]) -> bool:
-    """Whether the op itself made ``tensor`` from an operand: expanded, or without gaps.
+def _is_copy_of(tensor: Tensor, read: Read | None, operands: Mapping[str, Any]) -> bool:
+    """Whether the op itself made ``tensor`` from the operand: expanded, or without gaps.
 
     A copy in another dtype is autocast's, and a packed call makes it too.
     """
-    x = operands.get(read.operand)
-    if not isinstance(x, Tensor) or read.use is Use.SHAPE or rule is CHECKPOINT:
+    x = operands.get(read.operand) if read is not None else None
+    if not isinstance(x, Tensor) or (read is not None and read.use is Use.SHAPE):
         return False
-    return storage_id(x) != storage_id(tensor) and x.dtype == tensor.dtype
+    there = {storage_id(v) for v in operands.values() if isinstance(v, Tensor)}
+    return storage_id(tensor) not in there and x.dtype == tensor.dtype
 
 
 def _is_number(n: fx.Node) -> bool:

@@ -129,7 +129,7 @@ def _dense_nodes(plan: Plan, decisions: tuple[Decision, ...]) -> dict[str, str]:
 def _is_inside(decision: Decision) -> bool:
     """Whether a packed call lets it go: made inside the op, or read for its shape alone."""
     read = decision.read
-    return read.read is None and read.rule is not None or _of_shape(decision)
+    return (read.read is None and read.rule is not None) or _of_shape(decision)
 
 
 def _of_shape(decision: Decision) -> bool:

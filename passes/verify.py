@@ -21,7 +21,6 @@ from dropit_fx.packed_call import PACKED_OPS, derived, pack, stand_in
 from dropit_fx.passes.derive_values import whole_values
 from dropit_fx.passes.share_packed import CAST, LET_GO, UNREAD, by_site, packed_bytes, value_of
 
-
 KEEP, DROP = ("keep", {}), ("drop", {})
 
 
