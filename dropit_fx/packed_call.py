@@ -14,8 +14,9 @@ it says how a value is made again from what is packed of the operands of the op 
 (masks, indices, its result) name their codec and options: ``packed={'result': ('bitmask', {'bits':
 1})}``; with ``gives=('result',)`` the call returns the packed form of these too, for other readers.
 ``('keep', {})`` keeps the tensor as it is, in the calls whose wanted gradients read it: weights may
-be frozen, and thawed, after the rewrite. ``('drop', {})`` is for what only lends its shape. One ``torch.autograd.Function`` runs every row; packed
-tensors go through ``save_for_backward``, so hooks, offloading and fake tensors see them.
+be frozen, and thawed, after the rewrite. ``('drop', {})`` is for what only lends its shape. One
+``torch.autograd.Function`` runs every row; packed tensors go through ``save_for_backward``, so
+hooks, offloading and fake tensors see them.
 """
 
 from __future__ import annotations
@@ -476,18 +477,12 @@ def _no_view(out: Tensor, args: Sequence[Any]) -> Tensor:
 
     Autograd forbids that for views made inside a custom function.
     """
-    if (
-        torch.compiler.is_dynamo_compiling()
-        or not is_view(out)
-        or any(isinstance(a, Tensor) and _shares(a, out) for a in args)
-    ):
+    if torch.compiler.is_dynamo_compiling() or not is_view(out):
+        return out
+    if any(isinstance(a, Tensor) and storage_id(a) == storage_id(out) for a in args):
         return out
     again: Tensor = unsafe_view(out, out.shape)
     return again if again.stride() == out.stride() else out
-
-
-def _shares(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage() is b.untyped_storage() or storage_id(a) == storage_id(b)
 
 
 def _shaped_like(rule: OpRule, operand: str, args: Sequence[Any], out: Tensor) -> Tensor:

@@ -183,9 +183,8 @@ class _Probe(fx.Interpreter):
         if region:
             # recomputed: between forward and backward only the inputs stay
             inputs = [t.detach() for t in args[1:] if isinstance(t, Tensor)]
-            mine[:] = (
-                [_Kept(t, self._mark) for t in inputs] if any(map(_requires_grad, results)) else []
-            )
+            goes = any(map(_requires_grad, results))
+            mine[:] = [_Kept(t, self._mark) for t in inputs] if goes else []
         for tensor in results:
             story = self.stories.setdefault(storage_id(tensor), _Story(owner=n.name))
             story.nodes.append(n)

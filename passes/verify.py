@@ -251,9 +251,9 @@ def says_all_that_is_kept(plan: Plan) -> Iterator[str]:
             needing = [bound.get(n) for n in read.needed_by]
             wanted = any(isinstance(v, fx.Node) and _requires_grad(v, plan) for v in needing)
             counted = decision is not None and (not decision.packed or decision.codec in LET_GO)
-            if wanted and isinstance(value, fx.Node) and value.name not in values.alive:
-                if not counted:
-                    yield f"'{call.name}' keeps {read.operand!r}, which nobody has counted"
+            is_made = isinstance(value, fx.Node) and value.name not in values.alive
+            if wanted and is_made and not counted:
+                yield f"'{call.name}' keeps {read.operand!r}, which nobody has counted"
 
 
 def _requires_grad(value: fx.Node, plan: Plan) -> bool:

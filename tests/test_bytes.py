@@ -11,11 +11,14 @@ import pytest
 import timm
 import torch
 from models import Case, every_model, rewritten
+from op_cases import CASES, LOSSLESS, graph_of, pack_graph
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dropit_fx import report, transform
 from dropit_fx.measure import saved_bytes, saved_tensors
+from dropit_fx.op_table import RULES
+from dropit_fx.report import Report, rows
 
 FLOAT = 4
 
@@ -205,3 +208,21 @@ def test_channels_last_and_transposed_inputs_take_the_same_bytes() -> None:
     )
     assert report(made).kept_bytes == report(plain).kept_bytes
     assert saved_bytes(made, x.to(memory_format=torch.channels_last)) == report(made).kept_bytes
+
+
+# --- every row, every case
+
+BALANCED = {"preset": "balanced"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_said_of_every_case_is_what_is_measured(name: str) -> None:
+    for call in CASES[name]:
+        tensors = call.tensors()
+        dense = graph_of(RULES[name].targets[0], call)
+        expected = saved_bytes(dense, *tensors)
+        for config in (LOSSLESS, BALANCED):
+            packed, plan = pack_graph(dense, tensors, config)
+            told = Report(tuple(rows(plan)))
+            said = (call.name, told.dense_bytes, told.kept_bytes)
+            assert said == (call.name, expected, saved_bytes(packed, *tensors))
