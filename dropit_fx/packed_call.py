@@ -539,7 +539,7 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
                     f" gradients of {', '.join(read.needed_by)} read"
                 )
             # None: who makes the copy has made none, since it asks for no gradient itself
-            how = packed.get(operand) or ("keep", {})
+            how: Any = packed.get(operand) or ("keep", {})
             if isinstance(how, Packed):
                 given.append(_entry(operand, how))
                 parts += how.parts

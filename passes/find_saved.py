@@ -212,7 +212,8 @@ class _Probe(fx.Interpreter):
         for tensor in results:
             if tensor.grad_fn is not None:
                 # a node that made nothing here is older: an op that hands on its input
-                tensor.grad_fn.metadata.setdefault(_MARK, []).append(mark)
+                marks: Any = tensor.grad_fn.metadata
+                marks.setdefault(_MARK, []).append(mark)
                 highest = max(highest, sequence_number(tensor.grad_fn))
         self._upto.append((max(highest, self._upto[-1][0] if self._upto else -1), n))
 

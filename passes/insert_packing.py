@@ -24,7 +24,8 @@ from dropit_fx.passes.derive_values import bases_of, recipe
 from dropit_fx.passes.share_packed import CAST, UNREAD
 from dropit_fx.private import ORIGIN
 
-KEEP, DROP = ("keep", {}), ("drop", {})
+KEEP: tuple[str, dict[str, Any]] = ("keep", {})
+DROP: tuple[str, dict[str, Any]] = ("drop", {})
 
 
 def insert_packing(plan: Plan) -> Plan:

@@ -21,7 +21,8 @@ from dropit_fx.packed_call import PACKED_OPS, derived, pack, stand_in
 from dropit_fx.passes.derive_values import whole_values
 from dropit_fx.passes.share_packed import CAST, LET_GO, UNREAD, by_site, packed_bytes, value_of
 
-KEEP, DROP = ("keep", {}), ("drop", {})
+KEEP: tuple[str, dict[str, Any]] = ("keep", {})
+DROP: tuple[str, dict[str, Any]] = ("drop", {})
 
 
 class VerifyError(AssertionError):
