@@ -446,7 +446,7 @@ class Wrote(nn.Module):
         self.between = between
 
     def forward(self, x: Tensor) -> Any:
-        h = self.norm(self.first(x))
+        h = self.norm(self.first(x * 1))
         return self.between(self, h, x)
 
 
