@@ -140,6 +140,26 @@ TABLE: tuple[Name, ...] = (
         probe=lambda: torch.ops.aten.add.Tensor._schema,
     ),
     Name(
+        "torch.utils._python_dispatch.TorchDispatchMode",
+        _IMPORT,
+        "numbering what a model and its graph compute",
+    ),
+    Name(
+        "torch._export.utils._compiling_state_context",
+        _EXPORT,
+        "what a model's code does that asks whether it is exported",
+    ),
+    Name(
+        "torch.nn.modules.module._has_any_global_hook",
+        _CAPTURE,
+        "hooks that a graph would lose",
+    ),
+    Name(
+        "torch.utils._python_dispatch._disable_current_modes",
+        _CAPTURE,
+        "constants of a model, computed while it runs on fake tensors",
+    ),
+    Name(
         "torch.nn.utils.stateless._reparametrize_module",
         _CAPTURE,
         "fake parameters for the time of a run",
@@ -229,6 +249,11 @@ TABLE: tuple[Name, ...] = (
         "its batch and sequence",
     ),
     Name(
+        "torch.utils._sympy.printers.PythonPrinter",
+        _OPAQUE,
+        "conditions on the sizes of what is opened, as Python",
+    ),
+    Name(
         "torch.fx.experimental.symbolic_shapes.SYMPY_INTERP",
         _EXPORT,
         "functions in the conditions on an exported model's inputs",
@@ -264,6 +289,12 @@ TABLE: tuple[Name, ...] = (
         _SPELLING,
         "an argument of F.softmax and F.log_softmax that changes nothing",
         probe=lambda: inspect.signature(F.softmax).parameters["_stacklevel"],
+    ),
+    Name(
+        "torch.xpu._lazy_seed_tracker.manual_seed_all_cb",
+        _lack("after torch.manual_seed, chance is the same only where something else drew too"),
+        "noticing torch.manual_seed: it leaves this behind whatever devices there are",
+        probe=lambda: torch.xpu._lazy_seed_tracker.manual_seed_all_cb,
     ),
     Name(
         "torch.ops.aten._native_batch_norm_legit",

@@ -25,16 +25,57 @@ from torch import fx
 from dropit_fx.codecs import CODEC
 from dropit_fx.core_types import Decision, Elements, Plan, Site
 from dropit_fx.op_table import CHECKPOINT
-from dropit_fx.passes.share_packed import by_site, swapped_nodes
+from dropit_fx.passes.share_packed import by_site, packed_bytes, swapped_nodes
 
+FAITHFUL_BITS = 4  # the fewest that the codecs call faithful
 COPIES = 2  # the factors of a gated product, the summands behind a downsampling block
 
 
 def derive_values(plan: Plan) -> Plan:
     """Replaces packed copies by recipes, where the config asks for it."""
     bodies = {name: derive_values(body) for name, body in plan.bodies.items()}
-    if not plan.config.derive:
-        return replace(plan, bodies=bodies)
+    plan = replace(plan, bodies=bodies)
+    return _in_fewest_bytes(plan) if plan.config.derive else plan
+
+
+def _in_fewest_bytes(plan: Plan) -> Plan:
+    """With the formats as they were asked for, or finer ones from which more can be derived.
+
+    Other values are made from four bits, not from three: then each needs a copy of its own, and
+    fewer bits for one tensor would take more bytes in all.
+    """
+    asked = _derive(plan)
+    if plan.config.force or not any(_finer(d) != d for d in plan.decisions):
+        return asked
+    finer = _derive(replace(plan, decisions=tuple(map(_finer, plan.decisions))))
+    bases, used = bases_of(finer), set[str]()
+    for d in finer.decisions:
+        used |= (copies(d.derived, finer, bases) or set()) if d.derived else set()
+    back = [
+        old if not new.derived and new.pack not in used else new
+        for old, new in zip(plan.decisions, finer.decisions, strict=True)
+    ]
+    finer = replace(finer, decisions=tuple(back))
+    fewer = packed_bytes(list(finer.decisions)) < packed_bytes(list(asked.decisions))
+    return finer if fewer else asked
+
+
+def _finer(decision: Decision) -> Decision:
+    """The copy in the fewest bits that others may be made from, where that frees memory still."""
+    if not _by_value(decision) or not decision.options.get("bits"):
+        return decision
+    codec, read, options = CODEC[decision.codec], decision.read, decision.options
+    finer = options | {"bits": FAITHFUL_BITS}
+    if codec.faithful(options) or not codec.faithful(finer):
+        return decision
+    more = codec.nbytes(read.numel, read.dtype, finer)
+    nbytes = decision.nbytes + more - codec.nbytes(read.numel, read.dtype, options)
+    if nbytes >= read.numel * read.dtype.itemsize:
+        return decision
+    return replace(decision, options=finer, nbytes=nbytes)
+
+
+def _derive(plan: Plan) -> Plan:
     bases = bases_of(plan)
     decisions: list[Decision] = []
     for site, mine in by_site(plan.sites, plan.decisions):
@@ -54,7 +95,7 @@ def derive_values(plan: Plan) -> Plan:
                         derived=source,
                     )
             decisions.append(decision)
-    return replace(plan, decisions=tuple(decisions), bodies=bodies)
+    return replace(plan, decisions=tuple(decisions))
 
 
 def _may_change(decision: Decision, site: Site) -> bool:

@@ -64,6 +64,8 @@ NUMBER = "a Python number, which autograd keeps as a tensor"
 class FakeRunError(RuntimeError):
     """The graph does not run on fake tensors; the message names the node and the user's line."""
 
+    node: fx.Node | None = None
+
 
 def find_saved(plan: Plan) -> Plan:
     """Fills ``plan.sites``, ``plan.values``, ``plan.calls`` and, for regions, ``plan.bodies``.
@@ -173,11 +175,13 @@ class _Probe(fx.Interpreter):
                 else:
                     result = super().run_node(n)
         except Exception as error:
-            raise FakeRunError(
+            failed = FakeRunError(
                 f"node '{n.name}' ({n.target}) of module '{node_module(n)}' does not run on fake"
                 f" tensors of the example's shapes ({node_where(n) or 'no source line'}):"
                 f" {type(error).__name__}: {error}"
-            ) from error
+            )
+            failed.node = n
+            raise failed from error
         results = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
         self._mark_result(n, results)
         if region:

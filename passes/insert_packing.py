@@ -1,4 +1,4 @@
-"""Pass 5: put the pack node before the first reader, and swap each reader for its packed call.
+"""Pass 6: put the pack node before the first reader, and swap each reader for its packed call.
 
 ``packed=`` of a call names every read of its row: a copy, a codec with its options, or ``keep``.
 

@@ -69,7 +69,7 @@ class Attention(nn.Module):
 
 def test_q_k_and_v_share_one_packed_copy() -> None:
     x = torch.randn(32, 64)
-    made = transform(Attention(), example_args=(x,), gamma=0.5)
+    made = transform(Attention(), example_args=(x,), preset="dropit", gamma=0.5)
     packs = [n for n in made.graph.nodes if getattr(n.target, "__name__", "") == "pack"]
     assert len(packs) == 1
     assert len(packs[0].users) == 3
@@ -187,7 +187,7 @@ def test_without_gradients_nothing_is_packed(training: bool) -> None:
 def test_autocast_packs_the_bfloat16_tensor() -> None:
     model = Attention()
     x = torch.randn(32, 64)
-    made = transform(model, example_args=(x,), gamma=0.5)
+    made = transform(model, example_args=(x,), preset="dropit", gamma=0.5)
     with torch.autocast("cpu", torch.bfloat16):
         kept = saved_tensors(made, x)
     packed = sorted(t.nbytes for t in kept if t.nbytes != 32 * FLOAT)

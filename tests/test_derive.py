@@ -85,11 +85,19 @@ def test_a_rule_of_ones_own_says_how_a_value_is_kept() -> None:
     assert "mink(gamma=0.8)" in codecs(packed)["layer_norm"]
 
 
-def test_nothing_is_derived_from_a_copy_that_drops() -> None:
+def test_nothing_is_derived_from_a_copy_in_too_few_bits_which_has_more_where_that_is_less() -> None:
     x = torch.randn(32, 64)
-    rules = [{"op": "layer_norm", "codec": "quant", "bits": 3}]
-    packed = dropit_fx.transform(NormThenLinear(), {"rules": rules}, example_args=(x,))
-    assert not nodes(packed, derived)
+
+    def formats(bits: int, gamma: float = 0.5) -> tuple[int, set[str]]:
+        rules = [{"op": "layer_norm", "codec": "quant", "bits": bits}]
+        packed = dropit_fx.transform(
+            NormThenLinear(), {"rules": rules}, gamma=gamma, example_args=(x,)
+        )
+        rows = dropit_fx.report(packed).rows
+        return len(nodes(packed, derived)), {r.codec for r in rows if "quant" in r.codec}
+
+    assert formats(3) == (1, {"quant(bits=4)"})  # 3 bits, and 2.5 of a copy for the layers behind
+    assert formats(1, gamma=0.9) == (0, {"quant(bits=1)"})
 
 
 class Residual(nn.Module):
