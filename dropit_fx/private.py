@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     softmax_backward_data: Callable[..., Tensor]
     native_batch_norm_legit: Any
     to_copy: Any
+    unsafe_view: Any
 
 __all__ = [
     "SYMPY_INTERP",
@@ -117,6 +118,7 @@ __all__ = [
     "tag_activation_checkpoint",
     "to_copy",
     "unsafe_preserve_version_counter",
+    "unsafe_view",
 ]
 
 P = ParamSpec("P")
@@ -231,6 +233,12 @@ def last_seeding() -> object:
 def version(tensor: Tensor) -> int:
     """How often a tensor has been written in place."""
     return tensor._version
+
+
+@_reads("torch.Tensor._is_view")
+def is_view(tensor: Tensor) -> bool:
+    """Whether autograd takes a tensor for a view of another."""
+    return tensor._is_view()
 
 
 @_reads("torch.SymInt.node.hint")

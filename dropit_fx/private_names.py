@@ -173,6 +173,17 @@ TABLE: tuple[Name, ...] = (
     Name("torch.UntypedStorage._cdata", _SEEN, "telling storages apart"),
     Name("torch.Tensor._version", _SEEN, "telling values apart that were written in place"),
     Name(
+        "torch.Tensor._is_view",
+        _lack("what linear returns for inputs of three dimensions cannot be written in place"),
+        "telling results that are views of temporary tensors",
+    ),
+    Name(
+        "torch.ops.aten._unsafe_view",
+        _lack("what linear returns for inputs of three dimensions cannot be written in place"),
+        "results that autograd does not take for views",
+        alias="unsafe_view",
+    ),
+    Name(
         "torch._C._autograd._saved_tensors_hooks_set_tracing",
         _lack("graphs that torch.compile splits for DistributedDataParallel are not packed"),
         "asking autograd what it saves while a caller traces",

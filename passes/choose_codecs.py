@@ -31,7 +31,7 @@ def choose_codecs(plan: Plan) -> Plan:
     for site in plan.sites:
         chosen = [_choose(r, plan.config) for r in site.reads]
         chosen = [_exact_for_few(d, few) for d in chosen]
-        decisions += _whole_or_none(site, chosen, plan.config)
+        decisions += whole_or_none(site, chosen, plan.config)
     bodies = {name: choose_codecs(body) for name, body in plan.bodies.items()}
     return replace(plan, decisions=tuple(decisions), bodies=bodies)
 
@@ -116,7 +116,7 @@ def _choose(read: SavedRead, config: Config) -> Decision:
     )
 
 
-def _whole_or_none(site: Site, decisions: list[Decision], config: Config) -> list[Decision]:
+def whole_or_none(site: Site, decisions: list[Decision], config: Config) -> list[Decision]:
     """House rule 1: all readers of a storage are packed, or none."""
     packed = [d for d in decisions if d.packed]
     if not packed or config.force:
