@@ -398,7 +398,7 @@ def _backward(
         grads[name] = ((grads[name] or 0) + numbers.of(grad)) & _WORD
 
     for name, tensor in wanted.items():  # whether .grad is a copy depends on who else holds it
-        tensor.register_hook(functools.partial(arrives, name))
+        tensor.register_hook(functools.partial(arrives, name))  # type: ignore[no-untyped-call]
     torch.autograd.backward(differentiated, cotangents)  # grad() stops at reentrant checkpoints
     return grads, functions
 
@@ -534,7 +534,7 @@ class _Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return hash((base, self._frozen((args, kwargs)), drawn))
 
     def _copied(self, source: Tensor, out: Tensor, key: int) -> int:
-        """The content of a copy: that of the source, where it is all of a storage as the copy is."""
+        """The content of a copy: the source's, where that is all of a storage as the copy is."""
         if source.shape != out.shape or {source.layout, out.layout} != {torch.strided}:
             return key
         place = [(t.stride(), t.storage_offset(), t.dtype, _covers(t)) for t in (source, out)]
