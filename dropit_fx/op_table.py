@@ -395,7 +395,6 @@ OP_RULES: tuple[OpRule, ...] = (
         "softplus",
         (F.softplus, aten.softplus.default),
         function=_standard("softplus", beta=1, threshold=20),
-        autocast="float32 on cuda",
         backward=bw.pointwise(aten.softplus_backward, "beta", "threshold"),
     ),
     _smooth(
@@ -430,7 +429,6 @@ OP_RULES: tuple[OpRule, ...] = (
             targets=(getattr(torch, name), name, getattr(aten, name).default),
             reads=(Read(operand=operand, use=Use.SLOPE, needed_by=("input",)),),
             run=getattr(runs, name),
-            autocast="float32 on cuda" if name == "exp" else "",
             derive=getattr(runs, name),
             backward=bw.exp if name == "exp" else None,
         )
@@ -529,7 +527,6 @@ OP_RULES: tuple[OpRule, ...] = (
             ),
         ),
         run=runs.pow,
-        autocast="float32 on cuda",
         derive=runs.pow,
         obstacle=lambda args: (
             "" if isinstance(args["exponent"], int | float) else "its exponent is a tensor"
@@ -547,7 +544,6 @@ OP_RULES: tuple[OpRule, ...] = (
             Read(operand="bias", use=Use.SHAPE, needed_by=("input", "weight")),
         ),
         run=runs.layer_norm,
-        autocast="float32 on cuda",
         run_saving=runs.layer_norm_saving,
         backward=bw.layer_norm,
         derive=runs.layer_norm_again,
@@ -561,7 +557,6 @@ OP_RULES: tuple[OpRule, ...] = (
         ),
         reads=_norm("mean", "rstd", by_channel=True),
         run=runs.group_norm,
-        autocast="float32 on cuda",
         run_saving=runs.group_norm_saving,
         backward=bw.group_norm,
         derive=runs.group_norm,
@@ -575,7 +570,6 @@ OP_RULES: tuple[OpRule, ...] = (
             Read(operand=INSIDE, use=Use.SHAPE, needed_by=("input", "weight")),
         ),
         run=runs.rms_norm,
-        autocast="float32 on cuda",
         derive=runs.rms_norm,
     ),
     OpRule(
@@ -643,7 +637,6 @@ OP_RULES: tuple[OpRule, ...] = (
             orders={getattr(F, name): ("input", "dim", STACKLEVEL, "dtype")},
             reads=(Read(operand="result", use=Use.REDUCE, needed_by=("input",)),),
             run=getattr(runs, name),
-            autocast="float32 on cuda",
             backward=bw.softmax(log=name == "log_softmax"),
         )
         for name in ("softmax", "log_softmax")
@@ -661,7 +654,6 @@ OP_RULES: tuple[OpRule, ...] = (
             Read(operand=INSIDE, use=Use.SHAPE, needed_by=("input",)),
         ),
         run=runs.nll_loss,
-        autocast="float32",
         obstacle=_deprecated_reduction,
     ),
     OpRule(
@@ -683,7 +675,6 @@ OP_RULES: tuple[OpRule, ...] = (
             Read(operand=INSIDE, use=Use.SHAPE, needed_by=("input",)),
         ),
         run=runs.cross_entropy,
-        autocast="float32",
         run_saving=runs.cross_entropy_saving,
         backward=bw.cross_entropy,
         obstacle=_plain_cross_entropy,

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.checkpoint import checkpoint
 
 from dropit_fx import backwards
+from dropit_fx.autocasting import autocast_on, cast_operands, runs_as_it_is, under_autocast
 from dropit_fx.codecs import CODEC
 from dropit_fx.core_types import Codec, OpRule
 from dropit_fx.op_table import CHECKPOINT, DERIVABLE, OP_RULES, RULES, bind, inputs_of
@@ -73,15 +75,13 @@ def unflatten(flat: Tensor, shape: Any, order: list[int] | None) -> Tensor:
     return flat.reshape([shape[d] for d in order]).permute(inverse)
 
 
-def _autocast(x: Tensor, how: str = "lower") -> Tensor:
-    """``x`` as autocast, where it is on, would hand it to an op (``OpRule.autocast``)."""
+def _lowered(x: Tensor) -> Tensor:
+    """``x`` in the dtype of autocast, where it is on."""
     device = x.device.type
     floats = (torch.float32, torch.bfloat16, torch.float16)
-    if not how or not torch.is_autocast_enabled(device) or x.dtype not in floats:
+    if not autocast_on(device) or x.dtype not in floats:
         return x
-    if how == "lower":
-        return x.to(torch.get_autocast_dtype(device))
-    return x.float() if how == "float32" or device == "cuda" else x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def channel_nbytes(shape: Sequence[int]) -> int:
@@ -163,7 +163,7 @@ def pack(
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in needed_by):
         return None
     with torch.no_grad():
-        x = _autocast(x) if autocast else x
+        x = _lowered(x) if autocast else x
         parts: tuple[Tensor, ...]
         if options.get("by_channel"):
             parts, *statistics = _pack_by_channel(x, CODEC[codec], dict(options))
@@ -403,6 +403,8 @@ class PackedFunction(torch.autograd.Function):
                 saved.append(tensor)
         ctx.save_for_backward(*saved)
         ctx.rule_name, ctx.needs, ctx.entries, ctx.layouts = rule_name, needs, entries, layouts
+        device = out.device.type  # a row that runs as it is does so in the backward too
+        ctx.autocast = torch.get_autocast_dtype(device) if autocast_on(device) else None
         ctx.plain = {n: None if n in tensors else a for n, a in named.items()}
         ctx.parts = count
 
@@ -430,7 +432,10 @@ class PackedFunction(torch.autograd.Function):
             formula = rule.backward or backwards.vjp
             if any(e.codec != DERIVED and CODEC[e.codec].slope for e in ctx.entries):
                 formula = backwards.slopes
-            with torch.autocast(grad.device.type, enabled=False):
+            dtype = ctx.autocast
+            with torch.autocast(
+                grad.device.type, dtype, enabled=dtype is not None, cache_enabled=False
+            ):
                 grads = formula(grad, _SavedTensors(ctx), call)
         by_argument = [grads.get(n) if n in ctx.needs else None for n in ctx.plain]
         return (None, None, None, None, *by_argument, *[None] * ctx.parts)
@@ -472,12 +477,9 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
         held: list[_Held] = []
         given: list[_Entry] = []
         parts: list[Tensor] = []
-        if rule.autocast:
-            exact = bound
-            bound = {
-                n: _autocast(a, rule.autocast) if isinstance(a, Tensor) else a
-                for n, a in bound.items()
-            }
+        as_it_is = runs_as_it_is(rule)
+        if under_autocast(bound) and not as_it_is:
+            exact, bound = bound, cast_operands(rule, bound)
             for name, a in exact.items():
                 # a parameter stays anyway: it is kept in the place of autocast's copy
                 if (
@@ -500,7 +502,7 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
                 given.append(_entry(operand, how))
                 parts += how.parts
         device = next(a.device.type for a in bound.values() if isinstance(a, Tensor))
-        with torch.autocast(device, enabled=False):
+        with nullcontext() if as_it_is else torch.autocast(device, enabled=False):
             out, *kept = PackedFunction.apply(
                 rule.name, needs, tuple(held), tuple(given), *bound.values(), *parts
             )
@@ -613,6 +615,7 @@ def _cache_version() -> str:
     files = [
         here / f"{n}.py"
         for n in (
+            "autocasting",
             "backwards",
             "op_table",
             "packed_call",

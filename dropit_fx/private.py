@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _NormBase as NormBase
     from torch.nn.modules.conv import _ConvNd as ConvNd
     from torch.nn.utils.stateless import _reparametrize_module as reparametrize_module
+    from torch.utils._python_dispatch import TorchDispatchMode
 
     batch_norm_impl_index: Callable[..., Any]
     set_hooks_tracing: Callable[[bool], bool]
@@ -82,6 +83,7 @@ __all__ = [
     "OpOverload",
     "ShapeEnv",
     "StatelessSymbolicContext",
+    "TorchDispatchMode",
     "aot_autograd",
     "batch_norm_impl_index",
     "compile_fx",
@@ -284,6 +286,15 @@ def never_removed(module: type[R]) -> type[R]:
     """Decorates a module class: fx keeps calls whose result nobody reads."""
     module._is_impure = True  # type: ignore[attr-defined]
     return module
+
+
+def constant_to_dynamo(function: Callable[[], R]) -> Callable[[], R]:
+    """Decorates what Dynamo calls, and does not look into, while it traces a caller.
+
+    As ``torch.compiler.assume_constant_result``, which loads Dynamo.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def codegen(graph: fx.Graph) -> Any:

@@ -132,6 +132,17 @@ TABLE: tuple[Name, ...] = (
     Name("torch.utils._pytree", _IMPORT, "arguments of any nesting", alias="pytree"),
     Name("torch._subclasses.fake_tensor.FakeTensor", _IMPORT, "telling fakes from real tensors"),
     Name("torch._subclasses.fake_tensor.FakeTensorMode", _IMPORT, "running graphs at no cost"),
+    Name(
+        "torch.utils._python_dispatch.TorchDispatchMode",
+        _IMPORT,
+        "watching what autocast makes of a call",
+    ),
+    Name(
+        "_dynamo_marked_constant",
+        _lack("rewritten models do not compile under autocast but with backend='dropit'"),
+        "running a function while Dynamo traces its caller",
+        probe=False,
+    ),
     Name("torch._ops.OpOverload", _IMPORT, "telling ATen calls from others"),
     Name(
         "torch._ops.OpOverload._schema",
