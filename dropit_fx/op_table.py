@@ -201,6 +201,13 @@ _SHAPE_ONLY: tuple[tuple[str, Callable[..., Any], tuple[Any, ...]], ...] = (
     ),
 )
 
+_CLAMPS_FROM_BELOW, _CLAMPS_FROM_ABOVE = (
+    (
+        *(getattr(torch, name), getattr(torch, f"{name}_"), name, f"{name}_"),
+        *(getattr(aten, name).default, getattr(aten, f"{name}_").default),
+    )
+    for name in ("clamp_min", "clamp_max")
+)
 _ATTENDS = ("query", "key", "value", "attn_mask")
 
 OP_RULES: tuple[OpRule, ...] = (
@@ -313,6 +320,7 @@ OP_RULES: tuple[OpRule, ...] = (
         (F.hardtanh, F.hardtanh_, aten.hardtanh.default, aten.hardtanh_.default),
         between=lambda args: (args["min_val"], args["max_val"]),
         run=runs.hardtanh,
+        run_saving=runs.hardtanh_saving,
         derive=runs.hardtanh,
         backward=bw.masked("result"),
     ),
@@ -436,7 +444,13 @@ OP_RULES: tuple[OpRule, ...] = (
     ),
     OpRule(
         name="clamp",
-        targets=(torch.clamp, torch.clip, "clamp", "clip", aten.clamp.default),
+        targets=(
+            *(torch.clamp, torch.clip, "clamp", "clip", aten.clamp.default),
+            *(torch.clamp_, "clamp_", "clip_", aten.clamp_.default),
+            *_CLAMPS_FROM_BELOW,
+            *_CLAMPS_FROM_ABOVE,
+        ),
+        orders=dict.fromkeys(_CLAMPS_FROM_ABOVE, ("input", "max")),
         reads=(Read(operand="input", use=Use.SLOPE, needed_by=("input",), bits=_one_bit),),
         run=runs.clamp,
         run_saving=runs.clamp_saving,
