@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.traceback import annotate
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.checkpoint import checkpoint
 
@@ -35,6 +36,8 @@ from dropit_fx.codecs import CODEC
 from dropit_fx.core_types import Codec, OpRule
 from dropit_fx.op_table import CHECKPOINT, DERIVABLE, OP_RULES, RULES, bind, inputs_of
 from dropit_fx.private import CHECKPOINT_CONTEXT, native_batch_norm_legit
+
+PACKING = {"dropit": "pack"}  # marks the nodes of a joint graph for ``partition.KeepPacked``
 
 
 class Packed(NamedTuple):
@@ -115,13 +118,15 @@ def _pack_by_channel(
     """
     if not x.is_cuda or codec.pack_channels is None:
         standard, mean, inverse = _standardise(x)
-        parts = codec.pack(flatten(standard), options)
+        with annotate(PACKING):
+            parts = codec.pack(flatten(standard), options)
     else:
         plain = type(x) is Tensor and not torch.compiler.is_compiling()
         found = torch.batch_norm_stats(x, _TINY) if plain else _standardise(x)[1:]
         mean, inverse = (t.float() for t in found)  # of float64, the kernel's are float64
         order = memory_order(x)
-        parts = codec.pack_channels(flatten(x), mean, inverse, _run(x.shape, order), options)
+        with annotate(PACKING):
+            parts = codec.pack_channels(flatten(x), mean, inverse, _run(x.shape, order), options)
     shape = [-1 if d == 1 else 1 for d in range(x.dim())]
     return parts, mean.view(shape), inverse.reciprocal().view(shape)
 
@@ -169,7 +174,8 @@ def pack(
             parts, *statistics = _pack_by_channel(x, CODEC[codec], dict(options))
             parts = (*parts, *statistics)
         else:
-            parts = CODEC[codec].pack(flatten(x), dict(options))
+            with annotate(PACKING):
+                parts = CODEC[codec].pack(flatten(x), dict(options))
     return Packed(parts, codec, tuple(options.items()), x.dtype)
 
 
@@ -368,7 +374,8 @@ class PackedFunction(torch.autograd.Function):
                 extra.append(value)
             else:
                 order = memory_order(_shaped_like(rule, operand, args, out))
-                extra += CODEC[codec].pack(_in_order(value, order), dict(options))
+                with annotate(PACKING):
+                    extra += CODEC[codec].pack(_in_order(value, order), dict(options))
         return (out, *extra)
 
     @staticmethod

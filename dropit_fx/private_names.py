@@ -390,6 +390,7 @@ TABLE: tuple[Name, ...] = (
     Name("torch._functorch.partitioners.must_recompute", _GUARD, "telling checkpointed nodes"),
     Name("torch._functorch.config.activation_memory_budget", _BUDGET, "recomputing beside packing"),
     Name("meta['partitioner_tag']", _UNSEEN, "unpacking in the backward", probe=False),
+    Name("meta['custom']", _UNSEEN, "marking what codecs pack", probe=False),
     Name("meta['recompute']", _UNSEEN, "packed tensors stay saved under a budget", probe=False),
     Name("meta['val']", _UNSEEN, "the fake value of a node of AOTAutograd's", probe=False),
     Name("meta['desc']", _PLUGIN, "descriptions of the outputs of a joint graph", probe=False),

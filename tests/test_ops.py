@@ -42,7 +42,7 @@ from dropit_fx import step_tables
 from dropit_fx.backend import compiled_graphs
 from dropit_fx.codecs import CODEC
 from dropit_fx.config import serves
-from dropit_fx.core_types import Plan, Read, Use
+from dropit_fx.core_types import Codec, Plan, Read, Use
 from dropit_fx.op_table import OP_RULES, RULES, bind
 from dropit_fx.packed_call import PACKED_OPS, flatten, memory_order, unflatten
 
@@ -918,6 +918,57 @@ def test_module_is_packed_by_every_tracer(
     assert_same(step(packed), step(model))
     report = compiled_graphs()[-1].report if by is by_dynamo else dropit_fx.report(packed)
     assert {row.op for row in report.rows if not row.reason} == {name}
+
+
+HALF = Codec(  # as CONTRIBUTING.md writes one: of plain tensor ops
+    name="half",
+    serves=frozenset({Use.CONTRACT}),
+    pack=lambda flat, options: (flat.to(torch.bfloat16),),
+    unpack=lambda parts, options, numel, dtype: parts[0].to(dtype),
+    nbytes=lambda numel, dtype, options: 2 * numel,
+)
+SPLIT = Codec(  # of several ops and parts, some of them views
+    name="split",
+    serves=frozenset({Use.CONTRACT}),
+    pack=lambda flat, options: (
+        (flat * 16).round().clamp(-128, 127).to(torch.int8),
+        flat.abs().amax().view(1),
+    ),
+    unpack=lambda parts, options, numel, dtype: (parts[0].to(dtype) / 16).minimum(parts[1]),
+    nbytes=lambda numel, dtype, options: numel + dtype.itemsize,
+    buffers=2,
+)
+COMPILED_CODECS = [
+    ("half", {}),
+    ("split", {}),
+    ("mink", {"gamma": 0.5, "bits": 4}),
+    ("random", {"gamma": 0.5}),
+    ("quant", {"bits": 4}),
+    ("few_bit", {}),
+    ("bitmask", {}),
+]
+
+
+@pytest.mark.parametrize(("codec", "options"), COMPILED_CODECS, ids=lambda v: str(v))
+def test_a_compiled_forward_hands_over_what_a_codec_packs(
+    codec: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for foreign in (HALF, SPLIT):
+        monkeypatch.setitem(CODEC, foreign.name, foreign)
+    act = nn.Dropout(0.5) if codec == "bitmask" else nn.GELU()  # a mask that nothing else reads
+    model = nn.Sequential(nn.Linear(16, 64), act, nn.Linear(64, 8))
+    config = {"preset": None, "force": True, "rules": [{"codec": codec, **options}]}
+    torch._dynamo.reset()
+    inner = {"config": config, "inner": "aot_eager_decomp_partition"}
+    compiled = torch.compile(model, backend="dropit", options=inner)
+    compiled(torch.randn(32, 16)).sum().backward()
+    record = compiled_graphs()[-1]
+    (partition,) = record.partitions
+    packed = [r for r in record.report.rows if not r.reason]
+    assert packed
+    assert partition.packed_bytes == sum(r.kept_bytes for r in packed)
+    assert not partition.packs_in_backward
+    assert not partition.unpacks_in_forward
 
 
 # --- PyTorch's own samples of arguments

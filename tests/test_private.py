@@ -520,6 +520,18 @@ def _a_tagged_node_is_in_the_backward() -> None:
     assert placed == {"forward": False, "backward": True}, f"it was placed in {placed}"
 
 
+@of("meta['custom']")
+def _nodes_are_marked() -> None:
+    def marked(x: torch.Tensor) -> torch.Tensor:
+        with torch.fx.traceback.annotate({"mark": "here"}):
+            return x.exp()
+
+    with torch.fx.traceback.preserve_node_meta():
+        graph = private.make_fx(marked)(torch.ones(2)).graph
+    (node,) = graph.find_nodes(op="call_function", target=torch.ops.aten.exp.default)
+    assert node.meta[private.CUSTOM] == {"mark": "here"}
+
+
 @of("meta['val']")
 def _nodes_of_a_joint_graph_have_values() -> None:
     value = compiled_by_inductor()["node"].get(private.VALUE)
