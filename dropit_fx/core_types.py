@@ -89,8 +89,8 @@ class OpRule:
             ``(*args) -> (result, {operand: codes})``, equal to ``run`` bit for bit.
         backward: ``(grad, saved, call) -> {argument: gradient}``; None means the generic one,
             ``torch.func.vjp`` of ``run`` over the saved operands.
-        autocast: ``"lower"`` where autocast runs it in the lower precision, so that is what is
-            packed; ``"float32"``, or ``"float32 on cuda"``, where it runs in that.
+        autocast: ``"lower"`` where autocast hands it the lower precision, so that is what is
+            packed. (In which dtypes it runs is asked of PyTorch: ``autocasting.py``.)
         derive: Makes the result again, from the arguments of ``run`` and without side effects, at
             the cost of a pass over memory. A reader of the result may then live on what is packed
             of the operands. None where that costs more.

@@ -1,5 +1,7 @@
 """Opens ops that hide others: multi-head attention becomes its linears, products and softmax.
 
+So does ``einsum``: it is a ``bmm`` of operands that are permuted and reshaped.
+
 The ops inside are those that PyTorch itself runs: its own function is traced to aten calls, with
 symbolic batch and sequence sizes, and the trace takes the place of the one opaque node.
 """
@@ -53,7 +55,7 @@ def _is_wrapped(node: fx.Node) -> bool:
 
 
 def _is_call(node: fx.Node) -> bool:
-    return node.target is F.multi_head_attention_forward
+    return node.target in (F.multi_head_attention_forward, torch.einsum)
 
 
 def _attention_module(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
@@ -102,7 +104,8 @@ def _expand_node(graph_module: fx.GraphModule, node: fx.Node, values: dict[str, 
         return torch.func.functional_call(module, state, args, kwargs)
 
     tensors = [values[s.name] for s in sources] + list(parameters.values())
-    inner = _trace(run, tensors)
+    # before dispatch, einsum is one op still
+    inner = _trace(run, tensors, pre_dispatch=node.target is not torch.einsum)
     copied: dict[fx.Node, fx.Node] = {}
     placeholders = inner.graph.find_nodes(op="placeholder")
     with graph.inserting_before(node):
@@ -120,6 +123,9 @@ def _expand_node(graph_module: fx.GraphModule, node: fx.Node, values: dict[str, 
             new.meta = {k: v for k, v in node.meta.items() if k in ORIGIN}
             copied[other] = new
     result = inner.graph.find_nodes(op="output")[0].args[0]
+    if isinstance(result, fx.Node):
+        node.replace_all_uses_with(copied[result])
+        values[copied[result].name] = values[node.name]
     for user in list(node.users):
         if user.target is not operator.getitem:
             raise RuntimeError("its result is not taken apart")
@@ -286,7 +292,9 @@ def _switched(mine: fx.Graph, other: fx.Graph) -> set[tuple[fx.Node, int]]:
     return found
 
 
-def _trace(run: Callable[..., Any], tensors: list[Tensor]) -> fx.GraphModule:
+def _trace(
+    run: Callable[..., Any], tensors: list[Tensor], pre_dispatch: bool = True
+) -> fx.GraphModule:
     """Aten graph of ``run``; activations have symbolic sizes, parameters their own."""
     mode = FakeTensorMode(shape_env=ShapeEnv(specialize_zero_one=False, duck_shape=True))
     fakes = []
@@ -300,4 +308,4 @@ def _trace(run: Callable[..., Any], tensors: list[Tensor]) -> fx.GraphModule:
             dynamic_sizes=[dynamic] * tensor.dim()
         )
         fakes.append(mode.from_tensor(blank, symbolic_context=context))
-    return make_fx(run, tracing_mode="symbolic", pre_dispatch=True)(*fakes)
+    return make_fx(run, tracing_mode="symbolic", pre_dispatch=pre_dispatch)(*fakes)

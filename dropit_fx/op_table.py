@@ -201,6 +201,13 @@ _SHAPE_ONLY: tuple[tuple[str, Callable[..., Any], tuple[Any, ...]], ...] = (
     ),
 )
 
+_CLAMPS_FROM_BELOW, _CLAMPS_FROM_ABOVE = (
+    (
+        *(getattr(torch, name), getattr(torch, f"{name}_"), name, f"{name}_"),
+        *(getattr(aten, name).default, getattr(aten, f"{name}_").default),
+    )
+    for name in ("clamp_min", "clamp_max")
+)
 _ATTENDS = ("query", "key", "value", "attn_mask")
 
 OP_RULES: tuple[OpRule, ...] = (
@@ -313,6 +320,7 @@ OP_RULES: tuple[OpRule, ...] = (
         (F.hardtanh, F.hardtanh_, aten.hardtanh.default, aten.hardtanh_.default),
         between=lambda args: (args["min_val"], args["max_val"]),
         run=runs.hardtanh,
+        run_saving=runs.hardtanh_saving,
         derive=runs.hardtanh,
         backward=bw.masked("result"),
     ),
@@ -395,7 +403,6 @@ OP_RULES: tuple[OpRule, ...] = (
         "softplus",
         (F.softplus, aten.softplus.default),
         function=_standard("softplus", beta=1, threshold=20),
-        autocast="float32 on cuda",
         backward=bw.pointwise(aten.softplus_backward, "beta", "threshold"),
     ),
     _smooth(
@@ -430,7 +437,6 @@ OP_RULES: tuple[OpRule, ...] = (
             targets=(getattr(torch, name), name, getattr(aten, name).default),
             reads=(Read(operand=operand, use=Use.SLOPE, needed_by=("input",)),),
             run=getattr(runs, name),
-            autocast="float32 on cuda" if name == "exp" else "",
             derive=getattr(runs, name),
             backward=bw.exp if name == "exp" else None,
         )
@@ -438,7 +444,13 @@ OP_RULES: tuple[OpRule, ...] = (
     ),
     OpRule(
         name="clamp",
-        targets=(torch.clamp, torch.clip, "clamp", "clip", aten.clamp.default),
+        targets=(
+            *(torch.clamp, torch.clip, "clamp", "clip", aten.clamp.default),
+            *(torch.clamp_, "clamp_", "clip_", aten.clamp_.default),
+            *_CLAMPS_FROM_BELOW,
+            *_CLAMPS_FROM_ABOVE,
+        ),
+        orders=dict.fromkeys(_CLAMPS_FROM_ABOVE, ("input", "max")),
         reads=(Read(operand="input", use=Use.SLOPE, needed_by=("input",), bits=_one_bit),),
         run=runs.clamp,
         run_saving=runs.clamp_saving,
@@ -529,7 +541,6 @@ OP_RULES: tuple[OpRule, ...] = (
             ),
         ),
         run=runs.pow,
-        autocast="float32 on cuda",
         derive=runs.pow,
         obstacle=lambda args: (
             "" if isinstance(args["exponent"], int | float) else "its exponent is a tensor"
@@ -547,7 +558,6 @@ OP_RULES: tuple[OpRule, ...] = (
             Read(operand="bias", use=Use.SHAPE, needed_by=("input", "weight")),
         ),
         run=runs.layer_norm,
-        autocast="float32 on cuda",
         run_saving=runs.layer_norm_saving,
         backward=bw.layer_norm,
         derive=runs.layer_norm_again,
@@ -561,7 +571,6 @@ OP_RULES: tuple[OpRule, ...] = (
         ),
         reads=_norm("mean", "rstd", by_channel=True),
         run=runs.group_norm,
-        autocast="float32 on cuda",
         run_saving=runs.group_norm_saving,
         backward=bw.group_norm,
         derive=runs.group_norm,
@@ -575,7 +584,6 @@ OP_RULES: tuple[OpRule, ...] = (
             Read(operand=INSIDE, use=Use.SHAPE, needed_by=("input", "weight")),
         ),
         run=runs.rms_norm,
-        autocast="float32 on cuda",
         derive=runs.rms_norm,
     ),
     OpRule(
@@ -643,7 +651,6 @@ OP_RULES: tuple[OpRule, ...] = (
             orders={getattr(F, name): ("input", "dim", STACKLEVEL, "dtype")},
             reads=(Read(operand="result", use=Use.REDUCE, needed_by=("input",)),),
             run=getattr(runs, name),
-            autocast="float32 on cuda",
             backward=bw.softmax(log=name == "log_softmax"),
         )
         for name in ("softmax", "log_softmax")
@@ -661,7 +668,6 @@ OP_RULES: tuple[OpRule, ...] = (
             Read(operand=INSIDE, use=Use.SHAPE, needed_by=("input",)),
         ),
         run=runs.nll_loss,
-        autocast="float32",
         obstacle=_deprecated_reduction,
     ),
     OpRule(
@@ -683,7 +689,6 @@ OP_RULES: tuple[OpRule, ...] = (
             Read(operand=INSIDE, use=Use.SHAPE, needed_by=("input",)),
         ),
         run=runs.cross_entropy,
-        autocast="float32",
         run_saving=runs.cross_entropy_saving,
         backward=bw.cross_entropy,
         obstacle=_plain_cross_entropy,

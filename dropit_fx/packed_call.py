@@ -23,15 +23,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.traceback import annotate
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.checkpoint import checkpoint
 
 from dropit_fx import backwards
+from dropit_fx.autocasting import autocast_on, cast_operands, runs_as_it_is, under_autocast
 from dropit_fx.codecs import CODEC
 from dropit_fx.core_types import Codec, OpRule
 from dropit_fx.op_table import CHECKPOINT, DERIVABLE, OP_RULES, RULES, bind, inputs_of
@@ -42,6 +45,8 @@ from dropit_fx.private import (
     storage_id,
     unsafe_view,
 )
+
+PACKING = {"dropit": "pack"}  # marks the nodes of a joint graph for ``partition.KeepPacked``
 
 
 class Packed(NamedTuple):
@@ -82,15 +87,13 @@ def unflatten(flat: Tensor, shape: Any, order: list[int] | None) -> Tensor:
     return flat.reshape([shape[d] for d in order]).permute(inverse)
 
 
-def _autocast(x: Tensor, how: str = "lower") -> Tensor:
-    """``x`` as autocast, where it is on, would hand it to an op (``OpRule.autocast``)."""
+def _lowered(x: Tensor) -> Tensor:
+    """``x`` in the dtype of autocast, where it is on."""
     device = x.device.type
     floats = (torch.float32, torch.bfloat16, torch.float16)
-    if not how or not torch.is_autocast_enabled(device) or x.dtype not in floats:
+    if not autocast_on(device) or x.dtype not in floats:
         return x
-    if how == "lower":
-        return x.to(torch.get_autocast_dtype(device))
-    return x.float() if how == "float32" or device == "cuda" else x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def channel_nbytes(shape: Sequence[int]) -> int:
@@ -124,13 +127,15 @@ def _pack_by_channel(
     """
     if not x.is_cuda or codec.pack_channels is None:
         standard, mean, inverse = _standardise(x)
-        parts = codec.pack(flatten(standard), options)
+        with annotate(PACKING):
+            parts = codec.pack(flatten(standard), options)
     else:
         plain = type(x) is Tensor and not torch.compiler.is_compiling()
         found = torch.batch_norm_stats(x, _TINY) if plain else _standardise(x)[1:]
         mean, inverse = (t.float() for t in found)  # of float64, the kernel's are float64
         order = memory_order(x)
-        parts = codec.pack_channels(flatten(x), mean, inverse, _run(x.shape, order), options)
+        with annotate(PACKING):
+            parts = codec.pack_channels(flatten(x), mean, inverse, _run(x.shape, order), options)
     shape = [-1 if d == 1 else 1 for d in range(x.dim())]
     return parts, mean.view(shape), inverse.reciprocal().view(shape)
 
@@ -172,7 +177,7 @@ def pack(
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in needed_by):
         return None
     with torch.no_grad():
-        x = _autocast(x) if autocast else x
+        x = _lowered(x) if autocast else x
         parts = _parts(x, memory_order(x), codec, dict(options))
     return Packed(parts, codec, tuple(options.items()), x.dtype)
 
@@ -408,6 +413,8 @@ class PackedFunction(torch.autograd.Function):
             at += buffers
         ctx.save_for_backward(*saved)
         ctx.rule_name, ctx.needs, ctx.entries, ctx.layouts = rule_name, needs, entries, layouts
+        device = out.device.type  # a row that runs as it is does so in the backward too
+        ctx.autocast = torch.get_autocast_dtype(device) if autocast_on(device) else None
         ctx.plain = {n: None if n in tensors else a for n, a in named.items()}
         ctx.parts = count
 
@@ -435,7 +442,10 @@ class PackedFunction(torch.autograd.Function):
             formula = rule.backward or backwards.vjp
             if any(e.codec != DERIVED and CODEC[e.codec].slope for e in ctx.entries):
                 formula = backwards.slopes
-            with torch.autocast(grad.device.type, enabled=False):
+            dtype = ctx.autocast
+            with torch.autocast(
+                grad.device.type, dtype, enabled=dtype is not None, cache_enabled=False
+            ):
                 grads = formula(grad, _SavedTensors(ctx), call)
         by_argument = [grads.get(n) if n in ctx.needs else None for n in ctx.plain]
         return (None, None, None, None, *by_argument, *[None] * ctx.parts)
@@ -462,7 +472,8 @@ def _parts(
 ) -> tuple[Tensor, ...]:
     """What a codec keeps of ``x``, whose elements are taken in ``order``."""
     if not options.get("by_channel"):
-        return CODEC[codec].pack(_in_order(x, order), options)
+        with annotate(PACKING):
+            return CODEC[codec].pack(_in_order(x, order), options)
     parts, *statistics = _pack_by_channel(x, CODEC[codec], options)
     return (*parts, *statistics)
 
@@ -518,12 +529,9 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
         ):
             plain = rule.run(*bound.values())
             return (plain, *[None] * len(gives)) if gives else plain
-        exact = bound
-        if rule.autocast:
-            bound = {
-                n: _autocast(a, rule.autocast) if isinstance(a, Tensor) else a
-                for n, a in bound.items()
-            }
+        exact, as_it_is = bound, runs_as_it_is(rule)
+        if under_autocast(bound) and not as_it_is:
+            bound = cast_operands(rule, bound)
         held: list[_Held] = []
         given: list[_Entry] = []
         parts: list[Tensor] = []
@@ -556,7 +564,7 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
             elif is_tensor:
                 held.append((operand, "keep", ()))
         device = next(a.device.type for a in bound.values() if isinstance(a, Tensor))
-        with torch.autocast(device, enabled=False):
+        with nullcontext() if as_it_is else torch.autocast(device, enabled=False):
             out, *kept = PackedFunction.apply(
                 rule.name, needs, tuple(held), tuple(given), *bound.values(), *parts
             )
@@ -671,6 +679,7 @@ def _cache_version() -> str:
     files = [
         here / f"{n}.py"
         for n in (
+            "autocasting",
             "backwards",
             "op_table",
             "packed_call",

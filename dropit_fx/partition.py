@@ -23,7 +23,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from dropit_fx.packed_call import PACKING
 from dropit_fx.private import (
+    BACKWARD,
+    CUSTOM,
     IN_BACKWARD,
     OUTPUT_TRACES,
     OUTPUTS,
@@ -143,14 +146,16 @@ class KeepPacked(CustomPartitionerFn):
         packed: list[fx.Node] = []
         sources: dict[int, fx.Node] = {}
         for node in gm.graph.nodes:
-            if node.target in UNPACK_OPS and not must_recompute(node):
-                node.meta[PLACE] = IN_BACKWARD
-            elif node.target in PACK_OPS and not must_recompute(node):
-                # (a checkpointed region is recomputed whole, packing included)
+            if not _packs(node) or must_recompute(node):
+                continue  # (a checkpointed region is recomputed whole, packing included)
+            sources |= {_storage(n): n for n in node.all_input_nodes if not _packs(n)}
+            readers = [u for u in node.users if not _packs(u)]
+            if readers and node not in flat and _storage(node) not in sources | {-1: node}:
                 node.meta[POLICY] = CheckpointPolicy.MUST_SAVE  # whatever the budget
-                packed += [node] if isinstance(node.meta.get(VALUE), Tensor) else list(node.users)
-                sources |= {_storage(n): n for n in node.all_input_nodes}
-        packed = [n for n in packed if n.users and n not in flat]
+                packed.append(node)
+                for reader in readers:
+                    if reader is not out and not must_recompute(reader):
+                        reader.meta[PLACE] = IN_BACKWARD  # nothing else reads a packed tensor
         out.args = ((*flat[:count], *packed, *flat[count:]),)
         out.meta[OUTPUTS] = described[:count] + [None] * len(packed) + described[count:]
         static = kwargs.get("static_lifetime_input_indices") or ()
@@ -302,16 +307,42 @@ def read_partition(
         saved[_storage(node)] = SavedValue(
             name=node.name,
             nbytes=_nbytes(node),
-            packed=origin.target in PACK_OPS,
+            packed=_packs(node),
             source=str(origin.target),
         )
     return Partition(
         saved=tuple(saved.values()),
         packs_in_backward=tuple(
-            n.name for n in backward.graph.nodes if n.target in PACK_OPS and not must_recompute(n)
+            n.name
+            for n in backward.graph.nodes
+            if n.op != "placeholder" and _packs(n) and not must_recompute(n)
         ),
-        unpacks_in_forward=tuple(n.name for n in forward.graph.nodes if n.target in UNPACK_OPS),
+        unpacks_in_forward=tuple(n.name for n in forward.graph.nodes if _unpacks(n)),
     )
+
+
+def _packs(node: fx.Node) -> bool:
+    """Whether a codec's ``pack`` made the node.
+
+    From the forward's nodes, marks are copied to nodes of the backward with the same number.
+    """
+    marked = (node.meta.get(CUSTOM) or {}).items() >= PACKING.items()
+    return marked and node.meta.get(PLACE) not in BACKWARD
+
+
+def _unpacks(node: fx.Node) -> bool:
+    """Whether a node of a forward reads a packed tensor."""
+    if node.op == "output" or _packs(node):
+        return False
+    own = {_storage(n) for n in node.all_input_nodes if _packs(n)} - {-1}
+    return bool(own - {_storage(s) for n in node.all_input_nodes for s in _sources(n)})
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """What a pack reads."""
+    if not _packs(node):
+        return [node]
+    return [s for n in node.all_input_nodes for s in _sources(n)]
 
 
 def _storage(node: fx.Node) -> int:

@@ -320,6 +320,15 @@ def never_removed(module: type[R]) -> type[R]:
     return module
 
 
+def constant_to_dynamo(function: Callable[[], R]) -> Callable[[], R]:
+    """Decorates what Dynamo calls, and does not look into, while it traces a caller.
+
+    As ``torch.compiler.assume_constant_result``, which loads Dynamo.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def codegen(graph: fx.Graph) -> Any:
     """What writes the code of a graph; its ``pytree_info``, if any, is the nesting of inputs."""
     return getattr(graph, "_codegen", None)
@@ -394,6 +403,8 @@ ORIGIN = (MODULES, TRACE)
 CHECKPOINT_CONTEXT = "_checkpoint_context_fn"
 VALUE = "val"
 PLACE, IN_BACKWARD = "partitioner_tag", "must_be_in_backward"
+BACKWARD = ("is_backward", IN_BACKWARD)
+CUSTOM = "custom"
 POLICY = "recompute"
 OUTPUTS = "desc"
 OUTPUT_TRACES = "output_stack_traces"

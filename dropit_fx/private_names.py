@@ -132,6 +132,12 @@ TABLE: tuple[Name, ...] = (
     Name("torch.utils._pytree", _IMPORT, "arguments of any nesting", alias="pytree"),
     Name("torch._subclasses.fake_tensor.FakeTensor", _IMPORT, "telling fakes from real tensors"),
     Name("torch._subclasses.fake_tensor.FakeTensorMode", _IMPORT, "running graphs at no cost"),
+    Name(
+        "_dynamo_marked_constant",
+        _lack("rewritten models do not compile under autocast but with backend='dropit'"),
+        "running a function while Dynamo traces its caller",
+        probe=False,
+    ),
     Name("torch._ops.OpOverload", _IMPORT, "telling ATen calls from others"),
     Name(
         "torch._ops.OpOverload._schema",
@@ -421,6 +427,7 @@ TABLE: tuple[Name, ...] = (
     Name("torch._functorch.partitioners.must_recompute", _GUARD, "telling checkpointed nodes"),
     Name("torch._functorch.config.activation_memory_budget", _BUDGET, "recomputing beside packing"),
     Name("meta['partitioner_tag']", _UNSEEN, "unpacking in the backward", probe=False),
+    Name("meta['custom']", _UNSEEN, "marking what codecs pack", probe=False),
     Name("meta['recompute']", _UNSEEN, "packed tensors stay saved under a budget", probe=False),
     Name("meta['val']", _UNSEEN, "the fake value of a node of AOTAutograd's", probe=False),
     Name("meta['desc']", _PLUGIN, "descriptions of the outputs of a joint graph", probe=False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -92,6 +93,29 @@ def hardtanh(
     input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
 ) -> Tensor:
     return F.hardtanh(input, min_val, max_val)
+
+
+def hardtanh_saving(
+    input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The result says where it was cut, unless a bound is none of the numbers of its dtype."""
+    out = F.hardtanh(input, min_val, max_val)
+    if _holds(input.dtype, min_val) and _holds(input.dtype, max_val):
+        return out, {}
+    slope = torch.ops.aten.hardtanh_backward(torch.ones_like(input), input, min_val, max_val)
+    return out, {"result": slope != 0}
+
+
+def _holds(dtype: torch.dtype, bound: float) -> bool:
+    """Whether a short dtype has this very number; longer ones round it in one way everywhere."""
+    if dtype not in (torch.bfloat16, torch.float16) or bound in (0.0, math.inf, -math.inf):
+        return True
+    info = torch.finfo(dtype)
+    if not info.smallest_normal <= abs(bound) <= info.max:
+        return False
+    # rounded to its significand (Dekker): arithmetic that a compiler can do as it traces
+    far = bound * (2.0**52 * info.eps + 1)
+    return far - (far - bound) == bound
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
@@ -213,10 +237,12 @@ def clamp(input: Tensor, min: Any = None, max: Any = None) -> Tensor:
 def clamp_saving(
     input: Tensor, min: Any = None, max: Any = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    passed = torch.ones_like(input, dtype=torch.bool) if min is None else input >= min
-    if max is not None:
-        passed = passed & (input <= max)
-    return torch.clamp(input, min, max), {"input": passed}
+    # at the bounds and at NaN, PyTorch's own formula decides: it has not always been the same
+    with torch.enable_grad():
+        x = input.detach().requires_grad_()
+        out = torch.clamp(x, min, max)
+    (slope,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    return out.detach(), {"input": slope != 0}
 
 
 def where(condition: Tensor, input: Any, other: Any) -> Tensor:

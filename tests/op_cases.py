@@ -757,6 +757,8 @@ def spelled(name: str, target: Any) -> Case:
         return case("other order", x, w, b, mean, var, training, 0.1, 1e-5, False)
     if name == "embedding" and target is not F.embedding:
         return case("other order", first.args[1], first.args[0])
+    if name == "clamp" and "clamp_m" in str(target):
+        return case("one bound", T((4, 9)), 0.2)
     if target == "where":
         condition, x, y = first.args
         return case("other order", x, condition, y)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -36,13 +37,15 @@ from op_cases import (
     writes,
 )
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dropit_fx
 from dropit_fx import step_tables
+from dropit_fx.autocasting import asked
 from dropit_fx.backend import compiled_graphs
 from dropit_fx.codecs import CODEC
 from dropit_fx.config import serves
-from dropit_fx.core_types import INSIDE, Plan, Read, Use
+from dropit_fx.core_types import INSIDE, Codec, Plan, Read, Use
 from dropit_fx.op_table import OP_RULES, RULES, bind
 from dropit_fx.packed_call import PACKED_OPS, flatten, memory_order, unflatten
 
@@ -921,6 +924,192 @@ def test_module_is_packed_by_every_tracer(
     assert_same(step(packed), step(model))
     report = compiled_graphs()[-1].report if by is by_dynamo else dropit_fx.report(packed)
     assert {row.op for row in report.rows if not row.reason} == {name}
+
+
+HALF = Codec(  # as CONTRIBUTING.md writes one: of plain tensor ops
+    name="half",
+    serves=frozenset({Use.CONTRACT}),
+    pack=lambda flat, options: (flat.to(torch.bfloat16),),
+    unpack=lambda parts, options, numel, dtype: parts[0].to(dtype),
+    nbytes=lambda numel, dtype, options: 2 * numel,
+)
+SPLIT = Codec(  # of several ops and parts, some of them views
+    name="split",
+    serves=frozenset({Use.CONTRACT}),
+    pack=lambda flat, options: (
+        (flat * 16).round().clamp(-128, 127).to(torch.int8),
+        flat.abs().amax().view(1),
+    ),
+    unpack=lambda parts, options, numel, dtype: (parts[0].to(dtype) / 16).minimum(parts[1]),
+    nbytes=lambda numel, dtype, options: numel + dtype.itemsize,
+    buffers=2,
+)
+COMPILED_CODECS = [
+    ("half", {}),
+    ("split", {}),
+    ("mink", {"gamma": 0.5, "bits": 4}),
+    ("random", {"gamma": 0.5}),
+    ("quant", {"bits": 4}),
+    ("few_bit", {}),
+    ("bitmask", {}),
+]
+
+
+@pytest.mark.parametrize(("codec", "options"), COMPILED_CODECS, ids=lambda v: str(v))
+def test_a_compiled_forward_hands_over_what_a_codec_packs(
+    codec: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for foreign in (HALF, SPLIT):
+        monkeypatch.setitem(CODEC, foreign.name, foreign)
+    act = nn.Dropout(0.5) if codec == "bitmask" else nn.GELU()  # a mask that nothing else reads
+    model = nn.Sequential(nn.Linear(16, 64), act, nn.Linear(64, 8))
+    config = {"preset": None, "force": True, "rules": [{"codec": codec, **options}]}
+    torch._dynamo.reset()
+    inner = {"config": config, "inner": "aot_eager_decomp_partition"}
+    compiled = torch.compile(model, backend="dropit", options=inner)
+    compiled(torch.randn(32, 16)).sum().backward()
+    record = compiled_graphs()[-1]
+    (partition,) = record.partitions
+    packed = [r for r in record.report.rows if not r.reason]
+    assert packed
+    assert partition.packed_bytes == sum(r.kept_bytes for r in packed)
+    assert not partition.packs_in_backward
+    assert not partition.unpacks_in_forward
+
+
+# --- autocast: the dtypes and the bits of the dense op, whatever its policy
+
+LOWER = [torch.bfloat16, torch.float16]
+
+
+def under_autocast(function: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+    def call(*leaves: Tensor) -> Any:
+        with torch.autocast("cpu", dtype):
+            return function(*leaves)
+
+    return call
+
+
+def assert_agrees_under_autocast(
+    target: Any, call: Case, dtype: torch.dtype, source: torch.dtype
+) -> None:
+    tensors = call.tensors(source)
+    dense = graph_of(target, call)
+    packed, _ = pack_graph(dense, tensors, LOSSLESS)
+    found, wanted = (run(under_autocast(f, dtype), tensors) for f in (packed, dense))
+    assert found[0].dtype == wanted[0].dtype
+    assert_agrees(call, found, wanted)
+
+
+@pytest.mark.parametrize("dtype", LOWER, ids=str)
+@pytest.mark.parametrize(("name", "target"), spellings(), ids=case_id)
+def test_every_spelling_has_the_dtypes_and_bits_of_dense_under_autocast(
+    name: str, target: Any, dtype: torch.dtype
+) -> None:
+    for source in (torch.float32, dtype):
+        assert_agrees_under_autocast(target, spelled(name, target), dtype, source)
+
+
+@pytest.mark.parametrize(("name", "call"), ALL_CASES, ids=case_id)
+def test_every_case_has_the_dtypes_and_bits_of_dense_under_autocast(name: str, call: Case) -> None:
+    assert_agrees_under_autocast(RULES[name].targets[0], call, torch.bfloat16, torch.float32)
+
+
+@contextmanager
+def autocast_in(dtype: torch.dtype, device: str) -> Iterator[None]:
+    """``torch.autocast``, whose own context refuses a CUDA that is not there."""
+    was, before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torch.set_autocast_enabled(device, True)
+    torch.set_autocast_dtype(device, dtype)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, was)
+        torch.set_autocast_dtype(device, before)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", LOWER, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_rows_packed_in_the_lower_precision_are_those_that_autocast_lowers(
+    name: str, dtype: torch.dtype, device: str
+) -> None:
+    rule, call = RULES[name], CASES[name][0]
+    bound = bind(rule, call.args, call.kwargs) or {}
+    dtypes = iter([t.dtype for t in call.tensors()])
+    with FakeTensorMode():
+        given = [
+            torch.empty(a.shape, device=device, dtype=next(dtypes)) if isinstance(a, T) else a
+            for a in bound.values()
+        ]
+    with autocast_in(dtype, device):
+        casts = dict(zip(bound, asked(rule, tuple(given)), strict=True))
+    operands = [r.operand for r in rule.reads if casts.get(r.operand)]
+    assert (rule.autocast == "lower") == any(casts[n] == dtype for n in operands)
+
+
+# --- ties and bounds: the formula of the installed PyTorch, in dtypes that cannot hold a bound
+
+BOUNDED: list[tuple[Any, tuple[Any, ...]]] = [
+    *[(F.hardtanh, b) for b in ((-0.7, 0.7), (-0.3, 0.8), (-1.0, 1.0), (0.1, 0.7), (-1e-7, 0.7))],
+    *[(f, ()) for f in (F.relu, F.relu6, F.leaky_relu, F.hardsigmoid, F.hardswish, F.elu)],
+    *[(torch.clamp, b) for b in ((-0.7, 0.7), (-1, 1), (None, 0.1), (-0.3,), (1, -1))],
+    *[("clamp_", (-1, 1)), ("clamp_min_", (-1,)), ("clamp_max_", (0.7,)), ("clamp_min", (0,))],
+    *[(torch.clamp_min, (-0.3,)), (torch.clamp_max, (0.7,)), (F.threshold, (0.1, 0.2))],
+]
+NEAR = [-3, -2, -1, -0.7, -0.6992, -0.703125, -0.3, -0.0, 0, 0.1, 0.5, 0.7, 0.8, 1, 2.5, 3, 6]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize(("target", "bounds"), BOUNDED, ids=case_id)
+def test_gradients_at_and_beside_the_bounds_are_autograds(
+    target: Any, bounds: tuple[Any, ...], dtype: torch.dtype
+) -> None:
+    x = torch.tensor([*NEAR, torch.inf, -torch.inf]).to(dtype)
+    # the dtype's own neighbours of each
+    x = torch.cat([x, (x.double() * (1 + torch.finfo(dtype).eps)).to(dtype)]).requires_grad_()
+    dense = graph_of(target, case("bounded", T(tuple(x.shape)), *bounds))
+    packed, _ = pack_graph(dense, [x], LOSSLESS)
+    assert_same(run(packed, [x]), run(dense, [x]))
+
+
+# --- einsum: opened into the products that it runs
+
+SIMILARITIES: list[Callable[[Tensor, Tensor], Tensor]] = [
+    lambda q, k: torch.einsum("b h i d, b h j d -> b h i j", q, k),
+    lambda q, k: torch.einsum("bhid,bhjd->bhij", [q, k]),
+    lambda q, k: torch.einsum("...id,...jd->...ij", q, k),
+    lambda q, k: torch.einsum(q, [0, 1, 2, 3], k, [0, 1, 4, 3], [0, 1, 2, 4]),
+    lambda q, k: torch.einsum("bhid,bhjd,bhjd->bhij", q, k, k),
+]
+
+
+class Attends(nn.Module):
+    def __init__(self, similarity: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.q, self.k, self.o = (nn.Linear(32, 32) for _ in range(3))
+        self.similarity = similarity
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (f(x).view(4, 16, 4, 8).transpose(1, 2) for f in (self.q, self.k))
+        weights = self.similarity(q, k).softmax(-1)
+        out = torch.einsum("bhij,bhjd->bihd", weights, k)
+        return self.o(out.reshape(4, 16, 32))
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_einsum_keeps_what_products_keep(similarity: Any) -> None:
+    model, x = Attends(similarity), torch.randn(4, 16, 32)
+    results = []
+    for function in (model, dropit_fx.transform(model, example_args=(x,), preset="lossless")):
+        out = function(x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), model.parameters())])
+    assert_same(*results)
+    ratio = dropit_fx.report(dropit_fx.transform(model, example_args=(x,))).ratio
+    product = Attends(lambda q, k: q @ k.transpose(-1, -2))
+    assert ratio < 1.3 * dropit_fx.report(dropit_fx.transform(product, example_args=(x,))).ratio
 
 
 # --- PyTorch's own samples of arguments

@@ -365,6 +365,22 @@ def _seeding_leaves_another_object_each_time() -> None:
     assert private.last_seeding() is not first
 
 
+@of("_dynamo_marked_constant")
+def _dynamo_runs_what_it_does_not_trace() -> None:
+    ran = []
+
+    @private.constant_to_dynamo
+    def note() -> None:
+        ran.append(torch.compiler.is_dynamo_compiling())
+
+    def caller(x: torch.Tensor) -> torch.Tensor:
+        note()
+        return x + 1
+
+    torch.compile(caller, backend="eager", fullgraph=True)(torch.ones(1))
+    assert ran == [False], "Dynamo traces it, or does not run it"
+
+
 @of("_stacklevel")
 def _softmax_has_an_argument_of_no_meaning() -> None:
     for function in (F.softmax, F.log_softmax):
@@ -573,6 +589,18 @@ def compiled_by_inductor() -> dict[str, dict[str, Any]]:
 def _a_tagged_node_is_in_the_backward() -> None:
     placed = compiled_by_inductor()["placed"]
     assert placed == {"forward": False, "backward": True}, f"it was placed in {placed}"
+
+
+@of("meta['custom']")
+def _nodes_are_marked() -> None:
+    def marked(x: torch.Tensor) -> torch.Tensor:
+        with torch.fx.traceback.annotate({"mark": "here"}):
+            return x.exp()
+
+    with torch.fx.traceback.preserve_node_meta():
+        graph = private.make_fx(marked)(torch.ones(2)).graph
+    (node,) = graph.find_nodes(op="call_function", target=torch.ops.aten.exp.default)
+    assert node.meta[private.CUSTOM] == {"mark": "here"}
 
 
 @of("meta['val']")

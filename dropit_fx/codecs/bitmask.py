@@ -24,7 +24,7 @@ def index_bits(rows: int) -> int:
 
 
 def _pack(flat: Tensor, options: Options) -> tuple[Tensor, ...]:
-    if "low" in options:  # where the values lie between two bounds, straight from the values
+    if "low" in options and flat.dtype != torch.bool:  # between two bounds, from the values
         return (torch.ops.dropit.pack_between(flat, options["low"], options["high"]),)
     bits = options["bits"]
     if bits == 16:
