@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from torch.nn.utils.stateless import _reparametrize_module as reparametrize_module
 
     batch_norm_impl_index: Callable[..., Any]
+    peek_interpreter_stack: Callable[[], object]
     set_hooks_tracing: Callable[[bool], bool]
     tag_activation_checkpoint: Callable[..., Any]
     log_softmax_backward_data: Callable[..., Tensor]
@@ -98,6 +99,7 @@ __all__ = [
     "min_cut_rematerialization_partition",
     "must_recompute",
     "native_batch_norm_legit",
+    "peek_interpreter_stack",
     "pytree",
     "reparametrize_module",
     "select_decomp_table",
@@ -286,6 +288,15 @@ def never_removed(module: type[R]) -> type[R]:
     return module
 
 
+def constant_to_dynamo(function: Callable[[], R]) -> Callable[[], R]:
+    """Decorates what Dynamo calls, and does not look into, while it traces a caller.
+
+    As ``torch.compiler.assume_constant_result``, which loads Dynamo.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def codegen(graph: fx.Graph) -> Any:
     """What writes the code of a graph; its ``pytree_info``, if any, is the nesting of inputs."""
     return getattr(graph, "_codegen", None)
@@ -349,6 +360,21 @@ def memory_events(profiler: torch.profiler.profile) -> list[tuple[int, int]]:
         for event in run.kineto_results.events()
         if event.name() == "[memory]" and event.device_type().name == "CPU"
     ]
+
+
+def forward_mode_level() -> int:
+    """How many levels of forward-mode differentiation there are, less one."""
+    name = "torch.autograd.forward_ad._current_level"
+    return int(look_up(name)) if has(name) else -1
+
+
+def dynamo_skips(function: Callable[..., Any]) -> None:
+    """Lets Dynamo pass over the frames of a function, and those below; it may be inlined still."""
+    name = "torch._C._dynamo.eval_frame.set_code_exec_strategy"
+    if has(name):
+        skip = look_up("torch._C._dynamo.eval_frame._FrameAction").SKIP
+        strategy = look_up("torch._C._dynamo.eval_frame._FrameExecStrategy")(skip, skip)
+        look_up(name)(function.__code__, strategy)
 
 
 # Keys of node.meta --------------------------------------------------------------------------------

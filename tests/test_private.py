@@ -294,6 +294,22 @@ def _a_selective_checkpoint_is_a_tagged_region() -> None:
     assert isinstance(value, private.FakeTensor), f"an input's meta has {sorted(x.meta)}"
 
 
+@of("_dynamo_marked_constant")
+def _dynamo_runs_what_it_does_not_trace() -> None:
+    ran = []
+
+    @private.constant_to_dynamo
+    def note() -> None:
+        ran.append(torch.compiler.is_dynamo_compiling())
+
+    def caller(x: torch.Tensor) -> torch.Tensor:
+        note()
+        return x + 1
+
+    torch.compile(caller, backend="eager", fullgraph=True)(torch.ones(1))
+    assert ran == [False], "Dynamo traces it, or does not run it"
+
+
 @of("_stacklevel")
 def _softmax_has_an_argument_of_no_meaning() -> None:
     for function in (F.softmax, F.log_softmax):
