@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 from unittest import mock
@@ -344,6 +344,17 @@ def raw_saved(node: Node) -> Iterator[tuple[str, Any]]:
             saved = getattr(node, attribute)
             for one in saved if isinstance(saved, tuple | list) else (saved,):
                 yield name, one.data
+
+
+def closed_over(node: Node) -> Iterator[Any]:
+    """What the backward of a Python function finds in its closure: so Dynamo's graphs keep things.
+
+    Each call of a custom function that Dynamo has traced is a class of its own.
+    """
+    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    for cell in getattr(backward, "__closure__", None) or ():
+        with suppress(ValueError):  # it is empty
+            yield cell.cell_contents
 
 
 @functools.cache
