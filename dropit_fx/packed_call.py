@@ -31,7 +31,15 @@ from torch.utils.checkpoint import checkpoint
 from dropit_fx import backwards
 from dropit_fx.codecs import CODEC
 from dropit_fx.core_types import Codec, OpRule
-from dropit_fx.op_table import CHECKPOINT, DERIVABLE, OP_RULES, RULES, bind, inputs_of
+from dropit_fx.op_table import (
+    CHECKPOINT,
+    DERIVABLE,
+    OP_RULES,
+    RULES,
+    bind,
+    inputs_of,
+    is_inplace,
+)
 from dropit_fx.private import (
     CHECKPOINT_CONTEXT,
     constant_to_dynamo,
@@ -636,11 +644,22 @@ def checkpointed(
             exact[at], kept[at] = inputs[at], None
             entries[at] = _entry(operand, copy), _layout(inputs[at])
             parts += copy.parts
+    # what the region writes into (a norm's statistics, an average) is written once, and read again
+    # as it was
+    before = {
+        at: inputs[at].detach().clone()
+        for at in _written(body)
+        if isinstance(inputs[at], Tensor) and not inputs[at].requires_grad
+    }
+    for at in before:
+        exact[at], kept[at] = inputs[at], None
     no_stand_ins = [None] * len(packed or {})
     count = len(inputs)  # the region outlives the forward: it must not hold the inputs themselves
 
     def region(*given: Any) -> Any:
         values, rest = list(given[:count]), given[count:]
+        for at, buffer in before.items():
+            values[at] = exact[at] if exact else buffer.clone()
         for at, (entry, layout) in entries.items():
             mine, rest = rest[: entry.tensors], rest[entry.tensors :]
             if exact:
@@ -655,6 +674,53 @@ def checkpointed(
         return checkpoint(region, *kept, *parts, **options | {"use_reentrant": False})
     finally:
         exact.clear()
+
+
+_NORMS = ("batch_norm", "instance_norm")  # their statistics are the second and third argument
+
+
+_VIEWS = (
+    *("getitem", "view", "reshape", "flatten", "unflatten", "t", "transpose", "permute"),
+    *(
+        "squeeze",
+        "unsqueeze",
+        "select",
+        "narrow",
+        "expand",
+        "detach",
+        "contiguous",
+        "chunk",
+        "split",
+    ),
+)
+
+
+def _name(node: fx.Node) -> str:
+    target = node.target
+    return target if isinstance(target, str) else str(getattr(target, "__name__", ""))
+
+
+def _writes(node: fx.Node) -> bool:
+    augmented = getattr(node.target, "__module__", "") == "_operator" and _name(node)[:1] == "i"
+    return augmented or _name(node) == "setitem" or is_inplace(node, node.kwargs)
+
+
+def _written(body: fx.GraphModule) -> tuple[int, ...]:
+    """The inputs of a region that it writes into, by their place."""
+    inputs = body.graph.find_nodes(op="placeholder")
+    written: dict[fx.Node, None] = {}
+    for node in body.graph.nodes:
+        into: list[Any] = []
+        if _name(node).removeprefix("packed_") in _NORMS:
+            into = [*node.args[1:3], *(node.kwargs.get(f"running_{n}") for n in ("mean", "var"))]
+        elif _writes(node):
+            into = [*node.args[:1], node.kwargs.get("input")]
+        for value in into:
+            while isinstance(value, fx.Node):
+                written[value] = None
+                same_memory = _writes(value) or _name(value) in _VIEWS
+                value = value.args[0] if same_memory and value.args else None
+    return tuple(i for i, n in enumerate(inputs) if n in written)
 
 
 def _cache_version() -> str:
