@@ -151,6 +151,26 @@ TABLE: tuple[Name, ...] = (
         probe=lambda: torch.ops.aten.add.Tensor._schema,
     ),
     Name(
+        "torch.utils._python_dispatch.TorchDispatchMode",
+        _IMPORT,
+        "numbering what a model and its graph compute",
+    ),
+    Name(
+        "torch._export.utils._compiling_state_context",
+        _EXPORT,
+        "what a model's code does that asks whether it is exported",
+    ),
+    Name(
+        "torch.nn.modules.module._has_any_global_hook",
+        _CAPTURE,
+        "hooks that a graph would lose",
+    ),
+    Name(
+        "torch.utils._python_dispatch._disable_current_modes",
+        _CAPTURE,
+        "constants of a model, computed while it runs on fake tensors",
+    ),
+    Name(
         "torch.nn.utils.stateless._reparametrize_module",
         _CAPTURE,
         "fake parameters for the time of a run",
@@ -227,6 +247,11 @@ TABLE: tuple[Name, ...] = (
         "torch.fx.experimental.symbolic_shapes.StatelessSymbolicContext",
         _OPAQUE,
         "its batch and sequence",
+    ),
+    Name(
+        "torch.utils._sympy.printers.PythonPrinter",
+        _OPAQUE,
+        "conditions on the sizes of what is opened, as Python",
     ),
     Name(
         "torch.fx.experimental.symbolic_shapes.SYMPY_INTERP",

@@ -37,6 +37,8 @@ _ALIVE = (*_FREE, "a constant of the graph")
 class FakeRunError(RuntimeError):
     """The graph does not run on fake tensors; the message names the node and the user's line."""
 
+    node: fx.Node | None = None
+
 
 def find_saved(plan: Plan) -> Plan:
     """Fills ``plan.sites`` and, for checkpointed regions, ``plan.bodies``.
@@ -133,11 +135,13 @@ class _Probe(fx.Interpreter):
                 else:
                     result = super().run_node(n)
         except Exception as error:
-            raise FakeRunError(
+            failed = FakeRunError(
                 f"node '{n.name}' ({n.target}) of module '{node_module(n)}' does not run on fake"
                 f" tensors of the example's shapes ({node_where(n) or 'no source line'}):"
                 f" {type(error).__name__}: {error}"
-            ) from error
+            )
+            failed.node = n
+            raise failed from error
         for tensor in pytree.tree_leaves(result):
             if isinstance(tensor, Tensor):
                 story = self.stories.setdefault(storage_id(tensor), _Story(owner=n.name))

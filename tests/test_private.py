@@ -116,6 +116,43 @@ def _a_fake_tensor_knows_its_mode() -> None:
     assert fake.fake_mode is mode, "its mode is not fake_mode"
 
 
+@of("torch._export.utils._compiling_state_context")
+def _code_that_asks_is_told_that_it_is_exported() -> None:
+    with private.compiling_state_context():
+        assert torch.compiler.is_exporting(), "is_exporting() is False in it"
+    assert not torch.compiler.is_exporting(), "is_exporting() stays True"
+
+
+@of("torch.nn.modules.module._has_any_global_hook")
+def _a_global_hook_is_seen() -> None:
+    assert not private.has_any_global_hook(), "there are hooks already"
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        assert private.has_any_global_hook(), "it sees none"
+    finally:
+        handle.remove()
+
+
+@of(
+    "torch.utils._python_dispatch.TorchDispatchMode",
+    "torch.utils._python_dispatch._disable_current_modes",
+)
+def _a_mode_sees_every_op_and_can_be_left() -> None:
+    seen = []
+
+    class Watch(private.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        torch.ones(2).exp()
+        with private.disable_current_modes():
+            torch.ones(2).sin()
+    assert torch.ops.aten.exp.default in seen, "it sees no ops"
+    assert torch.ops.aten.sin.default not in seen, "it sees what runs without it"
+
+
 @of("torch._ops.OpOverload", "torch._ops.OpOverload._schema")
 def _an_overload_has_a_schema() -> None:
     add = torch.ops.aten.add.Tensor
@@ -124,6 +161,16 @@ def _an_overload_has_a_schema() -> None:
     *_, alpha = told.arguments
     found = told.name, alpha.name, alpha.default_value, alpha.kwarg_only
     assert found == ("aten::add", "alpha", 1, True), f"its schema reads {found}"
+
+
+@of("torch.utils._sympy.printers.PythonPrinter")
+def _conditions_on_sizes_print_as_python() -> None:
+    import sympy
+
+    size = sympy.Symbol("s0", positive=True, integer=True)
+    printed = private.PythonPrinter().doprint(sympy.Ne(size, 1))
+    assert eval(printed, {"s0": 2})
+    assert not eval(printed, {"s0": 1})
 
 
 @of("torch.SymInt.node.hint", f"{_SHAPES}.ShapeEnv")
