@@ -36,6 +36,7 @@ from torch.profiler import ProfilerActivity, profile
 from dropit_fx.private import (
     FakeTensor,
     buffers,
+    closed_over,
     memory_events,
     pytree,
     raw_saved,
@@ -390,7 +391,7 @@ def _kept_by(node: Node) -> Iterator[tuple[str, Tensor]]:
         yield from ((full, tensor) for tensor in _tensors_in(saved))
     # `ctx.x = x` of a Python function escapes every hook; compiled functions keep some tensors this
     # way.
-    for value in getattr(node, "__dict__", {}).values():
+    for value in (*getattr(node, "__dict__", {}).values(), *closed_over(node)):
         yield from ((node.name(), tensor) for tensor in _tensors_in(value))
 
 

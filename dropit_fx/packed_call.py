@@ -37,11 +37,23 @@ from dropit_fx import backwards
 from dropit_fx.autocasting import autocast_on, cast_operands, runs_as_it_is, under_autocast
 from dropit_fx.codecs import CODEC
 from dropit_fx.core_types import Codec, OpRule
-from dropit_fx.op_table import CHECKPOINT, DERIVABLE, OP_RULES, RULES, bind, inputs_of
+from dropit_fx.op_table import (
+    CHECKPOINT,
+    DERIVABLE,
+    OP_RULES,
+    RULES,
+    bind,
+    inputs_of,
+    is_inplace,
+)
 from dropit_fx.private import (
     CHECKPOINT_CONTEXT,
+    constant_to_dynamo,
+    dynamo_skips,
+    forward_mode_level,
     is_view,
     native_batch_norm_legit,
+    peek_interpreter_stack,
     storage_id,
     unsafe_view,
 )
@@ -149,6 +161,30 @@ def _run(shape: Sequence[int], order: list[int] | None) -> Any:
     return inner
 
 
+@constant_to_dynamo
+def _transformed() -> bool:
+    """Whether a transform of ``torch.func`` is at work, or forward-mode differentiation.
+
+    They differentiate, or batch, what is computed op by op: packed tensors are constants to them.
+    """
+    return peek_interpreter_stack() is not None or forward_mode_level() >= 0
+
+
+def _overrides(values: Sequence[Any]) -> bool:
+    """Whether a subclass of tensors has a say of its own in what ops do (no mode, no proxy)."""
+    return any(
+        isinstance(v, Tensor)
+        and not isinstance(v, nn.Parameter)
+        and type(v) is not Tensor
+        and hasattr(type(v).__torch_function__, "__func__")
+        for v in values
+    )
+
+
+def _on_meta(values: Sequence[Any]) -> bool:
+    return any(isinstance(v, Tensor) and v.device.type == "meta" for v in values)
+
+
 def pack(
     x: Tensor,
     needed_by: tuple[Tensor | None, ...],
@@ -168,13 +204,20 @@ def pack(
 
     Returns:
         None where nothing will read it: grad mode is off, or nothing in ``needed_by`` requires
-        grad.
+        grad; and where its readers run as PyTorch does: under ``torch.func``, on meta tensors, for
+        subclasses with ops of their own.
     """
+    if _transformed():
+        return None
     if has_torch_function((x, *needed_by)):
+        if _overrides((x, *needed_by)):
+            return None
         return handle_torch_function(
             pack, (x, *needed_by), x, needed_by, codec, options, autocast=autocast
         )
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in needed_by):
+        return None
+    if x.device.type == "meta":
         return None
     with torch.no_grad():
         x = _lowered(x) if autocast else x
@@ -237,7 +280,9 @@ def derived(
         None where one of ``packs`` is: nothing will read it.
     """
     tensors = [a for a in (*args, like) if isinstance(a, Tensor)]
-    if has_torch_function(tensors):
+    if not _transformed() and has_torch_function(tensors):
+        if _overrides(tensors):
+            return None
         return handle_torch_function(derived, tensors, rule_name, args, packs, like)
     entries: list[_Entry] = []
     layouts: list[_Layout] = []
@@ -421,11 +466,13 @@ class PackedFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> Any:
         """Runs the row's formula, which unpacks what it reads."""
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # (what Dynamo inlines runs in another mode than it is traced in, and refuses by itself)
+        if torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling():
             raise RuntimeError(
                 f"packed_{ctx.rule_name}: double backward (create_graph=True) is not supported,"
-                " since the packed tensors are constants to autograd. Train the dense model"
-                " where a loss differentiates a gradient."
+                " since the packed tensors are constants to autograd. Where a loss differentiates a"
+                " gradient, call the original, dense model, which shares its parameters with the"
+                " packed one (of what torch.compile returns, the model that it was given)."
             )
         rule = RULES[ctx.rule_name]
         grads: backwards.Grads = {}
@@ -449,6 +496,11 @@ class PackedFunction(torch.autograd.Function):
                 grads = formula(grad, _SavedTensors(ctx), call)
         by_argument = [grads.get(n) if n in ctx.needs else None for n in ctx.plain]
         return (None, None, None, None, *by_argument, *[None] * ctx.parts)
+
+
+# Called inside of a compiled function, it would be compiled as a piece of code of its own: for that
+# nobody asks which mode it runs in.
+dynamo_skips(PackedFunction.backward)
 
 
 def _is_kept_whole(rule: OpRule, operand: str, codec: str) -> bool:
@@ -514,18 +566,21 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
     ) -> Any:
         bound = bind(rule, args, kwargs)
         assert bound is not None, f"packed_{rule.name}: {args} {kwargs}"
-        if has_torch_function(tuple(bound.values())):
+        values = tuple(bound.values())
+        overrides = not _transformed() and has_torch_function(values) and _overrides(values)
+        if not _transformed() and has_torch_function(values) and not overrides:
             return handle_torch_function(
-                packed_op, tuple(bound.values()), *args, packed=packed, gives=gives, **kwargs
+                packed_op, values, *args, packed=packed, gives=gives, **kwargs
             )
         needs = tuple(n for n, a in bound.items() if isinstance(a, Tensor) and a.requires_grad)
         derived_for_nobody = packed.get("result", "") is None
+        dense = overrides or _transformed() or _on_meta(values) or rule.obstacle(bound)
         if (
             not torch.is_grad_enabled()
             or not needs
             or derived_for_nobody
-            or is_complex(tuple(bound.values()))
-            or rule.obstacle(bound)
+            or is_complex(values)
+            or dense
         ):
             plain = rule.run(*bound.values())
             return (plain, *[None] * len(gives)) if gives else plain
@@ -652,11 +707,22 @@ def checkpointed(
             exact[at], kept[at] = inputs[at], None
             entries[at] = _entry(operand, copy), _layout(inputs[at])
             parts += copy.parts
+    # what the region writes into (a norm's statistics, an average) is written once, and read again
+    # as it was
+    before = {
+        at: inputs[at].detach().clone()
+        for at in _written(body)
+        if isinstance(inputs[at], Tensor) and not inputs[at].requires_grad
+    }
+    for at in before:
+        exact[at], kept[at] = inputs[at], None
     no_stand_ins = [None] * len(packed or {})
     count = len(inputs)  # the region outlives the forward: it must not hold the inputs themselves
 
     def region(*given: Any) -> Any:
         values, rest = list(given[:count]), given[count:]
+        for at, buffer in before.items():
+            values[at] = exact[at] if exact else buffer.clone()
         for at, (entry, layout) in entries.items():
             mine, rest = rest[: entry.tensors], rest[entry.tensors :]
             if exact:
@@ -671,6 +737,53 @@ def checkpointed(
         return checkpoint(region, *kept, *parts, **options | {"use_reentrant": False})
     finally:
         exact.clear()
+
+
+_NORMS = ("batch_norm", "instance_norm")  # their statistics are the second and third argument
+
+
+_VIEWS = (
+    *("getitem", "view", "reshape", "flatten", "unflatten", "t", "transpose", "permute"),
+    *(
+        "squeeze",
+        "unsqueeze",
+        "select",
+        "narrow",
+        "expand",
+        "detach",
+        "contiguous",
+        "chunk",
+        "split",
+    ),
+)
+
+
+def _name(node: fx.Node) -> str:
+    target = node.target
+    return target if isinstance(target, str) else str(getattr(target, "__name__", ""))
+
+
+def _writes(node: fx.Node) -> bool:
+    augmented = getattr(node.target, "__module__", "") == "_operator" and _name(node)[:1] == "i"
+    return augmented or _name(node) == "setitem" or is_inplace(node, node.kwargs)
+
+
+def _written(body: fx.GraphModule) -> tuple[int, ...]:
+    """The inputs of a region that it writes into, by their place."""
+    inputs = body.graph.find_nodes(op="placeholder")
+    written: dict[fx.Node, None] = {}
+    for node in body.graph.nodes:
+        into: list[Any] = []
+        if _name(node).removeprefix("packed_") in _NORMS:
+            into = [*node.args[1:3], *(node.kwargs.get(f"running_{n}") for n in ("mean", "var"))]
+        elif _writes(node):
+            into = [*node.args[:1], node.kwargs.get("input")]
+        for value in into:
+            while isinstance(value, fx.Node):
+                written[value] = None
+                same_memory = _writes(value) or _name(value) in _VIEWS
+                value = value.args[0] if same_memory and value.args else None
+    return tuple(i for i, n in enumerate(inputs) if n in written)
 
 
 def _cache_version() -> str:

@@ -8,7 +8,8 @@ the backward.
 
 With ``torch._functorch.config.activation_memory_budget`` below 1, packed tensors stay what is saved
 and the rest is made again, as far as the budget asks for it. It keeps its meaning: a share of what
-the *dense* model saves.
+the *dense* model saves. Random numbers are never drawn again for it: functorch would draw others,
+but in checkpointed regions.
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ from dropit_fx.private import (
     VISIBLE,
     CustomGraphPass,
     CustomPartitionerFn,
+    OpOverload,
     at_memory_budget,
     get_hash_for_files,
     hint,
     memory_budget,
     min_cut_rematerialization_partition,
     must_recompute,
+    schema,
     storage_id,
     takes_several_passes,
 )
@@ -67,6 +70,7 @@ UNPACK_OPS = (
 )
 
 TRIES = 3  # cuts at a memory budget
+LEAST = 1e-9  # of a budget: at 0 functorch saves the model's inputs, whatever must be saved
 SLACK = 1.05  # a budget is met within 5 %, as functorch meets its own
 Graphs = tuple[fx.GraphModule, fx.GraphModule]  # forward and backward
 
@@ -145,7 +149,11 @@ class KeepPacked(CustomPartitionerFn):
         described = list(out.meta.get(OUTPUTS, [None] * len(flat)))
         packed: list[fx.Node] = []
         sources: dict[int, fx.Node] = {}
+        drawn = False
         for node in gm.graph.nodes:
+            if _draws(gm, node) and not must_recompute(node):
+                node.meta[POLICY] = CheckpointPolicy.MUST_SAVE
+                drawn = True
             if not _packs(node) or must_recompute(node):
                 continue  # (a checkpointed region is recomputed whole, packing included)
             sources |= {_storage(n): n for n in node.all_input_nodes if not _packs(n)}
@@ -168,6 +176,8 @@ class KeepPacked(CustomPartitionerFn):
             return graphs, read_partition(*graphs, count, static)
 
         budget = memory_budget()
+        if drawn:
+            budget = max(budget, LEAST)
         if not packed or budget == 1:
             graphs, partition = cut(budget)
         else:
@@ -201,13 +211,36 @@ class KeepPacked(CustomPartitionerFn):
         # and saves somewhat more than it was given
         share = max(asked - packed, 0) / saved
         for _ in range(TRIES):
-            found = cut(max(share, 1e-9))  # at 0 it saves the model's inputs and nothing else
+            found = cut(max(share, LEAST))
             if found[1].saved_bytes < partition.saved_bytes:
                 graphs, partition = found
             if partition.saved_bytes <= max(asked, packed):
                 break
             share *= max(asked - packed, 0) / (found[1].saved_bytes - packed)
         return graphs, partition
+
+
+def _draws(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node draws random numbers: run twice, it gives two results."""
+    target = node.target
+    if not isinstance(target, OpOverload):
+        bodies = [n for n in node.all_input_nodes if n.op == "get_attr"]
+        parts = [getattr(gm, str(n.target), None) for n in bodies]
+        return any(
+            _draws(part, inner)
+            for part in parts
+            if isinstance(part, fx.GraphModule)
+            for inner in part.graph.nodes
+        )
+    if torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    # attention is tagged for its dropout, which most calls do without
+    names = [a.name for a in schema(target).arguments]
+    if "dropout_p" not in names:
+        return True
+    at = names.index("dropout_p")
+    given = node.args[at] if at < len(node.args) else node.kwargs.get("dropout_p", 0.0)
+    return not (isinstance(given, int | float) and given == 0)
 
 
 def _drop_outputs(forward: fx.GraphModule, extra: slice) -> None:

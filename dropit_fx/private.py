@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 from unittest import mock
@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from torch.utils._sympy.printers import PythonPrinter
 
     batch_norm_impl_index: Callable[..., Any]
+    peek_interpreter_stack: Callable[[], object]
     set_hooks_tracing: Callable[[bool], bool]
     tag_activation_checkpoint: Callable[..., Any]
     log_softmax_backward_data: Callable[..., Tensor]
@@ -109,6 +110,7 @@ __all__ = [
     "min_cut_rematerialization_partition",
     "must_recompute",
     "native_batch_norm_legit",
+    "peek_interpreter_stack",
     "pytree",
     "reparametrize_module",
     "select_decomp_table",
@@ -378,6 +380,17 @@ def raw_saved(node: Node) -> Iterator[tuple[str, Any]]:
                 yield name, one.data
 
 
+def closed_over(node: Node) -> Iterator[Any]:
+    """What the backward of a Python function finds in its closure: so Dynamo's graphs keep things.
+
+    Each call of a custom function that Dynamo has traced is a class of its own.
+    """
+    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    for cell in getattr(backward, "__closure__", None) or ():
+        with suppress(ValueError):  # it is empty
+            yield cell.cell_contents
+
+
 @functools.cache
 def _shows_saved() -> bool:
     return has("torch.autograd.graph.Node._raw_saved_*")
@@ -392,6 +405,21 @@ def memory_events(profiler: torch.profiler.profile) -> list[tuple[int, int]]:
         for event in run.kineto_results.events()
         if event.name() == "[memory]" and event.device_type().name == "CPU"
     ]
+
+
+def forward_mode_level() -> int:
+    """How many levels of forward-mode differentiation there are, less one."""
+    name = "torch.autograd.forward_ad._current_level"
+    return int(look_up(name)) if has(name) else -1
+
+
+def dynamo_skips(function: Callable[..., Any]) -> None:
+    """Lets Dynamo pass over the frames of a function, and those below; it may be inlined still."""
+    name = "torch._C._dynamo.eval_frame.set_code_exec_strategy"
+    if has(name):
+        skip = look_up("torch._C._dynamo.eval_frame._FrameAction").SKIP
+        strategy = look_up("torch._C._dynamo.eval_frame._FrameExecStrategy")(skip, skip)
+        look_up(name)(function.__code__, strategy)
 
 
 # Keys of node.meta --------------------------------------------------------------------------------

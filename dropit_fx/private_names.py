@@ -123,6 +123,11 @@ _INNER = Lack("backend='dropit'", "of the inner backends, only 'inductor' and 'e
 _BUDGET = Lack("backend='dropit'", "memory budgets are not heeded")
 
 
+_SECOND = Lack(
+    "import dropit_fx", "autograd.grad(create_graph=True) inside of compiled code is not refused"
+)
+
+
 def _lack(text: str, part: str = "import dropit_fx") -> Lack:
     return Lack(part, text)
 
@@ -275,6 +280,25 @@ TABLE: tuple[Name, ...] = (
         _lack("exported models with conditions on their inputs do not pickle", "torch.export"),
         "replaced while exporting, by a check that pickles",
     ),
+    # transforms of functions, and what Dynamo makes of ours
+    Name(
+        "torch._C._functorch.peek_interpreter_stack",
+        _lack("packed models fail under torch.func"),
+        "telling that a transform is at work: the ops then run as PyTorch runs them",
+        instead=lambda: None,
+    ),
+    Name(
+        "torch.autograd.forward_ad._current_level",
+        _lack("packed models fail in forward mode"),
+        "telling that forward-mode differentiation is on",
+    ),
+    Name(
+        "torch._C._dynamo.eval_frame.set_code_exec_strategy",
+        _SECOND,
+        "keeping Dynamo from compiling backwards by themselves",
+    ),
+    Name("torch._C._dynamo.eval_frame._FrameAction", _SECOND, "the same"),
+    Name("torch._C._dynamo.eval_frame._FrameExecStrategy", _SECOND, "the same"),
     # ops
     Name("torch._C._nn.pad", _SPELLING, "F.pad in Dynamo's graphs"),
     Name("torch._C._nn.adaptive_avg_pool2d", _SPELLING, "the same of pooling"),

@@ -197,6 +197,43 @@ def test_a_memory_budget_and_lossless_packing_go_together(fresh: None, budget: f
     assert last_partition().unpacks_in_forward == last_partition().packs_in_backward == ()
 
 
+DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dropout": lambda x: nn.functional.dropout(x, 0.5),
+    "bernoulli_": lambda x: x * torch.empty_like(x).bernoulli_(0.5),
+    "multinomial": lambda x: x[torch.multinomial(torch.ones(len(x)), len(x))],
+    "rrelu": lambda x: nn.functional.rrelu(x, training=True),
+    "attention": lambda x: nn.functional.scaled_dot_product_attention(
+        *(x[None],) * 3, dropout_p=0.3
+    )[0],
+}
+
+
+@pytest.mark.parametrize(
+    ("draw", "inner"),
+    [*((d, "aot_eager_decomp_partition") for d in DRAWS), ("dropout", "aot_eager")],
+)
+def test_a_memory_budget_draws_no_random_number_again(fresh: None, draw: str, inner: str) -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(32, 64), nn.Linear(64, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.sin(DRAWS[draw](torch.sin(self.first(x))))
+            return torch.sin(DRAWS[draw](torch.sin(self.second(x))))
+
+    model, x, found = Noisy(), torch.randn(64, 32), []
+    for budget in (1, 0):
+        torch._dynamo.reset()
+        with torch._functorch.config.patch(activation_memory_budget=budget):
+            options = LOSSLESS | {"inner": inner}
+            packed = torch.compile(model, backend="dropit", fullgraph=True, options=options)
+            found.append(step(packed, (x,), {}).gradients)
+    for gradients in found[1:]:
+        for key, gradient in gradients.items():
+            torch.testing.assert_close(gradient, found[0][key])
+
+
 def at_budget(model: nn.Module, x: Tensor, preset: str | None, budget: float) -> Partition:
     torch._dynamo.reset()
     options = {"config": {"preset": preset}, "inner": "aot_eager_decomp_partition"}

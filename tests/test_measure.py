@@ -442,3 +442,34 @@ def test_peak_says_what_to_do_about_a_function_that_calls_backward() -> None:
     with pytest.raises(RuntimeError) as caught:
         peak_memory(step)
     assert "without having called backward" in caught.value.__notes__[0]
+
+
+class _Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+class _Exp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.kept = x.exp()
+        return ctx.kept * 1
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return ctx.kept * grad
+
+
+@pytest.mark.parametrize("function", [_Square, _Exp])
+@pytest.mark.parametrize("backend", ["eager", "dropit_eager", "aot_eager"])
+def test_custom_functions_count_in_compiled_graphs(function: Any, backend: str) -> None:
+    layer, x = nn.Linear(16, 1024), torch.randn(64, 16)
+    torch._dynamo.reset()
+    run = torch.compile(lambda x: function.apply(layer(x)).sum(), backend=backend, fullgraph=True)
+    assert saved_bytes(run, x) == 64 * 1024 * 4

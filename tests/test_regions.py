@@ -3,6 +3,7 @@
 What a region is made again from is the codec's value of its input, in eager mode as in a partition.
 """
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable
@@ -398,3 +399,38 @@ def test_one_region_of_each_input_of_many() -> None:
         assert sum(is_packed(r) for r in regions_inputs()) == which.bit_count()
         for a, b in zip(ours, dense, strict=True):
             torch.testing.assert_close(a, b, rtol=0.05, atol=0.02 * b.abs().max().item())
+
+
+class Statistics(nn.Module):
+    """A region that writes into buffers: a norm's statistics and an average of its own."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 16)
+        self.norm, self.last = norm, nn.Linear(16, 4)
+        self.register_buffer("average", torch.ones(16))
+
+    def region(self, h: Tensor) -> Tensor:
+        self.average.mul_(0.5).add_(h.detach().mean(0), alpha=0.5)
+        return self.last(self.norm(h.view(-1, 4, 4)).view(-1, 16) * self.average.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = checkpoint(self.region, self.first(x), use_reentrant=False)
+        return h
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.InstanceNorm1d])
+@pytest.mark.parametrize("preset", ["lossless", "balanced"])
+def test_what_a_region_writes_into_is_written_once(norm: Any, preset: str) -> None:
+    model = Statistics(norm(4, affine=True, track_running_stats=True))
+    dense = copy.deepcopy(model)
+    run = compiled(model, "eager", preset=preset)
+    x = torch.randn(64, 8)
+    (run(x).square().sum() + run(x + 1).square().sum()).backward()
+    outs = [dense.region(dense.first(x + i)).square().sum() for i in range(2)]
+    sum(outs).backward()
+    for found, expected in zip(model.buffers(), dense.buffers(), strict=True):
+        torch.testing.assert_close(found, expected)
+    for a, b in zip(model.parameters(), dense.parameters(), strict=True):
+        if preset == "lossless":
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import dropit_fx
 from dropit_fx import measure
@@ -90,6 +91,82 @@ def test_double_backward_is_refused_with_the_op_and_the_way_out() -> None:
     text = r"packed_linear: double backward \(create_graph=True\) is not supported.*dense model"
     with pytest.raises(RuntimeError, match=text):
         torch.autograd.grad(packed(x).sum(), list(packed.parameters()), create_graph=True)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_second_derivatives_of_compiled_code_are_refused(inside: bool) -> None:
+    x, model = torch.randn(32, 64, requires_grad=True), mlp()
+
+    def slope(run: Any) -> Tensor:
+        return torch.autograd.grad(run(x).sum(), x, create_graph=True)[0]
+
+    torch._dynamo.reset()
+    options = {"config": MINK}
+    compiled = torch.compile(
+        (lambda: slope(model)) if inside else model, backend="dropit_eager", options=options
+    )
+    with pytest.raises(RuntimeError, match=r"create_graph=True.*call the original, dense model"):
+        compiled() if inside else slope(compiled)
+    assert slope(model).requires_grad
+
+
+def _per_sample(model: nn.Module, x: Tensor) -> Any:
+    def loss(parameters: dict[str, Tensor], one: Tensor) -> Tensor:
+        out: Tensor = torch.func.functional_call(model, parameters, (one[None],))
+        return out.square().sum()
+
+    parameters = {k: v.detach() for k, v in model.named_parameters()}
+    return list(torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x).values())
+
+
+def _forward_mode(model: nn.Module, x: Tensor) -> Any:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(model(forward_ad.make_dual(x, x))).tangent.clone()
+
+
+TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "grad": lambda model, x: torch.func.grad(lambda t: model(t).square().sum())(x),
+    "vmap": lambda model, x: torch.vmap(model)(x.view(2, 4, 64)),
+    "vmap of grad": _per_sample,
+    "jvp": lambda model, x: torch.func.jvp(model, (x,), (x,)),
+    "vjp": lambda model, x: torch.func.vjp(model, x)[1](torch.ones(8, 8)),
+    "jacrev": lambda model, x: torch.func.jacrev(model)(x[:2]),
+    "hessian": lambda model, x: torch.func.hessian(lambda t: model(t).square().sum())(x[:2]),
+    "forward mode": _forward_mode,
+}
+
+
+COMPILED = [(name, "aot_eager") for name in ("grad", "jvp")]
+
+
+@pytest.mark.parametrize(("transform", "backend"), [*((t, None) for t in TRANSFORMS), *COMPILED])
+def test_transforms_of_functions_see_the_dense_ops(transform: str, backend: str | None) -> None:
+    x, model = torch.randn(8, 64), mlp()
+    packed = dropit_fx.transform(model, MINK, example_args=(torch.randn(32, 64),))
+    assert packs(packed)
+    if backend is not None:
+        torch._dynamo.reset()
+        packed = torch.compile(packed, backend=backend)  # type: ignore[assignment]
+    found, expected = (TRANSFORMS[transform](m, x) for m in (packed, model))
+    torch.testing.assert_close(found, expected)
+
+
+def test_subclasses_with_ops_of_their_own_and_meta_tensors_run_dense() -> None:
+    class Named(Tensor):
+        pass
+
+    x, model = torch.randn(32, 64), mlp()
+    packed = dropit_fx.transform(model, MINK, example_args=(x,))
+    out = packed(x.as_subclass(Named))
+    assert type(out) is Named
+    out.sum().backward()
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(x).sum().backward()
+    assert_same(found, [p.grad for p in model.parameters()])
+    out = packed.to("meta")(x.to("meta"))
+    out.sum().backward()
+    assert out.shape == (32, 8)
 
 
 def test_gradients_accumulate() -> None:
