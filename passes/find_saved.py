@@ -45,11 +45,11 @@ from dropit_fx.op_table import CHECKPOINT, bind, derivable_rule_of, is_inplace, 
 from dropit_fx.packed_call import is_complex, memory_order
 from dropit_fx.private import (
     EXAMPLE_VALUE,
-    has,
     pytree,
     raw_saved,
     sequence_number,
     set_hooks_tracing,
+    shows_saved,
     storage_id,
     version,
 )
@@ -284,7 +284,7 @@ class _Probe(fx.Interpreter):
 
         Read from the autograd nodes behind ``out``, which are numbered as they were made.
         """
-        if not has("torch.autograd.graph.Node._raw_saved_*"):
+        if not shows_saved():
             return
         ends = [end for end, _ in self._upto]
         start = next((end for end, n in reversed(self._upto) if n.op == "placeholder"), -1)
