@@ -45,6 +45,7 @@ from dropit_fx.op_table import CHECKPOINT, bind, derivable_rule_of, is_inplace, 
 from dropit_fx.packed_call import is_complex, memory_order
 from dropit_fx.private import (
     EXAMPLE_VALUE,
+    closed_over,
     pytree,
     raw_saved,
     sequence_number,
@@ -256,7 +257,7 @@ class _Probe(fx.Interpreter):
         """The plan with all that was found; ``out`` is what the graph returned."""
         self.env.clear()  # from here on, only what a real step holds is alive
         self.kept = [k for k in self.kept if k.life() is not None]
-        self._add_numbers(out)
+        self._add_unseen(out)
         versions = {storage: version(t) for storage, t in self._versions.items()}
         values = Values(
             alive=self._alive,
@@ -279,25 +280,28 @@ class _Probe(fx.Interpreter):
         sites = tuple(self.sites())
         return replace(self.plan, sites=sites, values=values, calls=self.calls, bodies=self.bodies)
 
-    def _add_numbers(self, out: Any) -> None:
-        """Numbers that autograd has wrapped: it keeps them from hooks, and holds them all the same.
+    def _add_unseen(self, out: Any) -> None:
+        """What autograd keeps from hooks and holds all the same.
 
-        Read from the autograd nodes behind ``out``, which are numbered as they were made.
+        Numbers that it has wrapped; attributes of a custom function's context, and what the
+        backward of one that Dynamo has traced finds in its closure. Read from the autograd nodes
+        behind ``out``, which are numbered as they were made.
         """
-        if not shows_saved():
-            return
         ends = [end for end, _ in self._upto]
         start = next((end for end, n in reversed(self._upto) if n.op == "placeholder"), -1)
         for node in _nodes_behind(out, start):
-            for _, value in raw_saved(node):
-                if not isinstance(value, Tensor) or value.dim():
-                    continue
-                at = bisect.bisect_left(ends, sequence_number(node))
-                if at == len(ends):
-                    continue
-                n = self._upto[at][1]
-                rule = rule_of(n) if n.name in self.calls else None
-                self._add(n, _Kept(value, lambda: True), rule, None, {}, {}, NUMBER)
+            at = bisect.bisect_left(ends, sequence_number(node))
+            if at == len(ends):
+                continue
+            n = self._upto[at][1]
+            for _, value in raw_saved(node) if shows_saved() else ():
+                if isinstance(value, Tensor) and not value.dim():
+                    rule = rule_of(n) if n.name in self.calls else None
+                    self._add(n, _Kept(value, lambda: True), rule, None, {}, {}, NUMBER)
+            own = [*getattr(node, "__dict__", {}).values(), *closed_over(node)]
+            for value in pytree.tree_leaves(own):
+                if isinstance(value, Tensor) and not self._is_free(value):
+                    self._add(n, _Kept(value, lambda: True), None, None, {}, {}, "")
 
     def _run_body(self, n: fx.Node, args: tuple[Any, ...]) -> Any:
         body = args[0]
