@@ -313,7 +313,7 @@ def _trace(
 
 
 def _aten(
-    run: Callable[..., Any], fakes: list[Tensor], pre_dispatch: bool = True
+    run: Callable[..., Any], fakes: Sequence[Tensor], pre_dispatch: bool = True
 ) -> fx.GraphModule:
     """What ``run`` does to fake tensors, in their own mode.
 

@@ -17,6 +17,7 @@ parameter, a buffer or an input.
 from __future__ import annotations
 
 import bisect
+import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ from dropit_fx.core_types import (
     Use,
     Values,
 )
-from dropit_fx.fake import fake_mode_of, fake_state
+from dropit_fx.fake import fake_mode_of, fake_state, real_workspaces
 from dropit_fx.op_table import CHECKPOINT, bind, derivable_rule_of, is_inplace, reads_of, rule_of
 from dropit_fx.packed_call import is_complex, memory_order
 from dropit_fx.private import (
@@ -59,6 +60,7 @@ from dropit_fx.provenance import node_module, node_where
 _FREE = ("a parameter", "a buffer", "a model input")
 _ALIVE = (*_FREE, "a constant of the graph")
 _MARK = "dropit_fx"  # in the metadata of the autograd nodes of each result
+_RECURRENT = re.compile("lstm|gru|rnn")
 NUMBER = "a Python number, which autograd keeps as a tensor"
 
 
@@ -168,7 +170,7 @@ class _Probe(fx.Interpreter):
                 self._seen[n.name, operand.name] = _elements(value, version(value))
         region = False
         try:
-            with _hooks(note):
+            with _hooks(note), real_workspaces(_is_recurrent(self.module, n)):
                 if _is_checkpoint(n):
                     region, result = True, self._run_body(n, args)
                 elif _is_number(n):
@@ -531,6 +533,13 @@ def _is_copy_of(tensor: Tensor, read: Read | None, operands: Mapping[str, Any]) 
 def _is_number(n: fx.Node) -> bool:
     """A float of the model that Dynamo made an input of its graph: fake tensors hold no values."""
     return n.target == "item" and isinstance(n.meta.get(EXAMPLE_VALUE), float | torch.SymFloat)
+
+
+def _is_recurrent(module: fx.GraphModule | nn.Module, n: fx.Node) -> bool:
+    """Whether a node calls an LSTM, a GRU or an RNN, in whatever spelling."""
+    if n.op == "call_module":
+        return isinstance(module.get_submodule(str(n.target)), nn.RNNBase)
+    return n.op == "call_function" and bool(_RECURRENT.search(_target_name(module, n)))
 
 
 def _is_checkpoint(n: fx.Node) -> bool:
