@@ -117,7 +117,10 @@ def real_workspaces(wanted: bool) -> AbstractContextManager[Any]:
     return _Workspaces() if wanted else nullcontext()
 
 
-class _Workspaces(TorchDispatchMode):
+class _Workspaces(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is not torch.ops.aten.mkldnn_rnn_layer.default:
