@@ -2,7 +2,8 @@
 
 A model is traced in training and in eval mode, and the two graphs are made one (``modes.py``).
 Modules whose graphs differ in more than constants (BatchNorm counts its batches) stay whole, as
-leaves.
+leaves. No graph is believed before it is shown to do what the model does (``faithful.py``); what
+no graph can do is refused before anything is traced.
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import traceback
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from dropit_fx.faithful import NotCarried, Study, refuse_hooks
 from dropit_fx.graph_module import RewrittenModule
 from dropit_fx.input_guards import exporting_input_guards
-from dropit_fx.modes import both_modes
+from dropit_fx.modes import both_modes, is_one_mode, one_mode
 from dropit_fx.packed_call import PACKED_OPS, pack
 from dropit_fx.private import (
+    HOOK_DICTS,
     MODULE_DICTS,
     BatchNorm,
     NormBase,
@@ -30,12 +33,19 @@ from dropit_fx.private import (
     unchecked_dimensions,
     unsaved_buffers,
 )
+from dropit_fx.provenance import error_line, first_line
+from dropit_fx.symbolic import SymbolicProxy, as_in_eager
+from dropit_fx.untouched import untouched
 
 log = logging.getLogger(__name__)
+Trace = Callable[[nn.Module], fx.GraphModule]
+
+# tracers patch classes for as long as they run: one model at a time
+LOCK = threading.RLock()
 
 
 class CaptureError(RuntimeError):
-    """No tracer takes the model; the message says which line stopped each of them."""
+    """No graph stands for the model; the message says what stopped each tracer, and where."""
 
 
 class Tracer(fx.Tracer):
@@ -49,6 +59,10 @@ class Tracer(fx.Tracer):
     record_stack_traces = True
     # what is computed from a buffer is computed in each step, not once while tracing
     proxy_buffer_attributes = True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Proxies that write in place where a tensor does."""
+        return SymbolicProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether ``m`` becomes one ``call_module`` node."""
@@ -95,24 +109,22 @@ def capture(
     """Traces ``model``; parameters and buffers are shared with it, not copied.
 
     Args:
-        model: Any module; its mode on return is what it was.
-        args: Example inputs; only ``torch.export`` needs them.
+        model: Any module; on return, and after an error, it is what it was.
+        args: Example inputs, of which shapes and dtypes are read. ``torch.export`` needs them, and
+            so does the proof that the graph does what the model does: without them, a symbolic
+            trace is returned unproven.
         kwargs: Example keyword inputs.
 
     Returns:
-        A graph of functions and leaf modules whose state-dict keys are the model's.
+        A graph of functions and leaf modules whose state-dict keys are the model's, with the
+        model's own hooks.
 
     Raises:
-        CaptureError: Neither tracer takes the model, or it is packed already.
+        CaptureError: Neither tracer takes the model, no graph can do what it does, or it is packed
+            already.
     """
-    if isinstance(model, fx.GraphModule):
-        graph_module = fx.GraphModule(model, copy.deepcopy(model.graph), type(model).__name__)
-    else:
-        try:
-            graph_module = both_modes(model, _symbolic)
-        except Exception as error:  # a tracer runs the user's code: anything can be raised
-            log.info("symbolic_trace: %s", error)
-            graph_module = _exported(model, args, kwargs, error)
+    with LOCK:
+        graph_module = _captured(model, args, kwargs)
     for node in graph_module.graph.nodes:
         if node.target is pack or node.target in PACKED_OPS.values():
             raise CaptureError(
@@ -128,67 +140,104 @@ def capture(
     if missing:
         _adopt(model, graph_module, missing)
     _reorder(model, graph_module)
+    for kind in HOOK_DICTS:
+        if vars(model).get(kind):  # they run around the forward, whatever that is
+            setattr(graph_module, kind, copy.copy(vars(model)[kind]))
     return graph_module
 
 
-def _exported(
-    model: nn.Module,
-    args: tuple[Any, ...] | None,
-    kwargs: Mapping[str, Any] | None,
-    first: Exception,
+def _captured(
+    model: nn.Module, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None
 ) -> fx.GraphModule:
-    if args is None and kwargs is None:
+    """The graph of a tracer that is shown to be faithful."""
+    if isinstance(model, fx.GraphModule):
+        return fx.GraphModule(model, copy.deepcopy(model.graph), type(model).__name__)
+    known = args is not None or kwargs is not None
+    if known:
+        _check_fit(model, tuple(args or ()), dict(kwargs or {}))
+    try:
+        refuse_hooks(model)
+        study = Study(model, tuple(args or ()), dict(kwargs or {})) if known else None
+    except NotCarried as error:
+        raise CaptureError(_refusal(model, str(error))) from error
+    stopped: list[tuple[str, Exception]] = []
+    tracers: dict[str, Callable[[nn.Module], fx.GraphModule]] = {
+        "torch.fx.symbolic_trace": _symbolic
+    }
+    if study is not None:
+        tracers["torch.export"] = lambda m: _export(m, study.args, study.kwargs)
+    for name, trace in tracers.items():
+        try:
+            with untouched(model):
+                graph_module = both_modes(model, trace)
+            if study is not None:
+                _prove(graph_module, study)
+            return graph_module
+        except Exception as error:  # a tracer runs the user's code: anything can be raised
+            log.info("%s: %s", name, error)
+            stopped.append((name, error))
+    if study is None:
         raise CaptureError(
             f"torch.fx.symbolic_trace cannot take {type(model).__name__}, stopped at"
-            f" {_user_line(first)}:\n  {_first_line(first)}\nGive example_args or example_kwargs,"
-            " and torch.export is tried; or use"
+            f" {error_line(stopped[0][1])}:\n  {first_line(stopped[0][1])}\nGive example_args or"
+            " example_kwargs, and torch.export is tried; or use"
             ' torch.compile(model, backend="dropit"), which needs neither.'
-        ) from first
+        ) from stopped[0][1]
+    told = "".join(
+        f"  the graph of {name} {error}\n"
+        if isinstance(error, NotCarried)
+        else f"  {name} stopped at {error_line(error)}:\n    {first_line(error)}\n"
+        for name, error in stopped
+    )
+    raise CaptureError(
+        f"no tracer takes {type(model).__name__}.\n{told}"
+        'Use torch.compile(model, backend="dropit"), which takes such models piece by piece, or'
+        " transform(model, modules=...) for the submodules that can be traced."
+    ) from stopped[-1][1]
+
+
+def _refusal(model: nn.Module, reason: str) -> str:
+    return (
+        f"no graph can do all that {type(model).__name__} does: {reason}\n"
+        'Use torch.compile(model, backend="dropit"), which keeps it, or transform(model,'
+        " modules=...) for submodules that do without."
+    )
+
+
+def _prove(graph_module: fx.GraphModule, study: Study) -> None:
+    """Raises NotCarried where the graph does not do what the model does, in the model's mode.
+
+    Where it does not in the other mode, it says so when it is run in that.
+    """
+    wrong = study.difference(graph_module, study.training)
+    if wrong:
+        raise NotCarried(wrong)
+    if not is_one_mode(graph_module):
+        wrong = study.difference(graph_module, not study.training)
+        if wrong:
+            one_mode(graph_module, study.training, f"the start (the graph {wrong})")
+
+
+def _check_fit(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises CaptureError where the model's forward does not take the example."""
+    signature = inspect.signature(model.forward)
     try:
-        return both_modes(model, lambda m: _export(m, args or (), dict(kwargs or {})))
-    except Exception as error:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
         raise CaptureError(
-            f"no tracer takes {type(model).__name__}.\n"
-            f"  torch.fx.symbolic_trace stopped at {_user_line(first)}:\n    {_first_line(first)}\n"
-            f"  torch.export stopped at {_user_line(error)}:\n    {_first_line(error)}\n"
-            'Use torch.compile(model, backend="dropit"), which takes such models piece by piece, or'
-            " transform(model, modules=...) for the submodules that can be traced."
+            f"example_args does not fit the model's inputs ({', '.join(signature.parameters)}):"
+            f" {error}"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"
-
-
-def _user_line(error: BaseException) -> str:
-    """``file:line: code`` of the innermost frame that is the user's: not of torch, not ours."""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = (torch.__path__[0], __file__.rsplit("/", 1)[0])
-    theirs = [f for f in frames if not f.filename.startswith(ours) and "<" not in f.filename]
-    for line in str(error).splitlines():  # torch.export tells the user's line in its message
-        line = line.strip()
-        if line.startswith("File ") and not any(o in line for o in ours):
-            name, _, rest = line.removeprefix("File ").partition(", line ")
-            return f"{name.strip(chr(34))}:{rest.split(',')[0].split()[0]}"
-    if not theirs:
-        return "no line of the model"
-    frame = theirs[-1]
-    return f"{frame.filename}:{frame.lineno}: {frame.line}"
 
 
 def _symbolic(model: nn.Module) -> fx.GraphModule:
     own = set(vars(model))
-    try:
-        with torch.enable_grad():
-            graph = Tracer().trace(model)
-        graph_module = fx.GraphModule(model, graph, type(model).__name__)
-        constants = set(vars(model)) - own
-        leave_unsaved(graph_module, constants)
-        return graph_module
-    finally:
-        for name in set(vars(model)) - own:  # the tracer leaves tensor constants on the model
-            delattr(model, name)
+    tracer = Tracer()
+    with torch.enable_grad(), as_in_eager(tracer):
+        graph = tracer.trace(model)
+    graph_module = fx.GraphModule(model, graph, type(model).__name__)
+    leave_unsaved(graph_module, set(vars(model)) - own)  # constants, which are no part of the state
+    return graph_module
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:

@@ -7,11 +7,13 @@ import copy
 import importlib
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx, nn
 from torch.fx.graph import CodeGen
 from torch.fx.node import map_arg
 
 from dropit_fx.private import MODULE_STATE, OpOverload, codegen, get_qualified_name
+from dropit_fx.symbolic import CustomFunction
 
 
 class _Ref(NamedTuple):
@@ -65,7 +67,8 @@ def _resolve(name: str) -> Any:
         if not hasattr(found, part):
             importlib.import_module(f"{found.__name__}.{part}")
         found = getattr(found, part)
-    return found
+    custom = isinstance(found, type) and issubclass(found, torch.autograd.Function)
+    return CustomFunction(found) if custom else found
 
 
 def _restore(

@@ -53,13 +53,24 @@ def both_modes(model: nn.Module, trace: Callable[[nn.Module], fx.GraphModule]) -
     if other is not None and not differs:
         _require_both(graph_module, other)
     if differs:
-        log.warning(
-            "%s: training and eval differ in more than constants: %s", type(model).__name__, differs
-        )
-        with graph_module.graph.inserting_before(after_placeholders(graph_module)):
-            flag = _flag(graph_module, training)
-            graph_module.graph.call_function(require_mode, (flag, training, differs))
+        one_mode(graph_module, training, differs)
+    graph_module.recompile()
     return graph_module
+
+
+def one_mode(graph_module: fx.GraphModule, training: bool, differs: str) -> None:
+    """Lets a graph run in the mode ``training`` only; ``differs`` says where the other differs."""
+    name = type(graph_module).__name__
+    log.warning("%s: training and eval differ in more than constants: %s", name, differs)
+    with graph_module.graph.inserting_before(after_placeholders(graph_module)):
+        flag = _flag(graph_module, training)
+        graph_module.graph.call_function(require_mode, (flag, training, differs))
+    graph_module.recompile()
+
+
+def is_one_mode(graph_module: fx.GraphModule) -> bool:
+    """Whether the graph says so of itself."""
+    return any(n.target is require_mode for n in graph_module.graph.nodes)
 
 
 def _require_both(mine: fx.GraphModule, other: fx.GraphModule) -> None:

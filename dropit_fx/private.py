@@ -59,7 +59,10 @@ if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
     from torch.nn.modules.batchnorm import _NormBase as NormBase
     from torch.nn.modules.conv import _ConvNd as ConvNd
+    from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
     from torch.nn.utils.stateless import _reparametrize_module as reparametrize_module
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 
     batch_norm_impl_index: Callable[..., Any]
     set_hooks_tracing: Callable[[bool], bool]
@@ -82,12 +85,15 @@ __all__ = [
     "OpOverload",
     "ShapeEnv",
     "StatelessSymbolicContext",
+    "TorchDispatchMode",
     "aot_autograd",
     "batch_norm_impl_index",
     "compile_fx",
+    "disable_current_modes",
     "dont_skip_tracing",
     "get_hash_for_files",
     "get_qualified_name",
+    "has_any_global_hook",
     "list_mode_options",
     "list_options",
     "log_softmax_backward_data",
@@ -247,6 +253,16 @@ def c_nn(name: str) -> Any:
 
 
 MODULE_DICTS = ("_parameters", "_buffers", "_modules")
+HOOK_DICTS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+)
 MODULE_STATE = ("training", *MODULE_DICTS, "_non_persistent_buffers_set")  # less hooks
 
 

@@ -140,6 +140,21 @@ TABLE: tuple[Name, ...] = (
         probe=lambda: torch.ops.aten.add.Tensor._schema,
     ),
     Name(
+        "torch.utils._python_dispatch.TorchDispatchMode",
+        _IMPORT,
+        "numbering what a model and its graph compute",
+    ),
+    Name(
+        "torch.nn.modules.module._has_any_global_hook",
+        _CAPTURE,
+        "hooks that a graph would lose",
+    ),
+    Name(
+        "torch.utils._python_dispatch._disable_current_modes",
+        _CAPTURE,
+        "constants of a model, computed while it runs on fake tensors",
+    ),
+    Name(
         "torch.nn.utils.stateless._reparametrize_module",
         _CAPTURE,
         "fake parameters for the time of a run",

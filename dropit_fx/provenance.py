@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 
+import torch
 from torch import fx
 
 from dropit_fx.private import MODULES, TRACE
@@ -39,3 +41,25 @@ def node_module(node: fx.Node) -> str:
         name = name.split("]", 1)[1]
     name = name.replace("._modules['", ".").replace("']", "").replace("['", ".")
     return name.removeprefix("L__self__").strip(".").split("@")[0]
+
+
+def first_line(error: BaseException) -> str:
+    """``Type: message``, of the message its first line."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"
+
+
+def error_line(error: BaseException) -> str:
+    """``file:line: code`` of the innermost frame that is the user's: not of torch, not ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = (torch.__path__[0], _OURS)
+    theirs = [f for f in frames if not f.filename.startswith(ours) and "<" not in f.filename]
+    for line in str(error).splitlines():  # torch.export tells the user's line in its message
+        line = line.strip()
+        if line.startswith("File ") and not any(o in line for o in ours):
+            name, _, rest = line.removeprefix("File ").partition(", line ")
+            return f"{name.strip(chr(34))}:{rest.split(',')[0].split()[0]}"
+    if not theirs:
+        return "no line of the model"
+    frame = theirs[-1]
+    return f"{frame.filename}:{frame.lineno}: {frame.line}"

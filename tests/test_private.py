@@ -116,6 +116,26 @@ def _a_fake_tensor_knows_its_mode() -> None:
     assert fake.fake_mode is mode, "its mode is not fake_mode"
 
 
+@of(
+    "torch.utils._python_dispatch.TorchDispatchMode",
+    "torch.utils._python_dispatch._disable_current_modes",
+)
+def _a_mode_sees_every_op_and_can_be_left() -> None:
+    seen = []
+
+    class Watch(private.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        torch.ones(2).exp()
+        with private.disable_current_modes():
+            torch.ones(2).sin()
+    assert torch.ops.aten.exp.default in seen, "it sees no ops"
+    assert torch.ops.aten.sin.default not in seen, "it sees what runs without it"
+
+
 @of("torch._ops.OpOverload", "torch._ops.OpOverload._schema")
 def _an_overload_has_a_schema() -> None:
     add = torch.ops.aten.add.Tensor
