@@ -171,7 +171,7 @@ def _captured(
             with untouched(model):
                 graph_module = both_modes(model, trace)
             if study is not None:
-                _prove(graph_module, study)
+                _prove(graph_module, study, exported=name == "torch.export")
             return graph_module
         except Exception as error:  # a tracer runs the user's code: anything can be raised
             log.info("%s: %s", name, error)
@@ -204,16 +204,16 @@ def _refusal(model: nn.Module, reason: str) -> str:
     )
 
 
-def _prove(graph_module: fx.GraphModule, study: Study) -> None:
+def _prove(graph_module: fx.GraphModule, study: Study, exported: bool) -> None:
     """Raises NotCarried where the graph does not do what the model does, in the model's mode.
 
     Where it does not in the other mode, it says so when it is run in that.
     """
-    wrong = study.difference(graph_module, study.training)
+    wrong = study.difference(graph_module, study.training, exported)
     if wrong:
         raise NotCarried(wrong)
     if not is_one_mode(graph_module):
-        wrong = study.difference(graph_module, not study.training)
+        wrong = study.difference(graph_module, not study.training, exported)
         if wrong:
             one_mode(graph_module, study.training, f"the start (the graph {wrong})")
 

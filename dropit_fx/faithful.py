@@ -11,12 +11,12 @@ is written to parameters, buffers, inputs and constants.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
-import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -33,6 +33,7 @@ from dropit_fx.private import (
     FakeTensor,
     OpOverload,
     TorchDispatchMode,
+    compiling_state_context,
     disable_current_modes,
     has_any_global_hook,
     pytree,
@@ -45,7 +46,8 @@ from dropit_fx.untouched import Change, untouched
 log = logging.getLogger(__name__)
 
 _WORD = (1 << 61) - 1
-_SAME = ("aten::clone", "aten::slice_backward")  # the latter of slices of everything
+# copies, and the gradient of a slice of everything, which export writes out
+_SAME = ("aten::clone", "aten::lift_fresh", "aten::lift_fresh_copy", "aten::slice_backward")
 _HOOKS = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
 _OURS = __file__.rpartition("/")[0]
 
@@ -92,6 +94,12 @@ class Study:
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.args, self.kwargs, self.training = args, kwargs, model.training
+        self._of = model
+        named = (
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        )
+        self._names = frozenset(n for n, _ in named)
         self._model: dict[bool, Meaning | str] = {}
         for training in (self.training, not self.training):
             with _in_mode(model, training):
@@ -126,13 +134,26 @@ class Study:
             f" example's shapes: {error_line(failed)}: {first_line(failed)}"
         )
 
-    def difference(self, graph: nn.Module, training: bool) -> str:
-        """What ``graph`` does otherwise than the model in this mode; ``""`` for nothing."""
+    def difference(self, graph: nn.Module, training: bool, exported: bool = False) -> str:
+        """What ``graph`` does otherwise than the model in this mode; ``""`` for nothing.
+
+        Args:
+            graph: A graph module with the model's parameters.
+            training: The mode to look at.
+            exported: It comes from ``torch.export``. A model's code may ask whether it is exported,
+                and do the same by other ops then: what it does when told so counts as well.
+        """
         model = self._model[training]
         if isinstance(model, str):
             return model
         with _in_mode(graph, training):
-            return difference(model, meaning(graph, graph.forward, self.args, self.kwargs))
+            found = meaning(graph, graph.forward, self.args, self.kwargs, self._names)
+        wrong = difference(model, found)
+        if not wrong or not exported:
+            return wrong
+        with _in_mode(self._of, training), untouched(self._of), compiling_state_context():
+            told = meaning(self._of, self._of.forward, self.args, self.kwargs)
+        return "" if not difference(told, found) else wrong
 
 
 _MODES = ("eval", "training")
@@ -198,7 +219,8 @@ def _is_benign(model: nn.Module, change: Change) -> bool:
     if hasattr(change.new, "cache_info"):
         return True
     _, owner, attribute = _owner(model, change)
-    made = any(f"{attribute}_{end}" in vars(owner)["_parameters"] for end in ("orig", "g"))
+    parameters = dict(owner.named_parameters(recurse=False))
+    made = any(f"{attribute}_{end}" in parameters for end in ("orig", "g"))
     return made and any(map(_is_torchs, vars(owner)["_forward_pre_hooks"].values()))
 
 
@@ -213,6 +235,7 @@ def meaning(
     run: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
+    names: Collection[str] | None = None,
 ) -> Meaning:
     """Runs ``run(*args, **kwargs)`` and its backward on fake tensors, and numbers what comes out.
 
@@ -223,7 +246,12 @@ def meaning(
         run: Its forward.
         args: Its inputs; only shapes and dtypes are read.
         kwargs: Its keyword inputs.
+        names: Of the model's parameters and buffers; what else a graph holds are constants. None:
+            all of them are.
     """
+    constants = {
+        n: _constant(b) for n, b in module.named_buffers() if names is not None and n not in names
+    }
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     fakes = fakes_of(leaves)
     mode = fake_mode_of(fakes)
@@ -241,7 +269,7 @@ def meaning(
         state = _state(module)
         inputs = {f"input {i}": t for i, t in enumerate(fakes) if isinstance(t, Tensor)}
         for name, tensor in (*state.items(), *inputs.items()):
-            numbers.name(tensor, name)
+            numbers.name(tensor, name, constants.get(name))
         before = {n: numbers.of(t) for n, t in (*state.items(), *inputs.items())}
         given_args, given_kwargs = pytree.tree_unflatten(list(fakes), spec)
         with numbers, watch:
@@ -250,6 +278,7 @@ def meaning(
             grads, functions = _backward(outputs, state | inputs, numbers)
         after = {n: numbers.of(t) for n, t in (*_state(module).items(), *inputs.items())}
         written = {n: number for n, number in after.items() if before.get(n) != number}
+        grads = {n: g for n, g in grads.items() if n not in constants}
         return Meaning(
             outputs=tuple(
                 (numbers.of(t), t.requires_grad) if isinstance(t, Tensor) else _frozen(t)
@@ -375,9 +404,9 @@ class _Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._constants: dict[int, tuple[int, Tensor]] = {}
         self._held: list[Any] = []  # a key is a storage's address, good while the storage lives
 
-    def name(self, tensor: Tensor, label: str) -> None:
-        """Says what the content of a tensor is."""
-        self._set(tensor, hash(("given", label)))
+    def name(self, tensor: Tensor, label: str, content: int | None = None) -> None:
+        """Says what a tensor holds: what is called so, or the constant of this number."""
+        self._set(tensor, hash(("given", label)) if content is None else content)
 
     def of(self, tensor: Tensor) -> int:
         """The number of a tensor."""
@@ -396,7 +425,7 @@ class _Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def here(self) -> str:
         """``module 'blocks.0' (file.py:12)``: the innermost module and line of the user's."""
-        frame: FrameType | None = sys._getframe(1)
+        frame: FrameType | None = inspect.currentframe()
         line = module = ""
         while frame is not None and (not line or not module):
             code = frame.f_code

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from functorch.compile import make_boxed_func
     from torch._dynamo import dont_skip_tracing, lookup_backend
     from torch._dynamo.backends.common import aot_autograd
+    from torch._export.utils import _compiling_state_context as compiling_state_context
     from torch._functorch.partitioners import min_cut_rematerialization_partition, must_recompute
     from torch._inductor import list_mode_options, list_options
     from torch._inductor.compile_fx import compile_fx
@@ -89,6 +90,7 @@ __all__ = [
     "aot_autograd",
     "batch_norm_impl_index",
     "compile_fx",
+    "compiling_state_context",
     "disable_current_modes",
     "dont_skip_tracing",
     "get_hash_for_files",

@@ -145,6 +145,11 @@ TABLE: tuple[Name, ...] = (
         "numbering what a model and its graph compute",
     ),
     Name(
+        "torch._export.utils._compiling_state_context",
+        _EXPORT,
+        "what a model's code does that asks whether it is exported",
+    ),
+    Name(
         "torch.nn.modules.module._has_any_global_hook",
         _CAPTURE,
         "hooks that a graph would lose",

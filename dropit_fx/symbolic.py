@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from dropit_fx.private import pytree
+from dropit_fx.private import buffers, pytree
 
 _WRITES = (
     *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
@@ -137,7 +137,7 @@ def as_in_eager(tracer: fx.Tracer) -> Iterator[None]:
         return tracer.create_proxy("call_function", CustomFunction(cls), args, {})
 
     def traced_assign(module: nn.Module, name: str, value: Any) -> None:
-        if isinstance(value, fx.Proxy) and name in vars(module).get("_buffers", {}):
+        if isinstance(value, fx.Proxy) and name in buffers(module):
             if _is_written(value.node, name):
                 return  # `self.count += 1` has written into the buffer, and assigns what it is
             raise fx.proxy.TraceError(f"another tensor is assigned to the buffer '{name}'")

@@ -116,6 +116,23 @@ def _a_fake_tensor_knows_its_mode() -> None:
     assert fake.fake_mode is mode, "its mode is not fake_mode"
 
 
+@of("torch._export.utils._compiling_state_context")
+def _code_that_asks_is_told_that_it_is_exported() -> None:
+    with private.compiling_state_context():
+        assert torch.compiler.is_exporting(), "is_exporting() is False in it"
+    assert not torch.compiler.is_exporting(), "is_exporting() stays True"
+
+
+@of("torch.nn.modules.module._has_any_global_hook")
+def _a_global_hook_is_seen() -> None:
+    assert not private.has_any_global_hook(), "there are hooks already"
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        assert private.has_any_global_hook(), "it sees none"
+    finally:
+        handle.remove()
+
+
 @of(
     "torch.utils._python_dispatch.TorchDispatchMode",
     "torch.utils._python_dispatch._disable_current_modes",
