@@ -59,7 +59,11 @@ def main() -> int:
     options = _options()
     tasks = list(_tasks(options))
     run = Run(tasks, options.workers)
-    run.all()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        run.all()
+    except KeyboardInterrupt:
+        print("interrupted: this is what was found so far")
     run.tell(options)
     return 1 if run.failures else 0
 
@@ -98,13 +102,12 @@ class Run:
     reasons: collections.Counter[str] = field(default_factory=collections.Counter)
     failures: dict[str, str] = field(default_factory=dict)
     programs: int = 0
-    seconds: float = 0.0
+    start: float = field(default_factory=time.time)
 
     def all(self) -> None:
         """Does every task; a worker that dies is replaced."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-        start = time.time()
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, refresh_per_second=2) as progress:
             shown = progress.add_task("programs", total=sum(t.graphs for t in self.tasks))
@@ -134,7 +137,9 @@ class Run:
                             )
                             alive[number] = started(number)
                     continue
-                self.note(message)
+                if self.note(message):
+                    progress.console.rule()
+                    progress.console.print(message.text, markup=False, highlight=False)
                 if message.kind == "program":
                     progress.advance(shown)
                     faults = (
@@ -143,30 +148,32 @@ class Run:
                     progress.update(shown, description=f"programs{faults}")
                 elif message.kind == "end":
                     alive.pop(message.worker, None)
-        self.seconds = time.time() - start
 
-    def note(self, message: Message) -> None:
+    def note(self, message: Message) -> bool:
+        """Whether it tells of a failure, of a new kind or with a smaller program."""
+        new = False
         if message.kind == "program":
             self.programs += 1
         elif message.kind == "failure":
             kept = self.failures.get(message.key)
-            if kept is None or len(message.text) < len(kept):
+            new = kept is None or len(message.text) < len(kept)
+            if new:
                 self.failures[message.key] = message.text
         for way, outcome, why in message.counts:
             self.counts[way, outcome] += 1
             if why:
                 self.reasons[f"{way} {outcome}: {why}"] += 1
+        return new
 
     def tell(self, options: argparse.Namespace) -> None:
-        """The failures, the reasons of what was refused, and the counts."""
+        """The kinds of failure, the reasons of what was refused, and the counts."""
         from rich.console import Console
         from rich.table import Table
 
         console = Console(soft_wrap=True)
-        for text in self.failures.values():
-            console.rule()
-            console.print(text, markup=False, highlight=False)
         console.rule()
+        for key in self.failures:
+            console.print(key, markup=False, highlight=False)
         for reason, count in self.reasons.most_common(20):
             console.print(f"{count:6} {reason}", markup=False, highlight=False)
         ways = list(dict.fromkeys(way for way, _ in self.counts))
@@ -174,8 +181,9 @@ class Run:
         for way in ways:
             table.add_row(way, *(str(self.counts[way, outcome]) for outcome in OUTCOMES))
         console.print(table)
+        minutes = (time.time() - self.start) / 60
         console.print(
-            f"{self.programs} programs, seed {options.seed}, {self.seconds / 60:.1f} minutes:"
+            f"{self.programs} programs, seed {options.seed}, {minutes:.1f} minutes:"
             f" {len(self.failures)} kinds of failure"
         )
 

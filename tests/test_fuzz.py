@@ -1,4 +1,4 @@
-"""Random models have the gradients of the dense model, and no crash of their own. See ``make fuzz``.
+"""Random models have the gradients of dense, and no crash of their own. ``make fuzz`` has more.
 
 The same programs in each run. ``fuzz_programs`` draws them, ``fuzz_check`` says what is compared.
 """
@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from fuzz_check import Verdict, check
 from fuzz_programs import HEADER, ROWS, Program, programs
 from hypothesis import HealthCheck, Phase, given, settings
+from torch import Tensor
 
 from dropit_fx import op_table
+from dropit_fx.core_types import OpRule
 from dropit_fx.op_table import OP_RULES
 
 SETTINGS: dict[str, Any] = {
@@ -79,6 +81,12 @@ def program(body: str, init: str = "self.fc = nn.Linear(8, 8)") -> Program:
     return Program("\n".join(lines), training=True)
 
 
+def replace_row(monkeypatch: pytest.MonkeyPatch, row: OpRule) -> None:
+    monkeypatch.setitem(op_table.RULES, row.name, row)
+    for target in row.targets:
+        monkeypatch.setitem(op_table._BY_TARGET, target, row)
+
+
 GELU = program("h = self.fc(x)\nreturn F.gelu(h) * 1.0")
 
 
@@ -92,18 +100,17 @@ def test_a_wrong_formula_is_seen(way: str, monkeypatch: pytest.MonkeyPatch) -> N
     def wrong(grad: Any, saved: Any, call: Any) -> Any:
         return {k: g if g is None else -g for k, g in right(grad, saved, call).items()}
 
-    for target in row.targets:
-        monkeypatch.setitem(op_table._BY_TARGET, target, replace(row, backward=wrong))
+    replace_row(monkeypatch, replace(row, backward=wrong))
     faults = check(GELU, (way,), count_bytes=False).faults
     assert {fault.kind for fault in faults} == {"gradient"}
     assert {fault.config for fault in faults} == {"packed", "derived", "balanced"}
 
 
 def test_a_wrong_output_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = op_table.RULES["gelu"]
-    wrong = replace(row, run=lambda input, approximate="none": F.gelu(input) + 1)
-    for target in row.targets:
-        monkeypatch.setitem(op_table._BY_TARGET, target, wrong)
+    def shifted(input: Tensor, approximate: str = "none") -> Tensor:
+        return F.gelu(input) + 1
+
+    replace_row(monkeypatch, replace(op_table.RULES["gelu"], run=shifted))
     faults = check(GELU, ("transform",), count_bytes=False).faults
     assert "output" in {fault.kind for fault in faults}
 
