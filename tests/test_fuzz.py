@@ -42,21 +42,21 @@ def assert_right(verdict: Verdict, way: str) -> None:
 @settings(max_examples=60, **SETTINGS)
 @given(programs())
 def test_transform_gives_the_gradients_of_dense(program: Program) -> None:
-    verdict = check(program, ("transform",), {"transform": ("derived", "balanced")})
+    verdict = check(program, ("transform",), {"transform": ("exact", "balanced")})
     assert_right(verdict, "transform")
 
 
 @settings(max_examples=30, **SETTINGS)
 @given(programs())
 def test_dropit_eager_gives_the_gradients_of_dense(program: Program) -> None:
-    verdict = check(program, ("dropit_eager",), {"dropit_eager": ("derived", "balanced")})
+    verdict = check(program, ("dropit_eager",), {"dropit_eager": ("exact", "balanced")})
     assert_right(verdict, "dropit_eager")
 
 
 @settings(max_examples=6, **SETTINGS)
 @given(programs())
 def test_what_is_partitioned_gives_the_gradients_of_dense(program: Program) -> None:
-    assert_right(check(program, ("aot",), {"aot": ("derived",)}), "aot")
+    assert_right(check(program, ("aot",), {"aot": ("formulas",)}), "aot")
 
 
 def test_most_programs_are_rewritten() -> None:
@@ -103,7 +103,7 @@ def test_a_wrong_formula_is_seen(way: str, monkeypatch: pytest.MonkeyPatch) -> N
     replace_row(monkeypatch, replace(row, backward=wrong))
     faults = check(GELU, (way,), count_bytes=False).faults
     assert {fault.kind for fault in faults} == {"gradient"}
-    assert {fault.config for fault in faults} == {"packed", "derived", "balanced"}
+    assert {fault.config for fault in faults} == {"formulas", "exact", "balanced"}
 
 
 def test_a_wrong_output_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
