@@ -60,6 +60,10 @@ class Tracer(fx.Tracer):
     # what is computed from a buffer is computed in each step, not once while tracing
     proxy_buffer_attributes = True
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Proxies that write in place where a tensor does."""
         return SymbolicProxy(node, self)
@@ -90,10 +94,18 @@ class Tracer(fx.Tracer):
         kwargs: dict[str, Any],
     ) -> Any:
         """Batch norm's check of the number of dimensions is left out: proxies have none."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)  # another thread trains meanwhile
         if not isinstance(m, BatchNorm):
             return super().call_module(m, forward, args, kwargs)
         with unchecked_dimensions(m):
             return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Parameters and buffers become proxies, in the thread that traces."""
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
 def _names(function: Callable[..., Any]) -> tuple[str, ...]:

@@ -215,10 +215,12 @@ def _assigned(model: nn.Module, change: Change) -> str:
 
 
 def _is_benign(model: nn.Module, change: Change) -> bool:
-    """A memory of results, or what PyTorch's own hooks make of parameters in every call."""
+    """A memory of results, PyTorch's own bookkeeping, or what its hooks make of parameters."""
     if hasattr(change.new, "cache_info"):
         return True
     _, owner, attribute = _owner(model, change)
+    if type(owner).__module__.startswith("torch.nn.") and attribute.startswith("_flat_weight"):
+        return True  # of recurrent layers
     parameters = dict(owner.named_parameters(recurse=False))
     made = any(f"{attribute}_{end}" in parameters for end in ("orig", "g"))
     return made and any(map(_is_torchs, vars(owner)["_forward_pre_hooks"].values()))
@@ -455,9 +457,11 @@ class _Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 out = func(*args, **kwargs)
         else:
             out = func(*args, **kwargs)
-        if schema(func).name in _SAME and _alike(out, args[0]):
-            key = self._content_of(args[0])
+        if schema(func).name in _SAME:
+            key = self._copied(args[0], out, key)
         known = {self._key_of(t) for t in given}
+        if schema(func).name == "aten::copy_":
+            key = self._copied(args[1], args[0], key)
         for tensor in written:
             old = self._content_of(tensor)
             whole = _covers(tensor)
@@ -485,6 +489,17 @@ class _Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.Tag.nondeterministic_seeded in func.tags:
             drawn = _draw()
         return hash((base, self._frozen((args, kwargs)), drawn))
+
+    def _copied(self, source: Tensor, out: Tensor, key: int) -> int:
+        """The content of a copy: that of the source, where it is all of a storage as the copy is.
+
+        Whether a gradient is copied or taken over depends on who else holds it.
+        """
+        if source.shape != out.shape or {source.layout, out.layout} != {torch.strided}:
+            return key
+        place = [(t.stride(), t.storage_offset(), t.dtype, _covers(t)) for t in (source, out)]
+        whole = place[0] == place[1] and place[0][-1]
+        return self._content_of(source) if whole else hash(("copy", self.of(source)))
 
     def _frozen(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -527,10 +542,6 @@ def _constant(tensor: Tensor) -> int:
         flat = torch.empty(0, dtype=real.dtype, device=real.device).set_(real.untyped_storage())
         data = flat.detach().cpu().contiguous().view(torch.uint8)
         return hash(("constant", data.numpy().tobytes()))
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
 
 def _draw() -> int:
