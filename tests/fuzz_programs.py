@@ -51,6 +51,10 @@ class Program:
         mode = "train" if self.training else "eval"
         return f"{self.source}\n# in {mode} mode"
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """As Hypothesis prints it: with its line breaks."""
+        printer.text(repr(self))
+
 
 class Rejected(Exception):
     """This statement cannot be made from the values that are there."""
