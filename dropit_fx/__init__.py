@@ -3,6 +3,7 @@
 from dropit_fx import measure
 from dropit_fx.api import transform
 from dropit_fx.capture import CaptureError
+from dropit_fx.check import Check, check
 from dropit_fx.config import Config, ConfigError, load_config
 from dropit_fx.pointwise import pointwise
 from dropit_fx.report import Report, report
@@ -10,9 +11,11 @@ from dropit_fx.report import Report, report
 __version__ = "0.1.0"
 __all__ = [
     "CaptureError",
+    "Check",
     "Config",
     "ConfigError",
     "Report",
+    "check",
     "load_config",
     "measure",
     "pointwise",

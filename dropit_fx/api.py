@@ -10,14 +10,17 @@ from typing import Any
 from torch import fx, nn
 
 from dropit_fx import example_inputs
-from dropit_fx.capture import CaptureError, capture
+from dropit_fx.capture import LOCK, CaptureError, capture
 from dropit_fx.config import Config, ConfigError, make_config
 from dropit_fx.core_types import Plan
 from dropit_fx.expand import expand, opaque_nodes
 from dropit_fx.fake import fakes_of, propagate
 from dropit_fx.passes import run_pipeline
 from dropit_fx.passes.choose_codecs import check_rules_matched
+from dropit_fx.passes.find_saved import FakeRunError
+from dropit_fx.provenance import node_module, node_where
 from dropit_fx.report import attach
+from dropit_fx.untouched import untouched
 
 
 def transform(
@@ -51,8 +54,9 @@ def transform(
             detector) is copied and run for real, without gradients.
         preset: Name of a preset; its rules come after the config's own.
         strategy: Codec of linear and convolution inputs: ``"mink"``, ``"random"``, ``"quant"``.
-        gamma: Dropping rate in [0, 1) of the preset's rules.
-        bits: Bits of a kept value, 1 to 8, of the preset's rules.
+            Without a preset or a config, the preset is then ``"dropit"``, the published algorithm.
+        gamma: Dropping rate in [0, 1), for all rules of the preset whose codec has one.
+        bits: Bits of a kept value, 1 to 8, for all rules of the preset whose codec has them.
 
     Returns:
         The rewritten GraphModule; ``dropit_fx.report`` tells what became of each saved tensor.
@@ -71,9 +75,10 @@ def transform(
             example_kwargs,
         )
         return whole
-    args, kwargs = example_inputs.settle(model, example_args, example_kwargs)
-    graph_module = capture(model, args, kwargs)
-    plan = rewrite(graph_module, settled, args, kwargs)
+    with LOCK, untouched(model, generators=True):
+        args, kwargs = example_inputs.settle(model, example_args, example_kwargs)
+        graph_module = capture(model, args, kwargs)
+        plan = rewrite(graph_module, settled, args, kwargs)
     check_rules_matched((plan,), settled)
     attach(graph_module, plan)
     return graph_module
@@ -85,11 +90,44 @@ def rewrite(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Plan:
-    """Runs the pipeline over a captured graph, in place."""
+    """Runs the pipeline over a captured graph, in place.
+
+    Raises:
+        CaptureError: The graph does not run on inputs of the example's shapes.
+    """
     fakes = fakes_of(example_inputs.placeholder_values(graph_module, args, kwargs))
-    if opaque_nodes(graph_module):
-        expand(graph_module, propagate(graph_module, fakes))
-    return run_pipeline(Plan(module=graph_module, inputs=fakes, config=config))
+    if opaque_nodes(graph_module, wrapped=True):
+        expand(graph_module, propagate(graph_module, fakes), wrapped=True)
+    try:
+        return run_pipeline(Plan(module=graph_module, inputs=fakes, config=config))
+    except FakeRunError as error:
+        raise _does_not_run(graph_module, error) from error
+
+
+def _does_not_run(graph_module: fx.GraphModule, error: FakeRunError) -> CaptureError:
+    """Which line of the model stopped the run that tells sizes, why, and the way out."""
+    node, cause = error.node, error.__cause__ or error
+    kind = type(graph_module).__name__
+    if node is None:
+        return CaptureError(f"{kind} does not run on inputs of the example's shapes: {cause}")
+    module = node_module(node)
+    where = [f"module '{module}'"] if module else []
+    if node.op == "call_module":
+        leaf = graph_module.get_submodule(str(node.target))
+        where = [f"module '{node.target}' ({type(leaf).__name__})"]
+    where += [node_where(node)] if node_where(node) else []
+    text = str(cause).strip().splitlines()
+    reason = f"{type(cause).__name__}: {text[0] if text else ''}"
+    if type(cause).__name__.startswith(("DataDependent", "DynamicOutput", "GuardOnData")):
+        why = f"asks for the value of a tensor, and a graph is made from shapes alone ({reason})"
+    else:
+        why = f"does not run on inputs of the example's shapes ({reason})"
+    return CaptureError(
+        f"{kind} cannot be rewritten: {', '.join(where) or f'{node.name!r}'} {why}.\nIf the model"
+        " itself runs on example_args and example_kwargs, use transform(model, modules=...) for the"
+        ' other submodules, or torch.compile(model, backend="dropit"), which takes such models'
+        " piece by piece."
+    )
 
 
 def _transform_submodules(
@@ -110,15 +148,21 @@ def _transform_submodules(
             )
     names = [n for n in known if any(fnmatchcase(n, glob) for glob in globs)]
     names = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
-    args, kwargs = example_inputs.settle(model, example_args, example_kwargs)
-    seen = example_inputs.record(model, names, args, kwargs)
+    made: dict[str, fx.GraphModule] = {}
     plans = []
-    for name in names:
-        if name not in seen:
-            raise CaptureError(f"submodule '{name}' is not called with the example inputs")
-        inner = capture(model.get_submodule(name), *seen[name])
-        plans.append(rewrite(inner, config, *seen[name]))
-        attach(inner, plans[-1], prefix=name)
-        model.set_submodule(name, inner)
+    with LOCK, untouched(model, generators=True):
+        args, kwargs = example_inputs.settle(model, example_args, example_kwargs)
+        seen = example_inputs.record(model, names, args, kwargs)
+        for name in names:
+            if name not in seen:
+                raise CaptureError(f"submodule '{name}' is not called with the example inputs")
+            try:
+                made[name] = capture(model.get_submodule(name), *seen[name])
+                plans.append(rewrite(made[name], config, *seen[name]))
+            except CaptureError as error:
+                raise type(error)(f"submodule '{name}': {error}") from error
+            attach(made[name], plans[-1], prefix=name)
     check_rules_matched(tuple(plans), config)
+    for name, inner in made.items():  # all of them, or none
+        model.set_submodule(name, inner)
     return model

@@ -12,13 +12,21 @@ import copy
 import inspect
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from dropit_fx.faithful import NotCarried, Study, refuse_hooks
+from dropit_fx.bounded import TooLong, sympy_bounded
+from dropit_fx.faithful import (
+    NotCarried,
+    Study,
+    own_hooks,
+    refuse_hooks,
+    torchs_hooks_inside,
+)
 from dropit_fx.graph_module import RewrittenModule
 from dropit_fx.input_guards import exporting_input_guards
 from dropit_fx.modes import both_modes, is_one_mode, one_mode
@@ -135,7 +143,7 @@ def capture(
         CaptureError: Neither tracer takes the model, no graph can do what it does, or it is packed
             already.
     """
-    with LOCK:
+    with LOCK, torchs_hooks_inside(model):
         graph_module = _captured(model, args, kwargs)
     for node in graph_module.graph.nodes:
         if node.target is pack or node.target in PACKED_OPS.values():
@@ -154,7 +162,7 @@ def capture(
     _reorder(model, graph_module)
     for kind in HOOK_DICTS:
         if vars(model).get(kind):  # they run around the forward, whatever that is
-            setattr(graph_module, kind, copy.copy(vars(model)[kind]))
+            setattr(graph_module, kind, own_hooks(model, kind))
     return graph_module
 
 
@@ -252,20 +260,64 @@ def _symbolic(model: nn.Module) -> fx.GraphModule:
     return graph_module
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
-    auto = torch.export.Dim.AUTO
+# CPU seconds for sizes, and more for each module; BERT takes 0.02 for each
+_SECONDS, _SECONDS_PER_MODULE = 8.0, 0.04
+# In the second mode a model gets more if the first one came back, and none if it did not, so that
+# both are traced in the same way.
+_granted: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()
+_WAYS = {"every dimension": None, "the first dimension of each input": 1, "no dimension": 0}
 
-    def every_dimension(x: Any) -> Any:
-        return dict.fromkeys(range(x.dim()), auto) if isinstance(x, Tensor) else None
 
-    shapes = pytree.tree_map(every_dimension, (args, kwargs))
+def _exported_program(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.export.ExportedProgram:
+    """Exports with every size dynamic; where that fails or does not come back, with fewer."""
     names = list(inspect.signature(model.forward).parameters)
-    dynamic = {**dict(zip(names, shapes[0], strict=False)), **shapes[1]}
-    try:
-        program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
-    except Exception as error:
-        log.info("torch.export with dynamic shapes: %s; retrying with the example's", error)
-        program = torch.export.export(model, args, kwargs, strict=False)
+    tried: list[str] = []
+    failed: Exception | None = None
+    usual = _SECONDS + _SECONDS_PER_MODULE * sum(1 for _ in model.modules())
+    for way, count in _WAYS.items():
+
+        def dynamic(x: Any, count: int | None = count) -> Any:
+            dims = range(x.dim())[:count] if isinstance(x, Tensor) else ()
+            return dict.fromkeys(dims, torch.export.Dim.AUTO) or None
+
+        shapes = pytree.tree_map(dynamic, (args, kwargs))
+        named = {**dict(zip(names, shapes[0], strict=False)), **shapes[1]}
+        seconds = _granted.get(model, usual) if count is None else 4 * usual
+        if not seconds:  # it did not come back in the other mode
+            tried.append(f"with {way} dynamic was given up in the other mode")
+            continue
+        try:
+            with sympy_bounded(seconds):
+                program = torch.export.export(
+                    model, args, kwargs, dynamic_shapes=named if count != 0 else None, strict=False
+                )
+        except Exception as error:
+            failed = error
+            tried.append(f"with {way} dynamic: {first_line(error)}")
+            log.info("torch.export of %s %s", type(model).__name__, tried[-1])
+            if isinstance(error, TooLong) and count is None:
+                _granted[model] = 0.0
+            continue
+        if count is None:
+            _granted[model] = 4 * usual
+        elif any("TooLong" in t for t in tried):
+            log.warning(
+                "torch.export of %s %s; it is exported with %s dynamic, other sizes must be the"
+                " example's",
+                type(model).__name__,
+                tried[0],
+                way,
+            )
+        return program
+    assert failed is not None
+    failed.args = (f"{failed}\n(torch.export was tried {'; '.join(tried)})",)
+    raise failed
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    program = _exported_program(model, args, kwargs)
     with exporting_input_guards():
         exported = program.module()
     # a plain GraphModule: the exported one refuses train() and eval()

@@ -19,6 +19,7 @@ from dropit_fx.core_types import INSIDE, Codec, Options, Read, Use
 from dropit_fx.op_table import RULES
 
 DEFAULT_PRESET = "balanced"
+PRESET_KEYS = ("derive", "keep_small", "norm_values")  # that a preset sets beside its rules
 PAPER_PRESET = "dropit"  # of the published call, which names a strategy or a rate
 
 
@@ -86,6 +87,10 @@ class Config:
         preset: The preset that the last of them come from, or None.
         derive: Keep no copy of what is a cheap function of something packed: make it again in the
             backward.
+        keep_small: Keep exactly what is small beside the rest: less than a tenth of the large
+            tensors, and three in a hundred of all bytes together.
+        norm_values: Keep exactly what a norm reads whose statistics come from fewer values each;
+            0: pack it whatever their number.
         force: Pack also where that frees nothing or takes more room: for tests of the formulas.
     """
 
@@ -93,6 +98,8 @@ class Config:
     preset: str | None = DEFAULT_PRESET
     force: bool = False
     derive: bool = False
+    keep_small: bool = False
+    norm_values: int = 0
 
     def rule_for(self, module: str, op: str, read: Read) -> Rule | None:
         """The first rule that speaks of ``read``."""
@@ -114,7 +121,8 @@ def _preset(name: str) -> Config:
     text = (resources.files("dropit_fx") / "presets" / f"{name}.yaml").read_text()
     loaded = yaml.safe_load(text)
     rules = tuple(_rule(r, f"preset {name}", preset=True) for r in loaded["rules"])
-    return Config(rules=rules, preset=name, derive=loaded.get("derive", False))
+    settings = {k: loaded[k] for k in PRESET_KEYS if k in loaded}
+    return Config(rules=rules, preset=name, **settings)
 
 
 def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None = None) -> Config:
@@ -123,7 +131,8 @@ def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None 
     Args:
         source: Path of a YAML file, a mapping of the same shape, a Config (returned as it is), or
             None for the default preset. Keys: ``preset`` (a name, or null for none), ``rules`` (a
-            list of ``{module, op, codec, <options of the codec>}``), ``derive``, ``force``.
+            list of ``{module, op, codec, <options of the codec>}``), ``derive``, ``keep_small``,
+            ``norm_values`` (these three as the preset says unless given), ``force``.
 
     Raises:
         ConfigError: An unknown key, preset, codec, op or option, or a value out of range.
@@ -143,7 +152,7 @@ def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None 
         source = {} if loaded is None else loaded
     if not isinstance(source, Mapping):
         raise ConfigError(f"{origin}: a mapping was expected, not {type(source).__name__}")
-    _known(source, ("preset", "rules", "derive", "force"), origin)
+    _known(source, ("preset", "rules", *PRESET_KEYS, "force"), origin)
     rules = source.get("rules") or []
     if not isinstance(rules, list | tuple):
         raise ConfigError(f"{origin}: 'rules' is a list of rules, not {type(rules).__name__}")
@@ -151,12 +160,15 @@ def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None 
     if preset is not None and not isinstance(preset, str):
         raise ConfigError(f"{origin}: no preset {preset!r}.{_did_you_mean(preset, presets())}")
     base = Config(preset=None) if preset is None else _preset(preset)
-    switches = {"derive": source.get("derive", base.derive), "force": source.get("force", False)}
-    for key, value in switches.items():
-        if not isinstance(value, bool):
+    settings = {k: source.get(k, getattr(base, k)) for k in (*PRESET_KEYS, "force")}
+    for key, value in settings.items():
+        if key != "norm_values" and not isinstance(value, bool):
             raise ConfigError(f"{origin}: {key!r} is true or false, not {value!r}")
+    values = settings["norm_values"]
+    if not isinstance(values, int) or isinstance(values, bool) or values < 0:
+        raise ConfigError(f"{origin}: 'norm_values' is a number of values, 0 or more: {values!r}")
     own = tuple(_rule(r, f"{origin}, rule {i + 1}") for i, r in enumerate(rules))
-    return Config(rules=own + base.rules, preset=preset, **switches)
+    return Config(rules=own + base.rules, preset=preset, **settings)
 
 
 def make_config(
@@ -169,46 +181,82 @@ def make_config(
 ) -> Config:
     """A config with the sugar of ``transform`` and of the backend's options applied.
 
-    ``strategy``, ``gamma`` and ``bits`` override the preset's rules that drop elements of matmul
-    and convolution inputs. Where no preset and no config is named, they change the preset
-    ``dropit``: the call of the published code, ``transform(model, strategy="mink", gamma=0.9)``.
+    ``gamma`` and ``bits`` change the preset in force, in all its rules whose codec has that option,
+    and leave rules of one's own as they are. ``strategy`` names the codec of its rules that drop
+    elements of matmul and convolution inputs. Where a strategy is named and neither a preset nor a
+    config, the preset is ``dropit``: the call of the published code,
+    ``transform(model, strategy="mink", gamma=0.9)``.
+
+    Raises:
+        ConfigError: The config cannot mean anything, or the preset has no rule with such an option.
     """
-    if preset is None and config is None and (strategy, gamma, bits) != (None, None, None):
+    if preset is None and config is None and strategy is not None:
         preset = PAPER_PRESET
     if preset is not None and config is not None:
         named = load_config(config)
         own = tuple(r for r in named.rules if not r.preset)
         chosen = _preset(preset)
-        loaded = replace(named, rules=own + chosen.rules, preset=preset, derive=chosen.derive)
+        settings = {k: getattr(chosen, k) for k in PRESET_KEYS}
+        loaded = replace(named, rules=own + chosen.rules, preset=preset, **settings)
     else:
         loaded = load_config({"preset": preset} if preset is not None else config)
     changes = {k: v for k, v in (("gamma", gamma), ("bits", bits)) if v is not None}
-    if strategy is None and not changes:
-        return loaded
+    if strategy is not None:
+        loaded = _with_strategy(loaded, strategy, changes)
+    for name, value in changes.items():
+        loaded = _with_option(loaded, name, value)
+    return loaded
+
+
+def _with_strategy(config: Config, strategy: str, changes: Mapping[str, Any]) -> Config:
+    """The preset's rules that drop elements, with another codec and the options that it has."""
     contract = tuple(n for n, c in CODEC.items() if Use.CONTRACT in c.serves and c.name != "keep")
-    if strategy is not None and strategy not in contract:
+    if strategy not in contract:
         raise ConfigError(f"no strategy {strategy!r}.{_did_you_mean(strategy, contract)}")
+    codec = CODEC[strategy]
+    _check_options(codec, changes, "strategy")
 
-    def sweetened(rule: Rule) -> Rule:
-        if not rule.preset or not _drops(rule):
-            return rule
-        codec = strategy or rule.codec
-        names = {o.name for o in CODEC[codec].options}
-        options = {k: v for k, v in rule.options if k in names} | changes
-        _check_options(CODEC[codec], options, "strategy")
-        return replace(rule, codec=codec, options=tuple(options.items()))
+    def swapped(rule: Rule) -> Rule:
+        options = tuple((k, v) for k, v in rule.options if _has(codec, k))
+        return replace(rule, codec=strategy, options=options)
 
-    rules = tuple(sweetened(r) for r in loaded.rules)
-    if not any(r.preset and _drops(r) for r in loaded.rules):
+    if not any(_drops(r) for r in config.rules):
         raise ConfigError(
-            "strategy, gamma and bits change the preset's rules that drop elements, and preset"
-            f" {loaded.preset!r} has none"
+            f"strategy = {strategy!r} takes the place of the codec that drops elements, and preset"
+            f" {config.preset!r} has none.{_presets_with('gamma')}"
         )
-    return replace(loaded, rules=rules)
+    return replace(config, rules=tuple(swapped(r) if _drops(r) else r for r in config.rules))
+
+
+def _with_option(config: Config, name: str, value: Any) -> Config:
+    """The preset's rules with another value of the option, wherever their codec has it."""
+
+    def changed(rule: Rule) -> Rule:
+        codec = CODEC[rule.codec]
+        if not rule.preset or not _has(codec, name):
+            return rule
+        _check_options(codec, {name: value}, f"preset {config.preset}")
+        return replace(rule, options=tuple((dict(rule.options) | {name: value}).items()))
+
+    if not any(r.preset and _has(CODEC[r.codec], name) for r in config.rules):
+        raise ConfigError(
+            f"{name} = {value!r} changes rules of the preset, and preset {config.preset!r} has none"
+            f" whose codec has that option.{_presets_with(name)}"
+        )
+    return replace(config, rules=tuple(map(changed, config.rules)))
+
+
+def _presets_with(option: str) -> str:
+    able = [n for n in presets() if any(_has(CODEC[r.codec], option) for r in _preset(n).rules)]
+    return f" Presets that have: {', '.join(able)}; or write a rule with {option!r} of your own."
+
+
+def _has(codec: Codec, option: str) -> bool:
+    return any(o.name == option for o in codec.options)
 
 
 def _drops(rule: Rule) -> bool:
-    return any(option.name == "gamma" for option in CODEC[rule.codec].options)
+    return rule.preset and _has(CODEC[rule.codec], "gamma")
 
 
 def _rule(source: Any, where: str, preset: bool = False) -> Rule:

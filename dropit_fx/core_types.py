@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -174,6 +174,35 @@ class Codec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Call:
+    """One node's call of a row: its arguments by name, nodes among them."""
+
+    rule: OpRule
+    operands: Mapping[str, Any]
+
+
+class Elements(NamedTuple):
+    """Elements in memory as they were at one time: what makes two values the same.
+
+    Attributes:
+        storage: Identifies the storage.
+        offset: Of the first element.
+        numel: How many elements there are.
+        layout: None where they fill memory without gaps (then their order in memory is the same for
+            every view of all of them), else shape and strides.
+        dtype: What a view of other width would read otherwise.
+        version: How often the storage had been written to.
+    """
+
+    storage: int
+    offset: int
+    numel: int
+    layout: tuple[Any, ...] | None
+    dtype: torch.dtype
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class SavedRead:
     """One node's read of a saved tensor.
 
@@ -189,8 +218,9 @@ class SavedRead:
         dtype: Its dtype as saved (autocast saves the lower precision).
         shape: Its shape as saved.
         source: Name of the node whose output would be packed, None for tensors made inside the op.
-        identity: ``(storage, offset, numel, layout, version)`` of the operand; operands with equal
-            identity are the same values in memory order, whatever view each reader sees.
+        identity: The operand's elements; operands with equal identity are the same values in memory
+            order, whatever view each reader sees. None for tensors made inside the op.
+        view: Shape of the operand as the node sees it.
         lossy: Whether it may be approximated.
         bits: The fewest bits, for reads stored as codes.
         between: The bounds between which the slope is 1.
@@ -199,6 +229,10 @@ class SavedRead:
         recast: Whether it is autocast's copy of a parameter, which a packed call makes again.
         wanted: Whether a gradient that reads it is asked for. A convolution keeps its input for a
             frozen weight too; its packed call does not.
+        dense: Whether autograd keeps it. False where only the node's packed call would, which runs
+            the op again in its backward.
+        written: Whether it is written to later in the graph. What autograd lets go must then not be
+            kept whole.
     """
 
     node: str
@@ -212,7 +246,8 @@ class SavedRead:
     dtype: torch.dtype
     shape: tuple[int, ...]
     source: str | None
-    identity: tuple[Any, ...] = ()
+    identity: Elements | None = None
+    view: tuple[int, ...] = ()
     lossy: bool = True
     bits: int | None = None
     between: tuple[Any, Any] | None = None
@@ -220,6 +255,8 @@ class SavedRead:
     obstacle: str = ""
     recast: bool = False
     wanted: bool = True
+    dense: bool = True
+    written: bool = False
 
     @property
     def label(self) -> str:
@@ -233,15 +270,27 @@ class Values:
 
     Attributes:
         alive: Values that stay whatever is packed, each with the reason; numbers among them.
-        views: Views of all elements of another value -> that value.
+        shapes: The shape of each.
+        seen: ``(reader, value)`` -> the value's elements as they were when the reader ran.
+        makers: Elements -> the node that made them: not a view of them, and the writer where they
+            were written in place.
+        versions: Storage -> its version when the graph has run: what was read at another one has
+            been written to since.
         lost: Values that the row of their op does not make again.
-        stale: ``(reader, value)`` where the value was written to after its node had made it.
+        differentiable: Values that require a gradient.
     """
 
     alive: Mapping[str, str] = field(default_factory=dict)
-    views: Mapping[str, str] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    seen: Mapping[tuple[str, str], Elements] = field(default_factory=dict)
+    makers: Mapping[Elements, str] = field(default_factory=dict)
+    versions: Mapping[int, int] = field(default_factory=dict)
     lost: frozenset[str] = frozenset()
-    stale: frozenset[tuple[str, str]] = frozenset()
+    differentiable: frozenset[str] = frozenset()
+
+    def stays(self, elements: Elements) -> bool:
+        """Whether nothing writes to them before the backward."""
+        return self.versions.get(elements.storage) == elements.version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,6 +342,8 @@ class Plan:
         config: The rules.
         sites: From ``find_saved``.
         values: From ``find_saved``.
+        calls: From ``find_saved``: the calls of rows, by the name of their node. Nodes among the
+            arguments are those of the graph that ``find_saved`` saw.
         decisions: From ``choose_codecs``: one for each read of each site, in the same order.
         bodies: Plans of nested graphs (checkpointed regions) by attribute name.
     """
@@ -302,6 +353,7 @@ class Plan:
     config: Config
     sites: tuple[Site, ...] = ()
     values: Values = Values()
+    calls: Mapping[str, Call] = field(default_factory=dict)
     decisions: tuple[Decision, ...] = ()
     bodies: dict[str, Plan] = field(default_factory=dict)
 

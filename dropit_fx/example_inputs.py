@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from torch import Tensor, fx, nn
 from dropit_fx.capture import CaptureError
 from dropit_fx.fake import as_activation, fake_state
 from dropit_fx.private import ConvNd, FakeTensorMode, codegen, pytree, storage_id
+from dropit_fx.untouched import untouched
+
+log = logging.getLogger(__name__)
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -139,11 +143,20 @@ class _Watch:
 def _real_run(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watch: _Watch
 ) -> None:
-    """Runs a copy of the model: a run leaves traces, in statistics and wherever a model likes."""
-    copied = copy.deepcopy(model)
-    devices = {t.device for t in copied.parameters() if t.device.type == "cuda"}
-    with torch.no_grad(), torch.random.fork_rng(devices), watch.on(copied, args, kwargs):
-        copied(*args, **kwargs)
+    """Runs a copy of the model: a run leaves traces, in statistics and wherever a model likes.
+
+    What a copy shares with the model (globals, class attributes, random states) is put back, and
+    the whole model where it cannot be copied.
+    """
+    try:
+        run = copy.deepcopy(model)
+    except Exception as error:  # a model may hold anything: locks, files, non-leaf tensors
+        log.info("%s cannot be copied: %s", type(model).__name__, error)
+        run = model
+    with untouched(model, values=run is model), torch.no_grad():
+        given = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
+        with watch.on(run, *given):
+            run(*given[0], **given[1])
 
 
 def _dry_run(
@@ -152,11 +165,11 @@ def _dry_run(
     kwargs: dict[str, Any],
     watch: _Watch | None = None,
 ) -> None:
-    """Runs the model on fake tensors."""
+    """Runs the model on fake tensors; nothing of them stays in it."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
     watching = watch.on if watch is not None else lambda *given: nullcontext()
-    with mode, torch.no_grad(), fake_state(model, mode), watching(model, fakes):
+    with untouched(model), mode, torch.no_grad(), fake_state(model, mode), watching(model, fakes):
         model(*fakes[0], **fakes[1])
 
 

@@ -8,31 +8,48 @@ from __future__ import annotations
 
 import logging
 import operator
+import re
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from dropit_fx.faithful import difference, meaning
+from dropit_fx.input_guards import InputGuards
 from dropit_fx.private import (
     ORIGIN,
     DimDynamic,
     FakeTensorMode,
+    PythonPrinter,
     ShapeEnv,
     StatelessSymbolicContext,
     make_fx,
     pytree,
 )
+from dropit_fx.untouched import untouched
 
 log = logging.getLogger(__name__)
 
 
-def opaque_nodes(graph_module: fx.GraphModule) -> list[fx.Node]:
-    """The nodes that :func:`expand` would open."""
+def opaque_nodes(graph_module: fx.GraphModule, wrapped: bool = False) -> list[fx.Node]:
+    """The nodes that :func:`expand` would open; ``wrapped``: functions under torch.fx.wrap too."""
     return [
-        n for n in graph_module.graph.nodes if _attention_module(graph_module, n) or _is_call(n)
+        n
+        for n in graph_module.graph.nodes
+        if _attention_module(graph_module, n) or _is_call(n) or (wrapped and _is_wrapped(n))
     ]
+
+
+def _is_wrapped(node: fx.Node) -> bool:
+    """Whether a node calls a Python function that is neither PyTorch's nor ours."""
+    home = str(getattr(node.target, "__module__", "")).partition(".")[0]
+    known = ("torch", "torch_xla", "functorch", "builtins", "math", "dropit_fx")
+    return (
+        node.op == "call_function" and isinstance(node.target, FunctionType) and home not in known
+    )
 
 
 def _is_call(node: fx.Node) -> bool:
@@ -47,16 +64,20 @@ def _attention_module(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module 
     return module if isinstance(module, nn.MultiheadAttention) and not module.dropout else None
 
 
-def expand(graph_module: fx.GraphModule, values: dict[str, Any]) -> None:
+def expand(graph_module: fx.GraphModule, values: dict[str, Any], wrapped: bool = False) -> None:
     """Replaces each opaque node by the aten ops inside it, in place.
 
     Args:
         graph_module: The graph.
         values: Node name -> fake tensor, for the nodes that feed an opaque one.
+        wrapped: Functions under torch.fx.wrap too.
     """
-    for node in opaque_nodes(graph_module):
+    for node in opaque_nodes(graph_module, wrapped):
         try:
-            _expand_node(graph_module, node, values)
+            if _is_wrapped(node):
+                _open_function(graph_module, node, values)
+            else:
+                _expand_node(graph_module, node, values)
         except Exception as error:  # it then stays whole, counted exactly and kept dense
             log.warning("%s stays opaque: %s", node.name, error)
     graph_module.recompile()
@@ -107,6 +128,162 @@ def _expand_node(graph_module: fx.GraphModule, node: fx.Node, values: dict[str, 
             user.replace_all_uses_with(copied[chosen])
         graph.erase_node(user)
     graph.erase_node(node)
+
+
+def _open_function(graph_module: fx.GraphModule, node: fx.Node, values: dict[str, Any]) -> None:
+    """Replaces a call of a Python function by the aten ops that it runs.
+
+    The first size of each activation is symbolic; the others are the example's, and what the
+    function has decided by either is checked in each call. The ops are shown to do what the
+    function does (``faithful.py``); where it draws in Python, or is another one in eval mode in
+    more than a flag, it stays whole.
+    """
+    graph, function = graph_module.graph, node.target
+    assert callable(function)
+    sources = list(dict.fromkeys(node.all_input_nodes))
+    tensors = {s: values[s.name] for s in sources if isinstance(values[s.name], Tensor)}
+    flags = [s for s in sources if s not in tensors]
+    if len(flags) > 1 or any(type(values[s.name]) is not bool for s in flags):
+        raise RuntimeError("it is called with numbers that other nodes make")
+
+    def runs(flag: bool) -> Callable[..., Any]:
+        def run(*given: Tensor) -> Any:
+            known = dict(zip(tensors, given, strict=True)) | dict.fromkeys(flags, flag)
+            args, kwargs = pytree.tree_map_only(
+                fx.Node, known.__getitem__, (_plain(node.args), _plain(node.kwargs))
+            )
+            return function(*args, **kwargs)
+
+        return run
+
+    empty, blanks = nn.Module(), [_blank(t) for t in tensors.values()]
+    traces = []
+    for flag in (True, False) if flags else (True,):
+        with untouched(empty, generators=True) as seen:  # not around tracers, which draw names
+            expected = meaning(empty, runs(flag), tuple(blanks), {})
+        with untouched(empty):
+            fixed = [s.op == "get_attr" for s in tensors]
+            inner, conditions = _trace_first_size(runs(flag), blanks, fixed)
+            wrong = difference(expected, meaning(inner, inner, tuple(blanks), {}))
+        if wrong or seen.chance:
+            raise RuntimeError(wrong or f"it draws from {seen.chance[0]}")
+        traces.append((inner, _needed(conditions, inner, runs(flag), blanks)))
+    inner = traces[0][0]
+    switched = _switched(inner.graph, traces[1][0].graph) if flags else set()
+    result = inner.graph.find_nodes(op="output")[0].args[0]
+    if not isinstance(result, fx.Node):
+        raise RuntimeError("it returns more than one tensor")
+    copied = dict(zip(inner.graph.find_nodes(op="placeholder"), tensors, strict=True))
+    told = tuple(
+        (c, f"{c.replace('args', 'inputs')} of {getattr(function, '__name__', function)}")
+        for _, conditions in traces
+        for c in conditions
+    )
+    with graph.inserting_before(node):
+        if told:
+            name = f"sizes_of_{node.name}"
+            graph_module.add_submodule(name, InputGuards(told))
+            graph.call_module(name, tuple(tensors))
+        for other in inner.graph.nodes:
+            if other.op in ("placeholder", "output"):
+                continue
+            if other.op == "get_attr":
+                raise RuntimeError(f"a constant inside ({other.target})")
+            new = graph.node_copy(other, copied.__getitem__)
+            new.args = tuple(
+                flags[0] if (other, i) in switched else a for i, a in enumerate(new.args)
+            )
+            new.meta = {k: v for k, v in node.meta.items() if k in ORIGIN}
+            copied[other] = new
+    node.replace_all_uses_with(copied[result])
+    values[copied[result].name] = values[node.name]
+    graph.erase_node(node)
+
+
+def _plain(value: Any) -> Any:
+    """Arguments in lists and dicts of their own: fx's are immutable, and functions copy them."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return tuple(map(_plain, value)) if type(value) is tuple else value
+
+
+def _blank(tensor: Tensor) -> Tensor:
+    """Uninitialised memory of the same layout, for a tracer that reads sizes and strides only."""
+    blank = torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
+    return blank.requires_grad_() if tensor.is_floating_point() else blank
+
+
+def _trace_first_size(
+    run: Callable[..., Any], tensors: list[Tensor], fixed: list[bool]
+) -> tuple[fx.GraphModule, list[str]]:
+    """Aten graph of ``run`` and what it assumes of its inputs, as expressions over ``args``."""
+    env = ShapeEnv(specialize_zero_one=False, duck_shape=False)
+    mode = FakeTensorMode(shape_env=env)
+    fakes, conditions, names = [], [], {}
+    for i, (tensor, static) in enumerate(zip(tensors, fixed, strict=True)):
+        first = DimDynamic.STATIC if static else DimDynamic.DYNAMIC
+        sizes = [first, *[DimDynamic.STATIC] * (tensor.dim() - 1)][: tensor.dim()]
+        context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=sizes)
+        fakes.append(mode.from_tensor(tensor.detach(), symbolic_context=context))
+        if not static and tensor.dim():
+            names[str(fakes[-1].shape[0])] = f"args[{i}].size()[0]"
+            sizes_of = enumerate(tensor.shape[1:], 1)
+            conditions += [f"args[{i}].size()[{d}] == {n}" for d, n in sizes_of]
+    inner = make_fx(run, tracing_mode="symbolic", pre_dispatch=True)(*fakes)
+    printer = PythonPrinter()
+    for guard in env.guards:
+        text = printer.doprint(guard.expr)
+        conditions.append(re.sub(r"\bs\d+\b", lambda found: names[found[0]], text))
+    for other in inner.graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default):
+        if other.args[1] == 0:  # it returns its input
+            other.replace_all_uses_with(other.args[0])
+            inner.graph.erase_node(other)
+    inner.graph.eliminate_dead_code()
+    inner.recompile()
+    return inner, conditions
+
+
+def _needed(
+    conditions: list[str], inner: fx.GraphModule, run: Callable[..., Any], blanks: list[Tensor]
+) -> list[str]:
+    """The conditions less those that a size is not 1, where the ops serve that size as well.
+
+    Tracers ask it for layouts and broadcasts, and a last batch may well have one element.
+    """
+    ones = {i for i in range(len(blanks)) if f"args[{i}].size()[0] != 1" in conditions}
+    given = tuple(_blank(t[:1]) if i in ones else t for i, t in enumerate(blanks))
+    empty = nn.Module()
+    with untouched(empty):
+        try:
+            wrong = difference(meaning(empty, run, given, {}), meaning(inner, inner, given, {}))
+        except Exception as error:
+            wrong = str(error)
+    log.info("for sizes of 1: %s", wrong or "the same ops")
+    unneeded = set() if wrong else {f"args[{i}].size()[0] != 1" for i in ones}
+    return [c for c in dict.fromkeys(conditions) if c not in unneeded]
+
+
+def _switched(mine: fx.Graph, other: fx.Graph) -> set[tuple[fx.Node, int]]:
+    """The arguments that are True in one graph and False in the other, all else being equal."""
+    found = set()
+    ours, theirs = list(mine.nodes), list(other.nodes)
+    twin = dict(zip(theirs, ours, strict=False))
+    if len(ours) != len(theirs):
+        raise RuntimeError("in eval mode it does other things than in training")
+    for a, b in zip(ours, theirs, strict=True):
+        args = pytree.tree_map_only(fx.Node, twin.__getitem__, _plain((b.args, b.kwargs)))
+        for i, (x, y) in enumerate(zip(a.args, args[0], strict=True)):
+            if x is True and y is False:
+                found.add((a, i))
+            elif _plain(x) != y:
+                raise RuntimeError("in eval mode it does other things than in training")
+        if (a.op, str(a.target), _plain(a.kwargs)) != (b.op, str(b.target), args[1]):
+            raise RuntimeError("in eval mode it does other things than in training")
+    return found
 
 
 def _trace(run: Callable[..., Any], tensors: list[Tensor]) -> fx.GraphModule:

@@ -11,6 +11,7 @@ is written to parameters, buffers, inputs and constants.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import re
@@ -173,8 +174,8 @@ def _in_mode(module: nn.Module, training: bool) -> Iterator[None]:
 def refuse_hooks(model: nn.Module) -> None:
     """Raises NotCarried where a hook would be lost: on a submodule, or on every module.
 
-    Those of the model itself go over to the graph module. Of submodules, PyTorch's own (weight
-    norm, pruning) are part of what is computed.
+    Those of the model itself go over to the graph module. PyTorch's own (weight norm, pruning) are
+    part of what is computed, and of the graph.
     """
     if has_any_global_hook():  # type: ignore[no-untyped-call]
         raise NotCarried("hooks are registered for all modules (register_module_forward_hook, ...)")
@@ -184,7 +185,7 @@ def refuse_hooks(model: nn.Module) -> None:
             for hook in hooks.values() if hasattr(hooks, "values") else ():
                 if not callable(hook):
                     continue
-                if _is_torchs(hook) == (module is model):
+                if module is not model and not _is_torchs(hook):
                     kind = kind.strip("_").replace("_", " ").removesuffix("s")
                     whose = f"module '{name}' ({type(module).__name__})" if name else "the model"
                     raise NotCarried(f"{whose} has a {kind}, {_place_of(hook)}")
@@ -192,7 +193,7 @@ def refuse_hooks(model: nn.Module) -> None:
 
 def _place_of(function: Any) -> str:
     """``name (file:line)``."""
-    inner = getattr(function, "__func__", function)
+    inner = inspect.unwrap(getattr(function, "__func__", function))
     name = getattr(inner, "__qualname__", type(inner).__qualname__)
     code = getattr(inner, "__code__", None) or getattr(type(inner).__call__, "__code__", None)
     return name if code is None else f"{name} ({code.co_filename}:{code.co_firstlineno})"
@@ -211,7 +212,8 @@ def _assigned(model: nn.Module, change: Change) -> str:
     """Says which attribute, of which module, is assigned where."""
     name, owner, attribute = _owner(model, change)
     whose = f"module '{name}' ({type(owner).__name__})" if name else "the model itself"
-    return f"{whose} changes {attribute!r} while it runs, in {_place_of(type(owner).forward)}"
+    place = _place_of(type(owner).forward)
+    return f"{whose} changes {attribute!r} while it runs, in {place} (a cache: call the model once)"
 
 
 def _is_benign(model: nn.Module, change: Change) -> bool:
@@ -223,7 +225,40 @@ def _is_benign(model: nn.Module, change: Change) -> bool:
         return True  # of recurrent layers
     parameters = dict(owner.named_parameters(recurse=False))
     made = any(f"{attribute}_{end}" in parameters for end in ("orig", "g"))
-    return made and any(map(_is_torchs, vars(owner)["_forward_pre_hooks"].values()))
+    return made and any(map(_is_torchs, vars(owner)[HOOK_DICTS[0]].values()))
+
+
+@contextmanager
+def torchs_hooks_inside(model: nn.Module) -> Iterator[None]:
+    """Makes PyTorch's own pre-hooks of the model a part of its forward, for a while.
+
+    They compute a weight from others before each call; tracers start at the forward.
+    """
+    kind = type(model)
+    hooks = [h for h in vars(model)[HOOK_DICTS[0]].values() if _is_torchs(h)]
+    if not hooks:
+        yield
+        return
+
+    @functools.wraps(kind.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for hook in hooks:
+            hook(self, args)
+        return kind.forward(self, *args, **kwargs)
+
+    model.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    try:
+        yield
+    finally:
+        model.__class__ = kind
+
+
+def own_hooks(model: nn.Module, kind: str) -> Any:
+    """The hooks of one of the model's dicts, or their flag, less PyTorch's own; a copy."""
+    hooks = vars(model)[kind]
+    if not isinstance(hooks, dict):
+        return hooks
+    return type(hooks)((k, h) for k, h in hooks.items() if not _is_torchs(h))
 
 
 def _is_torchs(hook: Any) -> bool:
@@ -274,8 +309,9 @@ def meaning(
             numbers.name(tensor, name, constants.get(name))
         before = {n: numbers.of(t) for n, t in (*state.items(), *inputs.items())}
         given_args, given_kwargs = pytree.tree_unflatten(list(fakes), spec)
-        with numbers, watch:
-            result = run(*given_args, **given_kwargs)
+        with numbers:
+            with watch:
+                result = run(*given_args, **given_kwargs)
             outputs = pytree.tree_leaves(result)
             grads, functions = _backward(outputs, state | inputs, numbers)
         after = {n: numbers.of(t) for n, t in (*_state(module).items(), *inputs.items())}
@@ -356,8 +392,15 @@ def _backward(
     for i, t in enumerate(differentiated):
         cotangents.append(torch.empty_like(t, requires_grad=False))
         numbers.name(cotangents[-1], f"cotangent {i}")
+    grads: dict[str, int | None] = dict.fromkeys(wanted)
+
+    def arrives(name: str, grad: Tensor) -> None:
+        grads[name] = ((grads[name] or 0) + numbers.of(grad)) & _WORD
+
+    for name, tensor in wanted.items():  # whether .grad is a copy depends on who else holds it
+        tensor.register_hook(functools.partial(arrives, name))  # type: ignore[no-untyped-call]
     torch.autograd.backward(differentiated, cotangents)  # grad() stops at reentrant checkpoints
-    return {n: None if t.grad is None else numbers.of(t.grad) for n, t in wanted.items()}, functions
+    return grads, functions
 
 
 def _custom_functions(outputs: list[Tensor]) -> tuple[str, ...]:
@@ -491,10 +534,7 @@ class _Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return hash((base, self._frozen((args, kwargs)), drawn))
 
     def _copied(self, source: Tensor, out: Tensor, key: int) -> int:
-        """The content of a copy: that of the source, where it is all of a storage as the copy is.
-
-        Whether a gradient is copied or taken over depends on who else holds it.
-        """
+        """The content of a copy: the source's, where that is all of a storage as the copy is."""
         if source.shape != out.shape or {source.layout, out.layout} != {torch.strided}:
             return key
         place = [(t.stride(), t.storage_offset(), t.dtype, _covers(t)) for t in (source, out)]

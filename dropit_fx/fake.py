@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,10 +13,13 @@ from torch import Tensor, fx, nn
 from dropit_fx.private import (
     FakeTensor,
     FakeTensorMode,
+    NormBase,
     hint,
     reparametrize_module,
     storage_id,
 )
+
+log = logging.getLogger(__name__)
 
 
 def fake_mode_of(values: Iterable[Any]) -> FakeTensorMode:
@@ -82,8 +86,24 @@ def fake_state(module: nn.Module, mode: FakeTensorMode) -> Iterator[dict[int, st
         fakes[name] = tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor)
         kind = "a parameter" if isinstance(tensor, nn.Parameter) else "a buffer"
         kinds[storage_id(fakes[name])] = kind
-    with reparametrize_module(module, fakes, tie_weights=True):
+    with reparametrize_module(module, fakes, tie_weights=True), _numbered_momentum(module):
         yield kinds
+
+
+@contextmanager
+def _numbered_momentum(module: nn.Module) -> Iterator[None]:
+    """A batch norm with a cumulative average reads its count as a number, which no fake one has.
+
+    What autograd keeps does not depend on the momentum.
+    """
+    norms = [m for m in module.modules() if isinstance(m, NormBase) and m.momentum is None]
+    try:
+        for norm in norms:
+            norm.momentum = 0.5
+        yield
+    finally:
+        for norm in norms:
+            norm.momentum = None
 
 
 class _Values(fx.Interpreter):
@@ -98,9 +118,16 @@ class _Values(fx.Interpreter):
 
 
 def propagate(graph_module: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str, Any]:
-    """Node name -> its value, for fake inputs in the order of the placeholders."""
+    """Node name -> its value, for fake inputs in the order of the placeholders.
+
+    Up to the first node that does not run: whoever needs them all runs the graph again and says
+    what is wrong with it.
+    """
     mode = fake_mode_of(inputs)
     with mode, torch.no_grad(), fake_state(graph_module, mode):
         run = _Values(graph_module)
-        run.run(*inputs)
+        try:
+            run.run(*inputs)
+        except Exception as error:
+            log.info("on fake tensors: %s", error)
     return run.values

@@ -10,10 +10,13 @@ Its kinds of node::
 exactly and keeps the packed form in the place of the dense tensor; ``derived`` keeps nothing new:
 it says how a value is made again from what is packed of the operands of the op that made it.
 ``packed_checkpoint`` is a checkpointed region; in its body, ``stand_in`` reads a packed input.
-Reads that the op makes itself (masks, indices, its result) name their codec and options:
-``packed={'result': ('bitmask', {'bits': 1})}``; with ``gives=('result',)`` the call returns the
-packed form of these too, for other readers. One ``torch.autograd.Function`` runs every row; packed
-tensors go through ``save_for_backward``, so hooks, offloading and fake tensors see them.
+``packed=`` names every read of the row, and nothing else is saved. Reads that the op makes itself
+(masks, indices, its result) name their codec and options: ``packed={'result': ('bitmask', {'bits':
+1})}``; with ``gives=('result',)`` the call returns the packed form of these too, for other readers.
+``('keep', {})`` keeps the tensor as it is, in the calls whose wanted gradients read it: weights may
+be frozen, and thawed, after the rewrite. ``('drop', {})`` is for what only lends its shape. One
+``torch.autograd.Function`` runs every row; packed tensors go through ``save_for_backward``, so
+hooks, offloading and fake tensors see them.
 """
 
 from __future__ import annotations
@@ -32,7 +35,13 @@ from dropit_fx import backwards
 from dropit_fx.codecs import CODEC
 from dropit_fx.core_types import Codec, OpRule
 from dropit_fx.op_table import CHECKPOINT, DERIVABLE, OP_RULES, RULES, bind, inputs_of
-from dropit_fx.private import CHECKPOINT_CONTEXT, native_batch_norm_legit
+from dropit_fx.private import (
+    CHECKPOINT_CONTEXT,
+    is_view,
+    native_batch_norm_legit,
+    storage_id,
+    unsafe_view,
+)
 
 
 class Packed(NamedTuple):
@@ -164,12 +173,7 @@ def pack(
         return None
     with torch.no_grad():
         x = _autocast(x) if autocast else x
-        parts: tuple[Tensor, ...]
-        if options.get("by_channel"):
-            parts, *statistics = _pack_by_channel(x, CODEC[codec], dict(options))
-            parts = (*parts, *statistics)
-        else:
-            parts = CODEC[codec].pack(flatten(x), dict(options))
+        parts = _parts(x, memory_order(x), codec, dict(options))
     return Packed(parts, codec, tuple(options.items()), x.dtype)
 
 
@@ -360,20 +364,22 @@ class PackedFunction(torch.autograd.Function):
         rule = RULES[rule_name]
         args = flat[: len(flat) - sum(e.tensors for e in given)]
         out, made = (rule.run_saving or _no_more(rule))(*args)
-        made = dict(zip(inputs_of(rule), args, strict=True)) | {"result": out} | made
+        given_made = dict(zip(inputs_of(rule), args, strict=True)) | {"result": out} | made
         extra: list[Tensor] = []
         for operand, codec, options in held:
-            value = made[operand]
+            if _is_kept_whole(rule, operand, codec):
+                continue
+            value = given_made[operand]
             if codec == "keep":
                 extra.append(value)
             else:
                 order = memory_order(_shaped_like(rule, operand, args, out))
-                extra += CODEC[codec].pack(_in_order(value, order), dict(options))
-        return (out, *extra)
+                extra += _parts(value, order, codec, dict(options))
+        return (_no_view(out, args), *extra)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Saves packed parts, and whole the operands that are needed and not packed."""
+        """Saves packed parts, and whole what is named so."""
         rule_name, needs, held, given, *flat = inputs
         rule = RULES[rule_name]
         count = sum(e.tensors for e in given)
@@ -384,23 +390,22 @@ class PackedFunction(torch.autograd.Function):
         named = dict(zip(inputs_of(rule), args, strict=True))
         tensors = {n: a for n, a in named.items() if isinstance(a, Tensor)}
         entries = list(given)
-        saved = [*parts, *made]
+        saved = [*parts]
         layouts = {"result": _layout(out)} | {n: _layout(a) for n, a in tensors.items()}
         at = 0
         for operand, codec, options in held:
-            buffers = CODEC[codec].buffers
-            like = made[at] if codec == "keep" else _shaped_like(rule, operand, args, out)
-            entries.append(_Entry(operand, codec, options, like.dtype, buffers))
-            layouts[operand] = _layout(like)
-            at += buffers
-        covered = {e.operand for e in entries}
-        for read in rule.reads:
-            if read.operand in covered or read.operand not in tensors:
-                continue
-            if read.use != "shape" and any(n in needs for n in read.needed_by):
-                tensor = tensors[read.operand]
-                entries.append(_Entry(read.operand, "keep", (), tensor.dtype, 1))
+            if _is_kept_whole(rule, operand, codec):
+                tensor = out if operand == "result" else tensors[operand]
+                entries.append(_Entry(operand, "keep", (), tensor.dtype, 1))
                 saved.append(tensor)
+                continue
+            buffers = _buffers(codec, options)
+            like = made[at] if codec == "keep" else _shaped_like(rule, operand, args, out)
+            if _is_wanted(rule, operand, needs):  # it may be made for others alone
+                entries.append(_Entry(operand, codec, options, like.dtype, buffers))
+                saved += made[at : at + buffers]
+                layouts[operand] = _layout(like)
+            at += buffers
         ctx.save_for_backward(*saved)
         ctx.rule_name, ctx.needs, ctx.entries, ctx.layouts = rule_name, needs, entries, layouts
         ctx.plain = {n: None if n in tensors else a for n, a in named.items()}
@@ -436,6 +441,50 @@ class PackedFunction(torch.autograd.Function):
         return (None, None, None, None, *by_argument, *[None] * ctx.parts)
 
 
+def _is_kept_whole(rule: OpRule, operand: str, codec: str) -> bool:
+    """Whether an argument, or the result, is kept as it is: it is there without being made."""
+    return codec == "keep" and (operand == "result" or operand in inputs_of(rule))
+
+
+def _is_wanted(rule: OpRule, operand: str, needs: tuple[str, ...]) -> bool:
+    """Whether a gradient that is asked for reads an operand of a row."""
+    read = rule.read(operand)
+    return read is not None and read.use != "shape" and any(n in needs for n in read.needed_by)
+
+
+def _buffers(codec: str, options: Sequence[tuple[str, Any]]) -> int:
+    """How many tensors a packed operand is: the statistics of its channels may be two of them."""
+    return CODEC[codec].buffers + 2 * bool(dict(options).get("by_channel"))
+
+
+def _parts(
+    x: Tensor, order: list[int] | None, codec: str, options: dict[str, Any]
+) -> tuple[Tensor, ...]:
+    """What a codec keeps of ``x``, whose elements are taken in ``order``."""
+    if not options.get("by_channel"):
+        return CODEC[codec].pack(_in_order(x, order), options)
+    parts, *statistics = _pack_by_channel(x, CODEC[codec], options)
+    return (*parts, *statistics)
+
+
+def is_complex(values: Sequence[Any]) -> bool:
+    """Whether there is a complex tensor among ``values``: formulas and codecs are for real ones."""
+    return any(isinstance(v, Tensor) and v.is_complex() for v in values)
+
+
+def _no_view(out: Tensor, args: Sequence[Any]) -> Tensor:
+    """``out`` as a tensor that may be written in place, where it is a view of a temporary one.
+
+    Autograd forbids that for views made inside a custom function.
+    """
+    if torch.compiler.is_dynamo_compiling() or not is_view(out):
+        return out
+    if any(isinstance(a, Tensor) and storage_id(a) == storage_id(out) for a in args):
+        return out
+    again: Tensor = unsafe_view(out, out.shape)
+    return again if again.stride() == out.stride() else out
+
+
 def _shaped_like(rule: OpRule, operand: str, args: Sequence[Any], out: Tensor) -> Tensor:
     """The argument or result that has the shape of what the op makes under the name ``operand``."""
     read = rule.read(operand)
@@ -449,12 +498,6 @@ def _no_more(rule: OpRule) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
 
 
 def _packed_op(rule: OpRule) -> Callable[..., Any]:
-    made = tuple(
-        r
-        for r in rule.reads
-        if (r.bits is not None or r.operand not in inputs_of(rule)) and r.use != "shape"
-    )
-
     def packed_op(
         *args: Any, packed: Mapping[str, Any], gives: tuple[str, ...] = (), **kwargs: Any
     ) -> Any:
@@ -466,39 +509,52 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
             )
         needs = tuple(n for n, a in bound.items() if isinstance(a, Tensor) and a.requires_grad)
         derived_for_nobody = packed.get("result", "") is None
-        if not torch.is_grad_enabled() or not needs or derived_for_nobody or rule.obstacle(bound):
+        if (
+            not torch.is_grad_enabled()
+            or not needs
+            or derived_for_nobody
+            or is_complex(tuple(bound.values()))
+            or rule.obstacle(bound)
+        ):
             plain = rule.run(*bound.values())
             return (plain, *[None] * len(gives)) if gives else plain
-        held: list[_Held] = []
-        given: list[_Entry] = []
-        parts: list[Tensor] = []
+        exact = bound
         if rule.autocast:
-            exact = bound
             bound = {
                 n: _autocast(a, rule.autocast) if isinstance(a, Tensor) else a
                 for n, a in bound.items()
             }
-            for name, a in exact.items():
-                # a parameter stays anyway: it is kept in the place of autocast's copy
-                if (
-                    isinstance(a, nn.Parameter)
-                    and a is not bound[name]
-                    and name not in packed
-                    and rule.autocast == "lower"
-                ):
-                    given.append(_Entry(name, "keep", (), bound[name].dtype, 1))
-                    parts.append(a.detach())
-        for read in made:
-            how = packed.get(read.operand, ("keep", {}))
-            if isinstance(how, Packed):
+        held: list[_Held] = []
+        given: list[_Entry] = []
+        parts: list[Tensor] = []
+        for read in rule.reads:
+            operand = read.operand
+            wanted = _is_wanted(rule, operand, needs)
+            if not (wanted or operand in gives):
                 continue
-            codec, options = how
-            if read.operand != "result" or codec != "keep":
-                held.append((read.operand, codec, tuple(options.items())))
-        for operand, how in packed.items():
+            is_tensor = operand not in bound or isinstance(bound[operand], Tensor)
+            if operand not in packed and is_tensor:
+                raise ValueError(
+                    f"packed_{rule.name}: packed= does not say how {operand!r} is kept, which the"
+                    f" gradients of {', '.join(read.needed_by)} read"
+                )
+            # None: who makes the copy has made none, since it asks for no gradient itself
+            how: Any = packed.get(operand) or ("keep", {})
             if isinstance(how, Packed):
                 given.append(_entry(operand, how))
                 parts += how.parts
+            elif how[0] != "keep" or operand not in bound:
+                held.append((operand, how[0], tuple(how[1].items())))
+            elif (
+                isinstance(exact[operand], nn.Parameter)
+                and exact[operand] is not bound[operand]
+                and rule.autocast == "lower"
+            ):
+                # a parameter stays anyway: it is kept in the place of autocast's copy
+                given.append(_Entry(operand, "keep", (), bound[operand].dtype, 1))
+                parts.append(exact[operand].detach())
+            elif is_tensor:
+                held.append((operand, "keep", ()))
         device = next(a.device.type for a in bound.values() if isinstance(a, Tensor))
         with torch.autocast(device, enabled=False):
             out, *kept = PackedFunction.apply(
@@ -508,11 +564,13 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
             return out
         copies: dict[str, Packed] = {}
         for operand, codec, options in held:
-            count = CODEC[codec].buffers
+            if _is_kept_whole(rule, operand, codec):
+                continue
+            count = _buffers(codec, options)
             mine, kept = tuple(kept[:count]), kept[count:]
             dtype = mine[0].dtype if codec == "keep" else out.dtype
             copies[operand] = Packed(mine, codec, options, dtype)
-        return (out, *[copies[name] for name in gives])
+        return (out, *[copies.get(name) for name in gives])
 
     packed_op.__name__ = packed_op.__qualname__ = f"packed_{rule.name}"
     packed_op.__doc__ = (

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from torch.nn.utils.stateless import _reparametrize_module as reparametrize_module
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
+    from torch.utils._sympy.printers import PythonPrinter
 
     batch_norm_impl_index: Callable[..., Any]
     set_hooks_tracing: Callable[[bool], bool]
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     softmax_backward_data: Callable[..., Tensor]
     native_batch_norm_legit: Any
     to_copy: Any
+    unsafe_view: Any
 
 __all__ = [
     "SYMPY_INTERP",
@@ -84,6 +86,7 @@ __all__ = [
     "FakeTensorMode",
     "NormBase",
     "OpOverload",
+    "PythonPrinter",
     "ShapeEnv",
     "StatelessSymbolicContext",
     "TorchDispatchMode",
@@ -115,6 +118,7 @@ __all__ = [
     "tag_activation_checkpoint",
     "to_copy",
     "unsafe_preserve_version_counter",
+    "unsafe_view",
 ]
 
 P = ParamSpec("P")
@@ -219,10 +223,22 @@ def storage_id(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def last_seeding() -> object:
+    """Another object after each ``torch.manual_seed``; always None where PyTorch does not tell."""
+    # XPUs are never in use beside other devices, so that their seed waits to be set
+    return getattr(getattr(torch.xpu, "_lazy_seed_tracker", None), "manual_seed_all_cb", None)
+
+
 @_reads("torch.Tensor._version")
 def version(tensor: Tensor) -> int:
     """How often a tensor has been written in place."""
     return tensor._version
+
+
+@_reads("torch.Tensor._is_view")
+def is_view(tensor: Tensor) -> bool:
+    """Whether autograd takes a tensor for a view of another."""
+    return tensor._is_view()
 
 
 @_reads("torch.SymInt.node.hint")

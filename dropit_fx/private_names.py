@@ -173,6 +173,17 @@ TABLE: tuple[Name, ...] = (
     Name("torch.UntypedStorage._cdata", _SEEN, "telling storages apart"),
     Name("torch.Tensor._version", _SEEN, "telling values apart that were written in place"),
     Name(
+        "torch.Tensor._is_view",
+        _lack("what linear returns for inputs of three dimensions cannot be written in place"),
+        "telling results that are views of temporary tensors",
+    ),
+    Name(
+        "torch.ops.aten._unsafe_view",
+        _lack("what linear returns for inputs of three dimensions cannot be written in place"),
+        "results that autograd does not take for views",
+        alias="unsafe_view",
+    ),
+    Name(
         "torch._C._autograd._saved_tensors_hooks_set_tracing",
         _lack("graphs that torch.compile splits for DistributedDataParallel are not packed"),
         "asking autograd what it saves while a caller traces",
@@ -238,6 +249,11 @@ TABLE: tuple[Name, ...] = (
         "its batch and sequence",
     ),
     Name(
+        "torch.utils._sympy.printers.PythonPrinter",
+        _OPAQUE,
+        "conditions on the sizes of what is opened, as Python",
+    ),
+    Name(
         "torch.fx.experimental.symbolic_shapes.SYMPY_INTERP",
         _EXPORT,
         "functions in the conditions on an exported model's inputs",
@@ -273,6 +289,12 @@ TABLE: tuple[Name, ...] = (
         _SPELLING,
         "an argument of F.softmax and F.log_softmax that changes nothing",
         probe=lambda: inspect.signature(F.softmax).parameters["_stacklevel"],
+    ),
+    Name(
+        "torch.xpu._lazy_seed_tracker.manual_seed_all_cb",
+        _lack("after torch.manual_seed, chance is the same only where something else drew too"),
+        "noticing torch.manual_seed: it leaves this behind whatever devices there are",
+        probe=lambda: torch.xpu._lazy_seed_tracker.manual_seed_all_cb,
     ),
     Name(
         "torch.ops.aten._native_batch_norm_legit",

@@ -70,17 +70,14 @@ class Untouched:
     """What happened inside an :func:`untouched` block.
 
     Attributes:
-        changes: Filled when the block ends, before it is undone; :meth:`look` tells them earlier.
+        look: What has changed so far.
+        changes: What had changed when the block ended, before it was undone.
         chance: Names of the sources of random numbers that the block drew from.
     """
 
+    look: Callable[[], list[Change]]
     changes: list[Change] = field(default_factory=list)
     chance: list[str] = field(default_factory=list)
-    _kept: _Kept | None = None
-
-    def look(self) -> list[Change]:
-        """What has changed so far."""
-        return self.changes if self._kept is None else self._kept.changes()
 
 
 @contextmanager
@@ -113,15 +110,15 @@ def untouched(
             if seen.chance:  # e.g. ["Python's random", "torch's default generator"]
                 ...
     """
-    kept = _Kept(values)
+    kept = _Kept(values, {id(m): n for n, m in model.named_modules()})
     for name, module in model.named_modules():
         kept.note(module, name, "", 0)
     sources = [(s, s.state()) for s in _sources(generators)]
-    seen = Untouched(_kept=kept)
+    seen = Untouched(kept.changes)
     try:
         yield seen
     finally:
-        seen.changes, seen._kept = kept.changes(), None
+        seen.changes = kept.changes()
         kept.restore()
         for source, state in sources:
             if not _same_state(source.state(), state):
@@ -400,8 +397,8 @@ class _Generator(_Part):
 class _Kept:
     """All parts that are reached from a model, each once."""
 
-    def __init__(self, values: bool) -> None:
-        self.values = values
+    def __init__(self, values: bool, names: dict[int, str]) -> None:
+        self.values, self._names = values, names
         self.parts: list[_Part] = []
         self._seen: dict[int, Any] = {}  # id -> the object, held so that the id stays its own
 
@@ -420,7 +417,9 @@ class _Kept:
         if id(value) in self._seen:
             return
         self._seen[id(value)] = value
-        if isinstance(value, nn.Module):
+        if id(value) in self._names:
+            self._module(value, self._names[id(value)], "", 0)
+        elif isinstance(value, nn.Module):
             self._module(value, module, path, depth)
         elif isinstance(value, Tensor):
             plain = not path.startswith(tuple(f"{d}[" for d in MODULE_DICTS))
@@ -444,7 +443,7 @@ class _Kept:
                 self.note(inner, module, path, depth + 1)
         elif isinstance(value, staticmethod | classmethod):
             self.note(value.__func__, module, path, depth)
-        elif isinstance(value, functools._lru_cache_wrapper):
+        elif isinstance(value, _LRU_CACHE):
             self.parts.append(_Cached(value, module, path))
             self.note(value.__wrapped__, module, path, depth + 1)
         elif isinstance(value, FunctionType):
@@ -543,6 +542,7 @@ _LEAVES = (
 )
 # of these libraries, only modules, tensors and generators change with a model
 _LIBRARIES = frozenset({"torch", "numpy", "sympy", "dropit_fx", "triton"})
+_LRU_CACHE: Any = type(functools.lru_cache(lambda: None))
 _OPEN = (SimpleNamespace,)
 
 

@@ -12,6 +12,7 @@ from dropit_fx.passes.choose_codecs import choose_codecs
 from dropit_fx.passes.derive_values import derive_values
 from dropit_fx.passes.find_saved import find_saved
 from dropit_fx.passes.insert_packing import insert_packing
+from dropit_fx.passes.keep_small import keep_small
 from dropit_fx.passes.share_packed import share_packed
 from dropit_fx.passes.verify import VerifyError, verify
 
@@ -20,6 +21,7 @@ PIPELINE: tuple[Callable[[Plan], Plan], ...] = (
     choose_codecs,
     share_packed,
     derive_values,
+    keep_small,
     insert_packing,
 )
 

@@ -16,6 +16,7 @@ from dropit_fx.config import Config, ConfigError
 from dropit_fx.core_types import Decision, Options, Plan, SavedRead, Site, Use
 from dropit_fx.packed_call import channel_nbytes
 
+_STATISTICS = ("mean", "rstd", "invstd")  # of a norm: one each for so many values
 _EXACT = {
     Use.CONTRACT: "the gradient of {} depends on it, and stays exact",
     Use.REDUCE: "small beside what is packed, it stays exact",
@@ -26,12 +27,38 @@ PACKABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def choose_codecs(plan: Plan) -> Plan:
     """Fills ``plan.decisions`` from the config's rules."""
     decisions: list[Decision] = []
+    few = _few_values(plan)
     for site in plan.sites:
-        decisions += _whole_or_none(
-            site, [_choose(r, plan.config) for r in site.reads], plan.config
-        )
+        chosen = [_choose(r, plan.config) for r in site.reads]
+        chosen = [_exact_for_few(d, few) for d in chosen]
+        decisions += whole_or_none(site, chosen, plan.config)
     bodies = {name: choose_codecs(body) for name, body in plan.bodies.items()}
     return replace(plan, decisions=tuple(decisions), bodies=bodies)
+
+
+def _few_values(plan: Plan) -> dict[str, int]:
+    """Norms whose statistics come from few values each, by node, with how many."""
+    if plan.config.force:
+        return {}
+    reads = [r for site in plan.sites for r in site.reads if r.read is not None]
+    statistics: dict[str, int] = {}
+    for r in reads:
+        if r.read is not None and not r.read.like and r.operand in _STATISTICS:
+            statistics[r.node] = max(statistics.get(r.node, 0), r.numel)
+    counts = {
+        r.node: r.numel // statistics[r.node]
+        for r in reads
+        if r.operand == "input" and statistics.get(r.node)
+    }
+    return {node: n for node, n in counts.items() if n < plan.config.norm_values}
+
+
+def _exact_for_few(decision: Decision, few: dict[str, int]) -> Decision:
+    """What a norm reads whose gradient is a small difference of large numbers stays exact."""
+    count = few.get(decision.read.node)
+    if count is None or decision.own or not decision.packed or decision.read.operand != "input":
+        return decision
+    return keep(decision, f"its statistics come from {count} values each: it stays exact")
 
 
 def check_rules_matched(plans: tuple[Plan, ...], config: Config) -> None:
@@ -89,7 +116,7 @@ def _choose(read: SavedRead, config: Config) -> Decision:
     )
 
 
-def _whole_or_none(site: Site, decisions: list[Decision], config: Config) -> list[Decision]:
+def whole_or_none(site: Site, decisions: list[Decision], config: Config) -> list[Decision]:
     """House rule 1: all readers of a storage are packed, or none."""
     packed = [d for d in decisions if d.packed]
     if not packed or config.force:

@@ -9,6 +9,9 @@ A recipe unpacks at most ``COPIES`` tensors. Without that bound the sum at the e
 block would be made again from all the blocks before it, for each of its readers, and a compiler
 that finds what these have in common keeps all the unpacked tensors from the first use to the last.
 
+Values have identities: an operand is what it was when its op ran, through views and in-place
+writes; what cannot be shown to be the same keeps its copy.
+
 Requires: decisions whose formats are settled. Ensures: every derived value comes, through rows with
 ``derive``, from packed copies, from tensors that are kept whole, and from what is alive anyway.
 """
@@ -20,39 +23,79 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from dropit_fx.codecs import CODEC
-from dropit_fx.core_types import Decision, Plan, Site
-from dropit_fx.op_table import CHECKPOINT, bind, derivable_rule_of
-from dropit_fx.passes.share_packed import by_site
+from dropit_fx.core_types import Decision, Elements, Plan, Site
+from dropit_fx.op_table import CHECKPOINT
+from dropit_fx.passes.share_packed import by_site, packed_bytes, swapped_nodes
 
+FAITHFUL_BITS = 4  # the fewest that the codecs call faithful
 COPIES = 2  # the factors of a gated product, the summands behind a downsampling block
 
 
 def derive_values(plan: Plan) -> Plan:
     """Replaces packed copies by recipes, where the config asks for it."""
     bodies = {name: derive_values(body) for name, body in plan.bodies.items()}
-    if not plan.config.derive:
-        return replace(plan, bodies=bodies)
-    nodes = {n.name: n for n in plan.module.graph.nodes}
+    plan = replace(plan, bodies=bodies)
+    return _in_fewest_bytes(plan) if plan.config.derive else plan
+
+
+def _in_fewest_bytes(plan: Plan) -> Plan:
+    """With the formats as they were asked for, or finer ones from which more can be derived.
+
+    Other values are made from four bits, not from three: then each needs a copy of its own, and
+    fewer bits for one tensor would take more bytes in all.
+    """
+    asked = _derive(plan)
+    if plan.config.force or not any(_finer(d) != d for d in plan.decisions):
+        return asked
+    finer = _derive(replace(plan, decisions=tuple(map(_finer, plan.decisions))))
+    bases, used = bases_of(finer), set[str]()
+    for d in finer.decisions:
+        used |= (copies(d.derived, finer, bases) or set()) if d.derived else set()
+    back = [
+        old if not new.derived and new.pack not in used else new
+        for old, new in zip(plan.decisions, finer.decisions, strict=True)
+    ]
+    finer = replace(finer, decisions=tuple(back))
+    fewer = packed_bytes(list(finer.decisions)) < packed_bytes(list(asked.decisions))
+    return finer if fewer else asked
+
+
+def _finer(decision: Decision) -> Decision:
+    """The copy in the fewest bits that others may be made from, where that frees memory still."""
+    if not _by_value(decision) or not decision.options.get("bits"):
+        return decision
+    codec, read, options = CODEC[decision.codec], decision.read, decision.options
+    finer = options | {"bits": FAITHFUL_BITS}
+    if codec.faithful(options) or not codec.faithful(finer):
+        return decision
+    more = codec.nbytes(read.numel, read.dtype, finer)
+    nbytes = decision.nbytes + more - codec.nbytes(read.numel, read.dtype, options)
+    if nbytes >= read.numel * read.dtype.itemsize:
+        return decision
+    return replace(decision, options=finer, nbytes=nbytes)
+
+
+def _derive(plan: Plan) -> Plan:
     bases = bases_of(plan)
     decisions: list[Decision] = []
     for site, mine in by_site(plan.sites, plan.decisions):
         for decision in mine:
-            if _may_change(decision, site):
-                reader, name = nodes[decision.read.node], str(decision.read.source)
-                source = made_by(reader, name, plan)
+            identity = decision.read.identity
+            if _may_change(decision, site) and identity is not None:
+                source = plan.values.makers.get(identity)
                 unpacked = None if source is None else copies(source, plan, bases)
                 if source is not None and unpacked is not None and len(unpacked) <= COPIES:
-                    bases.packed.pop(source.name, None)
+                    bases.packed.pop(identity, None)
                     decision = replace(
                         decision,
                         codec="derived",
                         options={},
                         nbytes=0,
-                        pack=f"derived {source.name}",
-                        derived=source.name,
+                        pack=f"derived {source}",
+                        derived=source,
                     )
             decisions.append(decision)
-    return replace(plan, decisions=tuple(decisions), bodies=bodies)
+    return replace(plan, decisions=tuple(decisions))
 
 
 def _may_change(decision: Decision, site: Site) -> bool:
@@ -69,82 +112,87 @@ def _by_value(decision: Decision) -> bool:
     return decision.packed and known and not CODEC[decision.codec].slope
 
 
-def made_by(reader: fx.Node, name: str, plan: Plan) -> fx.Node | None:
-    """The node that made the elements which ``reader`` sees as ``name``, or gives as its result.
-
-    Views of all elements are seen through; None where they were written to in between.
-    """
-    facts = plan.values
-    if reader.name == name:
-        return reader
-    if (reader.name, name) in facts.stale:
-        return None
-    node = next(n for n in reader.all_input_nodes if n.name == name)
-    while node.name in facts.views:
-        viewed = facts.views[node.name]
-        node = next(n for n in node.all_input_nodes if n.name == viewed)
-    return node
-
-
 @dataclass
 class Bases:
-    """What the backward has whatever is derived, by the name of the node that made it."""
+    """What the backward has whatever is derived."""
 
-    packed: dict[str, Decision] = field(default_factory=dict)  # faithful copies
-    whole: set[str] = field(default_factory=set)
+    packed: dict[Elements, Decision] = field(default_factory=dict)  # faithful copies
+    whole: set[Elements] = field(default_factory=set)
 
 
 def bases_of(plan: Plan) -> Bases:
     """The values that others may be made from."""
-    nodes = {n.name: n for n in plan.module.graph.nodes}
-    bases = Bases(whole=set(plan.values.alive))
+    bases = Bases(whole=whole_values(plan))
     for decision in plan.decisions:
         read = decision.read
-        if read.source is None or not read.wanted or read.read is None or read.bits is not None:
+        if read.identity is None or not read.wanted or read.read is None or read.bits is not None:
             continue
-        maker = made_by(nodes[read.node], read.source, plan)
-        if maker is None:
-            continue
-        if not decision.packed:
-            bases.whole.add(maker.name)
-        elif _by_value(decision) and CODEC[decision.codec].faithful(decision.options):
-            bases.packed.setdefault(maker.name, decision)
+        if _by_value(decision) and CODEC[decision.codec].faithful(decision.options):
+            bases.packed.setdefault(read.identity, decision)
     return bases
 
 
-def recipe(node: fx.Node, plan: Plan, bases: Bases) -> dict[str, Decision | fx.Node] | None:
-    """How ``node``'s result can be made again in the backward.
+def whole_values(plan: Plan) -> set[Elements]:
+    """What is kept as it is, and in the dtype that its op saw."""
+    swapped = swapped_nodes(plan.decisions)
+    return {
+        d.read.identity
+        for d in plan.decisions
+        if d.read.identity is not None
+        and not d.packed
+        and d.read.wanted
+        and (d.read.dense or d.read.node in swapped)
+        and d.read.dtype == d.read.identity.dtype
+    }
+
+
+def recipe(name: str, plan: Plan, bases: Bases) -> dict[str, Decision | str] | None:
+    """How the result of the node ``name`` can be made again in the backward.
+
+    Every operand is needed as it was when the node ran. One that is kept whole is there only if
+    nothing writes to it afterwards, since the backward would be refused it.
 
     Returns:
         For the operands that are not there as they are: the packed copy, or the node whose result
         is derived in turn. None where an operand is lost, or the op costs more than a pass over
         memory.
     """
-    rule = None if node.name in plan.values.lost else derivable_rule_of(node)
-    bound = bind(rule, node.args, node.kwargs, node.target) if rule is not None else None
-    if bound is None:
+    values = plan.values
+    call = None if name in values.lost else plan.calls.get(name)
+    if call is None or call.rule.derive is None:
         return None
-    found: dict[str, Decision | fx.Node] = {}
-    for name, value in bound.items():
-        if not isinstance(value, fx.Node) or value.name in bases.whole:
+    found: dict[str, Decision | str] = {}
+    for operand, value in call.operands.items():
+        if not isinstance(value, fx.Node) or (value.name not in values.shapes):
+            if isinstance(value, fx.Node) and values.alive.get(value.name) != "a number":
+                return None
             continue
-        maker = made_by(node, value.name, plan)
-        if maker is None:
-            return None
-        if maker.name in bases.whole:
+        elements = values.seen[name, value.name]
+        is_there = value.name in values.alive or elements in bases.whole
+        if is_there and values.stays(elements):
             continue
-        if maker.name in bases.packed:
-            found[name] = bases.packed[maker.name]
-        elif recipe(maker, plan, bases) is not None:
-            found[name] = maker
+        maker = values.makers.get(elements)
+        copy = bases.packed.get(elements)
+        if copy is not None and _has_form_of(copy, value.name, maker, plan):
+            found[operand] = copy
+        elif maker is not None and maker != name and recipe(maker, plan, bases) is not None:
+            found[operand] = maker
         else:
             return None
     return found
 
 
-def copies(node: fx.Node, plan: Plan, bases: Bases) -> set[str] | None:
-    """The packed copies that are unpacked to make ``node``'s result again; None: it cannot be."""
-    found = recipe(node, plan, bases)
+def _has_form_of(copy: Decision, value: str, maker: str | None, plan: Plan) -> bool:
+    """Whether a copy can be read as ``value``, and be made of what ``maker`` gave."""
+    shapes = plan.values.shapes
+    if maker is None or not copy.options.get("by_channel"):
+        return maker is not None
+    return shapes[value] == shapes.get(maker) == copy.read.view
+
+
+def copies(name: str, plan: Plan, bases: Bases) -> set[str] | None:
+    """The packed copies that are unpacked to make a node's result again; None: it cannot be."""
+    found = recipe(name, plan, bases)
     if found is None:
         return None
     names: set[str] = set()

@@ -1,4 +1,6 @@
-"""Pass 5: put the pack node before the first reader, and swap each reader for its packed call.
+"""Pass 6: put the pack node before the first reader, and swap each reader for its packed call.
+
+``packed=`` of a call names every read of its row: a copy, a codec with its options, or ``keep``.
 
 Requires: decisions whose pack keys are settled. Ensures: every packed decision stands in the graph,
 and nothing else changed; in-place ops that are packed run out of place, with later readers
@@ -13,13 +15,17 @@ from collections import defaultdict
 from typing import Any
 
 from torch import fx
+from torch.fx.node import map_arg
 
-from dropit_fx.core_types import Decision, OpRule, Plan
-from dropit_fx.op_table import CHECKPOINT, bind, derivable_rule_of, is_inplace
+from dropit_fx.core_types import Decision, OpRule, Plan, Use
+from dropit_fx.op_table import CHECKPOINT, inputs_of, is_inplace
 from dropit_fx.packed_call import PACKED_OPS, derived, pack, stand_in
 from dropit_fx.passes.derive_values import bases_of, recipe
-from dropit_fx.passes.share_packed import CAST
+from dropit_fx.passes.share_packed import CAST, UNREAD
 from dropit_fx.private import ORIGIN
+
+KEEP: tuple[str, dict[str, Any]] = ("keep", {})
+DROP: tuple[str, dict[str, Any]] = ("drop", {})
 
 
 def insert_packing(plan: Plan) -> Plan:
@@ -44,7 +50,8 @@ class _Writer:
         self.by_node: dict[str, list[Decision]] = defaultdict(list)
         self.by_key: dict[str, list[Decision]] = defaultdict(list)
         for decision in plan.decisions:
-            if decision.packed and decision.codec != CAST:
+            named = decision.read.read is not None  # else made inside the op, and let go
+            if named and decision.packed and decision.codec not in (CAST, UNREAD):
                 self.by_node[decision.read.node].append(decision)
                 if decision.pack is not None:
                     self.by_key[decision.pack].append(decision)
@@ -52,17 +59,18 @@ class _Writer:
             self._hoist_attributes()
         self.order = {n: i for i, n in enumerate(self.graph.nodes)}
         self.copies: dict[str, fx.Node] = {}  # pack key -> the node that makes it
-        self.calls: dict[str, tuple[OpRule, dict[str, Any]]] = {}  # rows' calls, arguments by name
+        # the calls of rows as they stand in the graph, which changes
+        self.calls = {name: dict(call.operands) for name, call in plan.calls.items()}
         self.results: dict[str, fx.Node] = {}
         # before anything changes: what each derived value is made from
-        self.sources: dict[str, dict[str, Decision | fx.Node]] = {}
+        self.sources: dict[str, dict[str, Decision | str]] = {}
         self.statistics: dict[str, tuple[str, ...]] = {}
+        self.given: set[str] = set()  # keys of copies that derived values read
         self.nodes = {n.name: n for n in self.graph.nodes}  # by name: the value as it is now
-        self.readers = dict(self.nodes)  # by name: the reader, or the packed call in its place
         self.bases = bases_of(plan)
         for decision in plan.decisions:
-            if decision.derived and decision.derived not in self.calls:
-                self._learn(self.nodes[decision.derived])
+            if decision.derived and decision.derived not in self.sources:
+                self._learn(decision.derived)
 
     def _hoist_attributes(self) -> None:
         """Moves parameter look-ups to the top, so that a shared pack can name every weight."""
@@ -71,38 +79,37 @@ class _Writer:
             if node is not first:
                 first.prepend(node)
 
-    def _learn(self, node: fx.Node) -> None:
+    def _learn(self, name: str) -> None:
         """Notes what a derived value is made from, and what that is made from in turn."""
-        rule = derivable_rule_of(node)
-        sources = recipe(node, self.plan, self.bases)
-        assert rule is not None
+        rule = self.plan.calls[name].rule
+        sources = recipe(name, self.plan, self.bases)
         assert sources is not None
-        bound = bind(rule, node.args, node.kwargs, node.target) or {}
-        self.calls[node.name] = rule, bound
-        self.results[node.name] = node
-        self.sources[node.name] = sources
-        if node.name in self.by_node and rule.derive is not None:
-            wanted = inspect.signature(rule.derive).parameters.keys() - bound.keys()
-            self.statistics[node.name] = tuple(sorted(wanted))
+        self.results[name] = self.nodes[name]
+        self.sources[name] = sources
+        if name in self.by_node and rule.derive is not None:
+            wanted = inspect.signature(rule.derive).parameters.keys() - self.calls[name].keys()
+            self.statistics[name] = tuple(sorted(wanted))
         for source in sources.values():
-            if isinstance(source, fx.Node) and source.name not in self.calls:
+            if isinstance(source, Decision):
+                self.given.add(str(source.pack))
+            elif source not in self.sources:
                 self._learn(source)
 
     def swap(self, node: fx.Node) -> None:
         """Replaces a reader by its packed call."""
         decisions = self.by_node[node.name]
-        rule = decisions[0].read.rule
-        assert rule is not None
-        bound = bind(rule, node.args, node.kwargs, node.target) or {}
+        rule, bound = self.plan.calls[node.name].rule, self.calls[node.name]
         packed: dict[str, Any] = {}
         gives = {name: f"{node.name}.{name}" for name in self.statistics.get(node.name, ())}
         for d in decisions:
             if d.pack is None or (d.read.operand == "result" and not d.derived):
                 packed[d.read.operand] = (d.codec, dict(d.options))
-                if d.pack is not None and len(self.by_key[d.pack]) > 1:
+                if d.pack is not None and (len(self.by_key[d.pack]) > 1 or d.pack in self.given):
                     gives["result"] = d.pack
             else:
                 packed[d.read.operand] = self._copy(d, node)
+        if rule is not CHECKPOINT:  # whose other inputs are arguments of the region
+            packed |= _others(rule, bound, packed)
         args, kwargs = node.args, dict(node.kwargs)
         if node.target in rule.orders:
             args, kwargs = tuple(bound.values()), {}
@@ -121,21 +128,25 @@ class _Writer:
             result.meta = dict(node.meta)
             for i, key in enumerate(gives.values()):
                 self.copies[key] = self._item(call, i + 1, at)
-        written = node.args[0] if is_inplace(node, bound) else None
-        node.replace_all_uses_with(result)
+        written = next(iter(bound.values())) if is_inplace(node, bound) else None
+        self._replace(node, result, list(node.users))
         if isinstance(written, fx.Node):
             # out of place now: who read the written tensor afterwards reads the result
-            written.replace_all_uses_with(
-                result,
-                delete_user_cb=lambda user: user is not call and self.order.get(user, -1) > at,
-            )
+            later = [u for u in written.users if u is not call and self.order.get(u, -1) > at]
+            self._replace(written, result, later)
         self.graph.erase_node(node)
         call.name = node.name  # decisions and reports go by name
-        for name, (row, arguments) in self.calls.items():
-            self.calls[name] = row, {k: result if v is node else v for k, v in arguments.items()}
-        self.nodes[node.name], self.readers[node.name] = result, call
+        self.nodes[node.name] = result
         if node.name in self.results:
             self.results[node.name] = result
+
+    def _replace(self, old: fx.Node, new: fx.Node, users: list[fx.Node]) -> None:
+        """Lets ``users`` read ``new``, in the graph and in what is known of their arguments."""
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user in users)
+        for user in users:
+            known = self.calls.get(user.name, {})
+            for name, value in known.items():
+                known[name] = map_arg(value, lambda n: new if n is old else n)
 
     def _item(self, call: fx.Node, index: int, order: int) -> fx.Node:
         with self.graph.inserting_after(call):
@@ -171,9 +182,10 @@ class _Writer:
     def _source(self, lead: Decision, reader: fx.Node) -> fx.Node:
         """What to pack before ``reader``: as ``lead`` sees it, or what that is a view of."""
         at = self.order[reader]
-        source: fx.Node = _arguments(lead, self.readers[lead.read.node])[lead.read.operand]
-        while self.order[source] > at:
-            source = self.nodes[self.plan.values.views[source.name]]
+        source: fx.Node = self.calls[lead.read.node][lead.read.operand]
+        if self.order[source] > at:
+            assert lead.read.identity is not None
+            source = self.nodes[self.plan.values.makers[lead.read.identity]]
         return source
 
     def _need(self, copy: Any, decisions: list[Decision]) -> None:
@@ -186,7 +198,7 @@ class _Writer:
         needed = dict.fromkeys(copy.args[1])
         for d in decisions:
             assert d.read.read is not None
-            bound = _arguments(d, self.readers[d.read.node])
+            bound = self.calls[d.read.node]
             for name in d.read.read.needed_by:
                 value = bound.get(name)
                 if isinstance(value, fx.Node) and self.order[value] < self.order[copy]:
@@ -194,13 +206,13 @@ class _Writer:
         copy.args = (copy.args[0], tuple(needed), *copy.args[2:])
 
     def _derived(self, name: str, reader: fx.Node) -> fx.Node:
-        rule, bound = self.calls[name]
+        rule, bound = self.plan.calls[name].rule, self.calls[name]
         packs: dict[str, fx.Node] = {}
         for operand, source in self.sources[name].items():
-            if isinstance(source, fx.Node):
-                key = f"derived {source.name}"
+            if isinstance(source, str):
+                key = f"derived {source}"
                 if key not in self.copies:
-                    self.copies[key] = self._derived(source.name, reader)
+                    self.copies[key] = self._derived(source, reader)
                 packs[operand] = self.copies[key]
             else:
                 packs[operand] = self._copy(source, reader)
@@ -232,11 +244,14 @@ def _take_packed(body: Plan, operands: tuple[str, ...]) -> None:
     body.module.recompile()
 
 
-def _arguments(decision: Decision, reader: fx.Node) -> dict[str, Any]:
-    """The arguments of a row's call, swapped already or not."""
-    assert decision.read.rule is not None
-    kwargs = {k: v for k, v in reader.kwargs.items() if k not in ("packed", "gives")}
-    return bind(decision.read.rule, reader.args, kwargs, reader.target) or {}
+def _others(rule: OpRule, bound: dict[str, Any], packed: dict[str, Any]) -> dict[str, Any]:
+    """The reads of a call that no decision packs: kept, or let go where only a shape is read."""
+    return {
+        read.operand: DROP if read.use is Use.SHAPE else KEEP
+        for read in rule.reads
+        if read.operand not in packed
+        and (read.operand not in inputs_of(rule) or isinstance(bound[read.operand], fx.Node))
+    }
 
 
 def _origin(node: fx.Node) -> dict[str, Any]:

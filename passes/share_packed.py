@@ -5,44 +5,65 @@ for (the one with the most bytes, of those that serve all of them). Readers may 
 through different views; what counts is that the elements are the same in memory order, and that
 nothing wrote to them in between.
 
+A packed call keeps whole what it reads and nobody packs. Where autograd would have let that go, the
+call has to free more than it keeps, or the node stays as it is.
+
 Requires: ``plan.decisions``. Ensures: decisions with the same ``pack`` key have the same codec and
-options, and no site's packed bytes reach its dense bytes.
+options, no site's packed bytes reach its dense bytes, and the kept ones are those that the
+rewritten graph keeps.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
 
 from dropit_fx.codecs import CODEC
-from dropit_fx.core_types import Decision, Plan, Site
-from dropit_fx.passes.choose_codecs import keep
+from dropit_fx.core_types import Decision, Plan, Site, Use
+from dropit_fx.passes.choose_codecs import keep, whole_or_none
 
 CAST = "cast"  # in the place of a codec: made again from the parameter
+UNREAD = "unread"  # and: no gradient that is asked for reads it
+LET_GO = (CAST, UNREAD, "drop")  # nothing is made of the tensor: the packed call has no use for it
 
 
 def share_packed(plan: Plan) -> Plan:
     """Gives each packed operand its ``pack`` key, and drops packings that do not pay."""
-    groups: dict[object, list[Decision]] = {}
-    for decision in plan.decisions:
+    shared = list(plan.decisions)
+    groups: dict[object, list[int]] = {}
+    for i, decision in enumerate(shared):
         if is_copy(decision):
-            groups.setdefault(value_of(decision), []).append(decision)
-    best = {key: _most_accurate(group) for key, group in groups.items()}
-    names = {key: f"{group[0].read.source}" for key, group in groups.items()}
-    shared: list[Decision] = []
-    for decision in plan.decisions:
-        key = value_of(decision)
-        if key in groups and decision in groups[key]:
-            chosen, number = best[key], list(groups).index(key)
-            decision = replace(
-                decision,
-                codec=chosen.codec,
-                options=chosen.options,
-                nbytes=chosen.nbytes,
-                pack=f"{names[key]}#{number}",
-            )
-        shared.append(decision)
+            groups.setdefault(value_of(decision)[:-1], []).append(i)
+    number = 0
+    for indices in groups.values():
+        for alike in _of_one_form([shared[i] for i in indices], indices):
+            group = [shared[i] for i in alike]
+            chosen = _most_accurate(group)
+            for i in alike:
+                shared[i] = replace(
+                    shared[i],
+                    codec=chosen.codec,
+                    options=chosen.options,
+                    nbytes=chosen.nbytes,
+                    pack=f"{group[0].read.source}#{number}",
+                )
+            number += 1
     bodies = {name: share_packed(body) for name, body in plan.bodies.items()}
-    return replace(plan, decisions=_recast(_never_larger(plan, shared)), bodies=bodies)
+    return replace(plan, decisions=_settle(plan, shared), bodies=bodies)
+
+
+def _of_one_form(group: list[Decision], indices: list[int]) -> list[list[int]]:
+    """Readers of one value that can share a copy.
+
+    What is packed by channel is read in the shape whose second dimension the channels are.
+    """
+    shapes = {d.read.view for d in group if d.options.get("by_channel")}
+    if not shapes or len({d.read.view for d in group}) == 1:
+        return [indices]
+    apart: dict[object, list[int]] = {}
+    for decision, i in zip(group, indices, strict=True):
+        apart.setdefault(decision.read.view if decision.read.view in shapes else None, []).append(i)
+    return list(apart.values())
 
 
 def _most_accurate(group: list[Decision]) -> Decision:
@@ -52,15 +73,91 @@ def _most_accurate(group: list[Decision]) -> Decision:
     return max(able or group, key=lambda d: d.nbytes)
 
 
-def _recast(decisions: tuple[Decision, ...]) -> tuple[Decision, ...]:
-    """Packed calls keep parameters, and cast them again: autocast's copies of them are let go."""
-    swapped = {d.read.node for d in decisions if d.packed}
-    return tuple(
-        replace(d, codec=CAST, reason="")
-        if d.read.recast and not d.packed and d.read.node in swapped
-        else d
-        for d in decisions
-    )
+def _settle(plan: Plan, shared: list[Decision]) -> tuple[Decision, ...]:
+    """Leaves alone the nodes whose packed call would not pay; then says what the others keep."""
+    decisions = _never_larger(plan, shared)
+    while reasons := _dense_nodes(plan, decisions):
+        again: list[Decision] = []
+        for site, mine in by_site(plan.sites, decisions):
+            mine = [
+                keep(d, reasons[d.read.node]) if d.packed and d.read.node in reasons else d
+                for d in mine
+            ]
+            again += whole_or_none(site, mine, plan.config)
+        decisions = _never_larger(plan, again)
+    return _let_go(plan, decisions)
+
+
+def swapped_nodes(decisions: list[Decision] | tuple[Decision, ...]) -> set[str]:
+    """The nodes that run as packed calls."""
+    return {d.read.node for d in decisions if d.packed and d.codec not in (CAST, UNREAD)}
+
+
+def _dense_nodes(plan: Plan, decisions: tuple[Decision, ...]) -> dict[str, str]:
+    """The nodes whose packed call would keep what it must not, or more than it frees."""
+    swapped = swapped_nodes(decisions)
+    reasons: dict[str, str] = {}
+    freed: dict[str, float] = defaultdict(float)
+    extra: dict[str, int] = defaultdict(int)
+    for site, mine in by_site(plan.sites, decisions):
+        kept = [d for d in mine if not d.packed and d.read.read is not None]
+        for d in kept:
+            read = d.read.read
+            if d.read.node not in swapped or read is None or read.use is Use.SHAPE:
+                continue
+            name = f"{d.read.op} would keep '{d.read.operand}' whole"
+            if d.read.bits is not None and read.like != read.operand:
+                reasons[d.read.node] = f"{d.read.label} is kept ({d.reason})"
+            elif not d.read.dense and d.read.written:
+                reasons[d.read.node] = f"{name}, which is written to later"
+            elif not d.read.dense and d.read.wanted and not site.dense:
+                extra[d.read.node] += site.nbytes
+                reasons.setdefault(d.read.node, f"{name}, which autograd lets go")
+        nodes = {d.read.node for d in mine}
+        held = [d for d in kept if d.read.node not in swapped or not _is_inside(d)]
+        if site.dense and not held:
+            share = (site.nbytes - packed_bytes(mine)) / len(nodes)
+            for node in nodes:
+                freed[node] += share
+    return {
+        node: reason
+        for node, reason in reasons.items()
+        if node not in extra or extra[node] >= freed[node]
+    }
+
+
+def _is_inside(decision: Decision) -> bool:
+    """Whether a packed call lets it go: made inside the op, or read for its shape alone."""
+    read = decision.read
+    return (read.read is None and read.rule is not None) or _of_shape(decision)
+
+
+def _of_shape(decision: Decision) -> bool:
+    return decision.read.read is not None and decision.read.read.use is Use.SHAPE
+
+
+def _let_go(plan: Plan, decisions: tuple[Decision, ...]) -> tuple[Decision, ...]:
+    """Packed calls keep nothing that they make inside or read for its shape alone.
+
+    They keep parameters and cast them again, so that autocast's copies go, where no other node
+    keeps them; and nothing for gradients that nobody asks for.
+    """
+    swapped, out = swapped_nodes(decisions), []
+    for _, mine in by_site(plan.sites, decisions):
+        mine = [
+            replace(d, codec="drop", options={}, nbytes=0, reason="", pack=None)
+            if not d.packed and d.read.node in swapped and _is_inside(d)
+            else d
+            for d in mine
+        ]
+        going = [
+            replace(d, codec=CAST if d.read.recast else UNREAD, reason="")
+            if not d.packed and d.read.node in swapped and (d.read.recast or not d.read.wanted)
+            else d
+            for d in mine
+        ]
+        out += going if all(d.packed for d in going) else mine
+    return tuple(out)
 
 
 def is_copy(decision: Decision) -> bool:
@@ -70,14 +167,20 @@ def is_copy(decision: Decision) -> bool:
     return decision.packed and named and decision.codec != "drop"
 
 
-def value_of(decision: Decision) -> object:
-    """Equal for reads of the same elements in the same precision; slopes are other values."""
+def value_of(decision: Decision) -> tuple[object, ...]:
+    """Equal for reads of the same elements in the same precision; slopes are other values.
+
+    Packed by channel, it is read in one shape only.
+    """
     read = decision.read
     slopes = read.function if decision.codec in CODEC and CODEC[decision.codec].slope else ""
-    return (read.identity, read.dtype, slopes)
+    form = read.view if decision.options.get("by_channel") else None
+    return (read.identity, read.dtype, slopes, form)
 
 
-def _never_larger(plan: Plan, decisions: list[Decision]) -> tuple[Decision, ...]:
+def _never_larger(
+    plan: Plan, decisions: list[Decision] | tuple[Decision, ...]
+) -> tuple[Decision, ...]:
     """House rule 2, storage by storage."""
     if plan.config.force:
         return tuple(decisions)

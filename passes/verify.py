@@ -15,10 +15,14 @@ from torch import fx
 
 from dropit_fx.codecs import CODEC
 from dropit_fx.config import serves
-from dropit_fx.core_types import OpRule, Plan, Use
-from dropit_fx.op_table import DERIVABLE, RULES, bind, inputs_of
+from dropit_fx.core_types import INSIDE, OpRule, Plan, Use
+from dropit_fx.op_table import CHECKPOINT, DERIVABLE, RULES, bind, inputs_of
 from dropit_fx.packed_call import PACKED_OPS, derived, pack, stand_in
-from dropit_fx.passes.share_packed import CAST, by_site, packed_bytes, value_of
+from dropit_fx.passes.derive_values import whole_values
+from dropit_fx.passes.share_packed import CAST, LET_GO, UNREAD, by_site, packed_bytes, value_of
+
+KEEP: tuple[str, dict[str, Any]] = ("keep", {})
+DROP: tuple[str, dict[str, Any]] = ("drop", {})
 
 
 class VerifyError(AssertionError):
@@ -80,7 +84,7 @@ def one_decision_each(plan: Plan) -> Iterator[str]:
 def served(plan: Plan) -> Iterator[str]:
     """A codec serves the use of every read that it is chosen for."""
     for d in plan.decisions:
-        if not d.packed or d.codec == CAST:
+        if not d.packed or d.codec in LET_GO:
             continue
         read, codec = d.read.read, CODEC.get(d.codec, CODEC["keep"])
         if read is None:
@@ -106,7 +110,7 @@ def whole_or_none(plan: Plan) -> Iterator[str]:
     if plan.config.force:
         return
     for site, decisions in by_site(plan.sites, plan.decisions):
-        packed = [d.read.label for d in decisions if d.packed]
+        packed = [d.read.label for d in decisions if d.packed and d.codec not in LET_GO]
         kept = [d.read.label for d in decisions if not d.packed]
         if packed and kept:
             yield f"'{site.name}' is packed for {packed[0]} and kept for {kept[0]}"
@@ -148,7 +152,7 @@ def one_copy(plan: Plan) -> Iterator[str]:
 
 def derived_from_what_is_there(plan: Plan) -> Iterator[str]:
     """A derived value comes, call by call, from what the backward has whatever happens to it."""
-    kept = {d.read.source for d in plan.decisions if not d.packed and d.read.wanted}
+    values, whole = plan.values, whole_values(plan)
     for n in plan.module.graph.nodes:
         if n.target is not derived:
             continue
@@ -161,9 +165,13 @@ def derived_from_what_is_there(plan: Plan) -> Iterator[str]:
                 continue
             if value.target is stand_in:
                 value = value.args[0]
-            same = {value.name, plan.values.views.get(value.name)}
-            if not same & (plan.values.alive.keys() | kept):
+            if value.name in values.alive and value.name not in values.shapes:
+                continue  # a number
+            seen = {e for (_, v), e in values.seen.items() if v == value.name}
+            if value.name not in values.alive and not seen & whole:
                 yield f"'{n.name}' keeps '{value}' whole, which nobody else does"
+            elif not any(map(values.stays, seen)):
+                yield f"'{n.name}' keeps '{value}' whole, which is written to"
 
 
 def packs_are_read(plan: Plan) -> Iterator[str]:
@@ -210,19 +218,61 @@ def calls_know_their_reads(plan: Plan) -> Iterator[str]:
     """A packed call gives its own row's reads: operands a copy, what it makes a codec."""
     for call, rule, operand, how in _packed_reads(plan):
         read = rule.read(operand)
-        if read is None:
+        if read is None and operand != INSIDE:
             yield f"'{call.name}': {rule.name} has no read {operand!r}"
-        elif read.bits is not None or read.use is Use.SHAPE:
+        elif how in (KEEP, DROP):
+            continue
+        elif read is None or read.bits is not None or read.use is Use.SHAPE:
             if isinstance(how, fx.Node) or how[0] not in CODEC:
                 yield f"'{call.name}': {operand!r} is packed as {how}, which is no codec"
         elif not _is_copy(how) and (isinstance(how, fx.Node) or operand in inputs_of(rule)):
             yield f"'{call.name}': {operand!r} is packed as {how}, which is no pack node"
 
 
+def says_all_that_is_kept(plan: Plan) -> Iterator[str]:
+    """``packed=`` names every read of a row, and what it keeps whole is alive or was counted."""
+    values = plan.values
+    decided = {d.read.label: d for d in plan.decisions}
+    rules: dict[Any, OpRule] = {op: RULES[name] for name, op in PACKED_OPS.items()}
+    for call in plan.module.graph.nodes:
+        rule = rules.get(call.target)
+        if rule is None or rule is CHECKPOINT:  # its other inputs are arguments of the region
+            continue
+        bound, packed = bind(rule, call.args, _plain(call)) or {}, call.kwargs["packed"]
+        for read in rule.reads:
+            value, decision = bound.get(read.operand), decided.get(f"{call.name}.{read.operand}")
+            how = packed.get(read.operand)
+            is_there = read.operand not in inputs_of(rule) or isinstance(value, fx.Node)
+            if how is None and is_there:
+                yield f"'{call.name}' does not say how {read.operand!r} is kept"
+            if how == DROP and read.use is not Use.SHAPE:
+                yield f"'{call.name}' lets {read.operand!r} go, whose values its backward reads"
+            if how != KEEP or read.operand not in inputs_of(rule):
+                continue
+            needing = [bound.get(n) for n in read.needed_by]
+            wanted = any(isinstance(v, fx.Node) and _requires_grad(v, plan) for v in needing)
+            counted = decision is not None and (not decision.packed or decision.codec in LET_GO)
+            is_made = isinstance(value, fx.Node) and value.name not in values.alive
+            if wanted and is_made and not counted:
+                yield f"'{call.name}' keeps {read.operand!r}, which nobody has counted"
+
+
+def _requires_grad(value: fx.Node, plan: Plan) -> bool:
+    return value.name in plan.values.differentiable
+
+
 def graph_follows_decisions(plan: Plan) -> Iterator[str]:
     """The graph packs what the decisions say, as they say it, and nothing else."""
-    wanted = {d.read.label: d for d in plan.decisions if d.packed and d.codec != CAST}
-    found = {f"{r.call.name}.{r.operand}": r.how for r in _packed_reads(plan)}
+    wanted = {
+        d.read.label: d
+        for d in plan.decisions
+        if d.packed and d.codec not in (CAST, UNREAD) and d.read.read is not None
+    }
+    found = {
+        f"{r.call.name}.{r.operand}": r.how
+        for r in _packed_reads(plan)
+        if r.how not in (KEEP, DROP) or f"{r.call.name}.{r.operand}" in wanted
+    }
     for label in sorted(wanted.keys() - found.keys()):
         yield f"{label} was to be packed and is not"
     for label in sorted(found.keys() - wanted.keys()):
@@ -275,5 +325,6 @@ CHECKS: tuple[Check, ...] = (
     Check("insert_packing", derived_from_what_is_there),
     Check("insert_packing", packs_are_read),
     Check("insert_packing", calls_know_their_reads),
+    Check("insert_packing", says_all_that_is_kept),
     Check("insert_packing", graph_follows_decisions),
 )

@@ -11,11 +11,14 @@ import pytest
 import timm
 import torch
 from models import Case, every_model, rewritten
+from op_cases import CASES, LOSSLESS, graph_of, pack_graph
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dropit_fx import report, transform
 from dropit_fx.measure import saved_bytes, saved_tensors
+from dropit_fx.op_table import RULES
+from dropit_fx.report import Report, rows
 
 FLOAT = 4
 
@@ -66,7 +69,7 @@ class Attention(nn.Module):
 
 def test_q_k_and_v_share_one_packed_copy() -> None:
     x = torch.randn(32, 64)
-    made = transform(Attention(), example_args=(x,), gamma=0.5)
+    made = transform(Attention(), example_args=(x,), preset="dropit", gamma=0.5)
     packs = [n for n in made.graph.nodes if getattr(n.target, "__name__", "") == "pack"]
     assert len(packs) == 1
     assert len(packs[0].users) == 3
@@ -184,7 +187,7 @@ def test_without_gradients_nothing_is_packed(training: bool) -> None:
 def test_autocast_packs_the_bfloat16_tensor() -> None:
     model = Attention()
     x = torch.randn(32, 64)
-    made = transform(model, example_args=(x,), gamma=0.5)
+    made = transform(model, example_args=(x,), preset="dropit", gamma=0.5)
     with torch.autocast("cpu", torch.bfloat16):
         kept = saved_tensors(made, x)
     packed = sorted(t.nbytes for t in kept if t.nbytes != 32 * FLOAT)
@@ -205,3 +208,19 @@ def test_channels_last_and_transposed_inputs_take_the_same_bytes() -> None:
     )
     assert report(made).kept_bytes == report(plain).kept_bytes
     assert saved_bytes(made, x.to(memory_format=torch.channels_last)) == report(made).kept_bytes
+
+
+# --- every row, every case
+
+BALANCED = {"preset": "balanced"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_said_of_every_case_is_what_is_measured(name: str) -> None:
+    calls = [(c, c.tensors(), graph_of(RULES[name].targets[0], c)) for c in CASES[name]]
+    expected = saved_bytes(lambda: [dense(*tensors) for _, tensors, dense in calls])
+    for config in (LOSSLESS, BALANCED):
+        made = [(pack_graph(dense, tensors, config), tensors) for _, tensors, dense in calls]
+        told = Report(tuple(row for (_, plan), _ in made for row in rows(plan)))
+        measured = saved_bytes(lambda made=made: [packed(*t) for (packed, _), t in made])
+        assert (told.dense_bytes, told.kept_bytes) == (expected, measured)

@@ -94,7 +94,9 @@ def test_what_to_pack(factories: str, capsys: pytest.CaptureFixture[str], tmp_pa
     config = tmp_path / "c.yaml"
     config.write_text("preset: null\nrules:\n  - {op: linear, codec: keep}\n")
     assert codecs("--config", str(config)) == {"keep"}
-    assert any("mink(gamma=0.5)" in c for c in codecs("--gamma", "0.5"))
+    assert any("mink(gamma=0.5)" in c for c in codecs("--gamma", "0.5", "--strategy", "mink"))
+    assert any("mink(gamma=0.75, bits=4)" in c for c in codecs("--gamma", "0.75"))
+    assert any("mink(gamma=0.5, bits=6)" in c for c in codecs("--bits", "6"))
     assert any("random(gamma=0.9)" in c for c in codecs("--strategy", "random"))
     assert not any("mink" in c for c in codecs("--preset", "lossless"))
 

@@ -188,10 +188,33 @@ def test_sugar_leaves_rules_of_ones_own_alone() -> None:
     assert found.full_options()["gamma"] == 0.7
 
 
-def test_bits_as_sugar() -> None:
-    found = make_config(bits=4).rule_for("b", "linear", LINEAR)
-    assert found is not None
-    assert found.full_options()["bits"] == 4
+def test_bits_alone_leave_the_preset_and_change_all_its_rules_that_have_bits() -> None:
+    plain, sweet = load_config(), make_config(bits=3)
+    assert sweet.preset == plain.preset
+    for before, after in zip(plain.rules, sweet.rules, strict=True):
+        had = "bits" in {o.name for o in CODEC[before.codec].options}
+        assert dict(after.options) == dict(before.options) | ({"bits": 3} if had else {})
+        assert (after.op, after.module, after.codec) == (before.op, before.module, before.codec)
+    assert any("bits" in dict(r.options) for r in sweet.rules)
+
+
+def test_gamma_alone_leaves_the_preset_and_changes_all_its_rules_that_have_one() -> None:
+    plain, sweet = load_config(), make_config(gamma=0.75)
+    changed = [r for r in sweet.rules if r not in plain.rules]
+    assert [(r.codec, dict(r.options)["gamma"]) for r in changed] == [("mink", 0.75)]
+    assert (sweet.preset, len(sweet.rules)) == (plain.preset, len(plain.rules))
+
+
+def test_sugar_by_itself_keeps_no_more_than_the_default() -> None:
+    x = torch.randn(64, 64)
+    layers = nn.Linear(64, 128), nn.GELU(), nn.LayerNorm(128), nn.Linear(128, 64), nn.ReLU()
+
+    def kept(**sugar: Any) -> int:
+        made = dropit_fx.transform(nn.Sequential(*layers, *model()), example_args=(x,), **sugar)
+        return dropit_fx.report(made).kept_bytes
+
+    assert kept(bits=4) < kept()
+    assert kept(gamma=0.9) <= kept()
 
 
 def test_a_preset_given_beside_a_config_takes_the_place_of_its_preset() -> None:
@@ -206,6 +229,23 @@ def test_the_call_of_the_published_code_works() -> None:
     assert codecs == {"bitmask(bits=1)+mink(gamma=0.9)"}
 
 
+@pytest.mark.parametrize("kind", ["sugar", "rule"])
+def test_fewer_bits_never_cost_more_bytes(kind: str) -> None:
+    x, images = torch.randn(64, 64), torch.randn(4, 16, 16, 16)
+    mlp = nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.LayerNorm(64)
+    convs = nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.SiLU(), nn.Conv2d(16, 16, 3), nn.ReLU()
+    for layers, given in ((mlp, x), (convs, images)):
+        first = nn.Linear(64, 64) if given is x else nn.Conv2d(16, 16, 3)
+        body = nn.Sequential(first, *layers)
+        kept = []
+        for bits in range(1, 9):
+            rule = {"op": ["gelu", "silu", "batch_norm"], "codec": "quant", "bits": bits}
+            how: Any = {"bits": bits} if kind == "sugar" else {"config": {"rules": [rule]}}
+            made = dropit_fx.transform(body, example_args=(given,), **how)
+            kept.append(dropit_fx.report(made).kept_bytes)
+        assert kept == sorted(kept)
+
+
 # --- errors
 
 ERRORS: list[tuple[str, Any, str]] = [
@@ -213,7 +253,7 @@ ERRORS: list[tuple[str, Any, str]] = [
         "unknown key",
         {"presets": "dropit"},
         "config: no key 'presets'. Did you mean 'preset'? Choose one of: preset, rules, derive,"
-        " force.",
+        " keep_small, norm_values, force.",
     ),
     (
         "unknown key of a rule",
@@ -315,8 +355,14 @@ def test_sugar_is_checked_as_rules_are() -> None:
 def test_sugar_without_anything_to_sweeten_is_refused() -> None:
     for config in ({"preset": None}, {"preset": "lossless"}):
         text = refusal(config, gamma=0.5)
-        assert "strategy, gamma and bits change the preset's rules that drop elements" in text
-        assert text.endswith("has none")
+        assert f"gamma = 0.5 changes rules of the preset, and preset {config['preset']!r}" in text
+        assert "Presets that have: balanced, dropit, max;" in text
+        assert "Presets that have: balanced, dropit, fewbit," in refusal(config, bits=4)
+        text = refusal(config, strategy="random")
+        assert "strategy = 'random' takes the place of the codec that drops elements" in text
+    assert "bits = 6 for codec 'few_bit': bits of an interval's number, 1 to 4" in refusal(
+        {"preset": "fewbit"}, bits=6
+    )
 
 
 @pytest.mark.parametrize(

@@ -495,6 +495,33 @@ def test_pruned_layers_inside_follow_their_masks() -> None:
 
 
 @pytest.mark.parametrize(
+    "hooked",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        nn.utils.weight_norm,
+    ],
+    ids=["prune", "weight_norm"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_pytorchs_own_hooks_are_a_part_of_the_graph(hooked: Any) -> None:
+    model, own = net(), net()
+    for one in (model, own):
+        torch.manual_seed(2)
+        hooked(one.b)
+    before = state_of(model.b)
+    transform(model, example_args=(X,), preset="lossless", modules="b")
+    assert set(model.state_dict()) == set(own.state_dict())
+    assert before["._forward_pre_hooks"]
+    for _ in range(3):
+        want, got = step(own, (X,), {}), step(model, (X,), {})
+        assert differing(want.gradients, got.gradients) == []
+        with torch.no_grad():
+            for p, q in zip(own.parameters(), model.parameters(), strict=True):
+                p.sub_(p.grad, alpha=0.01)
+                q.sub_(q.grad, alpha=0.01)
+
+
+@pytest.mark.parametrize(
     "register",
     [
         lambda m: m.register_forward_hook(lambda *args: None),

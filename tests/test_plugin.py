@@ -173,6 +173,18 @@ def test_the_environment_gives_defaults_to_callers_without_options(monkeypatch):
     monkeypatch.setenv("DROPIT_GAMMA", "0.5")
     monkeypatch.setenv("DROPIT_INNER", "aot_eager")
     torch.compile(mlp(), backend="dropit")(torch.randn(16, 64)).sum().backward()
+    codecs = "+".join(r.codec for r in backend.compiled_graphs()[-1].report.rows)
+    assert "quant(bits=5)" in codecs  # the preset stays what it is
+    monkeypatch.setenv("DROPIT_BITS", "8")
+    torch._dynamo.reset()
+    torch.compile(mlp(), backend="dropit")(torch.randn(16, 64)).sum().backward()
+    codecs = "+".join(r.codec for r in backend.compiled_graphs()[-1].report.rows)
+    assert "quant(bits=8)" in codecs
+    assert "bits=5" not in codecs
+    monkeypatch.delenv("DROPIT_BITS")
+    monkeypatch.setenv("DROPIT_STRATEGY", "mink")
+    torch._dynamo.reset()
+    torch.compile(mlp(), backend="dropit")(torch.randn(16, 64)).sum().backward()
     codecs = [r.codec for r in backend.compiled_graphs()[-1].report.rows]
     assert "mink(gamma=0.5)" in codecs
     monkeypatch.setenv("DROPIT_GAMMA", "half")

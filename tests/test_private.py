@@ -163,6 +163,16 @@ def _an_overload_has_a_schema() -> None:
     assert found == ("aten::add", "alpha", 1, True), f"its schema reads {found}"
 
 
+@of("torch.utils._sympy.printers.PythonPrinter")
+def _conditions_on_sizes_print_as_python() -> None:
+    import sympy
+
+    size = sympy.Symbol("s0", positive=True, integer=True)
+    printed = private.PythonPrinter().doprint(sympy.Ne(size, 1))
+    assert eval(printed, {"s0": 2})
+    assert not eval(printed, {"s0": 1})
+
+
 @of("torch.SymInt.node.hint", f"{_SHAPES}.ShapeEnv")
 def _a_symbolic_size_has_a_hint_without_a_guard() -> None:
     env = private.ShapeEnv(specialize_zero_one=False, duck_shape=True)
@@ -188,6 +198,18 @@ def _writing_counts() -> None:
     before = private.version(x)
     x.add_(1)
     assert private.version(x) == before + 1, "writing in place does not count it up by one"
+
+
+@of("torch.Tensor._is_view", "torch.ops.aten._unsafe_view")
+def _views_are_told_and_unsafe_ones_are_none() -> None:
+    x = torch.ones(2, 3)
+    view = x.view(3, 2)
+    assert private.is_view(view), "a view is not told"
+    assert not private.is_view(x), "what is no view is taken for one"
+    with torch.no_grad():
+        again = private.unsafe_view(view, view.shape)
+    assert not private.is_view(again), "an unsafe view is one to autograd"
+    assert private.storage_id(again) == private.storage_id(x), "it copies"
 
 
 @of("torch._C._autograd._saved_tensors_hooks_set_tracing")
@@ -329,6 +351,18 @@ def _a_selective_checkpoint_is_a_tagged_region() -> None:
     (x,) = graph.graph.find_nodes(op="placeholder")
     value = x.meta.get(private.EXAMPLE_VALUE)
     assert isinstance(value, private.FakeTensor), f"an input's meta has {sorted(x.meta)}"
+
+
+@of("torch.xpu._lazy_seed_tracker.manual_seed_all_cb")
+def _seeding_leaves_another_object_each_time() -> None:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(3)
+        first = private.last_seeding()
+        torch.rand(2)
+        assert private.last_seeding() is first
+        torch.manual_seed(3)
+    assert first is not None
+    assert private.last_seeding() is not first
 
 
 @of("_stacklevel")

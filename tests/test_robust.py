@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import dropit_fx
 from dropit_fx import measure
 from dropit_fx.capture import CaptureError
 from dropit_fx.report import Row
+from dropit_fx.untouched import untouched
 
 # Loses no bit. Operands packed at gamma = 0 take as much room as dense, so that has to be forced.
 LOSSLESS = {
@@ -678,3 +681,90 @@ def test_copies_and_pickles_train_on_their_own(tmp_path: Any) -> None:
         assert_same(grads(other, x), expected)
         assert str(dropit_fx.report(other)) == str(dropit_fx.report(packed))
         assert not {id(p) for p in other.parameters()} & {id(p) for p in packed.parameters()}
+
+
+SEEN: list[Any] = []
+
+
+class Remembers(nn.Module):
+    """Keeps what it sees in attributes, containers, objects and defaults."""
+
+    shared: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.cache: dict[str, list[Any]] = {"a": [1]}
+        self.plain, self.steps = torch.zeros(3), 0
+        self.register_buffer("count", torch.zeros(2))
+
+    def forward(self, x: Tensor, held: list[Any] = []) -> Tensor:  # noqa: B006
+        self.steps += 1
+        self.last, self.count = x, self.count + 1
+        self.plain.add_(1)
+        self.cache["a"].append(x)
+        for place in (held, SEEN):
+            place.append(x)
+        self.shared["x"] = x
+        random.random()
+        return self.linear(x)
+
+
+def remembered(model: Remembers) -> Any:
+    state = {k: v for k, v in vars(model).items() if not k.startswith("_")}
+    extra = (list(SEEN), dict(Remembers.shared), Remembers.forward.__defaults__)
+    return copy.deepcopy((state, extra, model.plain._version)), random.getstate()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_is_what_it_was_after_a_run(fails: bool) -> None:
+    model = Remembers()
+    before, count = remembered(model), model.count
+    with suppress(ZeroDivisionError), untouched(model) as seen:
+        model(torch.randn(2, 16))
+        if fails:
+            raise ZeroDivisionError
+    assert str(remembered(model)) == str(before)
+    assert model.count is count
+    changed = {c.attribute for c in seen.changes}
+    assert {"steps", "last", "cache['a'][1]", "plain", "_buffers['count']"} <= changed
+    assert "Python's random" in seen.chance
+
+
+def test_modules_leave_the_rest_of_the_model_as_it_was() -> None:
+    model = nn.Sequential(Remembers(), nn.GELU(), nn.Linear(16, 8))
+    before = remembered(model[0])
+    dropit_fx.transform(model, modules="2", example_args=(torch.randn(4, 16),))
+    assert str(remembered(model[0])) == str(before)
+
+
+def test_a_batch_norm_with_a_cumulative_average() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=None))
+    made = dropit_fx.transform(
+        copy.deepcopy(model), preset="lossless", example_args=(torch.ones(4, 3, 8, 8),)
+    )
+    for _ in range(2):
+        x = torch.randn(4, 3, 8, 8)
+        assert torch.equal(made(x), model(x))
+    for ours, theirs in zip(made.buffers(), model.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_a_function_under_fx_wrap_is_opened(batch: int) -> None:
+    window = pytest.importorskip("torchvision.models.swin_transformer").ShiftedWindowAttention
+    model, x = nn.Sequential(window(32, [4, 4], [0, 0], 4)), torch.randn(2, 8, 8, 32)
+    packed = dropit_fx.transform(copy.deepcopy(model), example_args=(x,))
+    assert measure.saved_bytes(packed, x) < measure.saved_bytes(model, x) / 5
+    made = dropit_fx.transform(copy.deepcopy(model), preset="lossless", example_args=(x,))
+    x = torch.randn(batch, 8, 8, 32)
+    for training in (True, False):
+        ours, theirs = made.train(training)(x), model.train(training)(x)
+        assert torch.equal(ours, theirs)
+        for module, out in ((made, ours), (model, theirs)):
+            module.zero_grad()
+            out.square().sum().backward()
+        for p, q in zip(made.parameters(), model.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad)
+    with pytest.raises(ValueError, match=r"size\(\)\[1\] == 8 of shifted_window_attention"):
+        made(torch.randn(2, 12, 12, 32))

@@ -119,6 +119,12 @@ def unpacked_again(plan: Plan) -> Plan:
     return plan
 
 
+def named_by(plan: Plan, name: str, **changes: Any) -> Plan:
+    """The plan with other words in ``packed=`` of a call; None takes a word out."""
+    packed = {**named(plan, name).kwargs["packed"], **changes}
+    return packed_as(plan, name, {k: v for k, v in packed.items() if v is not None})
+
+
 def packed_too(plan: Plan) -> Plan:
     """The last linear's input, which the model returns, packed in the graph alone."""
     graph, call = plan.module.graph, named(plan, "linear_3")
@@ -251,6 +257,24 @@ BROKEN: list[tuple[str, str, Callable[[Plan], Plan], str]] = [
         "one copy of two values",
         lambda p: decide(p, "linear_3.input", codec="mink", options=MINK, pack="relu#0"),
         "copy 'relu#0' stands for 2 values",
+    ),
+    (
+        "says_all_that_is_kept",
+        "a read that no word is said of",
+        lambda p: named_by(p, "linear_1", weight=None),
+        "'linear_1' does not say how 'weight' is kept",
+    ),
+    (
+        "says_all_that_is_kept",
+        "a read that is let go",
+        lambda p: named_by(p, "linear_1", weight=("drop", {})),
+        "'linear_1' lets 'weight' go, whose values its backward reads",
+    ),
+    (
+        "says_all_that_is_kept",
+        "a tensor kept whole that nobody has counted",
+        lambda p: named_by(p, "linear_1", input=("keep", {})),
+        "'linear_1' keeps 'input', which nobody has counted",
     ),
     ("packs_are_read", "a pack without readers", pack_for_nobody, "'pack_1' packs for nobody"),
     (

@@ -45,9 +45,10 @@ class DropITCallback(TrainerCallback):
     Args:
         config: As for ``transform``; so are `preset`, `strategy`, `gamma` and `bits`.
         preset: Name of a preset.
-        strategy: Codec of linear and convolution inputs.
-        gamma: Dropping rate in [0, 1) of the preset's rules.
-        bits: Bits of a kept value, 1 to 8, of the preset's rules.
+        strategy: Codec of linear and convolution inputs; without a preset or a config, the preset
+            is then ``"dropit"``.
+        gamma: Dropping rate in [0, 1), for all rules of the preset whose codec has one.
+        bits: Bits of a kept value, 1 to 8, for all rules of the preset whose codec has them.
         backend: ``"dropit_eager"`` runs the rewritten graphs as they are: every value that is not
             approximated has the bits of training without the callback. ``"dropit"`` compiles them.
         options: More options of the backend: ``inner``, and inductor's own.

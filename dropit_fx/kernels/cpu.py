@@ -34,6 +34,7 @@ from dropit_fx.kernels.layout import (
     scale_columns,
     uint_nbytes,
 )
+from dropit_fx.kernels.seeds import draw_seed
 
 _log = logging.getLogger(__name__)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in cpu.c
@@ -105,7 +106,7 @@ def sparsify(
     if not (stochastic and bits):
         seed = None
     elif seed is None:
-        seed = reference.draw_seed(x.device)
+        seed = draw_seed(x.device)
     n = x.numel()
     count = codes_nbytes(n, keep, block, bits) if bits else kept(n, keep, block)
     values = torch.empty(count, dtype=torch.uint8 if bits else x.dtype)
@@ -122,7 +123,7 @@ def sample(x: Tensor, keep: int, block: int, seed: Tensor | None = None) -> tupl
     if lib is None or x.dtype not in _DTYPES:
         return reference.sample(x, keep, block, seed)
     check_format(keep, block)
-    seed = reference.draw_seed(x.device) if seed is None else seed
+    seed = draw_seed(x.device) if seed is None else seed
     n = x.numel()
     values = torch.empty(kept(n, keep, block), dtype=x.dtype)
     mask = torch.empty(mask_nbytes(n, keep), dtype=torch.uint8)

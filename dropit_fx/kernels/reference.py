@@ -23,6 +23,7 @@ from dropit_fx.kernels.layout import (
     split_blocks,
     uint_nbytes,
 )
+from dropit_fx.kernels.seeds import draw_seed
 
 _INT_OF = {
     torch.float64: torch.int64,
@@ -64,11 +65,6 @@ def _mix(v: Tensor) -> Tensor:
 def _mul32(v: Tensor, factor: int) -> Tensor:
     """The low 32 bits of v * factor, by halves: int64 never overflows."""
     return (v * (factor & 0xFFFF) + ((v * (factor >> 16) & 0xFFFF) << 16)) & 0xFFFFFFFF
-
-
-def draw_seed(device: torch.device) -> Tensor:
-    """A fresh 64-bit seed from torch's default generator of `device`, without a host sync."""
-    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
 def select_largest(keys: Tensor, k: int) -> Tensor:
@@ -223,7 +219,7 @@ def sparsify(
         block: elements per block, or 0.
         bits: bits per kept value, 0: as they are.
         layout: of the levels, see `coder`.
-        stochastic: see `coder`; draws one seed from torch's generator unless one is given.
+        stochastic: see `coder`; draws one seed (`seeds`) unless one is given.
         seed: (1,) int64.
     """
     check_format(keep, block, bits, layout)

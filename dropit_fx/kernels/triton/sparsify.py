@@ -26,6 +26,7 @@ from dropit_fx.kernels.layout import (
     scale_columns,
     uint_nbytes,
 )
+from dropit_fx.kernels.seeds import draw_seed
 from dropit_fx.kernels.triton.bits import (
     DTYPES,
     INT_OF,
@@ -187,7 +188,7 @@ def _sparsify(
     if not (stochastic and bits):
         seed = None
     elif seed is None:
-        seed = reference.draw_seed(x.device)
+        seed = draw_seed(x.device)
     n = x.numel()
     x = x.contiguous()
     mask = x.new_empty(mask_nbytes(n, keep), dtype=torch.uint8)
@@ -243,7 +244,7 @@ def sample(x: Tensor, keep: int, block: int, seed: Tensor | None = None) -> tupl
     check_format(keep, block)
     if not fits(x.dtype, x.numel(), block):
         return reference.sample(x, keep, block, seed)
-    seed = reference.draw_seed(x.device) if seed is None else seed
+    seed = draw_seed(x.device) if seed is None else seed
     x = x.contiguous()
     mask = x.new_empty(mask_nbytes(x.numel(), keep), dtype=torch.uint8)
     values = x.new_empty(kept(x.numel(), keep, block))

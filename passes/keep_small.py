@@ -1,0 +1,65 @@
+"""Pass 5: what is small beside the rest is kept exactly.
+
+The input of a LoRA's second factor is a hundredth of what a step saves, and most of the error of
+its gradient. A storage is small that is less than a tenth of the large ones (the upper quartile of
+what has a lossy copy), which tells it from the late layers of a convolutional net. The smallest are
+kept first, until together they are three in a hundred of all that is packed.
+
+Requires: decisions with what is derived. Ensures: only storages with copies of their own change;
+what is derived from a copy of theirs is then derived from the exact values.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+
+from dropit_fx.codecs import CODEC
+from dropit_fx.core_types import Decision, Plan, Site
+from dropit_fx.passes.choose_codecs import keep
+from dropit_fx.passes.share_packed import CAST, by_site
+
+TENTH = 10  # of the large ones: nothing above is small
+HUNDREDTHS = 3  # of the dense bytes of all that is not kept: no more is kept for this reason
+REASON = "small beside what is packed, it is kept exactly"
+
+
+def keep_small(plan: Plan) -> Plan:
+    """Keeps small storages whole, where the config asks for it."""
+    bodies = {name: keep_small(body) for name, body in plan.bodies.items()}
+    pairs = by_site(plan.sites, plan.decisions)
+    small = _small(plan, pairs) if plan.config.keep_small and not plan.config.force else set()
+    decisions: list[Decision] = []
+    for site, mine in pairs:
+        if site.name in small:
+            mine = [keep(d, REASON) if d.packed else d for d in mine]
+        decisions += mine
+    return replace(plan, decisions=tuple(decisions), bodies=bodies)
+
+
+def _small(plan: Plan, pairs: list[tuple[Site, list[Decision]]]) -> set[str]:
+    lossy = [(s, mine) for s, mine in pairs if not s.alive and any(map(_is_lossy, mine))]
+    if not lossy:
+        return set()
+    sizes = sorted(s.nbytes for s, _ in lossy)
+    large = sizes[len(sizes) * 3 // 4]
+    packed = sum(s.nbytes for s, mine in pairs if all(d.packed for d in mine))
+    room = packed * HUNDREDTHS // 100
+    casts = {d.read.node for d in plan.decisions if d.codec == CAST}
+    names: dict[str, int] = defaultdict(int)
+    for site in plan.sites:
+        names[site.name] += 1
+    found: set[str] = set()
+    for site, mine in sorted(lossy, key=lambda pair: pair[0].nbytes):
+        room -= site.nbytes
+        if site.nbytes * TENTH >= large or room < 0:
+            break
+        # a call that packs nothing more keeps its cast of a parameter, which is no gain
+        if not any(d.own or d.read.node in casts for d in mine) and names[site.name] == 1:
+            found.add(site.name)
+    return found
+
+
+def _is_lossy(decision: Decision) -> bool:
+    codec = CODEC.get(decision.codec)
+    return decision.nbytes > 0 and codec is not None and not codec.lossless(decision.options)
