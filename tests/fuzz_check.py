@@ -456,13 +456,8 @@ class Trial:
         for kind, detail in wrong.items():
             self.found(name, kind, detail)
         counted = False
-        if (
-            name != "exact"
-            and not wrong
-            and self.count_bytes
-            and yard.bytes is not None
-            and report is not None
-        ):
+        countable = self.count_bytes and yard.bytes is not None and name == "balanced"
+        if countable and report is not None and not wrong:
             told, kept = report(), _saved(yard.subject, run)
             if told is not None and kept is not None:
                 counted = self._count(name, told, kept)
