@@ -451,10 +451,10 @@ class PackedFunction(torch.autograd.Function):
                 continue
             buffers = _buffers(codec, options)
             like = made[at] if codec == "keep" else _shaped_like(rule, operand, args, out)
+            layouts[operand] = _layout(like)
             if _is_wanted(rule, operand, needs):  # it may be made for others alone
                 entries.append(_Entry(operand, codec, options, like.dtype, buffers))
                 saved += made[at : at + buffers]
-                layouts[operand] = _layout(like)
             at += buffers
         ctx.save_for_backward(*saved)
         ctx.rule_name, ctx.needs, ctx.entries, ctx.layouts = rule_name, needs, entries, layouts
@@ -593,7 +593,8 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
         for read in rule.reads:
             operand = read.operand
             wanted = _is_wanted(rule, operand, needs)
-            if not (wanted or operand in gives):
+            statistic = operand not in bound and not read.like  # formulas ask for its shape
+            if not (wanted or operand in gives or statistic):
                 continue
             is_tensor = operand not in bound or isinstance(bound[operand], Tensor)
             if operand not in packed and is_tensor:

@@ -131,7 +131,9 @@ def assert_agrees(call: Case, packed: Any, dense: Any) -> None:
     """Results to the last bit; gradients too, unless the case says why they are rounded anew."""
     assert_same(packed[0], dense[0])
     if call.rounds:
-        torch.testing.assert_close(packed[1], dense[1], equal_nan=True)
+        eps = torch.finfo(dense[0].dtype).eps if dense[0].is_floating_point() else 0.0
+        within = {"rtol": 2 * eps, "atol": eps} if eps > 1e-4 else {}  # of half precision, two ulps
+        torch.testing.assert_close(packed[1], dense[1], equal_nan=True, **within)
     else:
         assert_same(packed[1], dense[1])
 

@@ -1,0 +1,369 @@
+"""Checks many random models, on several processes: ``make fuzz``, or ``python tests/fuzz.py``.
+
+Prints a count for each way of packing, and the smallest program for each kind of failure. The exit
+status is 1 where there is any. The same seed draws the same programs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import gc
+import io
+import logging
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+CHUNK = 100  # programs that Hypothesis draws in one go
+LONGEST = {"inductor": 300}  # seconds for one program; 60 for other ways
+SHRINKING = 90  # seconds for one failure
+CONFIGS = {
+    "aot": ("formulas",),
+    "inductor": ("balanced",),
+    "transform": ("formulas", "exact", "balanced"),
+    "dropit_eager": ("exact", "balanced"),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Programs of one seed, and the ways in which each of them is checked."""
+
+    ways: tuple[str, ...]
+    seed: int
+    graphs: int
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a worker tells: of a program (``counts``), of a failure (``text``), of an end."""
+
+    kind: str  # "program", "failure", "end"
+    worker: int
+    counts: tuple[tuple[str, str, str], ...] = ()  # way, outcome, why
+    key: str = ""
+    text: str = ""
+
+
+def main() -> int:
+    """Runs the command line; the exit status."""
+    options = _options()
+    tasks = list(_tasks(options))
+    run = Run(tasks, options.workers)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        run.all()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print("interrupted: this is what was found so far")
+    run.tell(options)
+    return 1 if run.failures else 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--graphs", type=int, default=10_000, help="transform and dropit_eager")
+    parser.add_argument("--aot", type=int, default=300, help="compiled with aot_eager")
+    parser.add_argument("--inductor", type=int, default=300, help="compiled with inductor")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
+    return parser.parse_args()
+
+
+def _tasks(options: argparse.Namespace) -> Iterator[Task]:
+    for ways, graphs in (
+        (("transform", "dropit_eager"), options.graphs),
+        (("aot",), options.aot),
+        (("inductor",), options.inductor),
+    ):
+        for at in range(0, graphs, CHUNK):
+            seed = options.seed * 1_000_003 + at // CHUNK
+            yield Task(ways, seed, min(CHUNK, graphs - at))
+
+
+# The process that counts --------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """All tasks, the workers that do them, and what they found."""
+
+    tasks: list[Task]
+    workers: int
+    counts: collections.Counter[tuple[str, str]] = field(default_factory=collections.Counter)
+    reasons: collections.Counter[str] = field(default_factory=collections.Counter)
+    failures: dict[str, str] = field(default_factory=dict)
+    programs: int = 0
+    start: float = field(default_factory=time.time)
+
+    def all(self) -> None:
+        """Does every task; a worker that dies is replaced."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, refresh_per_second=2) as progress:
+            shown = progress.add_task("programs", total=sum(t.graphs for t in self.tasks))
+            context = multiprocessing.get_context("spawn")
+            todo = context.Queue()
+            for task in self.tasks:
+                todo.put(task)
+            for _ in range(self.workers):
+                todo.put(None)
+            told = context.Queue()
+
+            def started(number: int) -> Any:
+                process = context.Process(target=work, args=(number, todo, told), daemon=True)
+                process.start()
+                return process
+
+            alive = {n: started(n) for n in range(self.workers)}
+            while alive:
+                try:
+                    message = told.get(timeout=5)
+                except queue.Empty:
+                    for number, process in list(alive.items()):
+                        if not process.is_alive() and process.exitcode != 0:
+                            self.failures[f"died {number} {time.time():.0f}"] = (
+                                f"a worker died with exit code {process.exitcode}, while it ran:\n"
+                                + _last_program(number)
+                            )
+                            alive[number] = started(number)
+                    continue
+                if self.note(message):
+                    progress.console.rule()
+                    progress.console.print(message.text, markup=False, highlight=False)
+                if message.kind == "program":
+                    progress.advance(shown)
+                    faults = (
+                        f", [red]{len(self.failures)} kinds of failure" if self.failures else ""
+                    )
+                    progress.update(shown, description=f"programs{faults}")
+                elif message.kind == "end":
+                    alive.pop(message.worker, None)
+
+    def note(self, message: Message) -> bool:
+        """Whether it tells of a failure, of a new kind or with a smaller program."""
+        new = False
+        if message.kind == "program":
+            self.programs += 1
+        elif message.kind == "failure":
+            kept = self.failures.get(message.key)
+            new = kept is None or len(message.text) < len(kept)
+            if new:
+                self.failures[message.key] = message.text
+        for way, outcome, why in message.counts:
+            self.counts[way, outcome] += 1
+            if why:
+                self.reasons[f"{way} {outcome}: {why}"] += 1
+        return new
+
+    def tell(self, options: argparse.Namespace) -> None:
+        """The kinds of failure, the reasons of what was refused, and the counts."""
+        from rich.console import Console
+        from rich.table import Table
+
+        console = Console(soft_wrap=True)
+        console.rule()
+        for key in self.failures:
+            console.print(key, markup=False, highlight=False)
+        for reason, count in self.reasons.most_common(20):
+            console.print(f"{count:6} {reason}", markup=False, highlight=False)
+        ways = list(dict.fromkeys(way for way, _ in self.counts))
+        table = Table("", *OUTCOMES, box=None)
+        for way in ways:
+            table.add_row(way, *(str(self.counts[way, outcome]) for outcome in OUTCOMES))
+        console.print(table)
+        minutes = (time.time() - self.start) / 60
+        console.print(
+            f"{self.programs} programs, seed {options.seed}, {minutes:.1f} minutes:"
+            f" {len(self.failures)} kinds of failure"
+        )
+
+
+# passed: in all configs; rounded: of these, the last bits of a gradient differ in one; skipped: the
+# dense model itself raises; repeated: drawn before
+OUTCOMES = ("passed", "rounded", "failed", "refused", "skipped", "repeated")
+
+
+# A process that checks ----------------------------------------------------------------------------
+
+
+def _note_file(number: int) -> str:
+    import tempfile
+
+    return os.path.join(tempfile.gettempdir(), f"dropit_fx_fuzz_{os.getppid()}_{number}.py")
+
+
+def _last_program(number: int) -> str:
+    import tempfile
+
+    name = f"dropit_fx_fuzz_{os.getpid()}_{number}.py"
+    try:
+        with open(os.path.join(tempfile.gettempdir(), name)) as file:
+            return file.read()
+    except OSError:
+        return "(nothing yet)"
+
+
+def work(number: int, todo: Any, told: Any) -> None:
+    """Does tasks until there are no more."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.ERROR)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    worker = Worker(number, told)
+    while (task := todo.get()) is not None:
+        worker.do(task)
+    with contextlib.suppress(OSError):
+        os.remove(_note_file(number))
+    told.put(Message("end", number))
+
+
+class Worker:
+    """Draws and checks programs, and makes the first of each kind of failure small."""
+
+    def __init__(self, number: int, told: Any) -> None:
+        import torch
+        import torch._dynamo
+        import torch._inductor.config
+
+        torch.set_num_threads(1)
+        torch._inductor.config.fallback_random = True  # the random numbers of eager mode
+        torch._inductor.config.compile_threads = 1
+        self.number, self.told = number, told
+        self.known: set[str] = set()
+        self.checked = 0
+
+    def do(self, task: Task) -> None:
+        """One task, and then its failures of new kinds again, to make them small."""
+        failures: list[tuple[str, Any]] = []  # the program's text, the fault
+        seen: set[str] = set()
+
+        def check(program: Any) -> None:
+            if program.source in seen:
+                self.told.put(
+                    Message("program", self.number, tuple((w, "repeated", "") for w in task.ways))
+                )
+                return
+            seen.add(program.source)
+            verdict = self.check(program, task.ways, CONFIGS)
+            self.told.put(Message("program", self.number, tuple(_counts(verdict, task.ways))))
+            failures.extend((program.source, fault) for fault in verdict.faults)
+
+        _draw(task, check, shrink=False)
+        for source, fault in failures:
+            if fault.key not in self.known:
+                self.known.add(fault.key)
+                self.told.put(self.smallest(task, source, fault))
+
+    def check(self, program: Any, ways: tuple[str, ...], configs: Any) -> Any:
+        import fuzz_check
+
+        self.checked += 1
+        if self.checked % 25 == 10:  # what is there by now is not looked through for each program
+            gc.collect()
+            gc.freeze()
+        with open(_note_file(self.number), "w") as file:
+            file.write(repr(program))
+        longest = max(LONGEST.get(way, 60) for way in ways)
+        with _no_longer_than(longest), contextlib.redirect_stderr(io.StringIO()):
+            return fuzz_check.check(program, ways, configs)
+
+    def smallest(self, task: Task, source: str, fault: Any) -> Message:
+        """The same programs are drawn again, up to the failing one, which Hypothesis shrinks."""
+        end = time.time() + SHRINKING
+        best: list[tuple[Any, Any]] = []
+
+        def check(program: Any) -> None:
+            if (not best and program.source != source) or time.time() > end:
+                return
+            verdict = self.check(program, (fault.way,), {fault.way: (fault.config,)})
+            for again in verdict.faults:
+                if again.key == fault.key:
+                    if not best or len(program.source) <= len(best[0][0].source):
+                        best[:] = [(program, again)]
+                    raise Failing
+
+        with contextlib.suppress(BaseException):  # its own reports of what fails, and of flakiness
+            _draw(task, check, shrink=True)
+        program, again = best[0] if best else (source, fault)
+        text = (
+            f"# {again.way}, config '{again.config}': {again.kind}: {again.detail}\n".replace(
+                "\n", "\n# "
+            ).rstrip("# ")
+            + f"\n{program!r}" * bool(best)
+            + (f"\n{source}" if not best else "")
+            + f"\n# seed {task.seed} of {' and '.join(task.ways)}\n"
+        )
+        return Message("failure", self.number, key=fault.key, text=text)
+
+
+class Failing(Exception):
+    """The program still fails."""
+
+
+def _draw(task: Task, check: Callable[[Any], None], shrink: bool) -> None:
+    import fuzz_programs
+    from hypothesis import HealthCheck, Phase, given, seed, settings
+
+    phases = [Phase.generate, *([Phase.shrink] if shrink else [])]
+
+    @seed(task.seed)
+    @settings(
+        max_examples=task.graphs,
+        database=None,
+        deadline=None,
+        phases=phases,
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+    )
+    @given(fuzz_programs.programs())
+    def each(program: Any) -> None:
+        check(program)
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        each()
+
+
+def _counts(verdict: Any, ways: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
+    """One for each way."""
+    for way in ways:
+        refused = [why for w, _, why in verdict.refused if w == way]
+        if verdict.skipped:
+            yield way, "skipped", verdict.skipped
+        elif any(fault.way == way for fault in verdict.faults):
+            kinds = sorted({f"{f.kind} ({f.config})" for f in verdict.faults if f.way == way})
+            yield way, "failed", ", ".join(kinds)
+        elif refused:
+            yield way, "refused", refused[0]
+        else:
+            yield way, "passed", ""
+            if any(w == way for w, _ in verdict.rounded):
+                yield way, "rounded", ""
+
+
+@contextlib.contextmanager
+def _no_longer_than(seconds: int) -> Iterator[None]:
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"took more than {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,641 @@
+"""One program, dense and packed: what differs, where nothing may.
+
+The dense model in eager mode is the oracle. Settings that lose nothing have to give its gradients
+to the last bit; those that round, gradients no further off than a dense run whose saved tensors
+are disturbed about as much. What a backend of PyTorch itself gets otherwise is not held against
+the packed model: it is compared with the dense model on the same backend.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import linecache
+import re
+import traceback
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from fuzz_programs import Program
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+import dropit_fx
+from dropit_fx import api, backend, measure
+from dropit_fx.capture import CaptureError
+from dropit_fx.codecs import CODEC
+from dropit_fx.config import Config, make_config
+from dropit_fx.core_types import Codec
+
+WAYS = ("transform", "dropit_eager", "aot", "inductor")
+INNER = {"dropit_eager": "eager", "aot": "aot_eager_decomp_partition", "inductor": "inductor"}
+
+# Formulas: every tensor goes through pack and unpack, without loss.
+FORMULAS = {
+    "preset": None,
+    "force": True,
+    "rules": [
+        {"codec": "bitmask"},
+        {"op": ["linear", "conv*", "*mm", "matmul"], "codec": "mink", "gamma": 0.0},
+        {"op": "*", "codec": "quant", "bits": None},
+    ],
+}
+
+
+def _that_may_match_nothing(config: Config) -> Config:
+    return replace(config, rules=tuple(replace(r, preset=True) for r in config.rules))
+
+
+# Plans: "exact" decides as ``balanced`` does, and keeps every bit of what that rounds.
+CONFIGS: dict[str, Config] = {
+    "formulas": _that_may_match_nothing(make_config(FORMULAS)),
+    "exact": make_config(preset="balanced"),
+    "balanced": make_config(preset="balanced"),
+}
+LOSSY = ("balanced",)
+
+
+def _keep_all(codec: Codec) -> Codec:
+    def pack(flat: Tensor, options: Any) -> tuple[Tensor, ...]:
+        return flat.clone(), *(flat.new_empty(0) for _ in range(codec.buffers - 1))
+
+    def unpack(parts: tuple[Tensor, ...], options: Any, numel: Any, dtype: torch.dtype) -> Tensor:
+        return parts[0].clone()
+
+    return replace(codec, pack=pack, unpack=unpack)
+
+
+@contextmanager
+def _codecs_of(config: str) -> Iterator[None]:
+    """For "exact", codecs that say what they say, and lose nothing."""
+    swapped = {n: CODEC[n] for n in ("mink", "quant")} if config == "exact" else {}
+    CODEC.update({n: _keep_all(c) for n, c in swapped.items()})
+    try:
+        yield
+    finally:
+        CODEC.update(swapped)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with one program in one way with one config.
+
+    ``kind``: "crash", "output", "gradient", "buffer", "input", "bytes", "model" (the user's own
+    was changed).
+    """
+
+    way: str
+    config: str
+    kind: str
+    detail: str
+
+    @property
+    def key(self) -> str:
+        """Equal for faults that are probably the same: names and numbers are left out."""
+        plain = re.sub(r"0x[0-9a-f]+|\d+", "N", self.detail.split("\n")[0])
+        plain = re.sub(r"'[^']*'|\"[^\"]*\"", "'...'", plain)[:160]
+        return f"{self.way} {self.kind} {plain if self.kind == 'crash' else ''}".strip()
+
+
+@dataclass
+class Verdict:
+    """What came of one program: (way, config) of what passed, and its faults.
+
+    ``rounded``: of what passed, where the last bits of a gradient differ.
+    """
+
+    skipped: str = ""
+    passed: list[tuple[str, str]] = field(default_factory=list)
+    rounded: list[tuple[str, str]] = field(default_factory=list)
+    refused: list[tuple[str, str, str]] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+
+
+# Running ------------------------------------------------------------------------------------------
+
+_numbers = itertools.count()
+
+
+@dataclass
+class Subject:
+    """A program, ready to run. Its lines show in tracebacks."""
+
+    program: Program
+
+    def __post_init__(self) -> None:
+        name = f"<program {next(_numbers)}>"
+        lines = self.program.source.splitlines(keepends=True)
+        linecache.cache[name] = (len(self.program.source), None, lines, name)
+        self.file = name
+        module = types.ModuleType("program")
+        exec(compile(self.program.source, name, "exec"), module.__dict__)
+        self.space = module.__dict__
+
+    def forget(self) -> None:
+        linecache.cache.pop(self.file, None)
+
+    def model(self) -> nn.Module:
+        """A fresh one, always the same."""
+        torch.manual_seed(0)
+        made: nn.Module = self.space["Program"]()
+        return made.train(self.program.training)
+
+    def inputs(self, seed: int = 1) -> tuple[Tensor, ...]:
+        torch.manual_seed(seed)
+        made: tuple[Tensor, ...] = self.space["inputs"]()
+        return made
+
+
+@dataclass
+class Outcome:
+    """All that a training step leaves."""
+
+    outputs: list[Any]
+    grads: dict[str, Tensor | None]
+    buffers: dict[str, Tensor]
+    inputs: list[Tensor]
+
+
+def step(
+    run: Callable[..., Any], model: nn.Module, inputs: tuple[Tensor, ...], seed: int
+) -> Outcome:
+    """Forward and backward for a random cotangent."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    out = run(*inputs)
+    tensors = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+    generator = torch.Generator().manual_seed(7)
+    total: Any = 0
+    for t in tensors:
+        if t.requires_grad and t.is_floating_point():
+            total = total + (t.float() * torch.randn(t.shape, generator=generator)).sum()
+    outputs = [(t.detach().clone(), t.requires_grad) for t in tensors]
+    if isinstance(total, Tensor):
+        total.backward()
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    grads |= {f"input {i}": t.grad for i, t in enumerate(inputs) if t.is_leaf}
+    return Outcome(
+        outputs,
+        {n: None if g is None else g.detach().clone() for n, g in grads.items()},
+        {n: b.detach().clone() for n, b in model.named_buffers()},
+        [t.detach().clone() for t in inputs],
+    )
+
+
+def steps(
+    run: Callable[..., Any], model: nn.Module, subject: Subject, count: int = 2
+) -> list[Outcome]:
+    """Some steps one after another, with other inputs and random numbers each."""
+    return [step(run, model, subject.inputs(i + 1), 30 + i) for i in range(count)]
+
+
+@contextmanager
+def disturbed(seed: int) -> Iterator[None]:
+    """Saved floats come back rounded about as much as ``balanced`` rounds them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def unpack(t: Tensor) -> Tensor:
+        if not t.is_floating_point() or t.numel() < 2:
+            return t
+        noise = torch.rand(t.shape, generator=generator) * 2 - 1
+        return t + (noise * t.detach().abs().max().float() * 2**-4).to(t.dtype)
+
+    def pack(t: Tensor) -> Tensor:
+        return t.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+# Comparing ----------------------------------------------------------------------------------------
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal bits, where NaN equals NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return bool(torch.equal(a, b)) or (
+        a.is_floating_point()
+        and bool(torch.equal(a.isnan(), b.isnan()))
+        and bool(torch.equal(a.nan_to_num(), b.nan_to_num()))
+    )
+
+
+def _gap(a: Tensor, b: Tensor) -> str:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return f"{tuple(b.shape)} {b.dtype} for {tuple(a.shape)} {a.dtype}"
+    if not a.is_floating_point():
+        return "other integers"
+    return f"relative error {relative(a, b):.2g}"
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    a, b = a.double(), b.double()
+    return float((a - b).norm() / a.norm().clamp(min=1e-30))
+
+
+Close = Callable[[str, Tensor, Tensor], bool]
+
+
+def differences(
+    dense: Outcome, packed: Outcome, close: Close, loose: bool
+) -> Iterator[tuple[str, str]]:
+    """(kind, detail) of each; ``loose``: outputs, too, may be rounded otherwise."""
+    equal = _near if loose else same
+    if len(dense.outputs) != len(packed.outputs):
+        yield "output", f"{len(packed.outputs)} for {len(dense.outputs)}"
+    for i, ((a, wanted), (b, got)) in enumerate(zip(dense.outputs, packed.outputs, strict=False)):
+        if not equal(a, b):
+            yield "output", f"output {i}: {_gap(a, b)}"
+        elif wanted != got:
+            yield "output", f"output {i}: requires_grad {got} for {wanted}"
+    for kind, ours, theirs in (
+        ("buffer", packed.buffers, dense.buffers),
+        ("input", _numbered(packed.inputs), _numbered(dense.inputs)),
+    ):
+        for name, value in theirs.items():
+            if name not in ours or not equal(value, ours[name]):
+                gap = _gap(value, ours[name]) if name in ours else "gone"
+                yield kind, f"{name}: {gap}"
+    for name, grad in dense.grads.items():
+        got = packed.grads.get(name)
+        if (grad is None) != (got is None):
+            yield (
+                "gradient",
+                f"{name}: {'none' if got is None else 'one'}, where dense has "
+                + ("none" if grad is None else "one"),
+            )
+        elif grad is not None and got is not None and not close(name, grad, got):
+            yield "gradient", f"{name}: {_gap(grad, got)}"
+
+
+def _numbered(tensors: list[Tensor]) -> dict[str, Tensor]:
+    return {f"input {i}": t for i, t in enumerate(tensors)}
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point():
+        return bool(torch.equal(a, b))
+    rough = a.dtype in (torch.bfloat16, torch.float16)
+    tolerance = 0.03 if rough else 1e-4
+    scale = float(a.nan_to_num().abs().max()) if a.numel() else 0.0
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale + 1e-7, equal_nan=True)
+
+
+# Checking -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Yardstick:
+    """The dense outcomes, and how far gradients move when saved tensors are disturbed."""
+
+    subject: Subject
+    dense: list[Outcome] = field(default_factory=list)
+    moved: dict[str, float] | None = None
+    bytes: int | None = None
+
+    def rounding(self, name: str, a: Tensor, b: Tensor) -> bool:
+        """Whether a gradient is as near as rounding leaves it."""
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        if not bool(a.isfinite().all()):
+            return True
+        if not bool(b.isfinite().all()):
+            return False
+        if self.moved is None:
+            self.moved = self._moved()
+        whole = sum(float(g.double().norm()) for g in self.dense[0].grads.values() if g is not None)
+        gap = float((a.double() - b.double()).norm())
+        return gap <= 0.25 * float(a.double().norm()) + 4 * self.moved[name] + 0.02 * whole
+
+    def _moved(self) -> dict[str, float]:
+        most: dict[str, float] = {}
+        for seed in (1, 2, 3):
+            model = self.subject.model()
+            try:
+                with disturbed(seed):
+                    found = step(model, model, self.subject.inputs(1), 30)
+            except RuntimeError:
+                return dict.fromkeys(self.dense[0].grads, float("inf"))
+            for name, a in self.dense[0].grads.items():
+                b = found.grads[name]
+                gap = 0.0 if a is None or b is None else float((a.double() - b.double()).norm())
+                most[name] = max(most.get(name, 0.0), gap if gap == gap else float("inf"))
+        return most
+
+
+def check(
+    program: Program,
+    ways: tuple[str, ...] = ("transform", "dropit_eager"),
+    configs: Mapping[str, tuple[str, ...]] | None = None,
+    count_bytes: bool = True,
+) -> Verdict:
+    """Runs a program dense, and packed in each way with each of the way's configs."""
+    verdict = Verdict()
+    subject = Subject(program)
+    try:
+        yard = Yardstick(subject)
+        try:
+            model = subject.model()
+            yard.dense = steps(model, model, subject)
+            if count_bytes:
+                yard.bytes = _saved(subject, model)
+        except Exception as error:
+            verdict.skipped = f"dense raises {type(error).__name__}"
+            return verdict
+        for way in ways:
+            wanted = (configs or {}).get(way, tuple(CONFIGS))
+            trial = Trial(verdict, yard, way, wanted, count_bytes)
+            trial.transformed() if way == "transform" else trial.compiled()
+    finally:
+        subject.forget()
+    return verdict
+
+
+def _saved(subject: Subject, run: Callable[..., Any]) -> int | None:
+    """What a call saves; None where inputs that are written into get a history."""
+    given = subject.inputs(1)
+    torch.manual_seed(30)
+    found = measure.saved_bytes(run, *given)
+    return None if any(not t.is_leaf for t in given) else found
+
+
+@dataclass
+class Trial:
+    """One program in one way. It is traced once, for all configs: that takes most of the time."""
+
+    verdict: Verdict
+    yard: Yardstick
+    way: str
+    configs: tuple[str, ...]
+    count_bytes: bool
+
+    def found(self, config: str, kind: str, detail: str) -> None:
+        self.verdict.faults.append(Fault(self.way, config, kind, detail))
+
+    def refused(self, why: str) -> None:
+        self.verdict.refused += [(self.way, name, why) for name in self.configs]
+
+    def transformed(self) -> None:
+        """By ``transform``."""
+        subject = self.yard.subject
+        model = subject.model()
+        before = _pieces(model)
+        with _captured_once():
+            for name in self.configs:
+                _restore(model, before)
+                try:
+                    run = dropit_fx.transform(model, CONFIGS[name], example_args=subject.inputs(1))
+                except CaptureError as error:
+                    self.refused(_refusal(error))
+                    break
+                except Exception as error:
+                    self.found(name, "crash", _tell(error))
+                    continue
+                finally:
+                    if changed := _changed(before, _pieces(model)):
+                        self.found(name, "model", changed)
+                self.run(name, run, run, lambda run=run: dropit_fx.report(run))
+
+    def compiled(self) -> None:
+        """By a backend of ``torch.compile``."""
+        shared = self.way == "dropit_eager"
+        if shared:
+            self._compiled_together()
+            return
+        for name in self.configs:
+            torch._dynamo.reset()
+            model = self.yard.subject.model()
+            options = {"config": CONFIGS[name], "inner": INNER[self.way]}
+            self.run(name, torch.compile(model, backend="dropit", options=options), model, None)
+
+    def _compiled_together(self) -> None:
+        torch._dynamo.reset()
+        model = self.yard.subject.model()
+        before = _pieces(model)
+        pieces = Pieces(self.configs)
+        run = torch.compile(model, backend=pieces)
+        for name in self.configs:
+            _restore(model, before)
+            pieces.chosen = name
+            self.run(name, run, model, lambda name=name: pieces.report(name))
+        self.dense = None
+
+    def run(self, name: str, run: Any, model: nn.Module, report: Callable[[], Any] | None) -> None:
+        """Some steps, and everything that may differ after them."""
+        yard, way, lossy = self.yard, self.way, name in LOSSY
+        count = 1 if name != self.configs[0] else len(yard.dense)
+        try:
+            with _codecs_of(name):
+                outcomes = steps(run, model, yard.subject, count)
+        except CaptureError as error:
+            self.refused(_refusal(error))
+            return
+        except Exception as error:
+            if way != "transform" and (why := _dense_fails(yard, way)):
+                self.verdict.refused.append((way, name, f"dense raises {why} on that backend"))
+            else:
+                self.found(name, "crash", _tell(error))
+            return
+        loose = way in ("aot", "inductor")
+        close = yard.rounding if lossy else _near_gradient if loose else _same_gradient
+        wrong = _wrong(yard.dense, outcomes, close, loose)
+        if wrong and way != "transform":
+            dense = _dense_compiled(yard, way, count)
+            wrong = wrong if dense is None else _wrong(dense, outcomes, close, loose)
+        rounded = _nearly(yard) if name == "exact" else _rounded
+        if wrong and not lossy and not loose and not _wrong(yard.dense, outcomes, rounded, loose):
+            wrong = {}
+            self.verdict.rounded.append((way, name))
+        for kind, detail in wrong.items():
+            self.found(name, kind, detail)
+        counted = False
+        countable = self.count_bytes and yard.bytes is not None and name == "balanced"
+        if countable and report is not None and not wrong:
+            told, kept = report(), _saved(yard.subject, run)
+            if told is not None and kept is not None:
+                counted = self._count(name, told, kept)
+        if not wrong and not counted:
+            self.verdict.passed.append((way, name))
+
+    def _count(self, name: str, told: Any, kept: int) -> bool:
+        """Whether the report miscounts."""
+        if told.kept_bytes != kept:
+            why = f"said {told.kept_bytes}, kept {kept} (dense keeps {self.yard.bytes})"
+            self.found(name, "bytes", why)
+        elif told.dense_bytes != self.yard.bytes:
+            self.found(name, "bytes", f"dense: said {told.dense_bytes}, kept {self.yard.bytes}")
+        else:
+            return False
+        return True
+
+
+class Pieces:
+    """A backend that compiles Dynamo's graphs with every config, and runs the chosen one."""
+
+    __name__ = "pieces"
+
+    def __init__(self, configs: tuple[str, ...]) -> None:
+        self.configs = configs
+        self.chosen = configs[0]
+        self.reports: dict[str, list[Any]] = {name: [] for name in configs}
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        made: dict[str, Any] = {}
+        for name in self.configs:
+            before = len(backend._compiled)
+            try:
+                options = {"config": CONFIGS[name]}
+                made[name] = backend.dropit_eager(_copied(gm), example_inputs, options=options)
+            except Exception as error:
+                made[name] = error
+            self.reports[name] += backend._compiled[before:]
+            del backend._compiled[before:]
+
+        def run(*args: Any) -> Any:
+            chosen = made[self.chosen]
+            if isinstance(chosen, Exception):
+                raise chosen
+            return chosen(*args)
+
+        return run
+
+    def report(self, name: str) -> Any:
+        """The report of a model that is compiled in one piece."""
+        found = self.reports[name]
+        return found[0].report if len(found) == 1 else None
+
+
+def _copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph module that shares its tensors."""
+    tensors = itertools.chain(gm.parameters(), gm.buffers())
+    memo = {id(t): t for t in tensors}
+    memo |= {id(v): v for v in vars(gm).values() if isinstance(v, Tensor)}
+    return copy.deepcopy(gm, memo)
+
+
+@contextmanager
+def _captured_once() -> Iterator[None]:
+    """``transform`` captures a model when it first sees it; later calls get copies of the graph."""
+    real = api.capture
+    known: dict[int, fx.GraphModule] = {}
+
+    def capture(model: nn.Module, *args: Any) -> fx.GraphModule:
+        if id(model) not in known:
+            known[id(model)] = real(model, *args)
+        return _copied(known[id(model)])
+
+    api.capture = capture
+    try:
+        yield
+    finally:
+        api.capture = real
+
+
+def _wrong(
+    dense: list[Outcome], packed: list[Outcome], close: Close, loose: bool
+) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for at, (theirs, ours) in enumerate(zip(dense, packed, strict=False)):
+        for kind, detail in differences(theirs, ours, close, loose):
+            found.setdefault(kind, f"step {at + 1}, {detail}")
+    return found
+
+
+def _near_gradient(name: str, a: Tensor, b: Tensor) -> bool:
+    return _near(a, b)
+
+
+def _rounded(name: str, a: Tensor, b: Tensor) -> bool:
+    """Equal but for the last bits.
+
+    An op that finds its operand without gaps may take elements in vectors, and what was written in
+    place has a slope that PyTorch computes from the result.
+    """
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    bits = torch.finfo(a.dtype).eps if a.is_floating_point() else 0.0
+    return same(a, b) or relative(a, b) < 16 * bits
+
+
+def _nearly(yard: Yardstick) -> Close:
+    """What a norm reads is packed around the mean of each channel, in units of its deviation."""
+    whole = sum(float(g.double().norm()) for g in yard.dense[0].grads.values() if g is not None)
+
+    def close(name: str, a: Tensor, b: Tensor) -> bool:
+        gap = float((a.double() - b.double()).norm()) if a.shape == b.shape else float("inf")
+        return _rounded(name, a, b) or gap < 1e-4 * float(a.double().norm()) + 1e-5 * whole
+
+    return close
+
+
+def _same_gradient(name: str, a: Tensor, b: Tensor) -> bool:
+    return same(a, b)
+
+
+def _tell(error: BaseException) -> str:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "dropit_fx" in f.filename]
+    frames += [f for f in traceback.extract_tb(error.__traceback__) if "passes/" in f.filename]
+    at = f" at {frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].name}" if frames else ""
+    text = (str(error).strip() or " ").splitlines()
+    first = next((t for t in text if t.strip()), "")
+    return f"{type(error).__name__}{at}: {first[:300]}\n{str(error)[:2000]}"
+
+
+def _pieces(model: nn.Module) -> dict[str, Any]:
+    """What a model is made of: names of attributes, values of tensors."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        found[f"{name} attributes"] = sorted(vars(module)), module.training
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        found[name] = (type(tensor), id(tensor), tensor.detach().clone())
+    return found
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> str:
+    for name in before.keys() | after.keys():
+        if name not in before or name not in after:
+            return f"{name} is new or gone"
+        a, b = before[name], after[name]
+        if name.endswith(" attributes"):
+            if a != b:
+                return f"{name}: {set(a[0]) ^ set(b[0])}"
+        elif a[:2] != b[:2] or not same(a[2], b[2]):
+            return f"{name} has another value"
+    return ""
+
+
+def _restore(model: nn.Module, pieces: dict[str, Any]) -> None:
+    """Gives parameters and buffers the values that they began with."""
+    with torch.no_grad():
+        for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+            if name in pieces and not same(tensor, pieces[name][2]):
+                tensor.copy_(pieces[name][2])
+
+
+def _refusal(error: CaptureError) -> str:
+    """The lines of the message that say why."""
+    lines = [t.strip() for t in str(error).splitlines() if not t.startswith("no tracer takes")]
+    return re.sub(r"\d+", "N", " | ".join(lines)[:240])
+
+
+def _dense_compiled(yard: Yardstick, way: str, count: int) -> list[Outcome] | None:
+    """The dense model on the same backend; None where it cannot run there."""
+    torch._dynamo.reset()
+    model = yard.subject.model()
+    return steps(torch.compile(model, backend=INNER[way]), model, yard.subject, count)
+
+
+def _dense_fails(yard: Yardstick, way: str) -> str:
+    """The exception that the dense model raises on that backend, or nothing."""
+    try:
+        _dense_compiled(yard, way, 1)
+    except Exception as error:
+        return type(error).__name__
+    return ""

@@ -1,0 +1,126 @@
+"""Random models have the gradients of dense, and no crash of their own. ``make fuzz`` has more.
+
+The same programs in each run. ``fuzz_programs`` draws them, ``fuzz_check`` says what is compared.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fuzz_check import Verdict, check
+from fuzz_programs import HEADER, ROWS, Program, programs
+from hypothesis import HealthCheck, Phase, given, settings
+from torch import Tensor
+
+from dropit_fx import op_table
+from dropit_fx.core_types import OpRule
+from dropit_fx.op_table import OP_RULES
+
+SETTINGS: dict[str, Any] = {
+    "derandomize": True,
+    "database": None,
+    "deadline": None,
+    "suppress_health_check": list(HealthCheck),
+    "phases": [Phase.generate, Phase.shrink],
+}
+OUTCOMES: dict[str, Counter[str]] = {}
+
+
+def assert_right(verdict: Verdict, way: str) -> None:
+    """No fault; what was refused, or cannot run dense, is counted for the test below."""
+    outcomes = OUTCOMES.setdefault(way, Counter())
+    outcomes["passed"] += bool(verdict.passed)
+    outcomes["other"] += not verdict.passed
+    assert not verdict.faults, "\n".join(map(str, verdict.faults))
+
+
+@settings(max_examples=60, **SETTINGS)
+@given(programs())
+def test_transform_gives_the_gradients_of_dense(program: Program) -> None:
+    verdict = check(program, ("transform",), {"transform": ("exact", "balanced")})
+    assert_right(verdict, "transform")
+
+
+@settings(max_examples=30, **SETTINGS)
+@given(programs())
+def test_dropit_eager_gives_the_gradients_of_dense(program: Program) -> None:
+    verdict = check(program, ("dropit_eager",), {"dropit_eager": ("exact", "balanced")})
+    assert_right(verdict, "dropit_eager")
+
+
+@settings(max_examples=6, **SETTINGS)
+@given(programs())
+def test_what_is_partitioned_gives_the_gradients_of_dense(program: Program) -> None:
+    assert_right(check(program, ("aot",), {"aot": ("formulas",)}), "aot")
+
+
+def test_most_programs_are_rewritten() -> None:
+    if not OUTCOMES:
+        pytest.skip("the tests above did not run in this process")
+    for way, outcomes in OUTCOMES.items():
+        assert outcomes["passed"] > 0.7 * outcomes.total(), (way, outcomes)
+
+
+def test_every_row_of_the_op_table_is_drawn() -> None:
+    assert {rule.name for rule in OP_RULES} <= set(ROWS)
+
+
+# --- a wrong gradient, a crash and a changed value would be seen
+
+
+def program(body: str, init: str = "self.fc = nn.Linear(8, 8)") -> Program:
+    lines = [HEADER, "class Program(nn.Module):", "    def __init__(self):"]
+    lines += ["        super().__init__()", f"        {init}", "", "    def forward(self, x):"]
+    lines += [f"        {line}" for line in body.splitlines()]
+    lines += ["", "def inputs():", "    return (torch.randn(16, 8),)", ""]
+    return Program("\n".join(lines), training=True)
+
+
+def replace_row(monkeypatch: pytest.MonkeyPatch, row: OpRule) -> None:
+    monkeypatch.setitem(op_table.RULES, row.name, row)
+    for target in row.targets:
+        monkeypatch.setitem(op_table._BY_TARGET, target, row)
+
+
+GELU = program("h = self.fc(x)\nreturn F.gelu(h) * 1.0")
+
+
+@pytest.mark.parametrize("way", ["transform", "dropit_eager"])
+def test_a_wrong_formula_is_seen(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not check(GELU, (way,), count_bytes=False).faults
+    row = op_table.RULES["gelu"]
+    right = row.backward
+    assert right is not None
+
+    def wrong(grad: Any, saved: Any, call: Any) -> Any:
+        return {k: g if g is None else -g for k, g in right(grad, saved, call).items()}
+
+    replace_row(monkeypatch, replace(row, backward=wrong))
+    faults = check(GELU, (way,), count_bytes=False).faults
+    assert {fault.kind for fault in faults} == {"gradient"}
+    assert {fault.config for fault in faults} == {"formulas", "exact", "balanced"}
+
+
+def test_a_wrong_output_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shifted(input: Tensor, approximate: str = "none") -> Tensor:
+        return F.gelu(input) + 1
+
+    replace_row(monkeypatch, replace(op_table.RULES["gelu"], run=shifted))
+    faults = check(GELU, ("transform",), count_bytes=False).faults
+    assert "output" in {fault.kind for fault in faults}
+
+
+def test_what_dense_cannot_run_is_skipped() -> None:
+    verdict = check(program("h = torch.exp(self.fc(x))\nh.mul_(2)\nreturn h"))
+    assert verdict.skipped == "dense raises RuntimeError"
+
+
+def test_a_program_runs_by_itself() -> None:
+    space: dict[str, Any] = {}
+    exec(GELU.source, space)
+    assert space["Program"]()(*space["inputs"]()).shape == torch.Size([16, 8])
