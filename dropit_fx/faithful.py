@@ -254,17 +254,23 @@ def torchs_hooks_inside(model: nn.Module) -> Iterator[None]:
 
 
 def own_hooks(model: nn.Module, kind: str) -> Any:
-    """The hooks of one of the model's dicts, or their flag, less PyTorch's own; a copy."""
+    """The hooks of one of the model's dicts, or their flag, less PyTorch's own; a copy.
+
+    Exported programs check their inputs in a hook, which reads what an exported module alone has.
+    """
     hooks = vars(model)[kind]
     if not isinstance(hooks, dict):
         return hooks
-    return type(hooks)((k, h) for k, h in hooks.items() if not _is_torchs(h))
+    less = ("torch.nn.utils.", "torch.export.")
+    return type(hooks)((k, h) for k, h in hooks.items() if not _home(h).startswith(less))
 
 
 def _is_torchs(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", None) or type(hook).__module__).startswith(
-        "torch.nn.utils."
-    )
+    return _home(hook).startswith("torch.nn.utils.")
+
+
+def _home(hook: Any) -> str:
+    return str(getattr(hook, "__module__", None) or type(hook).__module__)
 
 
 def meaning(
