@@ -511,10 +511,8 @@ class Pieces:
 
     def report(self, name: str) -> Any:
         """The report of a model that is compiled in one piece."""
-        if (
-            counters["graph_break"] or counters["unimplemented"]
-        ):  # some of it runs outside of every graph
-            return None
+        if counters["graph_break"] or counters["unimplemented"]:
+            return None  # some of it runs outside of every graph
         found = self.reports[name]
         return found[0].report if len(found) == 1 else None
 
@@ -579,20 +577,21 @@ def _kind_of_rounding(yard: Yardstick, outcomes: list[Outcome], config: str) -> 
     source = yard.subject.program.source
     kinds: list[tuple[str, Close]] = [("last bits", _within(LAST_BITS))]
     if _RESULT_IS_SAVED.search(source):
-        kinds.append(("ELU in place", _within(16)))
+        least = torch.finfo(torch.bfloat16).eps if "bfloat16" in source else 0.0
+        kinds.append(("ELU in place", _within(16, least)))
     if config == "exact" and _NORM.search(source):
         kinds.append(("normalised", _nearly(yard)))
     return next((k for k, close in kinds if not _wrong(yard.dense, outcomes, close, False)), "")
 
 
-def _within(bits: int) -> Close:
-    """Equal but for some units of the last bit."""
+def _within(bits: int, least: float = 0.0) -> Close:
+    """Equal but for some units of the last bit, or for ``least``."""
 
     def close(name: str, a: Tensor, b: Tensor) -> bool:
         if a.shape != b.shape or a.dtype != b.dtype:
             return False
         unit = torch.finfo(a.dtype).eps if a.is_floating_point() else 0.0
-        return same(a, b) or relative(a, b) < bits * unit
+        return same(a, b) or relative(a, b) < max(bits * unit, least)
 
     return close
 
