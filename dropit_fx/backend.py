@@ -77,6 +77,11 @@ def compiled_graphs() -> tuple[CompiledGraph, ...]:
     return tuple(_compiled)
 
 
+def forget_compiled_graphs(since: int) -> None:
+    """Leaves only the first ``since`` of :func:`compiled_graphs`."""
+    del _compiled[since:]
+
+
 def dropit(
     gm: fx.GraphModule,
     example_inputs: list[Any],

@@ -433,11 +433,11 @@ def _surroundings(backend: Backend) -> Iterator[None]:
         warnings.filterwarnings("ignore", ".*force_disable_caches")
         caches = torch.compiler.config.patch(force_disable_caches=True)  # type: ignore[attr-defined]
         stack.enter_context(caches)
-        before = len(plug_in._compiled)
+        before = len(plug_in.compiled_graphs())
         try:
             yield
         finally:
-            del plug_in._compiled[before:]
+            plug_in.forget_compiled_graphs(before)
             torch.compiler.reset()
 
 
@@ -518,13 +518,13 @@ class _Checker:
         from dropit_fx import backend as plug_in
 
         torch.compiler.reset()
-        before = len(plug_in._compiled)
+        before = len(plug_in.compiled_graphs())
         options: dict[str, Any] = {"config": config}
         if self.backend == "dropit":
             options["fallback_random"] = True  # chance as in eager mode
         compiled = torch.compile(model, backend=self.backend, options=options)
         seen = _step(self.task, compiled, model)
-        graphs = plug_in._compiled[before:]
+        graphs = plug_in.compiled_graphs()[before:]
         if not graphs:
             raise RuntimeError("the plug-in was handed no graph that it could rewrite")
         found = self._measured(compiled) if measured else 0

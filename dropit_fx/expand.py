@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -30,6 +30,7 @@ from dropit_fx.private import (
     StatelessSymbolicContext,
     make_fx,
     pytree,
+    tracing,
 )
 from dropit_fx.untouched import untouched
 
@@ -239,7 +240,7 @@ def _trace_first_size(
             names[str(fakes[-1].shape[0])] = f"args[{i}].size()[0]"
             sizes_of = enumerate(tensor.shape[1:], 1)
             conditions += [f"args[{i}].size()[{d}] == {n}" for d, n in sizes_of]
-    inner = make_fx(run, tracing_mode="symbolic", pre_dispatch=True)(*fakes)
+    inner = _aten(run, fakes)
     printer = PythonPrinter()
     for guard in env.guards:
         text = printer.doprint(guard.expr)
@@ -308,4 +309,16 @@ def _trace(
             dynamic_sizes=[dynamic] * tensor.dim()
         )
         fakes.append(mode.from_tensor(blank, symbolic_context=context))
-    return make_fx(run, tracing_mode="symbolic", pre_dispatch=pre_dispatch)(*fakes)
+    return _aten(run, fakes, pre_dispatch)
+
+
+def _aten(
+    run: Callable[..., Any], fakes: Sequence[Tensor], pre_dispatch: bool = True
+) -> fx.GraphModule:
+    """What ``run`` does to fake tensors, in their own mode.
+
+    While Dynamo compiles, a tracer would take its mode in place of theirs, and Dynamo would find
+    conditions on sizes that no input has.
+    """
+    with tracing(None):
+        return make_fx(run, tracing_mode="symbolic", pre_dispatch=pre_dispatch)(*fakes)

@@ -254,17 +254,23 @@ def torchs_hooks_inside(model: nn.Module) -> Iterator[None]:
 
 
 def own_hooks(model: nn.Module, kind: str) -> Any:
-    """The hooks of one of the model's dicts, or their flag, less PyTorch's own; a copy."""
+    """The hooks of one of the model's dicts, or their flag, less PyTorch's own; a copy.
+
+    Exported programs check their inputs in a hook, which reads what an exported module alone has.
+    """
     hooks = vars(model)[kind]
     if not isinstance(hooks, dict):
         return hooks
-    return type(hooks)((k, h) for k, h in hooks.items() if not _is_torchs(h))
+    less = ("torch.nn.utils.", "torch.export.")
+    return type(hooks)((k, h) for k, h in hooks.items() if not _home(h).startswith(less))
 
 
 def _is_torchs(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", None) or type(hook).__module__).startswith(
-        "torch.nn.utils."
-    )
+    return _home(hook).startswith("torch.nn.utils.")
+
+
+def _home(hook: Any) -> str:
+    return str(getattr(hook, "__module__", None) or type(hook).__module__)
 
 
 def meaning(
@@ -344,14 +350,8 @@ def difference(model: Meaning, graph: Meaning) -> str:
         if isinstance(a, tuple) and isinstance(b, tuple) and a[:1] == b[:1]:
             wrong = f"output {at} requires {'a' if a[1] else 'no'} gradient in the model alone"
     elif model.written != graph.written:
-        names = [
-            n
-            for n in {**model.written, **graph.written}
-            if model.written.get(n) != graph.written.get(n)
-        ]
-        wrong = f"what is written to {_some(names)} differs"
-    elif model.grads != graph.grads:
-        names = [n for n in model.grads if model.grads[n] != graph.grads.get(n)]
+        wrong = f"what is written to {_some(_differing(model.written, graph.written))} differs"
+    elif names := _differing(model.grads, graph.grads):
         wrong = f"the gradient of {_some(names)} differs"
         if model.functions:
             wrong += f" (custom backward: {', '.join(model.functions)})"
@@ -359,6 +359,11 @@ def difference(model: Meaning, graph: Meaning) -> str:
         return ""
     line = next((where for number, where in model.where.items() if number not in graph.where), "")
     return f"is not faithful: {wrong}{f'; the first op that it lacks: {line}' if line else ''}"
+
+
+def _differing(model: Mapping[str, Any], graph: Mapping[str, Any]) -> list[str]:
+    """The names whose values differ; a graph has no parameter that nothing reads."""
+    return [n for n in {**model, **graph} if model.get(n) != graph.get(n)]
 
 
 def _some(names: list[str]) -> str:

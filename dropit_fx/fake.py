@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +14,10 @@ from dropit_fx.private import (
     FakeTensor,
     FakeTensorMode,
     NormBase,
+    TorchDispatchMode,
+    disable_current_modes,
     hint,
+    pytree,
     reparametrize_module,
     storage_id,
 )
@@ -104,6 +107,33 @@ def _numbered_momentum(module: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.momentum = None
+
+
+def real_workspaces(wanted: bool) -> AbstractContextManager[Any]:
+    """Gives LSTMs, for the time of a block, the workspace that the library asks for.
+
+    Their backward reads it, and only the library knows its size: on fake tensors it is empty.
+    """
+    return _Workspaces() if wanted else nullcontext()
+
+
+class _Workspaces(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is not torch.ops.aten.mkldnn_rnn_layer.default:
+            return result
+        *rest, empty = result
+        with disable_current_modes():
+            blank = pytree.tree_map_only(Tensor, _zeros, args)
+            nbytes = func(*blank, **(kwargs or {}))[-1].numel()
+        return *rest, empty.new_empty(nbytes)
+
+
+def _zeros(fake: Tensor) -> Tensor:
+    return torch.zeros(fake.shape, dtype=fake.dtype, device=fake.device)
 
 
 class _Values(fx.Interpreter):

@@ -7,6 +7,7 @@ of these conditions does not pickle; this one does.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -74,6 +75,9 @@ def _of_export(guards: list[str], paths: list[pytree.KeyPath]) -> InputGuards:
             named = "L" + pytree.keystr(path)
             first: Any = path[0]
             condition = condition.replace(named, f"args[{i}]")
+            # what a forward takes as **kw, export finds in a dict of that name
+            of_kw = r"L\['\w+'\]" + re.escape(pytree.keystr(path))
+            condition = re.sub(of_kw, f"args[{i}]", condition)
             told = told.replace(named, str(first.key) + pytree.keystr(path[1:]))
         conditions.append((condition, told))
     return InputGuards(tuple(conditions))

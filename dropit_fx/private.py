@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch._dynamo.backends.common import aot_autograd
     from torch._export.utils import _compiling_state_context as compiling_state_context
     from torch._functorch.partitioners import min_cut_rematerialization_partition, must_recompute
+    from torch._guards import tracing
     from torch._inductor import list_mode_options, list_options
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.custom_graph_pass import (
@@ -119,6 +120,7 @@ __all__ = [
     "suggest_memory_format",
     "tag_activation_checkpoint",
     "to_copy",
+    "tracing",
     "unsafe_preserve_version_counter",
     "unsafe_view",
 ]
@@ -367,7 +369,7 @@ def raw_saved(node: Node) -> Iterator[tuple[str, Any]]:
     Raises:
         MissingName: PyTorch no longer shows it; without the check, nothing would seem to be saved.
     """
-    if not _shows_saved():
+    if not shows_saved():
         raise MissingName(_sentence(_BY_NAME["torch.autograd.graph.Node._raw_saved_*"]))
     for attribute in dir(node):
         if attribute.startswith("_raw_saved_"):
@@ -392,7 +394,8 @@ def closed_over(node: Node) -> Iterator[Any]:
 
 
 @functools.cache
-def _shows_saved() -> bool:
+def shows_saved() -> bool:
+    """Whether :func:`raw_saved` works in this PyTorch."""
     return has("torch.autograd.graph.Node._raw_saved_*")
 
 

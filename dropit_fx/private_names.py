@@ -252,6 +252,7 @@ TABLE: tuple[Name, ...] = (
     Name(
         "torch.fx.experimental.proxy_tensor.make_fx", _OPAQUE, "looking into nn.MultiheadAttention"
     ),
+    Name("torch._guards.tracing", _OPAQUE, "looking into it in fake tensors' own mode"),
     Name("torch.fx.experimental.symbolic_shapes.DimDynamic", _OPAQUE, "its batch and sequence"),
     Name("torch.fx.experimental.symbolic_shapes.ShapeEnv", _OPAQUE, "its batch and sequence"),
     Name(

@@ -17,6 +17,7 @@ parameter, a buffer or an input.
 from __future__ import annotations
 
 import bisect
+import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,16 +41,17 @@ from dropit_fx.core_types import (
     Use,
     Values,
 )
-from dropit_fx.fake import fake_mode_of, fake_state
+from dropit_fx.fake import fake_mode_of, fake_state, real_workspaces
 from dropit_fx.op_table import CHECKPOINT, bind, derivable_rule_of, is_inplace, reads_of, rule_of
 from dropit_fx.packed_call import is_complex, memory_order
 from dropit_fx.private import (
     EXAMPLE_VALUE,
-    has,
+    closed_over,
     pytree,
     raw_saved,
     sequence_number,
     set_hooks_tracing,
+    shows_saved,
     storage_id,
     version,
 )
@@ -58,6 +60,7 @@ from dropit_fx.provenance import node_module, node_where
 _FREE = ("a parameter", "a buffer", "a model input")
 _ALIVE = (*_FREE, "a constant of the graph")
 _MARK = "dropit_fx"  # in the metadata of the autograd nodes of each result
+_RECURRENT = re.compile("lstm|gru|rnn")
 NUMBER = "a Python number, which autograd keeps as a tensor"
 
 
@@ -169,7 +172,7 @@ class _Probe(fx.Interpreter):
                 self._seen[n.name, operand.name] = _elements(value, version(value))
         region = False
         try:
-            with _hooks(note):
+            with _hooks(note), real_workspaces(_is_recurrent(self.module, n)):
                 if _is_checkpoint(n):
                     region, result = True, self._run_body(n, args)
                 elif _is_number(n):
@@ -258,7 +261,7 @@ class _Probe(fx.Interpreter):
         """The plan with all that was found; ``out`` is what the graph returned."""
         self.env.clear()  # from here on, only what a real step holds is alive
         self.kept = [k for k in self.kept if k.life() is not None]
-        self._add_numbers(out)
+        self._add_unseen(out)
         versions = {storage: version(t) for storage, t in self._versions.items()}
         values = Values(
             alive=self._alive,
@@ -281,25 +284,28 @@ class _Probe(fx.Interpreter):
         sites = tuple(self.sites())
         return replace(self.plan, sites=sites, values=values, calls=self.calls, bodies=self.bodies)
 
-    def _add_numbers(self, out: Any) -> None:
-        """Numbers that autograd has wrapped: it keeps them from hooks, and holds them all the same.
+    def _add_unseen(self, out: Any) -> None:
+        """What autograd keeps from hooks and holds all the same.
 
-        Read from the autograd nodes behind ``out``, which are numbered as they were made.
+        Numbers that it has wrapped; attributes of a custom function's context, and what the
+        backward of one that Dynamo has traced finds in its closure. Read from the autograd nodes
+        behind ``out``, which are numbered as they were made.
         """
-        if not has("torch.autograd.graph.Node._raw_saved_*"):
-            return
         ends = [end for end, _ in self._upto]
         start = next((end for end, n in reversed(self._upto) if n.op == "placeholder"), -1)
         for node in _nodes_behind(out, start):
-            for _, value in raw_saved(node):
-                if not isinstance(value, Tensor) or value.dim():
-                    continue
-                at = bisect.bisect_left(ends, sequence_number(node))
-                if at == len(ends):
-                    continue
-                n = self._upto[at][1]
-                rule = rule_of(n) if n.name in self.calls else None
-                self._add(n, _Kept(value, lambda: True), rule, None, {}, {}, NUMBER)
+            at = bisect.bisect_left(ends, sequence_number(node))
+            if at == len(ends):
+                continue
+            n = self._upto[at][1]
+            for _, value in raw_saved(node) if shows_saved() else ():
+                if isinstance(value, Tensor) and not value.dim():
+                    rule = rule_of(n) if n.name in self.calls else None
+                    self._add(n, _Kept(value, lambda: True), rule, None, {}, {}, NUMBER)
+            own = [*getattr(node, "__dict__", {}).values(), *closed_over(node)]
+            for value in pytree.tree_leaves(own):
+                if isinstance(value, Tensor) and not self._is_free(value):
+                    self._add(n, _Kept(value, lambda: True), None, None, {}, {}, "")
 
     def _run_body(self, n: fx.Node, args: tuple[Any, ...]) -> Any:
         body = args[0]
@@ -530,6 +536,13 @@ def _is_copy_of(tensor: Tensor, read: Read | None, operands: Mapping[str, Any]) 
 def _is_number(n: fx.Node) -> bool:
     """A float of the model that Dynamo made an input of its graph: fake tensors hold no values."""
     return n.target == "item" and isinstance(n.meta.get(EXAMPLE_VALUE), float | torch.SymFloat)
+
+
+def _is_recurrent(module: fx.GraphModule | nn.Module, n: fx.Node) -> bool:
+    """Whether a node calls an LSTM, a GRU or an RNN, in whatever spelling."""
+    if n.op == "call_module":
+        return isinstance(module.get_submodule(str(n.target)), nn.RNNBase)
+    return n.op == "call_function" and bool(_RECURRENT.search(_target_name(module, n)))
 
 
 def _is_checkpoint(n: fx.Node) -> bool:

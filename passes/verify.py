@@ -124,7 +124,7 @@ def never_larger(plan: Plan) -> Iterator[str]:
         return
     for site, decisions in by_site(plan.sites, plan.decisions):
         size = packed_bytes(decisions)
-        if any(d.packed for d in decisions) and size >= site.nbytes:
+        if any(d.packed for d in decisions) and size >= site.nbytes > 0:
             yield f"'{site.name}' takes {size} bytes packed, {site.nbytes} dense"
 
 

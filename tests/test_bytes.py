@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dropit_fx import report, transform
+from dropit_fx.backend import compiled_graphs
 from dropit_fx.measure import saved_bytes, saved_tensors
 from dropit_fx.op_table import RULES
 from dropit_fx.report import Report, rows
@@ -208,6 +209,129 @@ def test_channels_last_and_transposed_inputs_take_the_same_bytes() -> None:
     )
     assert report(made).kept_bytes == report(plain).kept_bytes
     assert saved_bytes(made, x.to(memory_format=torch.channels_last)) == report(made).kept_bytes
+
+
+# --- what hooks do not see
+
+
+class Saves(torch.autograd.Function):
+    """Its input, and what it has made."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        made = x.exp()
+        ctx.save_for_backward(x, made)
+        return made + 1
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        x, made = ctx.saved_tensors
+        return grad * made * x.cos()
+
+
+class SavesItsResult(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return grad * (1 - y)
+
+
+class Stashes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.stash, ctx.factor = [x.exp(), {"input": x}], 2.0
+        return x.exp()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        made, others = ctx.stash
+        return ctx.factor * grad * made * others["input"]
+
+
+class StashesAParameter(torch.autograd.Function):
+    """And a tensor of another size; two results."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.w, ctx.half = w, x[::2].exp()
+        return x * w, x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        grad = (one + other) * ctx.w
+        grad[::2] *= ctx.half
+        return grad, grad.sum(0)
+
+
+def two_results(h: Tensor, w: Tensor) -> Tensor:
+    one, other = StashesAParameter.apply(h, w)
+    return one + other
+
+
+class Custom(nn.Module):
+    def __init__(self, between: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.between = nn.Linear(32, 64), nn.Linear(64, 32), between
+        self.w = nn.Parameter(torch.rand(64))  # which only one of them reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.between(nn.functional.gelu(self.a(x)), self.w)
+        return self.b(nn.functional.gelu(h))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: Any, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.a, self.r = nn.Linear(32, 32), kind(32, 24, **options)
+        self.b = nn.Linear(48 if options else 24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, _ = self.r(nn.functional.gelu(self.a(x)))
+        return self.b(nn.functional.gelu(h))
+
+
+LAYERS = {"one layer": {}, "layers": {"num_layers": 2, "bidirectional": True, "dropout": 0.2}}
+HIDDEN = {
+    "saves": (Custom, lambda h, w: Saves.apply(h)),
+    "saves its result": (Custom, lambda h, w: SavesItsResult.apply(h)),
+    "stashes": (Custom, lambda h, w: Stashes.apply(h)),
+    "stashes a parameter": (Custom, two_results),
+} | {
+    f"{kind.__name__}, {name}": (Recurrent, kind, options)
+    for kind in (nn.LSTM, nn.GRU, nn.RNN)
+    for name, options in LAYERS.items()
+    if options or kind is nn.LSTM
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_what_a_node_holds_in_its_own_way_is_counted(name: str) -> None:
+    kind, *options = HIDDEN[name]
+    model, x = kind(*options), torch.randn(4, 8, 32)
+    made = transform(model, example_args=(x,))
+    assert report(made).dense_bytes == saved_bytes(model, x)
+    assert report(made).kept_bytes == saved_bytes(made, x)
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_what_a_node_of_an_eager_compiled_graph_holds_is_counted(name: str) -> None:
+    kind, *options = HIDDEN[name]
+    model, x = kind(*options), torch.randn(4, 8, 32)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(allow_rnn=True):
+        # Dynamo's graph does not keep what no backward reads
+        dense = saved_bytes(torch.compile(model, backend="eager"), x)
+        torch._dynamo.reset()
+        made = torch.compile(model, backend="dropit_eager", fullgraph=True)
+        made(x)
+        told = compiled_graphs()[-1].report
+        assert (told.dense_bytes, told.kept_bytes) == (dense, saved_bytes(made, x))
 
 
 # --- every row, every case

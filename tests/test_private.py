@@ -116,6 +116,16 @@ def _a_fake_tensor_knows_its_mode() -> None:
     assert fake.fake_mode is mode, "its mode is not fake_mode"
 
 
+@of("torch._guards.tracing")
+def _a_tracer_in_no_context_takes_the_mode_of_its_inputs() -> None:
+    mode, other = (private.FakeTensorMode(shape_env=private.ShapeEnv()) for _ in range(2))
+    with private.tracing(torch._guards.TracingContext(other)), private.tracing(None):
+        fake = mode.from_tensor(torch.ones(2))
+        traced = private.make_fx(torch.sin, tracing_mode="symbolic")(fake)
+    (sin,) = traced.graph.find_nodes(op="call_function", target=torch.ops.aten.sin.default)
+    assert sin.meta[private.VALUE].fake_mode is mode, "it is the context's"
+
+
 @of("torch._export.utils._compiling_state_context")
 def _code_that_asks_is_told_that_it_is_exported() -> None:
     with private.compiling_state_context():
@@ -701,11 +711,14 @@ def private_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 names = [n for a in node.names if is_private(n := f"{node.module}.{a.name}")]
             case ast.Attribute(value=ast.Name(id="self" | "cls")):
                 names = [node.attr] if node.attr in LEAVES and is_hidden(node.attr) else []
+            case ast.Attribute(value=ast.Name(id="sys")):
+                pass  # Python's own
             case ast.Attribute():
                 dotted = ast.unparse(node)
                 names = [dotted] if is_hidden(node.attr) or is_private(dotted) else []
             case ast.Constant(value=str(text)) if " " not in text:
-                known = text in LEAVES or text.startswith("_raw_saved") or is_private(text)
+                known = text in LEAVES or text.startswith("_raw_saved")
+                known |= "." in text and is_private(text)  # a package alone is a word
                 names = [text] if known else []
             case ast.Subscript(value=ast.Attribute(attr="meta"), slice=ast.Constant(value=text)):
                 names = [text]

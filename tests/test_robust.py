@@ -845,3 +845,72 @@ def test_a_function_under_fx_wrap_is_opened(batch: int) -> None:
             assert torch.equal(p.grad, q.grad)
     with pytest.raises(ValueError, match=r"size\(\)\[1\] == 8 of shifted_window_attention"):
         made(torch.randn(2, 12, 12, 32))
+
+
+class Attentions(nn.Module):
+    """Attention over inputs of three kinds, with its options spread over some modules."""
+
+    def __init__(self, *options: tuple[dict[str, Any], dict[str, Any]]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(
+            nn.MultiheadAttention(16, 4, kdim=12, vdim=8, **made) for made, _ in options
+        )
+        self.given = [given for _, given in options]
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = ()
+        masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
+        for part, given in zip(self.parts, self.given, strict=True):
+            out, weights = part(q, k, v, **given, **masks)
+            found += (out,) if weights is None else (out, weights)
+        return found
+
+
+UNWEIGHTED, EACH_HEAD = {"need_weights": False}, {"average_attn_weights": False}
+BIASED = {"add_bias_kv": True}
+ATTENTION = {
+    "batch first": ((5, 7, 16), (5, 4, 12), {"batch_first": True}, {}),
+    "batch second": ((7, 5, 16), (4, 5, 12), {}, {}),
+    "no batch": ((7, 16), (4, 12), {}, {}),
+    "masks": (
+        (5, 7, 16),
+        (5, 4, 12),
+        {"batch_first": True},
+        {
+            "key_padding_mask": torch.arange(4).expand(5, 4) > 2,
+            "attn_mask": torch.arange(4) > torch.arange(7)[:, None],
+        },
+    ),
+    "dropout": ((5, 7, 16), (5, 4, 12), {"batch_first": True, "dropout": 0.1}, {}),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [*((name, "dropit_eager") for name in ATTENTION), ("masks", "transform")],
+)
+def test_attention_over_other_inputs_than_its_own(name: str, way: str) -> None:
+    query, key, made, masks = ATTENTION[name]
+    model = Attentions((made, EACH_HEAD), (made | BIASED, UNWEIGHTED))
+    args = (torch.randn(query), torch.randn(key), torch.randn(*key[:-1], 8))
+    if way == "transform":
+        ours = dropit_fx.transform(
+            copy.deepcopy(model), preset="lossless", example_args=args, example_kwargs=masks
+        )
+    else:
+        torch._dynamo.reset()
+        ours = torch.compile(copy.deepcopy(model), backend=way, options={"preset": "lossless"})
+    found = []
+    for one in (model, ours):
+        torch.manual_seed(0)
+        outs = one(*args, **masks)
+        torch.autograd.backward([out.square().sum() for out in outs])
+        found.append((outs, [p.grad for p in one.parameters()]))
+    assert_same(*found)
