@@ -143,6 +143,7 @@ class _Probe(fx.Interpreter):
         self._mark: Callable[[], object] = lambda: None  # of the node that runs
         self._upto: list[tuple[int, fx.Node]] = []  # the last autograd node that each has made
         self._before: dict[int, int] = {}  # versions of a node's operands, before it runs
+        self._needing: set[int] = set()  # those that needed a gradient by then
         self._alive: dict[str, str] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._seen: dict[tuple[str, str], Elements] = {}
@@ -164,6 +165,7 @@ class _Probe(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         operands = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self._before = {id(t): version(t) for t in operands}
+        self._needing = {id(t) for t in operands if t.requires_grad}
         for operand in n.all_input_nodes:
             value = self.env[operand]
             if isinstance(value, Tensor):
@@ -351,7 +353,7 @@ class _Probe(fx.Interpreter):
             # autograd may keep one tensor for two reads, or where only the shape is read
             if taken and storage_id(x) in {storage_id(k.tensor) for k in mine}:
                 self._add(n, self._also(x), rule, read, operands, nodes, obstacle)
-            elif read.use is not Use.SHAPE and not obstacle and _is_wanted(read, operands):
+            elif read.use is not Use.SHAPE and not obstacle and self._is_wanted(read, operands):
                 self._add_what_is_run_again(n, rule, read, operands, nodes, held)
 
     def _obstacle(
@@ -369,6 +371,11 @@ class _Probe(fx.Interpreter):
 
     def _also(self, x: Tensor) -> _Kept:
         return _Kept(x.detach(), self._mark)
+
+    def _is_wanted(self, read: Read, operands: Mapping[str, Any]) -> bool:
+        """Whether a gradient needs what is read: what is written in place may need one only now."""
+        needed = (operands.get(a) for a in read.needed_by)
+        return any(isinstance(v, Tensor) and id(v) in self._needing for v in needed)
 
     def _add_what_is_run_again(
         self,
@@ -469,7 +476,7 @@ class _Probe(fx.Interpreter):
             function=read.function(operands) if read and read.function else "",
             obstacle=obstacle,
             recast=self._is_recast(tensor, rule, operands.get(operand)),
-            wanted=read is None or not operands or _is_wanted(read, operands),
+            wanted=read is None or not operands or self._is_wanted(read, operands),
             dense=dense,
         )
         self.kept.append(kept)
@@ -512,10 +519,6 @@ def _nodes_behind(out: Any, start: int) -> list[Node]:
         found[node] = None
         stack.extend(following for following, _ in node.next_functions)
     return list(found)
-
-
-def _is_wanted(read: Read, operands: Mapping[str, Any]) -> bool:
-    return any(_requires_grad(operands.get(a)) for a in read.needed_by)
 
 
 def _is_copy_of(tensor: Tensor, read: Read | None, operands: Mapping[str, Any]) -> bool:

@@ -1,7 +1,8 @@
 """Checks many random models, on several processes: ``make fuzz``, or ``python tests/fuzz.py``.
 
 Prints a count for each way of packing, and the smallest program for each kind of failure. The exit
-status is 1 where there is any. The same seed draws the same programs.
+status is 1 where any program failed, in a run that was interrupted too. The same seed draws the
+same programs; one that was drawn before in its task is not checked again, and not counted.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ import signal
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-CHUNK = 100  # programs that Hypothesis draws in one go
+CHUNK = 100  # programs of one task, drawn by Hypothesis in one go
+DRAWS = 3  # as many at most for each of them: some are drawn again and again
+COUNTED = 4  # bytes are counted for one program in so many: that takes as long as the rest
 LONGEST = {"inductor": 300}  # seconds for one program; 60 for other ways
 SHRINKING = 90  # seconds for one failure
 CONFIGS = {
@@ -45,13 +49,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Message:
-    """What a worker tells: of a program (``counts``), of a failure (``text``), of an end."""
+    """What a worker tells: of a program (``counts``), of one to show (``text``), of an end."""
 
-    kind: str  # "program", "failure", "end"
+    kind: str  # "program", "failure", "rounded", "end"
     worker: int
     counts: tuple[tuple[str, str, str], ...] = ()  # way, outcome, why
     key: str = ""
     text: str = ""
+    program: int = 0  # a number for its source
 
 
 def main() -> int:
@@ -67,7 +72,7 @@ def main() -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         print("interrupted: this is what was found so far")
     run.tell(options)
-    return 1 if run.failures else 0
+    return 1 if run.failed else 0
 
 
 def _options() -> argparse.Namespace:
@@ -103,8 +108,15 @@ class Run:
     counts: collections.Counter[tuple[str, str]] = field(default_factory=collections.Counter)
     reasons: collections.Counter[str] = field(default_factory=collections.Counter)
     failures: dict[str, str] = field(default_factory=dict)
+    rounded: dict[str, str] = field(default_factory=dict)  # the shortest program of each kind
     programs: int = 0
+    distinct: set[int] = field(default_factory=set)
     start: float = field(default_factory=time.time)
+
+    @property
+    def failed(self) -> bool:
+        """Whether anything is wrong, be it shown as a small program yet or not."""
+        return bool(self.failures) or any(o == "failed" for _, o in self.counts)
 
     def all(self) -> None:
         """Does every task; a worker that dies is replaced."""
@@ -141,7 +153,9 @@ class Run:
                     continue
                 if self.note(message):
                     progress.console.rule()
-                    progress.console.print(message.text, markup=False, highlight=False)
+                    progress.console.print(
+                        message.text, markup=False, highlight=False, soft_wrap=True
+                    )
                 if message.kind == "program":
                     progress.advance(shown)
                     faults = (
@@ -156,11 +170,16 @@ class Run:
         new = False
         if message.kind == "program":
             self.programs += 1
+            self.distinct.add(message.program)
         elif message.kind == "failure":
             kept = self.failures.get(message.key)
             new = kept is None or len(message.text) < len(kept)
             if new:
                 self.failures[message.key] = message.text
+        elif message.kind == "rounded":
+            kept = self.rounded.get(message.key)
+            if kept is None or len(message.text) < len(kept):
+                self.rounded[message.key] = message.text
         for way, outcome, why in message.counts:
             self.counts[way, outcome] += 1
             if why:
@@ -174,9 +193,13 @@ class Run:
 
         console = Console(soft_wrap=True)
         console.rule()
+        for key, program in self.rounded.items():
+            console.print(f"rounded, {key}:\n{program}", markup=False, highlight=False)
         for key in self.failures:
             console.print(key, markup=False, highlight=False)
-        for reason, count in self.reasons.most_common(20):
+        others = [r for r in self.reasons.most_common() if " rounded: " not in r[0]]
+        rounded = [r for r in self.reasons.most_common() if " rounded: " in r[0]]
+        for reason, count in rounded + others[:20]:
             console.print(f"{count:6} {reason}", markup=False, highlight=False)
         ways = list(dict.fromkeys(way for way, _ in self.counts))
         table = Table("", *OUTCOMES, box=None)
@@ -185,14 +208,14 @@ class Run:
         console.print(table)
         minutes = (time.time() - self.start) / 60
         console.print(
-            f"{self.programs} programs, seed {options.seed}, {minutes:.1f} minutes:"
-            f" {len(self.failures)} kinds of failure"
+            f"{self.programs} programs, {len(self.distinct)} of them distinct, seed {options.seed},"
+            f" {minutes:.1f} minutes: {len(self.failures)} kinds of failure"
         )
 
 
 # passed: in all configs; rounded: of these, the last bits of a gradient differ in one; skipped: the
-# dense model itself raises; repeated: drawn before
-OUTCOMES = ("passed", "rounded", "failed", "refused", "skipped", "repeated")
+# dense model itself raises
+OUTCOMES = ("passed", "rounded", "failed", "refused", "skipped")
 
 
 # A process that checks ----------------------------------------------------------------------------
@@ -249,15 +272,22 @@ class Worker:
         seen: set[str] = set()
 
         def check(program: Any) -> None:
+            if len(seen) == task.graphs:
+                raise Enough
             if program.source in seen:
-                self.told.put(
-                    Message("program", self.number, tuple((w, "repeated", "") for w in task.ways))
-                )
                 return
             seen.add(program.source)
-            verdict = self.check(program, task.ways, CONFIGS)
-            self.told.put(Message("program", self.number, tuple(_counts(verdict, task.ways))))
-            failures.extend((program.source, fault) for fault in verdict.faults)
+            number = zlib.crc32(program.source.encode())
+            verdict = self.check(program, task.ways, CONFIGS, number % COUNTED == 0)
+            counts = tuple(_counts(verdict, task.ways))
+            self.told.put(Message("program", self.number, counts, program=number))
+            for way, config, why in verdict.rounded:
+                key = f"{way}, {config}: {why}"
+                self.told.put(Message("rounded", self.number, key=key, text=repr(program)))
+            for fault in verdict.faults:
+                failures.append((program.source, fault))
+                if fault.key not in self.known:  # as it is, should the run end before it is small
+                    self.told.put(self.failure(task, repr(program), fault))
 
         _draw(task, check, shrink=False)
         for source, fault in failures:
@@ -265,7 +295,16 @@ class Worker:
                 self.known.add(fault.key)
                 self.told.put(self.smallest(task, source, fault))
 
-    def check(self, program: Any, ways: tuple[str, ...], configs: Any) -> Any:
+    def failure(self, task: Task, text: str, fault: Any) -> Message:
+        """A program, with what is wrong with it as comments."""
+        why = f"# {fault.way}, config '{fault.config}': {fault.kind}: {fault.detail}\n"
+        why = why.replace("\n", "\n# ").rstrip("# ")
+        seed = f"\n# seed {task.seed} of {' and '.join(task.ways)}\n"
+        return Message("failure", self.number, key=fault.key, text=f"{why}\n{text}{seed}")
+
+    def check(
+        self, program: Any, ways: tuple[str, ...], configs: Any, count_bytes: bool = False
+    ) -> Any:
         import fuzz_check
 
         self.checked += 1
@@ -276,7 +315,7 @@ class Worker:
             file.write(repr(program))
         longest = max(LONGEST.get(way, 60) for way in ways)
         with _no_longer_than(longest), contextlib.redirect_stderr(io.StringIO()):
-            return fuzz_check.check(program, ways, configs)
+            return fuzz_check.check(program, ways, configs, count_bytes)
 
     def smallest(self, task: Task, source: str, fault: Any) -> Message:
         """The same programs are drawn again, up to the failing one, which Hypothesis shrinks."""
@@ -286,7 +325,8 @@ class Worker:
         def check(program: Any) -> None:
             if (not best and program.source != source) or time.time() > end:
                 return
-            verdict = self.check(program, (fault.way,), {fault.way: (fault.config,)})
+            configs = {fault.way: (fault.config,)}
+            verdict = self.check(program, (fault.way,), configs, fault.kind == "bytes")
             for again in verdict.faults:
                 if again.key == fault.key:
                     if not best or len(program.source) <= len(best[0][0].source):
@@ -296,15 +336,11 @@ class Worker:
         with contextlib.suppress(BaseException):  # its own reports of what fails, and of flakiness
             _draw(task, check, shrink=True)
         program, again = best[0] if best else (source, fault)
-        text = (
-            f"# {again.way}, config '{again.config}': {again.kind}: {again.detail}\n".replace(
-                "\n", "\n# "
-            ).rstrip("# ")
-            + f"\n{program!r}" * bool(best)
-            + (f"\n{source}" if not best else "")
-            + f"\n# seed {task.seed} of {' and '.join(task.ways)}\n"
-        )
-        return Message("failure", self.number, key=fault.key, text=text)
+        return self.failure(task, repr(program) if best else source, again)
+
+
+class Enough(BaseException):
+    """A task has its programs; no error, so Hypothesis lets it through."""
 
 
 class Failing(Exception):
@@ -319,7 +355,7 @@ def _draw(task: Task, check: Callable[[Any], None], shrink: bool) -> None:
 
     @seed(task.seed)
     @settings(
-        max_examples=task.graphs,
+        max_examples=DRAWS * task.graphs,
         database=None,
         deadline=None,
         phases=phases,
@@ -330,7 +366,7 @@ def _draw(task: Task, check: Callable[[Any], None], shrink: bool) -> None:
     def each(program: Any) -> None:
         check(program)
 
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Enough):
         each()
 
 
@@ -347,8 +383,9 @@ def _counts(verdict: Any, ways: tuple[str, ...]) -> Iterator[tuple[str, str, str
             yield way, "refused", refused[0]
         else:
             yield way, "passed", ""
-            if any(w == way for w, _ in verdict.rounded):
-                yield way, "rounded", ""
+            kinds = sorted({f"{why} ({config})" for w, config, why in verdict.rounded if w == way})
+            if kinds:
+                yield way, "rounded", ", ".join(kinds)
 
 
 @contextlib.contextmanager

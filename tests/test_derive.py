@@ -524,3 +524,40 @@ def test_gradients_are_those_of_the_values_as_they_were(kind: str, way: str) -> 
     assert_same(lossy[0], dense[0])
     for ours, theirs in zip(lossy[1], dense[1], strict=True):
         assert F.cosine_similarity(ours.flatten(), theirs.flatten(), 0) > 0.85
+
+
+# --- what needs a gradient only since it was written into
+
+
+def multiplied(h: Tensor, w: Tensor) -> Tensor:
+    return h.mul_(w)
+
+
+def divided(h: Tensor, w: Tensor) -> Tensor:
+    h /= w + 3
+    return h
+
+
+def multiplied_in_a_view(h: Tensor, w: Tensor) -> Tensor:
+    h[:4].mul_(w[:4])
+    return h + w
+
+
+@pytest.mark.parametrize("preset", ["balanced", "lossless"])
+@pytest.mark.parametrize("write", [multiplied, divided, multiplied_in_a_view])
+def test_what_a_write_alone_makes_need_a_gradient_is_not_counted_for_it(
+    write: Any, preset: str
+) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return write(torch.sin(x), self.fc(x))
+
+    x, model = torch.randn(8, 32), Model()
+    made = dropit_fx.transform(model, preset=preset, example_args=(x,))
+    told = dropit_fx.report(made)
+    assert measure.saved_bytes(model, x) == told.dense_bytes
+    assert measure.saved_bytes(made, x) == told.kept_bytes

@@ -5,7 +5,10 @@ The same programs in each run. ``fuzz_programs`` draws them, ``fuzz_check`` says
 
 from __future__ import annotations
 
+import gc
+import zlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +34,20 @@ SETTINGS: dict[str, Any] = {
 OUTCOMES: dict[str, Counter[str]] = {}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def only_what_is_new_is_looked_through() -> Iterator[None]:
+    """Counting bytes asks for every object that there is, which other tests have left many of."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def counts(program: Program) -> bool:
+    """Bytes are counted for one program in four: that takes as long as the rest."""
+    return zlib.crc32(program.source.encode()) % 4 == 0
+
+
 def assert_right(verdict: Verdict, way: str) -> None:
     """No fault; what was refused, or cannot run dense, is counted for the test below."""
     outcomes = OUTCOMES.setdefault(way, Counter())
@@ -39,21 +56,23 @@ def assert_right(verdict: Verdict, way: str) -> None:
     assert not verdict.faults, "\n".join(map(str, verdict.faults))
 
 
-@settings(max_examples=60, **SETTINGS)
+@settings(max_examples=30, **SETTINGS)
 @given(programs())
 def test_transform_gives_the_gradients_of_dense(program: Program) -> None:
-    verdict = check(program, ("transform",), {"transform": ("exact", "balanced")})
+    verdict = check(program, ("transform",), {"transform": ("exact", "balanced")}, counts(program))
     assert_right(verdict, "transform")
 
 
-@settings(max_examples=30, **SETTINGS)
+@settings(max_examples=16, **SETTINGS)
 @given(programs())
 def test_dropit_eager_gives_the_gradients_of_dense(program: Program) -> None:
-    verdict = check(program, ("dropit_eager",), {"dropit_eager": ("exact", "balanced")})
+    verdict = check(
+        program, ("dropit_eager",), {"dropit_eager": ("exact", "balanced")}, counts(program)
+    )
     assert_right(verdict, "dropit_eager")
 
 
-@settings(max_examples=6, **SETTINGS)
+@settings(max_examples=4, **SETTINGS)
 @given(programs())
 def test_what_is_partitioned_gives_the_gradients_of_dense(program: Program) -> None:
     assert_right(check(program, ("aot",), {"aot": ("formulas",)}), "aot")
