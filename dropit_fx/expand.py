@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from dropit_fx.faithful import difference, meaning
 from dropit_fx.input_guards import InputGuards
+from dropit_fx.op_table import rule_of
 from dropit_fx.private import (
     ORIGIN,
     DimDynamic,
@@ -47,12 +48,11 @@ def opaque_nodes(graph_module: fx.GraphModule, wrapped: bool = False) -> list[fx
 
 
 def _is_wrapped(node: fx.Node) -> bool:
-    """Whether a node calls a Python function that is neither PyTorch's nor ours."""
+    """Whether a node calls a Python function that is neither PyTorch's nor ours, nor has a row."""
     home = str(getattr(node.target, "__module__", "")).partition(".")[0]
     known = ("torch", "torch_xla", "functorch", "builtins", "math", "dropit_fx")
-    return (
-        node.op == "call_function" and isinstance(node.target, FunctionType) and home not in known
-    )
+    theirs = isinstance(node.target, FunctionType) and home not in known
+    return node.op == "call_function" and theirs and rule_of(node) is None
 
 
 def _is_call(node: fx.Node) -> bool:

@@ -20,6 +20,7 @@ def code(module: fx.GraphModule) -> str:
         line = re.sub(r";  .* = None$", "", line.strip())
         line = re.sub(r"\{'gamma': ([\d.]+), [^}]*\}", r"{gamma \1}", line)
         line = re.sub(r"\('bitmask', \{[^}]*\}\)", "bits", line)
+        line = line.replace("('keep', {})", "keep")
         line = line.replace(", (1, 1), (0, 0), (1, 1), 1", "")  # of convolutions, the defaults
         lines.append(line.replace("dropit_fx_packed_call_", ""))
     return "\n".join(lines)
@@ -71,10 +72,10 @@ _0_weight = getattr(self, "0").weight
 linear = torch._C._nn.linear(input_1, _0_weight, _0_bias)
 relu = packed_relu(linear, inplace = False, packed = {'result': bits})
 pack = pack(relu, (_2_weight,), 'mink', {gamma 0.9}, autocast = True)
-linear_1 = packed_linear(relu, _2_weight, _2_bias, packed = {'input': pack, 'weight': ('keep', {})})
+linear_1 = packed_linear(relu, _2_weight, _2_bias, packed = {'input': pack, 'weight': keep})
 relu_1 = packed_relu(linear_1, inplace = False, packed = {'result': bits})
 pack_1 = pack(relu_1, (_4_weight,), 'mink', {gamma 0.9}, autocast = True)
-linear_2 = packed_linear(relu_1, _4_weight, _4_bias, packed = {'input': pack_1, 'weight': ('keep', {})})
+linear_2 = packed_linear(relu_1, _4_weight, _4_bias, packed = {'input': pack_1, 'weight': keep})
 return linear_2""",
         )
 
@@ -95,7 +96,7 @@ _0_weight = getattr(self, "0").weight
 conv2d = torch.conv2d(input_1, _0_weight, _0_bias)
 relu = packed_relu(conv2d, inplace = True, packed = {'result': bits})
 pack = pack(relu, (_2_weight,), 'mink', {gamma 0.9}, autocast = True)
-conv2d_1 = packed_conv2d(relu, _2_weight, _2_bias, packed = {'input': pack, 'weight': ('keep', {})})
+conv2d_1 = packed_conv2d(relu, _2_weight, _2_bias, packed = {'input': pack, 'weight': keep})
 flatten = conv2d_1.flatten(1, -1)
 return flatten""",
         )
@@ -117,8 +118,8 @@ inp_weight = self.inp.weight
 linear = torch._C._nn.linear(x, inp_weight, inp_bias)
 relu = packed_relu(linear, packed = {'result': bits})
 pack = pack(relu, (q_weight, k_weight), 'mink', {gamma 0.5}, autocast = True)
-linear_1 = packed_linear(relu, q_weight, q_bias, packed = {'input': pack, 'weight': ('keep', {})})
-linear_2 = packed_linear(relu, k_weight, k_bias, packed = {'input': pack, 'weight': ('keep', {})})
+linear_1 = packed_linear(relu, q_weight, q_bias, packed = {'input': pack, 'weight': keep})
+linear_2 = packed_linear(relu, k_weight, k_bias, packed = {'input': pack, 'weight': keep})
 t = linear_2.t()
 matmul = linear_1 @ t
 return matmul""",
