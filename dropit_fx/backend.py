@@ -26,6 +26,7 @@ from dropit_fx.packed_call import (
     PACKED_OPS,
     VERSIONS,
     checkpointed,
+    derived,
     pack,
     packed_checkpoint,
     stand_in,
@@ -183,6 +184,8 @@ def rewrite_dynamo_graph(
     return record
 
 
+_OURS = {"pack": pack, "derived": derived, "stand_in": stand_in}
+
 Inner = Callable[
     [fx.GraphModule, list[Any], str | None, dict[str, Any], CompiledGraph | None], Compiled
 ]
@@ -241,7 +244,12 @@ def _inductor(
     # our functions are safe to cache under a version that changes with the formulas and kernels
     names = {
         f"{op.__module__}.{op.__name__}": CACHE_VERSION + VERSIONS.get(name, "")
-        for name, op in {"pack": pack, "stand_in": stand_in, **PACKED_OPS}.items()
+        for name, op in {
+            "pack": pack,
+            "derived": derived,
+            "stand_in": stand_in,
+            **PACKED_OPS,
+        }.items()
     }
     if inductor_has(CACHEABLE):
         patches[CACHEABLE] = names | dict(patches.get(CACHEABLE) or {})

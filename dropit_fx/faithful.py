@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 _WORD = (1 << 61) - 1
 # copies, and the gradient of a slice of everything, which export writes out
 _SAME = ("aten::clone", "aten::lift_fresh", "aten::lift_fresh_copy", "aten::slice_backward")
+_OVERWRITTEN = "modified by an inplace operation"
 _HOOKS = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
 _OURS = __file__.rpartition("/")[0]
 
@@ -404,7 +405,12 @@ def _backward(
 
     for name, tensor in wanted.items():  # whether .grad is a copy depends on who else holds it
         tensor.register_hook(functools.partial(arrives, name))  # type: ignore[no-untyped-call]
-    torch.autograd.backward(differentiated, cotangents)  # grad() stops at reentrant checkpoints
+    try:  # grad() stops at reentrant checkpoints
+        torch.autograd.backward(differentiated, cotangents)
+    except RuntimeError as error:
+        if _OVERWRITTEN not in str(error):
+            raise
+        return {_OVERWRITTEN: 1}, functions  # the same is due in the graph
     return grads, functions
 
 

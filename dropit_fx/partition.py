@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -159,7 +160,9 @@ class KeepPacked(CustomPartitionerFn):
             sources |= {_storage(n): n for n in node.all_input_nodes if not _packs(n)}
             readers = [u for u in node.users if not _packs(u)]
             if readers and node not in flat and _storage(node) not in sources | {-1: node}:
-                node.meta[POLICY] = CheckpointPolicy.MUST_SAVE  # whatever the budget
+                maker = node.args[0] if node.target is operator.getitem else node
+                for kept in (node, maker):
+                    kept.meta[POLICY] = CheckpointPolicy.MUST_SAVE  # whatever the budget
                 packed.append(node)
                 for reader in readers:
                     if reader is not out and not must_recompute(reader):

@@ -201,7 +201,8 @@ if sys.argv[2] == "changed":
     backend.CACHE_VERSION = "another formula"
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.GELU(), torch.nn.Linear(32, 4))
-run = torch.compile(model, backend="dropit", options={"gamma": float(sys.argv[1])})
+options = {"preset": "dropit", "gamma": float(sys.argv[1])}
+run = torch.compile(model, backend="dropit", options=options)
 run(torch.randn(64, 32)).sum().backward()
 found = counters["aot_autograd"]
 print("hits", found["autograd_cache_hit"], "misses", found["autograd_cache_miss"])

@@ -368,7 +368,7 @@ def test_transformers_own_checkpointing(name: str) -> None:
         assert torch.equal(found, exact)
         flat = [torch.cat([g.flatten() for g in gradients]) for gradients in (ours, dense)]
         assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.98
-        packed = [r for r in regions_inputs() if is_packed(r)]
+        packed = [r for r in regions_inputs() if is_packed(r) and r.codecs[0] != "drop"]
         assert {(r.shape, r.codecs[0]) for r in packed} == {((4, 32, 64), "quant")}
         assert len(packed) == 2
         assert saved_bytes(run, ids) < saved_bytes(whole, ids) * 0.8
