@@ -18,7 +18,7 @@ from dropit_fx.fake import fakes_of, propagate
 from dropit_fx.passes import run_pipeline
 from dropit_fx.passes.choose_codecs import check_rules_matched
 from dropit_fx.passes.find_saved import FakeRunError
-from dropit_fx.provenance import node_module, node_where
+from dropit_fx.provenance import first_line, node_module, node_where
 from dropit_fx.report import attach
 from dropit_fx.untouched import untouched
 
@@ -116,8 +116,7 @@ def _does_not_run(graph_module: fx.GraphModule, error: FakeRunError) -> CaptureE
         leaf = graph_module.get_submodule(str(node.target))
         where = [f"module '{node.target}' ({type(leaf).__name__})"]
     where += [node_where(node)] if node_where(node) else []
-    text = str(cause).strip().splitlines()
-    reason = f"{type(cause).__name__}: {text[0] if text else ''}"
+    reason = first_line(cause)
     if type(cause).__name__.startswith(("DataDependent", "DynamicOutput", "GuardOnData")):
         why = f"asks for the value of a tensor, and a graph is made from shapes alone ({reason})"
     else:

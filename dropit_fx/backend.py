@@ -244,12 +244,7 @@ def _inductor(
     # our functions are safe to cache under a version that changes with the formulas and kernels
     names = {
         f"{op.__module__}.{op.__name__}": CACHE_VERSION + VERSIONS.get(name, "")
-        for name, op in {
-            "pack": pack,
-            "derived": derived,
-            "stand_in": stand_in,
-            **PACKED_OPS,
-        }.items()
+        for name, op in {**_OURS, **PACKED_OPS}.items()
     }
     if inductor_has(CACHEABLE):
         patches[CACHEABLE] = names | dict(patches.get(CACHEABLE) or {})

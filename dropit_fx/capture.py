@@ -181,9 +181,7 @@ def _captured(
     except NotCarried as error:
         raise CaptureError(_refusal(model, str(error))) from error
     stopped: list[tuple[str, Exception]] = []
-    tracers: dict[str, Callable[[nn.Module], fx.GraphModule]] = {
-        "torch.fx.symbolic_trace": _symbolic
-    }
+    tracers: dict[str, Trace] = {"torch.fx.symbolic_trace": _symbolic}
     if study is not None:
         tracers["torch.export"] = lambda m: _export(m, study.args, study.kwargs)
     for name, trace in tracers.items():

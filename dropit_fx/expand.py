@@ -115,14 +115,7 @@ def _expand_node(graph_module: fx.GraphModule, node: fx.Node, values: dict[str, 
                 copied[placeholder] = sources[i]
             else:
                 copied[placeholder] = graph.get_attr(f"{node.target}.{names[i - len(sources)]}")
-        for other in inner.graph.nodes:
-            if other.op in ("placeholder", "output"):
-                continue
-            if other.op == "get_attr":
-                raise RuntimeError(f"a constant inside ({other.target})")
-            new = graph.node_copy(other, copied.__getitem__)
-            new.meta = {k: v for k, v in node.meta.items() if k in ORIGIN}
-            copied[other] = new
+        _copy_ops(inner, node, copied)
     result = inner.graph.find_nodes(op="output")[0].args[0]
     if isinstance(result, fx.Node):
         node.replace_all_uses_with(copied[result])
@@ -135,6 +128,17 @@ def _expand_node(graph_module: fx.GraphModule, node: fx.Node, values: dict[str, 
             user.replace_all_uses_with(copied[chosen])
         graph.erase_node(user)
     graph.erase_node(node)
+
+
+def _copy_ops(inner: fx.GraphModule, node: fx.Node, copied: dict[fx.Node, fx.Node]) -> None:
+    """Copies the ops of ``inner`` to where ``node``'s graph inserts; ``copied`` has its inputs."""
+    for other in inner.graph.nodes:
+        if other.op in ("placeholder", "output"):
+            continue
+        if other.op == "get_attr":
+            raise RuntimeError(f"a constant inside ({other.target})")
+        copied[other] = node.graph.node_copy(other, copied.__getitem__)
+        copied[other].meta = {k: v for k, v in node.meta.items() if k in ORIGIN}
 
 
 def _open_function(graph_module: fx.GraphModule, node: fx.Node, values: dict[str, Any]) -> None:
@@ -191,17 +195,9 @@ def _open_function(graph_module: fx.GraphModule, node: fx.Node, values: dict[str
             name = f"sizes_of_{node.name}"
             graph_module.add_submodule(name, InputGuards(told))
             graph.call_module(name, tuple(tensors))
-        for other in inner.graph.nodes:
-            if other.op in ("placeholder", "output"):
-                continue
-            if other.op == "get_attr":
-                raise RuntimeError(f"a constant inside ({other.target})")
-            new = graph.node_copy(other, copied.__getitem__)
-            new.args = tuple(
-                flags[0] if (other, i) in switched else a for i, a in enumerate(new.args)
-            )
-            new.meta = {k: v for k, v in node.meta.items() if k in ORIGIN}
-            copied[other] = new
+        _copy_ops(inner, node, copied)
+        for other, at in switched:
+            copied[other].update_arg(at, flags[0])
     node.replace_all_uses_with(copied[result])
     values[copied[result].name] = values[node.name]
     graph.erase_node(node)
@@ -301,14 +297,10 @@ def _trace(
     fakes = []
     for tensor in tensors:
         dynamic = DimDynamic.STATIC if isinstance(tensor, nn.Parameter) else DimDynamic.DUCK
-        # uninitialised memory of the right shape: only sizes and strides are read
-        blank = torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
-        )
         context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
             dynamic_sizes=[dynamic] * tensor.dim()
         )
-        fakes.append(mode.from_tensor(blank, symbolic_context=context))
+        fakes.append(mode.from_tensor(_blank(tensor).detach(), symbolic_context=context))
     return _aten(run, fakes, pre_dispatch)
 
 

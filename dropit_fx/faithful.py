@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -97,11 +96,7 @@ class Study:
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.args, self.kwargs, self.training = args, kwargs, model.training
         self._of = model
-        named = (
-            *model.named_parameters(remove_duplicate=False),
-            *model.named_buffers(remove_duplicate=False),
-        )
-        self._names = frozenset(n for n, _ in named)
+        self._names = frozenset(n for n, _ in _named(model))
         self._model: dict[bool, Meaning | str] = {}
         for training in (self.training, not self.training):
             with _in_mode(model, training):
@@ -181,14 +176,14 @@ def refuse_hooks(model: nn.Module) -> None:
     if has_any_global_hook():  # type: ignore[no-untyped-call]
         raise NotCarried("hooks are registered for all modules (register_module_forward_hook, ...)")
     for name, module in model.named_modules():
+        if module is model:
+            continue
         for kind in HOOK_DICTS:
-            hooks = vars(module).get(kind) or {}
-            for hook in hooks.values() if hasattr(hooks, "values") else ():
-                if not callable(hook):
-                    continue
-                if module is not model and not _is_torchs(hook):
+            hooks = vars(module).get(kind)
+            for hook in hooks.values() if isinstance(hooks, dict) else ():
+                if callable(hook) and not _is_torchs(hook):
                     kind = kind.strip("_").replace("_", " ").removesuffix("s")
-                    whose = f"module '{name}' ({type(module).__name__})" if name else "the model"
+                    whose = f"module '{name}' ({type(module).__name__})"
                     raise NotCarried(f"{whose} has a {kind}, {_place_of(hook)}")
 
 
@@ -200,21 +195,12 @@ def _place_of(function: Any) -> str:
     return name if code is None else f"{name} ({code.co_filename}:{code.co_firstlineno})"
 
 
-def _owner(model: nn.Module, change: Change) -> tuple[str, nn.Module, str]:
-    """Name and module whose attribute has changed, and the attribute."""
-    name, attribute = change.module, change.attribute
-    while found := re.match(r"_modules\['([^']+)'\]\.", attribute):
-        name = f"{name}.{found[1]}".removeprefix(".")
-        attribute = attribute[found.end() :]
-    return name, model.get_submodule(name), attribute
-
-
 def _assigned(model: nn.Module, change: Change) -> str:
     """Says which attribute, of which module, is assigned where."""
-    name, owner, attribute = _owner(model, change)
+    owner, name = model.get_submodule(change.module), change.module
     whose = f"module '{name}' ({type(owner).__name__})" if name else "the model itself"
-    place = _place_of(type(owner).forward)
-    return f"{whose} changes {attribute!r} while it runs, in {place} (a cache: call the model once)"
+    found = f"{whose} changes {change.attribute!r} while it runs"
+    return f"{found}, in {_place_of(type(owner).forward)} (a cache: call the model once)"
 
 
 def _is_benign(model: nn.Module, change: Change) -> bool:
@@ -225,7 +211,7 @@ def _is_benign(model: nn.Module, change: Change) -> bool:
         return True
     if isinstance(change.new, FakeTensor) and change.old is change.new:
         return True  # fake already, and written: the proof compares what is written
-    _, owner, attribute = _owner(model, change)
+    owner, attribute = model.get_submodule(change.module), change.attribute
     if type(owner).__module__.startswith("torch.nn.") and attribute.startswith("_flat_weight"):
         return True  # of recurrent layers
     parameters = dict(owner.named_parameters(recurse=False))
@@ -375,14 +361,18 @@ def _some(names: list[str]) -> str:
     return f"'{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def _state(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, those that are tied under the first of their names."""
-    named = [
+def _named(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers under every name that they have."""
+    return [
         *module.named_parameters(remove_duplicate=False),
         *module.named_buffers(remove_duplicate=False),
     ]
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, those that are tied under the first of their names."""
     first: dict[int, tuple[str, Tensor]] = {}
-    for name, tensor in sorted(named, key=lambda pair: pair[0]):
+    for name, tensor in sorted(_named(module), key=lambda pair: pair[0]):
         first.setdefault(id(tensor), (name, tensor))
     return dict(first.values())
 
