@@ -48,9 +48,7 @@ def _in_fewest_bytes(plan: Plan) -> Plan:
     if plan.config.force or not any(_finer(d) != d for d in plan.decisions):
         return asked
     finer = _derive(replace(plan, decisions=tuple(map(_finer, plan.decisions))))
-    bases, used = bases_of(finer), set[str]()
-    for d in finer.decisions:
-        used |= (copies(d.derived, finer, bases) or set()) if d.derived else set()
+    used = unpacked(finer)
     back = [
         old if not new.derived and new.pack not in used else new
         for old, new in zip(plan.decisions, finer.decisions, strict=True)
@@ -202,3 +200,11 @@ def copies(name: str, plan: Plan, bases: Bases) -> set[str] | None:
         else:
             names |= copies(how, plan, bases) or set()
     return names
+
+
+def unpacked(plan: Plan) -> set[str]:
+    """The packed copies that all derived values of a plan are made from."""
+    bases, found = bases_of(plan), set[str]()
+    for d in plan.decisions:
+        found |= (copies(d.derived, plan, bases) or set()) if d.derived else set()
+    return found

@@ -17,6 +17,7 @@ from dataclasses import replace
 from dropit_fx.codecs import CODEC
 from dropit_fx.core_types import Decision, Plan, Site
 from dropit_fx.passes.choose_codecs import keep
+from dropit_fx.passes.derive_values import bases_of, recipe, unpacked
 from dropit_fx.passes.share_packed import CAST, by_site
 
 TENTH = 10  # of the large ones: nothing above is small
@@ -29,12 +30,27 @@ def keep_small(plan: Plan) -> Plan:
     bodies = {name: keep_small(body) for name, body in plan.bodies.items()}
     pairs = by_site(plan.sites, plan.decisions)
     small = _small(plan, pairs) if plan.config.keep_small and not plan.config.force else set()
+    kept = _keeping(small, plan, pairs)
+    if not _are_derived(kept):  # what is kept whole and written to later, nothing is made from
+        used = unpacked(plan)
+        small -= {s.name for s, mine in pairs if any(d.pack in used for d in mine)}
+        kept = _keeping(small, plan, pairs)
+    return replace(kept, bodies=bodies)
+
+
+def _keeping(small: set[str], plan: Plan, pairs: list[tuple[Site, list[Decision]]]) -> Plan:
     decisions: list[Decision] = []
     for site, mine in pairs:
         if site.name in small:
             mine = [keep(d, REASON) if d.packed else d for d in mine]
         decisions += mine
-    return replace(plan, decisions=tuple(decisions), bodies=bodies)
+    return replace(plan, decisions=tuple(decisions))
+
+
+def _are_derived(plan: Plan) -> bool:
+    """Whether all that is to be made again can be."""
+    bases = bases_of(plan)
+    return all(recipe(d.derived, plan, bases) is not None for d in plan.decisions if d.derived)
 
 
 def _small(plan: Plan, pairs: list[tuple[Site, list[Decision]]]) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -58,3 +59,10 @@ def test_settings_are_checked() -> None:
     for value in (-1, 1.5, True, None):
         with pytest.raises(ConfigError, match="'norm_values' is a number of values"):
             load_config({"norm_values": value})
+
+
+def test_what_is_written_to_later_stays_packed_where_others_are_made_from_it() -> None:
+    model = timm.create_model("efficientnet_b0", num_classes=10).train()  # SiLU in place
+    x = torch.randn(2, 3, 64, 64)
+    packed = dropit_fx.transform(model, example_args=(x,))
+    assert dropit_fx.measure.saved_bytes(packed, x) == dropit_fx.report(packed).kept_bytes
