@@ -299,6 +299,7 @@ def meaning(
         fake_state(module, mode),
     ):
         warnings.simplefilter("ignore")
+        torch.clear_autocast_cache()  # an earlier run's copies of weights have no number here
         torch.default_generator.manual_seed(0)
         state = _state(module)
         inputs = {f"input {i}": t for i, t in enumerate(fakes) if isinstance(t, Tensor)}

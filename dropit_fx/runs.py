@@ -234,15 +234,26 @@ def clamp(input: Tensor, min: Any = None, max: Any = None) -> Tensor:
     return torch.clamp(input, min, max)
 
 
+def _passes_at_bounds() -> bool:
+    """Whether this PyTorch hands on a gradient at the very bound: it has not always been so."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.tensor([-1.0, 1.0], requires_grad=True)
+        (slope,) = torch.autograd.grad(torch.clamp(x, -1, 1).sum(), x)
+    return bool(slope.all())
+
+
+_PASSES_AT_BOUNDS = _passes_at_bounds()
+
+
 def clamp_saving(
     input: Tensor, min: Any = None, max: Any = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    # at the bounds and at NaN, PyTorch's own formula decides: it has not always been the same
-    with torch.enable_grad():
-        x = input.detach().requires_grad_()
-        out = torch.clamp(x, min, max)
-    (slope,) = torch.autograd.grad(out, x, torch.ones_like(out))
-    return out.detach(), {"input": slope != 0}
+    passed = torch.ones_like(input, dtype=torch.bool)
+    if min is not None:
+        passed = input >= min if _PASSES_AT_BOUNDS else input > min
+    if max is not None:
+        passed = passed & (input <= max if _PASSES_AT_BOUNDS else input < max)
+    return torch.clamp(input, min, max), {"input": passed}
 
 
 def where(condition: Tensor, input: Any, other: Any) -> Tensor:
