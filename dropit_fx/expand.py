@@ -33,6 +33,7 @@ from dropit_fx.private import (
     pytree,
     tracing,
 )
+from dropit_fx.regions import REGION
 from dropit_fx.untouched import untouched
 
 log = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def _copy_ops(inner: fx.GraphModule, node: fx.Node, copied: dict[fx.Node, fx.Nod
         if other.op == "get_attr":
             raise RuntimeError(f"a constant inside ({other.target})")
         copied[other] = node.graph.node_copy(other, copied.__getitem__)
-        copied[other].meta = {k: v for k, v in node.meta.items() if k in ORIGIN}
+        copied[other].meta = {k: v for k, v in node.meta.items() if k in (*ORIGIN, REGION)}
 
 
 def _open_function(graph_module: fx.GraphModule, node: fx.Node, values: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ from dropit_fx.private import (
     FakeTensor,
     OpOverload,
     TorchDispatchMode,
+    checkpoints_run_by,
     compiling_state_context,
     disable_current_modes,
     has_any_global_hook,
@@ -70,6 +71,7 @@ class Meaning:
         where: Number of each value -> the module and the line that made it, in order.
         hooks: Lines at which a tensor was given a hook.
         functions: Names of the custom ``autograd.Function`` s in the backward.
+        checkpoints: How many regions are checkpointed.
     """
 
     outputs: tuple[Any, ...]
@@ -78,6 +80,7 @@ class Meaning:
     where: Mapping[int, str]
     hooks: tuple[str, ...] = ()
     functions: tuple[str, ...] = ()
+    checkpoints: int = 0
 
 
 class Study:
@@ -181,10 +184,19 @@ def refuse_hooks(model: nn.Module) -> None:
         for kind in HOOK_DICTS:
             hooks = vars(module).get(kind)
             for hook in hooks.values() if isinstance(hooks, dict) else ():
-                if callable(hook) and not _is_torchs(hook):
+                if callable(hook) and not _is_torchs(hook) and not _asks_for_gradients(hook):
                     kind = kind.strip("_").replace("_", " ").removesuffix("s")
                     whose = f"module '{name}' ({type(module).__name__})"
                     raise NotCarried(f"{whose} has a {kind}, {_place_of(hook)}")
+
+
+def _asks_for_gradients(hook: Any) -> bool:
+    """Whether it is Hugging Face's of gradient checkpointing: embeddings require a gradient.
+
+    Tracers run it, and the proof sees whether that is lost.
+    """
+    name = str(getattr(hook, "__qualname__", ""))
+    return _home(hook).startswith("transformers.") and "enable_input_require_grads" in name
 
 
 def _place_of(function: Any) -> str:
@@ -308,7 +320,7 @@ def meaning(
         before = {n: numbers.of(t) for n, t in (*state.items(), *inputs.items())}
         given_args, given_kwargs = pytree.tree_unflatten(list(fakes), spec)
         with numbers:
-            with watch:
+            with watch, _counting_checkpoints() as checkpoints:
                 result = run(*given_args, **given_kwargs)
             outputs = pytree.tree_leaves(result)
             grads, functions = _backward(outputs, state | inputs, numbers)
@@ -325,7 +337,21 @@ def meaning(
             where=numbers.where,
             hooks=tuple(watch.found),
             functions=functions,
+            checkpoints=len(checkpoints),
         )
+
+
+@contextmanager
+def _counting_checkpoints() -> Iterator[list[object]]:
+    """Yields a list with an item for each checkpointed region that runs."""
+    found: list[object] = []
+
+    def around(options: object, usual: Callable[[], Iterator[None]]) -> Iterator[None]:
+        found.append(options)
+        yield from usual()
+
+    with checkpoints_run_by(around):
+        yield found
 
 
 def difference(model: Meaning, graph: Meaning) -> str:
@@ -347,6 +373,8 @@ def difference(model: Meaning, graph: Meaning) -> str:
         wrong = f"the gradient of {_some(names)} differs"
         if model.functions:
             wrong += f" (custom backward: {', '.join(model.functions)})"
+    elif model.checkpoints > graph.checkpoints:  # some models do so in training mode alone
+        wrong = f"of {model.checkpoints} checkpointed regions the graph has {graph.checkpoints}"
     if not wrong:
         return ""
     line = next((where for number, where in model.where.items() if number not in graph.where), "")

@@ -48,6 +48,7 @@ from dropit_fx.op_table import (
 )
 from dropit_fx.private import (
     CHECKPOINT_CONTEXT,
+    OpOverload,
     constant_to_dynamo,
     dynamo_skips,
     forward_mode_level,
@@ -689,13 +690,25 @@ def checkpointed(
     body: fx.GraphModule,
     *inputs: Any,
     packed: Mapping[str, Packed | None] | None = None,
+    once: bool = True,
     **options: Any,
 ) -> Any:
     """As ``packed_checkpoint``, for graphs that run as they are.
 
     The region is made again with the random numbers of its forward; PyTorch's own op for it draws
     new ones unless AOTAutograd traces it.
+
+    Args:
+        body: As for ``packed_checkpoint``, which has the next two as well.
+        inputs: Its inputs.
+        packed: The packed forms of some.
+        once: What it writes into is written by the forward alone, as in compiled code; in eager
+            mode a norm in a checkpointed region counts its batch twice.
+        options: Of ``torch.utils.checkpoint.checkpoint``.
     """
+    if torch.compiler.is_dynamo_compiling():  # made again from what it was given, packed or not
+        no_copies = [None] * len(packed or {})
+        return checkpoint(body, *inputs, *no_copies, **options | {"use_reentrant": False})
     if CHECKPOINT_CONTEXT in body.meta:
         options["context_fn"] = body.meta[CHECKPOINT_CONTEXT]
     kept: list[Any] = list(inputs)
@@ -711,8 +724,8 @@ def checkpointed(
     # what the region writes into (a norm's statistics, an average) is written once, and read again
     # as it was
     before = {
-        at: inputs[at].detach().clone()
-        for at in _written(body)
+        at: inputs[at].detach().clone() if once else inputs[at]
+        for at in written_inputs(body)
         if isinstance(inputs[at], Tensor) and not inputs[at].requires_grad
     }
     for at in before:
@@ -723,7 +736,7 @@ def checkpointed(
     def region(*given: Any) -> Any:
         values, rest = list(given[:count]), given[count:]
         for at, buffer in before.items():
-            values[at] = exact[at] if exact else buffer.clone()
+            values[at] = exact[at] if exact else buffer.clone() if once else buffer
         for at, (entry, layout) in entries.items():
             mine, rest = rest[: entry.tensors], rest[entry.tensors :]
             if exact:
@@ -740,7 +753,17 @@ def checkpointed(
         exact.clear()
 
 
-_NORMS = ("batch_norm", "instance_norm")  # their statistics are the second and third argument
+def run_regions(graph_module: fx.GraphModule) -> None:
+    """Has the checkpoints of a graph run as they are: see :func:`checkpointed`."""
+    for part in graph_module.modules():
+        if isinstance(part, fx.GraphModule):
+            for node in part.graph.nodes:
+                if node.target in (*CHECKPOINT.targets, packed_checkpoint):
+                    node.target = checkpointed
+            part.recompile()
+
+
+_NORMS = ("batch_norm", "instance_norm")  # which write into their statistics
 
 
 _VIEWS = (
@@ -761,7 +784,8 @@ _VIEWS = (
 
 def _name(node: fx.Node) -> str:
     target = node.target
-    return target if isinstance(target, str) else str(getattr(target, "__name__", ""))
+    name = target if isinstance(target, str) else str(getattr(target, "__name__", ""))
+    return name.partition(".")[0]  # without the overload
 
 
 def _writes(node: fx.Node) -> bool:
@@ -769,14 +793,18 @@ def _writes(node: fx.Node) -> bool:
     return augmented or _name(node) == "setitem" or is_inplace(node, node.kwargs)
 
 
-def _written(body: fx.GraphModule) -> tuple[int, ...]:
+def written_inputs(body: fx.GraphModule) -> tuple[int, ...]:
     """The inputs of a region that it writes into, by their place."""
     inputs = body.graph.find_nodes(op="placeholder")
     written: dict[fx.Node, None] = {}
     for node in body.graph.nodes:
         into: list[Any] = []
         if _name(node).removeprefix("packed_") in _NORMS:
-            into = [*node.args[1:3], *(node.kwargs.get(f"running_{n}") for n in ("mean", "var"))]
+            statistics = slice(3, 5) if isinstance(node.target, OpOverload) else slice(1, 3)
+            into = [
+                *node.args[statistics],
+                *(node.kwargs.get(f"running_{n}") for n in ("mean", "var")),
+            ]
         elif _writes(node):
             into = [*node.args[:1], node.kwargs.get("input")]
         for value in into:

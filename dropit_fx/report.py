@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import fx, nn
 
 from dropit_fx.core_types import Decision, Plan
+from dropit_fx.passes.find_saved import NUMBER
 from dropit_fx.passes.share_packed import by_site
 from dropit_fx.private import uncompiled
 
@@ -228,7 +229,8 @@ def rows(plan: Plan, prefix: str = "", region: str = "") -> Iterator[Row]:
             kept_bytes=size,
             codec="keep" if kept else "+".join(dict.fromkeys(_spelled(d) for d in packed)),
             reason=kept[0].reason if kept else "",
-            region=region,
+            # a checkpoint keeps what hooks do not see: numbers are not made again
+            region="" if first.obstacle == NUMBER else region,
         )
     for name, body in plan.bodies.items():
         yield from rows(body, prefix, region=name)

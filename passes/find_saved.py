@@ -43,7 +43,7 @@ from dropit_fx.core_types import (
 )
 from dropit_fx.fake import fake_mode_of, fake_state, real_workspaces
 from dropit_fx.op_table import CHECKPOINT, bind, derivable_rule_of, is_inplace, reads_of, rule_of
-from dropit_fx.packed_call import is_complex, memory_order
+from dropit_fx.packed_call import is_complex, memory_order, written_inputs
 from dropit_fx.private import (
     EXAMPLE_VALUE,
     closed_over,
@@ -298,7 +298,8 @@ class _Probe(fx.Interpreter):
             if at == len(ends):
                 continue
             n = self._upto[at][1]
-            for _, value in raw_saved(node) if shows_saved() else ():
+            # the numbers of a region are in its own plan
+            for _, value in raw_saved(node) if shows_saved() and not _is_checkpoint(n) else ():
                 if isinstance(value, Tensor) and not value.dim():
                     rule = rule_of(n) if n.name in self.calls else None
                     self._add(n, _Kept(value, lambda: True), rule, None, {}, {}, NUMBER)
@@ -402,6 +403,9 @@ class _Probe(fx.Interpreter):
         regions = [m.args[0] for m in self.module.graph.nodes if _is_checkpoint(m)]  # type: ignore[union-attr]
         if [r.target for r in regions].count(n.args[0].target) > 1:  # type: ignore[union-attr]
             return "its region is called more than once"
+        body: Any = self.module.get_submodule(str(n.args[0].target))  # type: ignore[union-attr]
+        if not n.kwargs.get("once", True) and written_inputs(body):
+            return "its region writes into a buffer again when it is made again"
         goes = any(
             storage_id(t) == storage_id(tensor) and t.requires_grad
             for t in (self.env[m] for m in n.all_input_nodes)
