@@ -467,14 +467,8 @@ class PackedFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> Any:
         """Runs the row's formula, which unpacks what it reads."""
-        # (what Dynamo inlines runs in another mode than it is traced in, and refuses by itself)
-        if torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling():
-            raise RuntimeError(
-                f"packed_{ctx.rule_name}: double backward (create_graph=True) is not supported,"
-                " since the packed tensors are constants to autograd. Where a loss differentiates a"
-                " gradient, call the original, dense model, which shares its parameters with the"
-                " packed one (of what torch.compile returns, the model that it was given)."
-            )
+        if grad is not None:
+            _refuse_second_derivatives(grad, ctx.rule_name)
         rule = RULES[ctx.rule_name]
         grads: backwards.Grads = {}
         if grad is not None:
@@ -499,9 +493,46 @@ class PackedFunction(torch.autograd.Function):
         return (None, None, None, None, *by_argument, *[None] * ctx.parts)
 
 
+def _refuse_second_derivatives(grad: Tensor, rule_name: str) -> None:
+    """Raises where the gradient is to be differentiated again; a compiler is not asked."""
+    if torch.is_grad_enabled() and type(grad) is Tensor and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"packed_{rule_name}: double backward (create_graph=True) is not supported,"
+            " since the packed tensors are constants to autograd. Where a loss differentiates a"
+            " gradient, call the original, dense model, which shares its parameters with the"
+            " packed one (of what torch.compile returns, the model that it was given)."
+        )
+
+
+class _Once(torch.autograd.Function):
+    """``apply(x, rule_name)``: ``x``, whose gradient is not to be differentiated again."""
+
+    @staticmethod
+    def forward(x: Tensor, rule_name: str) -> Tensor:
+        out: Tensor = unsafe_view(x, x.shape)  # no view to autograd: it may be written in place
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.rule_name = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        _refuse_second_derivatives(grad, ctx.rule_name)
+        return grad, None
+
+
+# What Dynamo inlines runs without gradients, whoever asks for them: behind it, this op in its graph
+# is told. Where AOTAutograd traces the graph, nothing is left of it.
+_LIBRARY: Any = torch.library.Library("dropit", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("once(Tensor x, str rule_name) -> Tensor")
+_LIBRARY.impl("once", _Once.apply, "CompositeImplicitAutograd")
+
+
 # Called inside of a compiled function, it would be compiled as a piece of code of its own: for that
 # nobody asks which mode it runs in.
 dynamo_skips(PackedFunction.backward)
+dynamo_skips(_Once.backward)
 
 
 def _is_kept_whole(rule: OpRule, operand: str, codec: str) -> bool:
@@ -625,6 +656,8 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
             out, *kept = PackedFunction.apply(
                 rule.name, needs, tuple(held), tuple(given), *bound.values(), *parts
             )
+        if torch.compiler.is_dynamo_compiling():
+            out = torch.ops.dropit.once(out, rule.name)
         if not gives:
             return out
         copies: dict[str, Packed] = {}

@@ -110,6 +110,27 @@ def test_second_derivatives_of_compiled_code_are_refused(inside: bool) -> None:
     assert slope(model).requires_grad
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_second_derivatives_of_a_rewritten_model_that_is_compiled_are_refused(
+    inside: bool,
+) -> None:
+    x, model = torch.randn(64, 8, requires_grad=True), mlp(8, 2)
+    packed = dropit_fx.transform(model, example_args=(x,), preset="max")
+
+    def slope(run: Any) -> Tensor:
+        return torch.autograd.grad(run(x).sum(), x, create_graph=True)[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile((lambda: slope(packed)) if inside else packed, backend="eager")
+    with pytest.raises(RuntimeError, match=r"create_graph=True.*call the original, dense model"):
+        compiled() if inside else slope(compiled)
+    torch._dynamo.reset()
+    compiled = torch.compile(packed, backend="aot_eager", fullgraph=True)
+    assert_same(grads(compiled, x), grads(packed, x))
+    with pytest.raises(RuntimeError):  # in PyTorch's words
+        slope(compiled).square().sum().backward()
+
+
 def _per_sample(model: nn.Module, x: Tensor) -> Any:
     def loss(parameters: dict[str, Tensor], one: Tensor) -> Tensor:
         out: Tensor = torch.func.functional_call(model, parameters, (one[None],))
