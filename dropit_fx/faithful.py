@@ -52,6 +52,7 @@ _SAME = ("aten::clone", "aten::lift_fresh", "aten::lift_fresh_copy", "aten::slic
 _OVERWRITTEN = "modified by an inplace operation"
 _HOOKS = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
 _OURS = __file__.rpartition("/")[0]
+_INSIDE = "_dropit_hooks_inside"  # of a class whose forward runs PyTorch's hooks
 
 
 class NotCarried(RuntimeError):
@@ -228,7 +229,8 @@ def _is_benign(model: nn.Module, change: Change) -> bool:
         return True  # of recurrent layers
     parameters = dict(owner.named_parameters(recurse=False))
     made = any(f"{attribute}_{end}" in parameters for end in ("orig", "g"))
-    return made and any(map(_is_torchs, vars(owner)[HOOK_DICTS[0]].values()))
+    moved = vars(type(owner)).get(_INSIDE, ())
+    return made and any(map(_is_torchs, (*moved, *vars(owner)[HOOK_DICTS[0]].values())))
 
 
 @contextmanager
@@ -237,23 +239,28 @@ def torchs_hooks_inside(model: nn.Module) -> Iterator[None]:
 
     They compute a weight from others before each call; tracers start at the forward.
     """
-    kind = type(model)
-    hooks = [h for h in vars(model)[HOOK_DICTS[0]].values() if _is_torchs(h)]
+    kind, registered = type(model), vars(model)[HOOK_DICTS[0]]
+    hooks = {key: h for key, h in registered.items() if _is_torchs(h)}
     if not hooks:
         yield
         return
 
     @functools.wraps(kind.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        for hook in hooks:
+        for hook in hooks.values():
             hook(self, args)
         return kind.forward(self, *args, **kwargs)
 
-    model.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    before = dict(registered)
+    for key in hooks:  # some write into buffers: they run once in each call
+        del registered[key]
+    model.__class__ = type(kind.__name__, (kind,), {"forward": forward, _INSIDE: [*hooks.values()]})
     try:
         yield
     finally:
         model.__class__ = kind
+        registered.clear()
+        registered.update(before)
 
 
 def own_hooks(model: nn.Module, kind: str) -> Any:
