@@ -936,3 +936,81 @@ def test_attention_over_other_inputs_than_its_own(name: str, way: str) -> None:
         torch.autograd.backward([out.square().sum() for out in outs])
         found.append((outs, [p.grad for p in one.parameters()]))
     assert_same(*found)
+
+
+class UnseenWrites(nn.Module):
+    """What autograd does not count: writes through ``.data``, before and after others read it."""
+
+    def __init__(self, write: Callable[[UnseenWrites, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.scale = nn.Parameter(torch.ones(16))
+        self.register_buffer("average", torch.ones(16))
+        self.write = write
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.write(self, x) * self.scale
+
+
+def after_its_reader(model: UnseenWrites, x: Tensor) -> Tensor:
+    h = torch.tanh(model.a(x))
+    y = model.b(h)
+    h.data.mul_(2)
+    return y * 2 + h
+
+
+def between_two_readers(model: UnseenWrites, x: Tensor) -> Tensor:
+    h = torch.sin(model.a(x))
+    y = model.b(h)
+    h.data.copy_(torch.zeros_like(h))
+    return y + model.b(h)
+
+
+def into_what_another_is_made_from(model: UnseenWrites, x: Tensor) -> Tensor:
+    h = model.a(x)
+    y = model.b(torch.relu(torch.sin(h) * model.average))
+    model.average.data.mul_(0.5)
+    h.data.add_(1)
+    return y
+
+
+def into_a_parameter(model: UnseenWrites, x: Tensor) -> Tensor:
+    model.scale.data.clamp_(0, 0.5)
+    return model.b(torch.relu(model.a(x)) * model.scale)
+
+
+WRITES = (after_its_reader, between_two_readers, into_what_another_is_made_from, into_a_parameter)
+
+
+@pytest.mark.parametrize("way", ["transform", "dropit_eager"])
+@pytest.mark.parametrize("write", WRITES, ids=lambda f: f.__name__)
+def test_writes_that_autograd_does_not_see_change_what_they_change_in_the_dense_model(
+    write: Any, way: str
+) -> None:
+    model, x = UnseenWrites(write), torch.randn(64, 16)
+    dense = copy.deepcopy(model)
+    # what is packed loses little; what is read after the write would be another value altogether
+    config = {"preset": "balanced", "rules": [{"codec": "quant", "bits": 8}]}
+    if way == "transform":
+        run: Any = dropit_fx.transform(model, config, example_args=(x,))
+        kept = [r.reason for r in dropit_fx.report(run).rows if ".data" in r.reason]
+        assert bool(kept) == (write is not into_a_parameter)
+        assert all(f"{__file__}:" in reason for reason in kept)
+    else:
+        torch._dynamo.reset()
+        run = torch.compile(model, backend="dropit_eager", options={"config": config})
+    for _ in range(2):
+        ours, theirs = grads(run, x), grads(dense, x)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05 * b.abs().max().item())
+
+
+def test_data_that_is_assigned_is_refused_with_the_line() -> None:
+    def assign(model: UnseenWrites, x: Tensor) -> Tensor:
+        model.scale.data = model.scale.data * 0.5
+        return model.b(model.a(x) * model.scale)
+
+    model = UnseenWrites(assign)
+    with pytest.raises(CaptureError, match=r"test_robust.py:\d+: model.scale.data = .*\n.*: data"):
+        dropit_fx.transform(model, example_args=(torch.randn(4, 16),))
+    assert torch.equal(model.scale, torch.ones(16))
