@@ -112,7 +112,7 @@ class Study:
         failed: Exception | None = None
         with untouched(model, generators=training == self.training) as seen:
             try:
-                found = meaning(model, model.forward, self.args, self.kwargs)
+                found = meaning(model, _called(model), self.args, self.kwargs)
             except Exception as error:  # the user's code ran: anything can be raised
                 failed = error
         changes = [c for c in seen.changes if not _is_benign(model, c)]
@@ -198,6 +198,13 @@ def _asks_for_gradients(hook: Any) -> bool:
     """
     name = str(getattr(hook, "__qualname__", ""))
     return _home(hook).startswith("transformers.") and "enable_input_require_grads" in name
+
+
+def _called(model: nn.Module) -> Callable[..., Any]:
+    """What a call of the model runs, less its hooks: a class may checkpoint in its ``__call__``."""
+    hooked = any(isinstance(h, dict) and h for h in map(vars(model).get, HOOK_DICTS))
+    own = type(model).__call__ is not nn.Module.__call__
+    return model if own and not hooked else model.forward
 
 
 def _place_of(function: Any) -> str:

@@ -547,6 +547,23 @@ def test_a_selective_checkpoint_is_not_traced_through() -> None:
         dropit_fx.transform(Selective(), example_args=(torch.randn(4, 64),))
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_layer_that_checkpoints_itself_when_it_is_called(alone: bool) -> None:
+    class Layer(nn.Linear):
+        def __call__(self, *args: Any) -> Any:
+            return checkpoint(super().__call__, *args, use_reentrant=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(super().forward(torch.exp(x)))
+
+    model, x = nn.Sequential(nn.Linear(8, 8), Layer(8, 8)), torch.randn(16, 8)
+    bytes_of_dense = saved_bytes(model, x)
+    modules = "1" if alone else None
+    made = dropit_fx.transform(model, modules=modules, preset="lossless", example_args=(x,))
+    assert saved_bytes(made, x) == bytes_of_dense
+    assert any(r.op == "checkpoint" for r in dropit_fx.report(made).rows)
+
+
 def test_models_that_checkpoint_in_training_mode_alone() -> None:
     config = transformers.BertConfig(
         num_hidden_layers=1, hidden_size=32, num_attention_heads=2, intermediate_size=64,

@@ -849,10 +849,10 @@ def test_a_batch_norm_with_a_cumulative_average() -> None:
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("batch", [1, 5])
-def test_a_function_under_fx_wrap_is_opened(batch: int) -> None:
+@pytest.mark.parametrize(("batch", "shift"), [(1, 0), (5, 2)])
+def test_a_function_under_fx_wrap_is_opened(batch: int, shift: int) -> None:
     window = pytest.importorskip("torchvision.models.swin_transformer").ShiftedWindowAttention
-    model, x = nn.Sequential(window(32, [4, 4], [0, 0], 4)), torch.randn(2, 8, 8, 32)
+    model, x = nn.Sequential(window(32, [4, 4], [shift, shift], 4)), torch.randn(2, 8, 8, 32)
     packed = dropit_fx.transform(copy.deepcopy(model), example_args=(x,))
     assert measure.saved_bytes(packed, x) < measure.saved_bytes(model, x) / 5
     made = dropit_fx.transform(copy.deepcopy(model), preset="lossless", example_args=(x,))
