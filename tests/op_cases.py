@@ -7,7 +7,6 @@ comes from a placeholder through a copy, which keeps its strides, and then throu
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -772,4 +771,5 @@ def spelled(name: str, target: Any) -> Case:
 def writes(target: Any) -> bool:
     """Whether a spelling writes into its first argument, going by its name."""
     name = target if isinstance(target, str) else target.__name__.split(".")[0]
-    return target is operator.imul or (name.endswith("_") and not name.endswith("__"))
+    augmented = name.strip("_") in ("imul", "itruediv", "ipow")
+    return augmented or (name.endswith("_") and not name.endswith("__"))
