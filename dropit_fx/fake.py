@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from dropit_fx.private import (
     hint,
     pytree,
     reparametrize_module,
+    schema,
     storage_id,
 )
 
@@ -109,27 +110,47 @@ def _numbered_momentum(module: nn.Module) -> Iterator[None]:
             norm.momentum = None
 
 
-def real_workspaces(wanted: bool) -> AbstractContextManager[Any]:
-    """Gives LSTMs, for the time of a block, the workspace that the library asks for.
+def real_sizes(wanted: bool) -> AbstractContextManager[Any]:
+    """Gives results, for the time of a block, the memory that they really take.
 
-    Their backward reads it, and only the library knows its size: on fake tensors it is empty.
+    Of LSTMs, the workspace that the library asks for: their backward reads it, and only the library
+    knows its size. Of losses that are reduced to a scalar, that of all their elements, which some
+    of PyTorch's kernels leave behind it.
     """
-    return _Workspaces() if wanted else nullcontext()
+    return _RealSizes() if wanted else nullcontext()
 
 
-class _Workspaces(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _RealSizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is not torch.ops.aten.mkldnn_rnn_layer.default:
-            return result
-        *rest, empty = result
-        with disable_current_modes():
-            blank = pytree.tree_map_only(Tensor, _zeros, args)
-            nbytes = func(*blank, **(kwargs or {}))[-1].numel()
-        return *rest, empty.new_empty(nbytes)
+        if func is torch.ops.aten.mkldnn_rnn_layer.default:
+            *rest, empty = result
+            return *rest, empty.new_empty(_asked(func, args, kwargs, _zeros)[-1].numel())
+        if _is_reduced_loss(func, result):
+            real = _asked(func, args, kwargs, _one_zero)
+            count = real.untyped_storage().nbytes() // real.itemsize
+            return result.new_empty(count).resize_(()) if count > 1 else result
+        return result
+
+
+def _is_reduced_loss(func: Any, result: Any) -> bool:
+    scalar = isinstance(result, Tensor) and not result.dim() and result.device.type == "cpu"
+    return scalar and any(a.name == "reduction" for a in schema(func).arguments)
+
+
+def _asked(func: Any, args: Any, kwargs: Any, blank: Callable[[Tensor], Tensor]) -> Any:
+    """What ``func`` returns for blank tensors in the place of fake ones."""
+    with disable_current_modes():
+        args, kwargs = pytree.tree_map_only(Tensor, blank, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _one_zero(fake: Tensor) -> Tensor:
+    """Of the same shape, in no memory."""
+    return torch.zeros((), dtype=fake.dtype).expand(fake.shape)
 
 
 def _zeros(fake: Tensor) -> Tensor:

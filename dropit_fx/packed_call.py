@@ -822,8 +822,7 @@ def _name(node: fx.Node) -> str:
 
 
 def _writes(node: fx.Node) -> bool:
-    augmented = getattr(node.target, "__module__", "") == "_operator" and _name(node)[:1] == "i"
-    return augmented or _name(node) == "setitem" or is_inplace(node, node.kwargs)
+    return _name(node) == "setitem" or is_inplace(node, node.kwargs)
 
 
 def written_inputs(body: fx.GraphModule) -> tuple[int, ...]:

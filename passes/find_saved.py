@@ -41,7 +41,7 @@ from dropit_fx.core_types import (
     Use,
     Values,
 )
-from dropit_fx.fake import fake_mode_of, fake_state, real_workspaces
+from dropit_fx.fake import fake_mode_of, fake_state, real_sizes
 from dropit_fx.op_table import CHECKPOINT, bind, derivable_rule_of, is_inplace, reads_of, rule_of
 from dropit_fx.packed_call import is_complex, memory_order, written_inputs
 from dropit_fx.private import (
@@ -60,7 +60,7 @@ from dropit_fx.provenance import node_module, node_where
 _FREE = ("a parameter", "a buffer", "a model input")
 _ALIVE = (*_FREE, "a constant of the graph")
 _MARK = "dropit_fx"  # in the metadata of the autograd nodes of each result
-_RECURRENT = re.compile("lstm|gru|rnn")
+_TAKES_MORE = re.compile("lstm|gru|rnn|loss|cross_entropy")
 NUMBER = "a Python number, which autograd keeps as a tensor"
 
 
@@ -174,7 +174,7 @@ class _Probe(fx.Interpreter):
                 self._seen[n.name, operand.name] = _elements(value, version(value))
         region, seen = False, self._versions_of(operands)
         try:
-            with _hooks(note), real_workspaces(_is_recurrent(self.module, n)):
+            with _hooks(note), real_sizes(_takes_more(self.module, n)):
                 if _is_checkpoint(n):
                     region, result = True, self._run_body(n, args)
                 elif _is_number(n):
@@ -568,11 +568,11 @@ def _is_number(n: fx.Node) -> bool:
     return n.target == "item" and isinstance(n.meta.get(EXAMPLE_VALUE), float | torch.SymFloat)
 
 
-def _is_recurrent(module: fx.GraphModule | nn.Module, n: fx.Node) -> bool:
-    """Whether a node calls an LSTM, a GRU or an RNN, in whatever spelling."""
+def _takes_more(module: fx.GraphModule | nn.Module, n: fx.Node) -> bool:
+    """Whether a node may call a recurrent layer or a loss: what fake ones return is too small."""
     if n.op == "call_module":
         return isinstance(module.get_submodule(str(n.target)), nn.RNNBase)
-    return n.op == "call_function" and bool(_RECURRENT.search(_target_name(module, n)))
+    return n.op == "call_function" and bool(_TAKES_MORE.search(_target_name(module, n)))
 
 
 def _is_checkpoint(n: fx.Node) -> bool:
