@@ -15,7 +15,9 @@ from dropit_fx.private import (
     FakeTensorMode,
     NormBase,
     TorchDispatchMode,
+    conv_backend,
     disable_current_modes,
+    embedding_bag,
     hint,
     pytree,
     reparametrize_module,
@@ -109,27 +111,59 @@ def _numbered_momentum(module: nn.Module) -> Iterator[None]:
             norm.momentum = None
 
 
-def real_workspaces(wanted: bool) -> AbstractContextManager[Any]:
-    """Gives LSTMs, for the time of a block, the workspace that the library asks for.
+def real_storages(wanted: bool) -> AbstractContextManager[Any]:
+    """For the time of a block, what ops make is as large in memory as it is on real tensors.
 
-    Their backward reads it, and only the library knows its size: on fake tensors it is empty.
+    Fake tensors are as large as their shape says. A few ops shrink a tensor that was larger, and
+    the backward of LSTMs reads a workspace of which only the library knows the size.
     """
-    return _Workspaces() if wanted else nullcontext()
+    return _RealStorages() if wanted else nullcontext()
 
 
-class _Workspaces(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _RealStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is not torch.ops.aten.mkldnn_rnn_layer.default:
-            return result
-        *rest, empty = result
-        with disable_current_modes():
-            blank = pytree.tree_map_only(Tensor, _zeros, args)
-            nbytes = func(*blank, **(kwargs or {}))[-1].numel()
-        return *rest, empty.new_empty(nbytes)
+        real = _REAL_STORAGES.get(func.overloadpacket)
+        return real(result, func, args) if real else result
+
+
+def _with_workspace(result: Any, func: Any, args: Any) -> Any:
+    *rest, empty = result
+    with disable_current_modes():
+        nbytes = func(*pytree.tree_map_only(Tensor, _zeros, args))[-1].numel()
+    return *rest, empty.new_empty(nbytes)
+
+
+def _with_one_bag_more(result: Any, func: Any, args: Any) -> Any:
+    out, bags, *rest = result
+    more = bags.new_empty(bags.numel() + 1).resize_(bags.shape)
+    return out, more if bags.numel() and bags.device.type == "cpu" else bags, *rest
+
+
+def _reduced_in_place(result: Tensor, func: Any, args: Any) -> Tensor:
+    """A loss is computed element by element; its mean is written into the same memory."""
+    losses = result.new_empty((args[0] + args[1]).shape)
+    return result if result.dim() else losses.resize_(())
+
+
+def _as_large_as_its_input(result: Tensor, func: Any, args: Any) -> Tensor:
+    """PyTorch's own transposed convolution in three dimensions begins with a copy of its input."""
+    slow = args[0].device.type == "cpu" and conv_backend(*args).endswith("SlowTranspose3d")
+    return torch.empty_like(args[0]).resize_(result.shape) if slow else result
+
+
+_REAL_STORAGES = {
+    torch.ops.aten.mkldnn_rnn_layer: _with_workspace,
+    embedding_bag: _with_one_bag_more,
+    torch.ops.aten.mse_loss: _reduced_in_place,
+    torch.ops.aten.smooth_l1_loss: _reduced_in_place,
+    torch.ops.aten.soft_margin_loss: _reduced_in_place,
+    torch.ops.aten.binary_cross_entropy: _reduced_in_place,
+    torch.ops.aten.convolution: _as_large_as_its_input,
+}
 
 
 def _zeros(fake: Tensor) -> Tensor:
