@@ -317,12 +317,14 @@ class _Probe(fx.Interpreter):
         backward reads nothing.
         """
         body = args[0]
-        plan = Plan(module=body, inputs=tuple(args[1:]), config=self.plan.config)
+        # without its inputs: they hold the graph behind them, which may go before the region does
+        plan = Plan(module=body, inputs=(), config=self.plan.config)
         with fake_state(body, fake_mode_of(args)) as state:
             probe = _Probe(plan, state)
             result = probe.run(*args[1:])
             self.bodies[str(n.args[0].target)] = probe.result(result)  # type: ignore[union-attr]
-        return result, lambda: next((life for life in probe.lives if life()), None)
+        lives = probe.lives
+        return result, lambda: next((life for life in lives if life()), None)
 
     def _explain(
         self,

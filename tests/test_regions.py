@@ -157,6 +157,20 @@ def test_a_region_whose_backward_reads_nothing_keeps_nothing(bodies: Any, dense:
     assert (told.dense_bytes, told.kept_bytes) == (dense, kept)
 
 
+def test_a_region_whose_result_is_not_used_keeps_nothing() -> None:
+    class Unused(Region):
+        def forward(self, x: Tensor) -> Tensor:
+            unused = checkpoint(torch.exp, self.first(x).exp(), use_reentrant=False)
+            assert unused is not None
+            return self.first(x).sin()
+
+    x, model = torch.randn(16, 32), Unused()
+    run = compiled(model, "eager", preset="balanced")
+    kept = saved_bytes(run, x)
+    told = backend.compiled_graphs()[-1].report
+    assert (told.dense_bytes, told.kept_bytes) == (saved_bytes(model, x), kept)
+
+
 class Chain(Region):
     """Eight regions, each of which is made again from the result of the one before."""
 
