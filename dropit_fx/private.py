@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     log_softmax_backward_data: Callable[..., Tensor]
     softmax_backward_data: Callable[..., Tensor]
     native_batch_norm_legit: Any
+    embedding_bag: Any
     to_copy: Any
     unsafe_view: Any
 
@@ -100,6 +101,7 @@ __all__ = [
     "compiling_state_context",
     "disable_current_modes",
     "dont_skip_tracing",
+    "embedding_bag",
     "get_hash_for_files",
     "get_qualified_name",
     "has_any_global_hook",
@@ -269,6 +271,12 @@ def cudnn_reserve_nbytes(x: Tensor) -> int:
     """Bytes that cuDNN's batch norm of ``x`` hands to its backward; 0 without a GPU to ask."""
     name = "torch._C._get_cudnn_batch_norm_reserve_space_size"
     return int(look_up(name)(x, True)) if torch.cuda.is_available() and has(name) else 0
+
+
+def conv_backend(*convolution: Any) -> str:
+    """Which of PyTorch's implementations a call of ``aten::convolution`` runs."""
+    name = "torch._C._select_conv_backend"
+    return str(look_up(name)(*convolution)) if has(name) else ""
 
 
 def c_nn(name: str) -> Any:

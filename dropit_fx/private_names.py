@@ -354,6 +354,12 @@ TABLE: tuple[Name, ...] = (
         _lack("reports leave out what cuDNN's batch norm hands to its backward"),
         "bytes that a fake tensor leaves out",
     ),
+    Name(
+        "torch._C._select_conv_backend",
+        _lack("reports count less than the memory of some transposed convolutions' results"),
+        "bytes that a fake tensor leaves out",
+    ),
+    Name("torch.ops.aten._embedding_bag", _SEEN, "bytes that a fake tensor leaves out"),
     Name("torch.ops.aten._to_copy", _SPELLING, "dtype casts in exported graphs"),
     Name(
         "torch.ops.aten._softmax_backward_data",

@@ -120,6 +120,60 @@ def test_saved_bytes_are_those_of_the_packed_input(inner: str) -> None:
         assert partition.packs_in_backward == partition.unpacks_in_forward == ()
 
 
+def within(h: Tensor) -> Tensor:
+    """A region in a region that reads nothing itself."""
+    inner: Tensor = checkpoint(lambda w: w.exp(), h + 1, use_reentrant=False)
+    return inner
+
+
+BODIES: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda h: h,
+    lambda h: h.view(-1),
+    lambda h: h + 1,
+    lambda h: h * 2,
+    lambda h: h.sum(),
+    lambda h: nn.functional.dropout(h, 0.0, True),
+    lambda h: (h.exp(), h + 1)[1],
+)
+NUMBER, WHOLE = 8, 4 * 16 * 64
+
+
+@pytest.mark.parametrize(
+    ("bodies", "dense"),
+    [
+        (BODIES, NUMBER),
+        ((within,), WHOLE),
+        ((lambda h: nn.functional.linear(h, torch.ones(8, 64)),), WHOLE),  # only its shape is read
+    ],
+    ids=["none", "an inner region", "a constant"],
+)
+def test_a_region_whose_backward_reads_nothing_keeps_nothing(bodies: Any, dense: int) -> None:
+    class Keeps(Region):
+        def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
+            return [checkpoint(b, self.first(x), use_reentrant=False) + 1 for b in bodies]
+
+    x, model = torch.randn(16, 32), Keeps()
+    assert saved_bytes(model, x) == dense
+    run = compiled(model, "eager", preset="balanced")
+    kept = saved_bytes(run, x)
+    told = backend.compiled_graphs()[-1].report
+    assert (told.dense_bytes, told.kept_bytes) == (dense, kept)
+
+
+def test_a_region_whose_result_is_not_used_keeps_nothing() -> None:
+    class Unused(Region):
+        def forward(self, x: Tensor) -> Tensor:
+            unused = checkpoint(torch.exp, self.first(x).exp(), use_reentrant=False)
+            assert unused is not None
+            return self.first(x).sin()
+
+    x, model = torch.randn(16, 32), Unused()
+    run = compiled(model, "eager", preset="balanced")
+    kept = saved_bytes(run, x)
+    told = backend.compiled_graphs()[-1].report
+    assert (told.dense_bytes, told.kept_bytes) == (saved_bytes(model, x), kept)
+
+
 class Chain(Region):
     """Eight regions, each of which is made again from the result of the one before."""
 
