@@ -54,6 +54,11 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "scaled_dot_product_attention": (ITSELF, ITSELF),
     "to": (torch.float64,),
 }
+# Those that need another tensor of a shape of its own.
+NOT_OF_ONE = (
+    *("linear", "mm", "bmm", "addmm", "baddbmm", "embedding", "nll_loss", "cross_entropy"),
+    *(f"conv{kind}{d}d" for kind in ("", "_transpose") for d in (1, 2, 3)),
+)
 FROM_ITS_RESULT = ("elu", "selu", "celu")  # the slope, where they write in place
 
 
@@ -290,9 +295,12 @@ def compared(pair: Pair, found: list[Any], dense: list[Any], exact: bool) -> str
     return ""
 
 
+def test_every_row_has_its_arguments_here() -> None:
+    names = {rule.name for rule in (*OP_RULES, *SAVES_NOTHING)}
+    assert names == {*ARGUMENTS, *NOT_OF_ONE}
+
+
 CHUNKS = 9
-
-
 # A quarter of them; `make whole` tries them all.
 WHOLE = bool(os.environ.get("DROPIT_WHOLE"))
 
