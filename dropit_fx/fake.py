@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -15,7 +15,9 @@ from dropit_fx.private import (
     FakeTensorMode,
     NormBase,
     TorchDispatchMode,
+    conv_backend,
     disable_current_modes,
+    embedding_bag,
     hint,
     pytree,
     reparametrize_module,
@@ -110,30 +112,25 @@ def _numbered_momentum(module: nn.Module) -> Iterator[None]:
             norm.momentum = None
 
 
-def real_sizes(wanted: bool) -> AbstractContextManager[Any]:
-    """Gives results, for the time of a block, the memory that they really take.
+def real_storages(wanted: bool) -> AbstractContextManager[Any]:
+    """For the time of a block, what ops make is as large in memory as it is on real tensors.
 
-    Of LSTMs, the workspace that the library asks for: their backward reads it, and only the library
-    knows its size. Of losses that are reduced to a scalar, that of all their elements, which some
-    of PyTorch's kernels leave behind it.
+    Fake tensors are as large as their shape says. A few ops shrink a tensor that was larger, and
+    the backward of LSTMs reads a workspace of which only the library knows the size.
     """
-    return _RealSizes() if wanted else nullcontext()
+    return _RealStorages() if wanted else nullcontext()
 
 
-class _RealSizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _RealStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.mkldnn_rnn_layer.default:
-            *rest, empty = result
-            return *rest, empty.new_empty(_asked(func, args, kwargs, _zeros)[-1].numel())
-        if _is_reduced_loss(func, result):
-            real = _asked(func, args, kwargs, _one_zero)
-            count = real.untyped_storage().nbytes() // real.itemsize
-            return result.new_empty(count).resize_(()) if count > 1 else result
-        return result
+        real = _REAL_STORAGES.get(func.overloadpacket)
+        if real:
+            return real(result, func, args)
+        return _reduced(result, func, args, kwargs) if _is_reduced_loss(func, result) else result
 
 
 def _is_reduced_loss(func: Any, result: Any) -> bool:
@@ -141,16 +138,44 @@ def _is_reduced_loss(func: Any, result: Any) -> bool:
     return scalar and any(a.name == "reduction" for a in schema(func).arguments)
 
 
-def _asked(func: Any, args: Any, kwargs: Any, blank: Callable[[Tensor], Tensor]) -> Any:
-    """What ``func`` returns for blank tensors in the place of fake ones."""
+def _reduced(result: Tensor, func: Any, args: Any, kwargs: Any) -> Tensor:
+    """Some losses are computed element by element, and reduced in the memory of the elements."""
     with disable_current_modes():
-        args, kwargs = pytree.tree_map_only(Tensor, blank, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        blank = pytree.tree_map_only(Tensor, _one_zero, (args, kwargs or {}))
+        real = func(*blank[0], **blank[1])
+    count = real.untyped_storage().nbytes() // real.itemsize
+    return result.new_empty(count).resize_(()) if count > 1 else result
 
 
 def _one_zero(fake: Tensor) -> Tensor:
     """Of the same shape, in no memory."""
     return torch.zeros((), dtype=fake.dtype).expand(fake.shape)
+
+
+def _with_workspace(result: Any, func: Any, args: Any) -> Any:
+    *rest, empty = result
+    with disable_current_modes():
+        nbytes = func(*pytree.tree_map_only(Tensor, _zeros, args))[-1].numel()
+    return *rest, empty.new_empty(nbytes)
+
+
+def _with_one_bag_more(result: Any, func: Any, args: Any) -> Any:
+    out, bags, *rest = result
+    more = bags.new_empty(bags.numel() + 1).resize_(bags.shape)
+    return out, more if bags.numel() and bags.device.type == "cpu" else bags, *rest
+
+
+def _as_large_as_its_input(result: Tensor, func: Any, args: Any) -> Tensor:
+    """PyTorch's own transposed convolution in three dimensions begins with a copy of its input."""
+    slow = args[0].device.type == "cpu" and conv_backend(*args).endswith("SlowTranspose3d")
+    return torch.empty_like(args[0]).resize_(result.shape) if slow else result
+
+
+_REAL_STORAGES = {
+    torch.ops.aten.mkldnn_rnn_layer: _with_workspace,
+    embedding_bag: _with_one_bag_more,
+    torch.ops.aten.convolution: _as_large_as_its_input,
+}
 
 
 def _zeros(fake: Tensor) -> Tensor:

@@ -281,6 +281,17 @@ TABLE: tuple[Name, ...] = (
         _lack("exported models with conditions on their inputs do not pickle", "torch.export"),
         "replaced while exporting, by a check that pickles",
     ),
+    Name(
+        "torch.utils.checkpoint._checkpoint_without_reentrant_generator",
+        _CAPTURE,
+        "seeing what a model that is traced checkpoints",
+    ),
+    Name(
+        "torch.utils.checkpoint._checkpoint_without_reentrant_generator_impl",
+        _CAPTURE,
+        "the same",
+        since="2.14.1",
+    ),
     # transforms of functions, and what Dynamo makes of ours
     Name(
         "torch._C._functorch.peek_interpreter_stack",
@@ -343,6 +354,12 @@ TABLE: tuple[Name, ...] = (
         _lack("reports leave out what cuDNN's batch norm hands to its backward"),
         "bytes that a fake tensor leaves out",
     ),
+    Name(
+        "torch._C._select_conv_backend",
+        _lack("reports count less than the memory of some transposed convolutions' results"),
+        "bytes that a fake tensor leaves out",
+    ),
+    Name("torch.ops.aten._embedding_bag", _SEEN, "bytes that a fake tensor leaves out"),
     Name("torch.ops.aten._to_copy", _SPELLING, "dtype casts in exported graphs"),
     Name(
         "torch.ops.aten._softmax_backward_data",

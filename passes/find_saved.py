@@ -41,9 +41,9 @@ from dropit_fx.core_types import (
     Use,
     Values,
 )
-from dropit_fx.fake import fake_mode_of, fake_state, real_sizes
+from dropit_fx.fake import fake_mode_of, fake_state, real_storages
 from dropit_fx.op_table import CHECKPOINT, bind, derivable_rule_of, is_inplace, reads_of, rule_of
-from dropit_fx.packed_call import is_complex, memory_order
+from dropit_fx.packed_call import is_complex, memory_order, written_inputs
 from dropit_fx.private import (
     EXAMPLE_VALUE,
     closed_over,
@@ -60,7 +60,9 @@ from dropit_fx.provenance import node_module, node_where
 _FREE = ("a parameter", "a buffer", "a model input")
 _ALIVE = (*_FREE, "a constant of the graph")
 _MARK = "dropit_fx"  # in the metadata of the autograd nodes of each result
-_TAKES_MORE = re.compile("lstm|gru|rnn|loss|cross_entropy")
+_SHRINKING = re.compile(
+    "lstm|gru|rnn|loss|cross_entropy|embedding_bag|conv_transpose3d|convolution"
+)
 NUMBER = "a Python number, which autograd keeps as a tensor"
 
 
@@ -135,6 +137,7 @@ class _Probe(fx.Interpreter):
         self.plan = plan
         self.extra_traceback = False
         self.kept: list[_Kept] = []
+        self.lives: list[Callable[[], object]] = []  # of all that autograd has kept, inputs too
         self.stories: dict[int, _Story] = {
             storage: _Story(owner=kind, alive=kind) for storage, kind in state.items()
         }
@@ -149,6 +152,8 @@ class _Probe(fx.Interpreter):
         self._seen: dict[tuple[str, str], Elements] = {}
         self._makers: dict[Elements, str] = {}
         self._versions: dict[int, Tensor] = {}
+        self._first: dict[int, tuple[Tensor, list[str]]] = {}  # of each storage, and all its nodes
+        self._unseen: dict[int, str] = {}  # storages that are written to unseen, where
         self._lost: set[str] = set()
         self._differentiable: set[str] = set()
         self._whole: list[tuple[str, Elements]] = []  # free ones that a packed call would hold
@@ -160,6 +165,7 @@ class _Probe(fx.Interpreter):
         def note(tensor: Tensor) -> _Box:
             box = _Box(tensor)
             mine.append(_Kept(box.tensor, weakref.ref(box)))
+            self.lives.append(mine[-1].life)
             return box
 
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -170,11 +176,12 @@ class _Probe(fx.Interpreter):
             value = self.env[operand]
             if isinstance(value, Tensor):
                 self._seen[n.name, operand.name] = _elements(value, version(value))
-        region = False
+        seen = self._versions_of(operands)
+        life: Callable[[], object] | None = None  # of a region
         try:
-            with _hooks(note), real_sizes(_takes_more(self.module, n)):
+            with _hooks(note), real_storages(_shrinks(self.module, n)):
                 if _is_checkpoint(n):
-                    region, result = True, self._run_body(n, args)
+                    result, life = self._run_body(n, args)
                 elif _is_number(n):
                     result = n.meta[EXAMPLE_VALUE]
                 else:
@@ -188,12 +195,12 @@ class _Probe(fx.Interpreter):
             failed.node = n
             raise failed from error
         results = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        self._look_for_unseen_writes(n, operands, seen)
         self._mark_result(n, results)
-        if region:
+        if life is not None:
             # recomputed: between forward and backward only the inputs stay
-            inputs = [t.detach() for t in args[1:] if isinstance(t, Tensor)]
-            goes = any(map(_requires_grad, results))
-            mine[:] = [_Kept(t, self._mark) for t in inputs] if goes else []
+            mine[:] = [_Kept(t.detach(), life) for t in args[1:] if isinstance(t, Tensor)]
+            self.lives += [kept.life for kept in mine]
         for tensor in results:
             story = self.stories.setdefault(storage_id(tensor), _Story(owner=n.name))
             story.nodes.append(n)
@@ -212,6 +219,21 @@ class _Probe(fx.Interpreter):
                 if not self._is_free(kept.tensor):
                     self._add(n, kept, None, None, {}, {}, "")
         return result
+
+    def _versions_of(self, tensors: list[Tensor]) -> dict[int, int]:
+        """Of the storages of some tensors, as whoever holds what was first seen of them knows."""
+        known = {storage_id(t) for t in tensors} & self._first.keys()
+        return {storage: version(self._first[storage][0]) for storage in known}
+
+    def _look_for_unseen_writes(
+        self, n: fx.Node, operands: list[Tensor], seen: dict[int, int]
+    ) -> None:
+        """A write through ``.data`` is not counted: autograd reads what it finds."""
+        now = self._versions_of(operands)
+        for t in operands:
+            storage = storage_id(t)
+            if version(t) > self._before[id(t)] and now.get(storage) == seen.get(storage, -1):
+                self._unseen.setdefault(storage, node_where(n) or n.name)
 
     def _mark_result(self, n: fx.Node, results: list[Tensor]) -> None:
         """Ties a mark to the autograd nodes of a result: it goes when they go."""
@@ -234,6 +256,7 @@ class _Probe(fx.Interpreter):
             return
         self._shapes[n.name] = tuple(result.shape)
         self._versions[storage_id(result)] = result.detach()  # counts on with the tensor
+        self._first.setdefault(storage_id(result), (result.detach(), []))[1].append(n.name)
         if result.requires_grad:
             self._differentiable.add(n.name)
         story = self.stories[storage_id(result)]
@@ -263,6 +286,9 @@ class _Probe(fx.Interpreter):
         self.kept = [k for k in self.kept if k.life() is not None]
         self._add_unseen(out)
         versions = {storage: version(t) for storage, t in self._versions.items()}
+        for storage in self._unseen:  # nothing shows that it is what it was
+            versions[storage] = -1
+            self._lost |= set(self._first[storage][1])
         values = Values(
             alive=self._alive,
             shapes=self._shapes,
@@ -281,6 +307,10 @@ class _Probe(fx.Interpreter):
                 kept.read = replace(read, obstacle=why)
             elif read.identity is not None and not values.stays(read.identity):
                 kept.read = replace(read, written=True)
+            where = self._unseen.get(storage_id(kept.tensor))
+            if where is not None and not read.obstacle:
+                why = f"it is written to where autograd does not see it (.data), in {where}"
+                kept.read = replace(kept.read, obstacle=why)
         sites = tuple(self.sites())
         return replace(self.plan, sites=sites, values=values, calls=self.calls, bodies=self.bodies)
 
@@ -298,7 +328,8 @@ class _Probe(fx.Interpreter):
             if at == len(ends):
                 continue
             n = self._upto[at][1]
-            for _, value in raw_saved(node) if shows_saved() else ():
+            # the numbers of a region are in its own plan
+            for _, value in raw_saved(node) if shows_saved() and not _is_checkpoint(n) else ():
                 if isinstance(value, Tensor) and not value.dim():
                     rule = rule_of(n) if n.name in self.calls else None
                     self._add(n, _Kept(value, lambda: True), rule, None, {}, {}, NUMBER)
@@ -307,14 +338,21 @@ class _Probe(fx.Interpreter):
                 if isinstance(value, Tensor) and not self._is_free(value):
                     self._add(n, _Kept(value, lambda: True), None, None, {}, {}, "")
 
-    def _run_body(self, n: fx.Node, args: tuple[Any, ...]) -> Any:
+    def _run_body(self, n: fx.Node, args: tuple[Any, ...]) -> tuple[Any, Callable[[], object]]:
+        """A region's result, and what tells whether it is to be recomputed.
+
+        PyTorch lets its inputs go with the last tensor that it would have saved: at once where its
+        backward reads nothing.
+        """
         body = args[0]
-        plan = Plan(module=body, inputs=tuple(args[1:]), config=self.plan.config)
+        # without its inputs: they hold the graph behind them, which may go before the region does
+        plan = Plan(module=body, inputs=(), config=self.plan.config)
         with fake_state(body, fake_mode_of(args)) as state:
             probe = _Probe(plan, state)
             result = probe.run(*args[1:])
             self.bodies[str(n.args[0].target)] = probe.result(result)  # type: ignore[union-attr]
-        return result
+        lives = probe.lives
+        return result, lambda: next((life for life in lives if life()), None)
 
     def _explain(
         self,
@@ -402,6 +440,9 @@ class _Probe(fx.Interpreter):
         regions = [m.args[0] for m in self.module.graph.nodes if _is_checkpoint(m)]  # type: ignore[union-attr]
         if [r.target for r in regions].count(n.args[0].target) > 1:  # type: ignore[union-attr]
             return "its region is called more than once"
+        body: Any = self.module.get_submodule(str(n.args[0].target))  # type: ignore[union-attr]
+        if not n.kwargs.get("once", True) and written_inputs(body):
+            return "its region writes into a buffer again when it is made again"
         goes = any(
             storage_id(t) == storage_id(tensor) and t.requires_grad
             for t in (self.env[m] for m in n.all_input_nodes)
@@ -538,19 +579,15 @@ def _is_number(n: fx.Node) -> bool:
     return n.target == "item" and isinstance(n.meta.get(EXAMPLE_VALUE), float | torch.SymFloat)
 
 
-def _takes_more(module: fx.GraphModule | nn.Module, n: fx.Node) -> bool:
-    """Whether a node may call a recurrent layer or a loss: what fake ones return is too small."""
+def _shrinks(module: fx.GraphModule | nn.Module, n: fx.Node) -> bool:
+    """Whether what a node's op makes may be larger in memory than it shows."""
     if n.op == "call_module":
         return isinstance(module.get_submodule(str(n.target)), nn.RNNBase)
-    return n.op == "call_function" and bool(_TAKES_MORE.search(_target_name(module, n)))
+    return n.op == "call_function" and bool(_SHRINKING.search(_target_name(module, n)))
 
 
 def _is_checkpoint(n: fx.Node) -> bool:
     return rule_of(n) is CHECKPOINT
-
-
-def _requires_grad(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _is_parameter(n: fx.Node, tensor: Tensor) -> bool:

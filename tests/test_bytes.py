@@ -383,6 +383,41 @@ def test_a_reduced_loss_takes_the_memory_that_it_really_holds(preset: str) -> No
         assert torch.equal(out, expected)
 
 
+class Shrinking(nn.Module):
+    """Makes things in more memory than they show, which the backward of another op reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.weight = nn.Linear(8, 16), nn.Parameter(torch.randn(4, 4, 2, 2, 2))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        h = self.fc(x).sigmoid()
+        image, words, target = h.view(1, 4, 4, 2, -1), torch.arange(8).view(2, 4), h.detach()
+        F = nn.functional
+        made = [
+            F.mse_loss(h, h.cos()),
+            F.smooth_l1_loss(h, h.cos(), reduction="sum"),
+            F.soft_margin_loss(h, target),
+            F.binary_cross_entropy(h, target),
+            F.mse_loss(h, h.cos(), reduction="none"),
+            F.conv_transpose3d(image, self.weight, padding=1),
+            F.conv_transpose3d(image, self.weight, stride=2),
+            F.embedding_bag(words, h, mode="max"),
+            F.embedding_bag(words, h, mode="sum"),
+        ]
+        return [F.gelu(value).exp() for value in made]
+
+
+def test_what_shrinks_is_counted_as_large_as_it_was() -> None:
+    model, x = Shrinking(), torch.randn(8, 8)
+    made = transform(model, example_args=(x,))
+    told = report(made)
+    assert told.dense_bytes == saved_bytes(model, x)
+    assert told.kept_bytes == saved_bytes(made, x)
+    losses = [r for r in told.rows if r.shape == ()]
+    assert {r.dense_bytes for r in losses} == {4, 8 * 16 * FLOAT}  # (exp keeps what gelu makes)
+
+
 # --- every row, every case
 
 BALANCED = {"preset": "balanced"}

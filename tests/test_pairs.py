@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import LOSSLESS, cotangent, pack_graph, writes
+from op_cases import BEFORE_2_14, LOSSLESS, cotangent, pack_graph, writes
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
@@ -168,10 +168,14 @@ def _known(op: Op, target: Any) -> tuple[Any, ...]:
 
 Pair = tuple[Op, Op, int]  # first, second, whose turn it is
 
+# Its fake kernel returns the logarithms of float64 in float32.
+FAKE_IS_WRONG = [["to", "scaled_dot_product_attention"]] if BEFORE_2_14 else []
+
 
 def pairs(first: int) -> list[Pair]:
     every = ops()
-    return [(every[first], second, first + i) for i, second in enumerate(every)]
+    found = [(every[first], second, first + i) for i, second in enumerate(every)]
+    return [p for p in found if [op.row for op in p[:2]] not in FAKE_IS_WRONG]
 
 
 @dataclass

@@ -417,6 +417,17 @@ def _softmax_has_its_formula() -> None:
         assert torch.equal(backward(grad, y.detach(), -1, x.dtype), expected), "other bits"
 
 
+@of("torch._C._select_conv_backend", "torch.ops.aten._embedding_bag")
+def _what_is_larger_than_it_shows_is_told() -> None:
+    x, weight = torch.ones(1, 4, 2, 2, 8), torch.ones(4, 4, 2, 2, 2)
+    three = [1, 1, 1]
+    told = private.conv_backend(x, weight, None, three, three, three, True, [0, 0, 0], 1)
+    assert told.endswith("SlowTranspose3d"), f"another implementation runs: {told}"
+    offsets, ones = torch.zeros(1, dtype=torch.long), torch.ones(4, dtype=torch.long)
+    bags = private.embedding_bag(weight[0, 0, 0], ones, offsets, False, 1)[1]
+    assert bags.shape == (4,), "its second result is another"
+
+
 @of("torch._prims_common.suggest_memory_format")
 def _a_layout_is_suggested() -> None:
     x = torch.ones(2, 3, 4, 5)
