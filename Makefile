@@ -15,7 +15,7 @@ SLICE := private kernels kernels_attention kernels_coder kernels_cpu kernels_mas
 # inductor takes a minute for each of these
 LONG := within_float_rounding and (convnext or swin or t5 or efficientnet)
 
-.PHONY: help demo study examples figures gpu test slice fuzz lint format wheel clean
+.PHONY: help demo study examples figures gpu test slice whole fuzz lint format wheel clean
 
 help:
 	@echo "make demo     three minutes: a step dense and packed, the report as a page, a short training"
@@ -25,6 +25,7 @@ help:
 	@echo "make gpu      on a machine with a GPU: its tests and figures, nine minutes, no .venv"
 	@echo "make test     run the tests; TORCH=2.11.0 PYTHON=python3.12 in an environment of its own"
 	@echo "make slice    run a part of them, about ten minutes"
+	@echo "make whole    all pairs of ops and all compiled ops, of which 'make test' runs a part"
 	@echo "make fuzz     check random models: GRAPHS=10000 AOT=300 INDUCTOR=300 SEED=0 WORKERS=2"
 	@echo "make lint     ruff (rules and format) and mypy"
 	@echo "make format   let ruff rewrite the files"
@@ -62,6 +63,10 @@ test: $(VENV)/.installed-test
 
 slice: $(VENV)/.installed-test
 	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 2 --dist worksteal -k 'not ($(LONG))' $(SLICE:%=tests/test_%.py)
+
+whole: $(VENV)/.installed-test
+	HF_HUB_OFFLINE=1 DROPIT_WHOLE=1 $(BIN)/pytest --numprocesses 2 --dist worksteal tests/test_pairs.py \
+		tests/test_bytes.py -k 'behind_every_other or compiled_case'
 
 # Random models, other ones with another SEED. WORKERS: processes. Prints the smallest program for each kind of
 # failure, and fails where there is one.

@@ -774,5 +774,5 @@ def spelled(name: str, target: Any) -> Case:
 def writes(target: Any) -> bool:
     """Whether a spelling writes into its first argument, going by its name."""
     name = target if isinstance(target, str) else target.__name__.split(".")[0]
-    augmented = name.strip("_") in ("imul", "itruediv", "ipow")
+    augmented = name.strip("_") in ("iadd", "isub", "imul", "itruediv", "ipow")
     return augmented or (name.endswith("_") and not name.endswith("__"))

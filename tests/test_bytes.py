@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -431,3 +432,44 @@ def test_what_is_said_of_every_case_is_what_is_measured(name: str) -> None:
         told = Report(tuple(row for (_, plan), _ in made for row in rows(plan)))
         measured = saved_bytes(lambda made=made: [packed(*t) for (packed, _), t in made])
         assert (told.dense_bytes, told.kept_bytes) == (expected, measured)
+
+
+WHOLE = bool(os.environ.get("DROPIT_WHOLE"))
+CONFIGS: dict[str, Any] = {
+    "lossless": LOSSLESS,
+    "balanced": BALANCED,
+    "few_bit": {"preset": None, "force": True, "rules": [{"codec": "few_bit"}]},
+    "random": {"preset": None, "force": True, "rules": [{"codec": "random", "gamma": 0.5}]},
+}
+# Half of the cases of a row for each codec and use; `make whole` compiles all of all rows.
+COMPILED = (
+    [(name, config) for name in CASES for config in ("lossless", "balanced")]
+    if WHOLE
+    else [
+        *[("linear", "balanced"), ("conv2d", "random"), ("gelu", "few_bit")],
+        *[("dropout", "balanced"), ("max_pool2d", "lossless"), ("batch_norm", "balanced")],
+        ("cross_entropy", "balanced"),
+    ]
+)
+
+
+@pytest.mark.parametrize("backend", ["dropit_eager", "dropit"])
+@pytest.mark.parametrize(("name", "config"), COMPILED)
+def test_what_is_said_of_every_compiled_case_is_what_is_measured(
+    name: str, config: str, backend: str
+) -> None:
+    cases = CASES[name] if WHOLE else CASES[name][::2]
+    calls = [(c.tensors(), graph_of(RULES[name].targets[0], c)) for c in cases]
+
+    def every(*leaves: Tensor) -> list[Tensor]:
+        given = iter(leaves)
+        return [graph(*[next(given) for _ in tensors]) for tensors, graph in calls]
+
+    options = {"config": CONFIGS[config]}
+    if backend == "dropit":
+        options["inner"] = "aot_eager_decomp_partition"
+    torch._dynamo.reset()
+    before = len(compiled_graphs())
+    compiled = torch.compile(every, backend=backend, options=options, fullgraph=True)
+    measured = saved_bytes(compiled, *[t for tensors, _ in calls for t in tensors])
+    assert [g.saved_bytes for g in compiled_graphs()[before:]] == [measured]
