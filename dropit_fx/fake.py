@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -111,22 +111,21 @@ def _numbered_momentum(module: nn.Module) -> Iterator[None]:
             norm.momentum = None
 
 
-def real_storages(wanted: bool) -> AbstractContextManager[Any]:
+class RealStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """For the time of a block, what ops make is as large in memory as it is on real tensors.
 
     Fake tensors are as large as their shape says. A few ops shrink a tensor that was larger, and
     the backward of LSTMs reads a workspace of which only the library knows the size.
     """
-    return _RealStorages() if wanted else nullcontext()
 
+    supports_higher_order_operators = True
 
-class _RealStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        real = _REAL_STORAGES.get(func.overloadpacket)
+        real = _REAL_STORAGES.get(getattr(func, "overloadpacket", None))
         return real(result, func, args) if real else result
 
 
