@@ -132,8 +132,10 @@ class RealStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _with_workspace(result: Any, func: Any, args: Any) -> Any:
     *rest, empty = result
     with disable_current_modes():
-        nbytes = func(*pytree.tree_map_only(Tensor, _zeros, args))[-1].numel()
-    return *rest, empty.new_empty(nbytes)
+        workspace = func(*pytree.tree_map_only(Tensor, _zeros, args))[-1]
+    if workspace is None:  # there will be no backward
+        return result
+    return *rest, empty.new_empty(workspace.numel())
 
 
 def _with_one_bag_more(result: Any, func: Any, args: Any) -> Any:
