@@ -157,6 +157,13 @@ def test_what_dropping_takes_of_nearly_equal_values_is_told_apart(
     assert fault.kind == "gradient"
 
 
+def test_sharp_attention_is_as_near_to_the_true_gradient_as_dense() -> None:
+    body = "h = torch.erf(self.fc(x)).view(1, 2, 8, 8) * 20\n"
+    sharp = program(body + "return F.scaled_dot_product_attention(h, h, h)")
+    verdict = check(sharp, ("transform",), {"transform": ("exact",)}, count_bytes=False)
+    assert verdict.rounded == [("transform", "exact", "attention")]
+
+
 def test_what_dense_cannot_run_is_skipped() -> None:
     verdict = check(program("h = torch.exp(self.fc(x))\nh.mul_(2)\nreturn h"))
     assert verdict.skipped == "dense raises RuntimeError"
