@@ -15,12 +15,13 @@ SLICE := private kernels kernels_attention kernels_coder kernels_cpu kernels_mas
 # inductor takes a minute for each of these
 LONG := within_float_rounding and (convnext or swin or t5 or efficientnet)
 
-.PHONY: help demo examples figures gpu test slice fuzz lint format wheel clean
+.PHONY: help demo study examples figures gpu test slice fuzz lint format wheel clean
 
 help:
-	@echo "make demo     train on scikit-learn's digits, dense and packed; prints and saves a table"
+	@echo "make demo     three minutes: a step dense and packed, the report as a page, a short training"
+	@echo "make study    train on scikit-learn's digits with several seeds, eager and compiled"
 	@echo "make examples run every example with its defaults"
-	@echo "make figures  measure what the README says, and write it there"
+	@echo "make figures  measure what the documents say, and write it there"
 	@echo "make gpu      on a machine with a GPU: its tests and figures, nine minutes, no .venv"
 	@echo "make test     run the tests; TORCH=2.11.0 PYTHON=python3.12 in an environment of its own"
 	@echo "make slice    run a part of them, about ten minutes"
@@ -31,6 +32,9 @@ help:
 	@echo "make clean    remove what the other targets made, the environments too"
 
 demo: $(VENV)/.installed-demo
+	$(BIN)/python examples/demo.py
+
+study: $(VENV)/.installed-demo
 	$(BIN)/python examples/digits.py
 
 # One seed of what trains several models, and two ranks of what runs on several.
@@ -42,7 +46,7 @@ examples: $(VENV)/.installed-test
 	$(BIN)/torchrun --nproc-per-node 2 examples/ddp.py
 	$(BIN)/torchrun --nproc-per-node 2 examples/fsdp.py
 
-# The figures of the README, and the README itself. More than an hour.
+# The figures of the documents, and the documents themselves. More than an hour.
 figures: $(VENV)/.installed-test
 	$(BIN)/python examples/figures.py
 

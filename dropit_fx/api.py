@@ -15,10 +15,12 @@ from dropit_fx.config import Config, ConfigError, make_config
 from dropit_fx.core_types import Plan
 from dropit_fx.expand import expand, opaque_nodes
 from dropit_fx.fake import fakes_of, propagate
+from dropit_fx.packed_call import run_regions
 from dropit_fx.passes import run_pipeline
 from dropit_fx.passes.choose_codecs import check_rules_matched
 from dropit_fx.passes.find_saved import FakeRunError
 from dropit_fx.provenance import first_line, node_module, node_where
+from dropit_fx.regions import outline
 from dropit_fx.report import attach
 from dropit_fx.untouched import untouched
 
@@ -98,10 +100,13 @@ def rewrite(
     fakes = fakes_of(example_inputs.placeholder_values(graph_module, args, kwargs))
     if opaque_nodes(graph_module, wrapped=True):
         expand(graph_module, propagate(graph_module, fakes), wrapped=True)
+    outline(graph_module)
     try:
-        return run_pipeline(Plan(module=graph_module, inputs=fakes, config=config))
+        plan = run_pipeline(Plan(module=graph_module, inputs=fakes, config=config))
     except FakeRunError as error:
         raise _does_not_run(graph_module, error) from error
+    run_regions(graph_module)
+    return plan
 
 
 def _does_not_run(graph_module: fx.GraphModule, error: FakeRunError) -> CaptureError:

@@ -20,15 +20,13 @@ from dropit_fx.core_types import Plan
 from dropit_fx.expand import expand, opaque_nodes
 from dropit_fx.fake import concrete_fakes, propagate
 from dropit_fx.layouts import channels_last
-from dropit_fx.op_table import CHECKPOINT
 from dropit_fx.packed_call import (
     CACHE_VERSION,
     PACKED_OPS,
     VERSIONS,
-    checkpointed,
     derived,
     pack,
-    packed_checkpoint,
+    run_regions,
     stand_in,
 )
 from dropit_fx.partition import KeepPacked, Partition, ReturnInputsAsTheyAre, in_turn
@@ -297,12 +295,7 @@ def _eager(
     options: dict[str, Any],
     record: CompiledGraph | None,
 ) -> Compiled:
-    for part in gm.modules():
-        if isinstance(part, fx.GraphModule):
-            for node in part.graph.nodes:
-                if node.target in (*CHECKPOINT.targets, packed_checkpoint):
-                    node.target = checkpointed
-            part.recompile()
+    run_regions(gm)
     return gm.forward
 
 

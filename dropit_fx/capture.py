@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.traceback import preserve_node_meta
 
 from dropit_fx.bounded import TooLong, sympy_bounded
 from dropit_fx.faithful import (
@@ -42,6 +43,7 @@ from dropit_fx.private import (
     unsaved_buffers,
 )
 from dropit_fx.provenance import error_line, first_line
+from dropit_fx.regions import checkpointing, from_annotations, mark, marking
 from dropit_fx.symbolic import SymbolicProxy, as_in_eager
 from dropit_fx.untouched import untouched
 
@@ -92,7 +94,7 @@ class Tracer(fx.Tracer):
         """A graph of functions does not know what ran under ``no_grad``: that is for export."""
         if not torch.is_grad_enabled():
             raise fx.proxy.TraceError("gradients are switched off for a part of the model")
-        return super().create_node(*args, **kwargs)
+        return mark(super().create_node(*args, **kwargs))
 
     def call_module(
         self,
@@ -227,11 +229,12 @@ def _prove(graph_module: fx.GraphModule, study: Study, exported: bool) -> None:
 
     Where it does not in the other mode, it says so when it is run in that.
     """
-    wrong = study.difference(graph_module, study.training, exported)
+    runs = checkpointing(graph_module)
+    wrong = study.difference(runs, study.training, exported)
     if wrong:
         raise NotCarried(wrong)
     if not is_one_mode(graph_module):
-        wrong = study.difference(graph_module, not study.training, exported)
+        wrong = study.difference(runs, not study.training, exported)
         if wrong:
             one_mode(graph_module, study.training, f"the start (the graph {wrong})")
 
@@ -251,7 +254,7 @@ def _check_fit(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _symbolic(model: nn.Module) -> fx.GraphModule:
     own = set(vars(model))
     tracer = Tracer()
-    with torch.enable_grad(), as_in_eager(tracer):
+    with torch.enable_grad(), as_in_eager(tracer), marking():
         graph = tracer.trace(model)
     graph_module = fx.GraphModule(model, graph, type(model).__name__)
     leave_unsaved(graph_module, set(vars(model)) - own)  # constants, which are no part of the state
@@ -287,7 +290,7 @@ def _exported_program(
             tried.append(f"with {way} dynamic was given up in the other mode")
             continue
         try:
-            with sympy_bounded(seconds):
+            with sympy_bounded(seconds), preserve_node_meta(), marking():
                 program = torch.export.export(
                     model, args, kwargs, dynamic_shapes=named if count != 0 else None, strict=False
                 )
@@ -320,6 +323,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         exported = program.module()
     # a plain GraphModule: the exported one refuses train() and eval()
     graph_module = fx.GraphModule(exported, exported.graph, type(model).__name__)
+    from_annotations(graph_module.graph)
     known = set(model.state_dict())
     for name, _ in list(graph_module.named_buffers()):
         if name not in known:  # a constant that export lifted

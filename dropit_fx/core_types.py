@@ -325,6 +325,7 @@ class Decision:
     pack: str | None = None  # the key of the packed copy that it shares with others
     own: bool = False  # chosen by a rule of the user's own, not by a preset's
     derived: str = ""  # the node whose result is made again from what is packed of its operands
+    note: str = ""  # in what it differs from what was asked for, and why
 
     @property
     def packed(self) -> bool:

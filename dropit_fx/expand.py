@@ -33,6 +33,7 @@ from dropit_fx.private import (
     pytree,
     tracing,
 )
+from dropit_fx.regions import REGION
 from dropit_fx.untouched import untouched
 
 log = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def _copy_ops(inner: fx.GraphModule, node: fx.Node, copied: dict[fx.Node, fx.Nod
         if other.op == "get_attr":
             raise RuntimeError(f"a constant inside ({other.target})")
         copied[other] = node.graph.node_copy(other, copied.__getitem__)
-        copied[other].meta = {k: v for k, v in node.meta.items() if k in ORIGIN}
+        copied[other].meta = {k: v for k, v in node.meta.items() if k in (*ORIGIN, REGION)}
 
 
 def _open_function(graph_module: fx.GraphModule, node: fx.Node, values: dict[str, Any]) -> None:
@@ -175,12 +176,13 @@ def _open_function(graph_module: fx.GraphModule, node: fx.Node, values: dict[str
         with untouched(empty):
             fixed = [s.op == "get_attr" for s in tensors]
             inner, conditions = _trace_first_size(runs(flag), blanks, fixed)
-            wrong = difference(expected, meaning(inner, inner, tuple(blanks), {}))
+            wrong = difference(expected, meaning(inner, inner, tuple(blanks), {}, ()))
         if wrong or seen.chance:
             raise RuntimeError(wrong or f"it draws from {seen.chance[0]}")
         traces.append((inner, _needed(conditions, inner, runs(flag), blanks)))
     inner = traces[0][0]
     switched = _switched(inner.graph, traces[1][0].graph) if flags else set()
+    _fill_with_numbers(inner)
     result = inner.graph.find_nodes(op="output")[0].args[0]
     if not isinstance(result, fx.Node):
         raise RuntimeError("it returns more than one tensor")
@@ -201,6 +203,25 @@ def _open_function(graph_module: fx.GraphModule, node: fx.Node, values: dict[str
     node.replace_all_uses_with(copied[result])
     values[copied[result].name] = values[node.name]
     graph.erase_node(node)
+
+
+def _fill_with_numbers(inner: fx.GraphModule) -> None:
+    """``mask[:4] = 1`` writes a number; a tracer writes a constant tensor."""
+    for node in inner.graph.find_nodes(op="call_function", target=torch.ops.aten.fill_.Tensor):
+        source = node.args[1]
+        while isinstance(source, fx.Node) and source.target in _LIFTS:
+            source = source.args[0]
+        if isinstance(source, fx.Node) and source.op == "get_attr":
+            value = inner.get_buffer(str(source.target)).item()
+            node.target, node.args = torch.ops.aten.fill_.Scalar, (node.args[0], value)
+    for node in [
+        n for n in reversed(inner.graph.nodes) if n.target in _LIFTS or n.op == "get_attr"
+    ]:
+        if not node.users:
+            inner.graph.erase_node(node)
+
+
+_LIFTS = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default)
 
 
 def _plain(value: Any) -> Any:
@@ -262,7 +283,7 @@ def _needed(
     empty = nn.Module()
     with untouched(empty):
         try:
-            wrong = difference(meaning(empty, run, given, {}), meaning(inner, inner, given, {}))
+            wrong = difference(meaning(empty, run, given, {}), meaning(inner, inner, given, {}, ()))
         except Exception as error:
             wrong = str(error)
     log.info("for sizes of 1: %s", wrong or "the same ops")

@@ -33,6 +33,7 @@ from dropit_fx.private import (
     FakeTensor,
     OpOverload,
     TorchDispatchMode,
+    checkpoints_run_by,
     compiling_state_context,
     disable_current_modes,
     has_any_global_hook,
@@ -51,6 +52,7 @@ _SAME = ("aten::clone", "aten::lift_fresh", "aten::lift_fresh_copy", "aten::slic
 _OVERWRITTEN = "modified by an inplace operation"
 _HOOKS = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
 _OURS = __file__.rpartition("/")[0]
+_INSIDE = "_dropit_hooks_inside"  # of a class whose forward runs PyTorch's hooks
 
 
 class NotCarried(RuntimeError):
@@ -70,6 +72,7 @@ class Meaning:
         where: Number of each value -> the module and the line that made it, in order.
         hooks: Lines at which a tensor was given a hook.
         functions: Names of the custom ``autograd.Function`` s in the backward.
+        checkpoints: How many regions are checkpointed.
     """
 
     outputs: tuple[Any, ...]
@@ -78,6 +81,7 @@ class Meaning:
     where: Mapping[int, str]
     hooks: tuple[str, ...] = ()
     functions: tuple[str, ...] = ()
+    checkpoints: int = 0
 
 
 class Study:
@@ -108,7 +112,7 @@ class Study:
         failed: Exception | None = None
         with untouched(model, generators=training == self.training) as seen:
             try:
-                found = meaning(model, model.forward, self.args, self.kwargs)
+                found = meaning(model, _called(model), self.args, self.kwargs)
             except Exception as error:  # the user's code ran: anything can be raised
                 failed = error
         changes = [c for c in seen.changes if not _is_benign(model, c)]
@@ -181,10 +185,26 @@ def refuse_hooks(model: nn.Module) -> None:
         for kind in HOOK_DICTS:
             hooks = vars(module).get(kind)
             for hook in hooks.values() if isinstance(hooks, dict) else ():
-                if callable(hook) and not _is_torchs(hook):
+                if callable(hook) and not _is_torchs(hook) and not _asks_for_gradients(hook):
                     kind = kind.strip("_").replace("_", " ").removesuffix("s")
                     whose = f"module '{name}' ({type(module).__name__})"
                     raise NotCarried(f"{whose} has a {kind}, {_place_of(hook)}")
+
+
+def _asks_for_gradients(hook: Any) -> bool:
+    """Whether it is Hugging Face's of gradient checkpointing: embeddings require a gradient.
+
+    Tracers run it, and the proof sees whether that is lost.
+    """
+    name = str(getattr(hook, "__qualname__", ""))
+    return _home(hook).startswith("transformers.") and "enable_input_require_grads" in name
+
+
+def _called(model: nn.Module) -> Callable[..., Any]:
+    """What a call of the model runs, less its hooks: a class may checkpoint in its ``__call__``."""
+    hooked = any(isinstance(h, dict) and h for h in map(vars(model).get, HOOK_DICTS))
+    own = type(model).__call__ is not nn.Module.__call__
+    return model if own and not hooked else model.forward
 
 
 def _place_of(function: Any) -> str:
@@ -216,7 +236,8 @@ def _is_benign(model: nn.Module, change: Change) -> bool:
         return True  # of recurrent layers
     parameters = dict(owner.named_parameters(recurse=False))
     made = any(f"{attribute}_{end}" in parameters for end in ("orig", "g"))
-    return made and any(map(_is_torchs, vars(owner)[HOOK_DICTS[0]].values()))
+    moved = vars(type(owner)).get(_INSIDE, ())
+    return made and any(map(_is_torchs, (*moved, *vars(owner)[HOOK_DICTS[0]].values())))
 
 
 @contextmanager
@@ -225,23 +246,28 @@ def torchs_hooks_inside(model: nn.Module) -> Iterator[None]:
 
     They compute a weight from others before each call; tracers start at the forward.
     """
-    kind = type(model)
-    hooks = [h for h in vars(model)[HOOK_DICTS[0]].values() if _is_torchs(h)]
+    kind, registered = type(model), vars(model)[HOOK_DICTS[0]]
+    hooks = {key: h for key, h in registered.items() if _is_torchs(h)}
     if not hooks:
         yield
         return
 
     @functools.wraps(kind.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        for hook in hooks:
+        for hook in hooks.values():
             hook(self, args)
         return kind.forward(self, *args, **kwargs)
 
-    model.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    before = dict(registered)
+    for key in hooks:  # some write into buffers: they run once in each call
+        del registered[key]
+    model.__class__ = type(kind.__name__, (kind,), {"forward": forward, _INSIDE: [*hooks.values()]})
     try:
         yield
     finally:
         model.__class__ = kind
+        registered.clear()
+        registered.update(before)
 
 
 def own_hooks(model: nn.Module, kind: str) -> Any:
@@ -308,7 +334,7 @@ def meaning(
         before = {n: numbers.of(t) for n, t in (*state.items(), *inputs.items())}
         given_args, given_kwargs = pytree.tree_unflatten(list(fakes), spec)
         with numbers:
-            with watch:
+            with watch, _counting_checkpoints() as checkpoints:
                 result = run(*given_args, **given_kwargs)
             outputs = pytree.tree_leaves(result)
             grads, functions = _backward(outputs, state | inputs, numbers)
@@ -325,7 +351,21 @@ def meaning(
             where=numbers.where,
             hooks=tuple(watch.found),
             functions=functions,
+            checkpoints=len(checkpoints),
         )
+
+
+@contextmanager
+def _counting_checkpoints() -> Iterator[list[object]]:
+    """Yields a list with an item for each checkpointed region that runs."""
+    found: list[object] = []
+
+    def around(options: object, usual: Callable[[], Iterator[None]]) -> Iterator[None]:
+        found.append(options)
+        yield from usual()
+
+    with checkpoints_run_by(around):
+        yield found
 
 
 def difference(model: Meaning, graph: Meaning) -> str:
@@ -347,6 +387,8 @@ def difference(model: Meaning, graph: Meaning) -> str:
         wrong = f"the gradient of {_some(names)} differs"
         if model.functions:
             wrong += f" (custom backward: {', '.join(model.functions)})"
+    elif model.checkpoints > graph.checkpoints:  # some models do so in training mode alone
+        wrong = f"of {model.checkpoints} checkpointed regions the graph has {graph.checkpoints}"
     if not wrong:
         return ""
     line = next((where for number, where in model.where.items() if number not in graph.where), "")

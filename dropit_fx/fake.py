@@ -14,6 +14,7 @@ from dropit_fx.private import (
     FakeTensor,
     FakeTensorMode,
     NormBase,
+    OpOverload,
     TorchDispatchMode,
     conv_backend,
     disable_current_modes,
@@ -21,6 +22,7 @@ from dropit_fx.private import (
     hint,
     pytree,
     reparametrize_module,
+    schema,
     storage_id,
 )
 
@@ -125,8 +127,31 @@ class RealStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        real = _REAL_STORAGES.get(getattr(func, "overloadpacket", None))
-        return real(result, func, args) if real else result
+        if not isinstance(func, OpOverload):  # one with graphs among its arguments
+            return result
+        real = _REAL_STORAGES.get(func.overloadpacket)
+        if real:
+            return real(result, func, args)
+        return _reduced(result, func, args, kwargs) if _is_reduced_loss(func, result) else result
+
+
+def _is_reduced_loss(func: Any, result: Any) -> bool:
+    scalar = isinstance(result, Tensor) and not result.dim() and result.device.type == "cpu"
+    return scalar and any(a.name == "reduction" for a in schema(func).arguments)
+
+
+def _reduced(result: Tensor, func: Any, args: Any, kwargs: Any) -> Tensor:
+    """Some losses are computed element by element, and reduced in the memory of the elements."""
+    with disable_current_modes():
+        blank = pytree.tree_map_only(Tensor, _one_zero, (args, kwargs or {}))
+        real = func(*blank[0], **blank[1])
+    count = real.untyped_storage().nbytes() // real.itemsize
+    return result.new_empty(count).resize_(()) if count > 1 else result
+
+
+def _one_zero(fake: Tensor) -> Tensor:
+    """Of the same shape, in no memory."""
+    return torch.zeros((), dtype=fake.dtype).expand(fake.shape)
 
 
 def _with_workspace(result: Any, func: Any, args: Any) -> Any:
@@ -144,12 +169,6 @@ def _with_one_bag_more(result: Any, func: Any, args: Any) -> Any:
     return out, more if bags.numel() and bags.device.type == "cpu" else bags, *rest
 
 
-def _reduced_in_place(result: Tensor, func: Any, args: Any) -> Tensor:
-    """A loss is computed element by element; its mean is written into the same memory."""
-    losses = result.new_empty((args[0] + args[1]).shape)
-    return result if result.dim() else losses.resize_(())
-
-
 def _as_large_as_its_input(result: Tensor, func: Any, args: Any) -> Tensor:
     """PyTorch's own transposed convolution in three dimensions begins with a copy of its input."""
     slow = args[0].device.type == "cpu" and conv_backend(*args).endswith("SlowTranspose3d")
@@ -159,10 +178,6 @@ def _as_large_as_its_input(result: Tensor, func: Any, args: Any) -> Tensor:
 _REAL_STORAGES = {
     torch.ops.aten.mkldnn_rnn_layer: _with_workspace,
     embedding_bag: _with_one_bag_more,
-    torch.ops.aten.mse_loss: _reduced_in_place,
-    torch.ops.aten.smooth_l1_loss: _reduced_in_place,
-    torch.ops.aten.soft_margin_loss: _reduced_in_place,
-    torch.ops.aten.binary_cross_entropy: _reduced_in_place,
     torch.ops.aten.convolution: _as_large_as_its_input,
 }
 

@@ -19,6 +19,7 @@ from dropit_fx.input_guards import InputGuards
 from dropit_fx.packed_call import by_mode, require_mode
 from dropit_fx.private import OpOverload, schema
 from dropit_fx.provenance import node_module, node_where
+from dropit_fx.regions import REGION
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +142,8 @@ def _overlay(mine: fx.GraphModule, other: fx.GraphModule, training: bool) -> str
             return mine.graph.call_function(by_mode, (flag_for(before), in_training, in_eval))
 
     for a, b in zip(ours, theirs, strict=True):
+        if REGION in b.meta:  # some models checkpoint in training mode alone
+            a.meta[REGION] = b.meta[REGION]
         a.args, a.kwargs = (
             lay(tuple(a.args), tuple(b.args), a),
             lay(dict(a.kwargs), dict(b.kwargs), a),

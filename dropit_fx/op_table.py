@@ -500,14 +500,8 @@ OP_RULES: tuple[OpRule, ...] = (
     OpRule(
         name="mul",
         targets=(
-            operator.mul,
-            operator.imul,
-            torch.mul,
-            "mul",
-            "mul_",
-            "__mul__",
-            aten.mul.Tensor,
-            aten.mul_.Tensor,
+            *(operator.mul, torch.mul, "mul", "__mul__", aten.mul.Tensor),
+            *(operator.imul, "mul_", "__imul__", aten.mul_.Tensor),
         ),
         reads=(
             Read(operand="input", use=Use.REDUCE, needed_by=("other",), lossy=_full_size("input")),
@@ -519,7 +513,10 @@ OP_RULES: tuple[OpRule, ...] = (
     ),
     OpRule(
         name="div",
-        targets=(operator.truediv, torch.div, "div", "__truediv__", aten.div.Tensor),
+        targets=(
+            *(operator.truediv, torch.div, "div", "__truediv__", aten.div.Tensor),
+            *(operator.itruediv, "div_", "__itruediv__", aten.div_.Tensor),
+        ),
         reads=(
             Read(operand="input", use=Use.REDUCE, needed_by=("other",), lossy=_full_size("input")),
             # near zero, a small change of the divisor is a large one of the gradient
@@ -531,7 +528,10 @@ OP_RULES: tuple[OpRule, ...] = (
     ),
     OpRule(
         name="pow",
-        targets=(operator.pow, torch.pow, "pow", "__pow__", aten.pow.Tensor_Scalar),
+        targets=(
+            *(operator.pow, torch.pow, "pow", "__pow__", aten.pow.Tensor_Scalar),
+            *(operator.ipow, "pow_", "__ipow__", aten.pow_.Scalar),
+        ),
         reads=(
             Read(
                 operand="input",
@@ -760,6 +760,7 @@ SAVES_NOTHING: tuple[OpRule, ...] = (
                 name,
                 f"{name}_",
                 f"__{name}__",
+                f"__i{name}__",
                 getattr(aten, name).Tensor,
                 getattr(aten, f"{name}_").Tensor,
             ),
@@ -887,10 +888,20 @@ def is_inplace(node: fx.Node, args: Mapping[str, Any]) -> bool:
     return bool(args.get("inplace")) or _writes(node.target)
 
 
+# `h *= 2` and its like: the function of the operator and the method behind it
+_AUGMENTED = frozenset(
+    f"i{name}"
+    for name in (
+        *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"),
+        *("and", "or", "xor", "lshift", "rshift"),
+    )
+)
+
+
 def _writes(target: Any) -> bool:
-    if target is operator.imul:
-        return True
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     if isinstance(target, OpOverload):
         name = schema(target).name
-    return name.endswith("_") and not name.endswith("__")
+    if name.endswith("__") or getattr(target, "__module__", "") == "_operator":
+        return name.strip("_") in _AUGMENTED
+    return name.endswith("_")

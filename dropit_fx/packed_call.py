@@ -48,6 +48,7 @@ from dropit_fx.op_table import (
 )
 from dropit_fx.private import (
     CHECKPOINT_CONTEXT,
+    OpOverload,
     constant_to_dynamo,
     dynamo_skips,
     forward_mode_level,
@@ -466,14 +467,8 @@ class PackedFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> Any:
         """Runs the row's formula, which unpacks what it reads."""
-        # (what Dynamo inlines runs in another mode than it is traced in, and refuses by itself)
-        if torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling():
-            raise RuntimeError(
-                f"packed_{ctx.rule_name}: double backward (create_graph=True) is not supported,"
-                " since the packed tensors are constants to autograd. Where a loss differentiates a"
-                " gradient, call the original, dense model, which shares its parameters with the"
-                " packed one (of what torch.compile returns, the model that it was given)."
-            )
+        if grad is not None:
+            _refuse_second_derivatives(grad, ctx.rule_name)
         rule = RULES[ctx.rule_name]
         grads: backwards.Grads = {}
         if grad is not None:
@@ -498,9 +493,46 @@ class PackedFunction(torch.autograd.Function):
         return (None, None, None, None, *by_argument, *[None] * ctx.parts)
 
 
+def _refuse_second_derivatives(grad: Tensor, rule_name: str) -> None:
+    """Raises where the gradient is to be differentiated again; a compiler is not asked."""
+    if torch.is_grad_enabled() and type(grad) is Tensor and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"packed_{rule_name}: double backward (create_graph=True) is not supported,"
+            " since the packed tensors are constants to autograd. Where a loss differentiates a"
+            " gradient, call the original, dense model, which shares its parameters with the"
+            " packed one (of what torch.compile returns, the model that it was given)."
+        )
+
+
+class _Once(torch.autograd.Function):
+    """``apply(x, rule_name)``: ``x``, whose gradient is not to be differentiated again."""
+
+    @staticmethod
+    def forward(x: Tensor, rule_name: str) -> Tensor:
+        out: Tensor = unsafe_view(x, x.shape)  # no view to autograd: it may be written in place
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.rule_name = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        _refuse_second_derivatives(grad, ctx.rule_name)
+        return grad, None
+
+
+# What Dynamo inlines runs without gradients, whoever asks for them: behind it, this op in its graph
+# is told. Where AOTAutograd traces the graph, nothing is left of it.
+_LIBRARY: Any = torch.library.Library("dropit", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("once(Tensor x, str rule_name) -> Tensor")
+_LIBRARY.impl("once", _Once.apply, "CompositeImplicitAutograd")
+
+
 # Called inside of a compiled function, it would be compiled as a piece of code of its own: for that
 # nobody asks which mode it runs in.
 dynamo_skips(PackedFunction.backward)
+dynamo_skips(_Once.backward)
 
 
 def _is_kept_whole(rule: OpRule, operand: str, codec: str) -> bool:
@@ -624,6 +656,8 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
             out, *kept = PackedFunction.apply(
                 rule.name, needs, tuple(held), tuple(given), *bound.values(), *parts
             )
+        if torch.compiler.is_dynamo_compiling():
+            out = torch.ops.dropit.once(out, rule.name)
         if not gives:
             return out
         copies: dict[str, Packed] = {}
@@ -689,13 +723,25 @@ def checkpointed(
     body: fx.GraphModule,
     *inputs: Any,
     packed: Mapping[str, Packed | None] | None = None,
+    once: bool = True,
     **options: Any,
 ) -> Any:
     """As ``packed_checkpoint``, for graphs that run as they are.
 
     The region is made again with the random numbers of its forward; PyTorch's own op for it draws
     new ones unless AOTAutograd traces it.
+
+    Args:
+        body: As for ``packed_checkpoint``, which has the next two as well.
+        inputs: Its inputs.
+        packed: The packed forms of some.
+        once: What it writes into is written by the forward alone, as in compiled code; in eager
+            mode a norm in a checkpointed region counts its batch twice.
+        options: Of ``torch.utils.checkpoint.checkpoint``.
     """
+    if torch.compiler.is_dynamo_compiling():  # made again from what it was given, packed or not
+        no_copies = [None] * len(packed or {})
+        return checkpoint(body, *inputs, *no_copies, **options | {"use_reentrant": False})
     if CHECKPOINT_CONTEXT in body.meta:
         options["context_fn"] = body.meta[CHECKPOINT_CONTEXT]
     kept: list[Any] = list(inputs)
@@ -711,8 +757,8 @@ def checkpointed(
     # what the region writes into (a norm's statistics, an average) is written once, and read again
     # as it was
     before = {
-        at: inputs[at].detach().clone()
-        for at in _written(body)
+        at: inputs[at].detach().clone() if once else inputs[at]
+        for at in written_inputs(body)
         if isinstance(inputs[at], Tensor) and not inputs[at].requires_grad
     }
     for at in before:
@@ -723,7 +769,7 @@ def checkpointed(
     def region(*given: Any) -> Any:
         values, rest = list(given[:count]), given[count:]
         for at, buffer in before.items():
-            values[at] = exact[at] if exact else buffer.clone()
+            values[at] = exact[at] if exact else buffer.clone() if once else buffer
         for at, (entry, layout) in entries.items():
             mine, rest = rest[: entry.tensors], rest[entry.tensors :]
             if exact:
@@ -740,7 +786,17 @@ def checkpointed(
         exact.clear()
 
 
-_NORMS = ("batch_norm", "instance_norm")  # their statistics are the second and third argument
+def run_regions(graph_module: fx.GraphModule) -> None:
+    """Has the checkpoints of a graph run as they are: see :func:`checkpointed`."""
+    for part in graph_module.modules():
+        if isinstance(part, fx.GraphModule):
+            for node in part.graph.nodes:
+                if node.target in (*CHECKPOINT.targets, packed_checkpoint):
+                    node.target = checkpointed
+            part.recompile()
+
+
+_NORMS = ("batch_norm", "instance_norm")  # which write into their statistics
 
 
 _VIEWS = (
@@ -761,22 +817,26 @@ _VIEWS = (
 
 def _name(node: fx.Node) -> str:
     target = node.target
-    return target if isinstance(target, str) else str(getattr(target, "__name__", ""))
+    name = target if isinstance(target, str) else str(getattr(target, "__name__", ""))
+    return name.partition(".")[0]  # without the overload
 
 
 def _writes(node: fx.Node) -> bool:
-    augmented = getattr(node.target, "__module__", "") == "_operator" and _name(node)[:1] == "i"
-    return augmented or _name(node) == "setitem" or is_inplace(node, node.kwargs)
+    return _name(node) == "setitem" or is_inplace(node, node.kwargs)
 
 
-def _written(body: fx.GraphModule) -> tuple[int, ...]:
+def written_inputs(body: fx.GraphModule) -> tuple[int, ...]:
     """The inputs of a region that it writes into, by their place."""
     inputs = body.graph.find_nodes(op="placeholder")
     written: dict[fx.Node, None] = {}
     for node in body.graph.nodes:
         into: list[Any] = []
         if _name(node).removeprefix("packed_") in _NORMS:
-            into = [*node.args[1:3], *(node.kwargs.get(f"running_{n}") for n in ("mean", "var"))]
+            statistics = slice(3, 5) if isinstance(node.target, OpOverload) else slice(1, 3)
+            into = [
+                *node.args[statistics],
+                *(node.kwargs.get(f"running_{n}") for n in ("mean", "var")),
+            ]
         elif _writes(node):
             into = [*node.args[:1], node.kwargs.get("input")]
         for value in into:

@@ -13,6 +13,8 @@ has another in its place.
 from __future__ import annotations
 
 import functools
+import inspect
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -464,6 +466,36 @@ def guards_made_by(make: Callable[..., Any]) -> Iterator[None]:
         yield
         return
     with mock.patch(name, make):
+        yield
+
+
+_CHECKPOINT = "torch.utils.checkpoint"
+
+
+@contextmanager
+def checkpoints_run_by(
+    around: Callable[[dict[str, Any], Callable[[], Iterator[None]]], Iterator[None]],
+) -> Iterator[None]:
+    """Replaces what this thread's checkpoints do around their regions: ``around(options, usual)``.
+
+    It yields once, for the region to run; options are those that are not the defaults, and
+    ``usual()`` does what PyTorch does.
+    """
+    name, thread = "_checkpoint_without_reentrant_generator", threading.get_ident()
+    if has(f"{_CHECKPOINT}.{name}_impl"):
+        name += "_impl"
+    original = look_up(f"{_CHECKPOINT}.{name}")
+    signature = inspect.signature(original)
+    defaults = {n: p.default for n, p in signature.parameters.items() if p.default is not p.empty}
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return original(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        options = {n: given[n] for n, d in defaults.items() if n in given and given[n] != d}
+        return around(options, functools.partial(original, *args, **kwargs))
+
+    with mock.patch(f"{_CHECKPOINT}.{name}", make):
         yield
 
 

@@ -281,6 +281,17 @@ TABLE: tuple[Name, ...] = (
         _lack("exported models with conditions on their inputs do not pickle", "torch.export"),
         "replaced while exporting, by a check that pickles",
     ),
+    Name(
+        "torch.utils.checkpoint._checkpoint_without_reentrant_generator",
+        _CAPTURE,
+        "seeing what a model that is traced checkpoints",
+    ),
+    Name(
+        "torch.utils.checkpoint._checkpoint_without_reentrant_generator_impl",
+        _CAPTURE,
+        "the same",
+        since="2.14.1",
+    ),
     # transforms of functions, and what Dynamo makes of ours
     Name(
         "torch._C._functorch.peek_interpreter_stack",

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import fx, nn
 
 from dropit_fx.core_types import Decision, Plan
+from dropit_fx.passes.find_saved import NUMBER
 from dropit_fx.passes.share_packed import by_site
 from dropit_fx.private import uncompiled
 
@@ -39,6 +40,7 @@ class Row:
         reason: Why it is kept, or ``""``.
         region: The checkpointed region that it belongs to (kept only while that is recomputed), or
             ``""``.
+        note: In what it differs from what the rules ask for, or what that loses; or ``""``.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Row:
     codec: str
     reason: str
     region: str = ""
+    note: str = ""
 
     @property
     def codecs(self) -> tuple[str, ...]:
@@ -105,6 +108,7 @@ class Report:
         for r in self.rows:
             cells = (r.name, r.module, r.op, short(r.where), mib(r.dense_bytes), mib(r.kept_bytes))
             text = r.codec if not r.reason else f"kept: {r.reason}"
+            text += f" ({r.note})" if r.note else ""
             text += f" [in {r.region}]" if r.region else ""
             table.add_row(*map(escape, (*cells, text)))
         table.add_section()
@@ -228,7 +232,9 @@ def rows(plan: Plan, prefix: str = "", region: str = "") -> Iterator[Row]:
             kept_bytes=size,
             codec="keep" if kept else "+".join(dict.fromkeys(_spelled(d) for d in packed)),
             reason=kept[0].reason if kept else "",
-            region=region,
+            # a checkpoint keeps what hooks do not see: numbers are not made again
+            region="" if first.obstacle == NUMBER else region,
+            note=next((d.note for d in decisions if d.note), ""),
         )
     for name, body in plan.bodies.items():
         yield from rows(body, prefix, region=name)

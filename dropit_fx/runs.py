@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -298,18 +299,26 @@ def sub(input: Any, other: Any, alpha: Any = 1) -> Tensor:
     return torch.sub(input, other, alpha=alpha)
 
 
-def mul(input: Any, other: Any) -> Tensor:
-    out: Tensor = torch.mul(input, other)
-    return out
+def mul(input: Any, other: Any, inplace: bool = False) -> Tensor:
+    return _arithmetic(torch.mul, input, other, inplace)
 
 
-def div(input: Any, other: Any) -> Tensor:
-    out: Tensor = torch.div(input, other)
-    return out
+def div(input: Any, other: Any, inplace: bool = False) -> Tensor:
+    return _arithmetic(torch.div, input, other, inplace)
 
 
-def pow(input: Any, exponent: Any) -> Tensor:
-    return torch.pow(input, exponent)
+def pow(input: Any, exponent: Any, inplace: bool = False) -> Tensor:
+    return _arithmetic(torch.pow, input, exponent, inplace)
+
+
+def _arithmetic(op: Callable[..., Tensor], input: Any, other: Any, inplace: bool) -> Tensor:
+    """What is written in place keeps its dtype; autocast has no say in it."""
+    if not inplace or not isinstance(input, Tensor):
+        return op(input, other)
+    device = input.device.type
+    lowered = device != "meta" and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if lowered else nullcontext():
+        return op(input, other).to(input.dtype)
 
 
 def to(input: Tensor) -> Tensor:

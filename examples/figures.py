@@ -1,10 +1,10 @@
-"""Measures the figures of the README and writes them into it.
+"""Measures the figures of the documents and writes them into these.
 
     python examples/figures.py             # run every command (more than an hour)
-    python examples/figures.py --write     # only rewrite the README from examples/figures/*.json
-    python examples/figures.py --tables    # the same without running its code blocks
+    python examples/figures.py --write     # only rewrite the documents from examples/figures/*.json
+    python examples/figures.py --tables    # the same without running their code blocks
 
-Parts of the README between `<!-- name -->` and `<!-- end -->` come from here, and so do the `text`
+Parts of a document between `<!-- name -->` and `<!-- end -->` come from here, and so do the `text`
 blocks behind Python and console blocks.
 """
 
@@ -26,7 +26,18 @@ from dropit_fx.codecs import CODECS
 from dropit_fx.op_table import CHECKPOINT, OP_RULES
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+DOCUMENTS = (
+    "README.md",
+    "dropit_fx/README.md",
+    "dropit_fx/presets/README.md",
+    "passes/README.md",
+    "examples/README.md",
+    "examples/compared.md",
+    "examples/timm_train.md",
+    "examples/figures/README.md",
+    "tests/README.md",
+    "CONTRIBUTING.md",
+)
 FIGURES = Path("examples/figures")
 MIB = 2**20
 
@@ -56,8 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="measure nothing, rewrite the README")
-    parser.add_argument("--tables", action="store_true", help="rewrite its tables only")
+    parser.add_argument(
+        "--write", action="store_true", help="measure nothing, rewrite the documents"
+    )
+    parser.add_argument("--tables", action="store_true", help="rewrite their tables only")
     options = parser.parse_args(argv)
     if not (options.write or options.tables):
         commands = (DIGITS, BERT, *STEPS.values(), BYTES, PARETO, DEIT_SMALL, GRADIENTS)
@@ -65,8 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"$ {command}", flush=True)
             program = Path(sys.executable).with_name(command.split()[0])
             subprocess.run([program, *shlex.split(command)[1:]], cwd=ROOT, check=True)
-    text = with_tables(README.read_text())
-    README.write_text(text if options.tables else with_output(text))
+    for name in DOCUMENTS:
+        text = with_tables((ROOT / name).read_text())
+        (ROOT / name).write_text(text if options.tables else with_output(text))
     return 0
 
 
@@ -111,7 +125,7 @@ def run_python(code: str, names: dict[str, Any]) -> str:
     """Executes a block in the names that the blocks before it left."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        exec(compile(code, "README.md", "exec"), names)
+        exec(compile(code, "a document", "exec"), names)
     return plain(out.getvalue())
 
 
@@ -155,21 +169,83 @@ def ops() -> str:
 
 def layout() -> str:
     """Every module with the first sentence of its docstring."""
+    folders = sorted({path.parent for path in (ROOT / "dropit_fx").rglob("*.py")})
     lines = []
-    inner = (
-        f"dropit_fx/{name}" for name in ("codecs", "integrations", "kernels", "kernels/triton")
-    )
-    for folder in ("dropit_fx", "passes", *inner):
-        lines.append(f"{folder}/")
-        for path in sorted((ROOT / folder).glob("*.py")):
-            lines.append(f"  {path.name:<18} {first_sentence(path)}")
+    for folder in (*folders, ROOT / "passes"):
+        lines.append(f"{folder.relative_to(ROOT)}/")
+        lines += [f"  {p.name:<18} {first_sentence(p)}" for p in sorted(folder.glob("*.py"))]
     return "```\n" + "\n".join(lines) + "\n```"
+
+
+def tests() -> str:
+    """Every file of tests with what it shows."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    rows = [[f"`{p.relative_to(ROOT / 'tests')}`", first_sentence(p)] for p in files]
+    return markdown(["file", "shows"], rows)
 
 
 def first_sentence(path: Path) -> str:
     match = re.search(r'"""(.*?)(?:"""|\n\n)', path.read_text(), re.DOTALL)
     line = " ".join(match[1].split()) if match else ""
     return re.sub(r":\w+:(?=`)|`", "", line).removesuffix(".")
+
+
+def results() -> str:
+    """One line for each way to spend less memory on a step, and what training reached."""
+    rows = []
+    pareto = read_figures("pareto_deit_tiny")
+    for name, said in WAYS.items():
+        rows.append([f"DeiT-Ti, batch 16: {said}", *shares(pareto["variants"][name])])
+    for name, said in (("dense", "dense"), ("balanced", "`balanced`")):
+        step = read_figures("resnet50")["variants"][f"compiled, {name}"]
+        rows.append([f"ResNet-50, batch 16: {said}", *shares(step)])
+    gpt2 = read_figures("bytes")["models"]["gpt2"]["compiled"]
+    sizes = [gpt2["packed"][k] / gpt2["dense"][k] for k in ("saved_bytes", "peak_bytes")]
+    rows.append(
+        ["GPT-2, 4 x 512 tokens, with its loss: `balanced`", *map("{:.1%}".format, sizes), ""]
+    )
+    trained = [
+        f"{title}, {name}: {row[3]}"
+        for file, model, title in (
+            ("bert", "bert", "a pretrained BERT"),
+            ("digits", "vit", "a ViT"),
+        )
+        for name, row in accuracies(file, model).items()
+        if name in ("dense", "balanced")
+    ]
+    head = ["step", "saved", "peak", "time"]
+    said = "Test accuracy over five seeds: " + "; ".join(trained) + "."
+    return f"{markdown(head, rows)}\n\n{said}"
+
+
+WAYS = {
+    "dense": "dense",
+    "checkpoint": "checkpoint per block",
+    "budget=0.3": "memory budget 0.3",
+    "balanced": "`balanced`",
+    "max": "`max`",
+    "balanced+checkpoint": "`balanced`, checkpoint per block",
+}
+
+
+def shares(step: dict[str, Any]) -> list[str]:
+    """Of dense; of the dense step itself, in MiB."""
+    if step["saved_ratio"] == 1:
+        sizes = [f"{step[f'{kind}_bytes'] / MIB:.0f} MiB" for kind in ("saved", "peak")]
+    else:
+        sizes = [f"{step[f'{kind}_ratio']:.1%}" for kind in ("saved", "peak")]
+    return [*sizes, f"{step['ratio']:.2f}"]
+
+
+def accuracies(file: str, model: str) -> dict[str, list[str]]:
+    """A row of what a training script wrote, for each way to train ``model`` eagerly."""
+    from training import rows
+
+    return {r[2]: r for r in rows(read_figures(file)) if r[:2] == (model, "eager")}
+
+
+def read_figures(name: str) -> Any:
+    return json.loads((ROOT / FIGURES / f"{name}.json").read_text())
 
 
 def measured() -> str:
@@ -250,7 +326,7 @@ def said_table(results: dict[str, Any]) -> str:
 
 
 def pareto_table(results: dict[str, Any]) -> str:
-    picture = "![Memory against time: recomputed and packed](examples/figures/pareto_deit_tiny.png)"
+    picture = "![Memory against time: recomputed and packed](pareto_deit_tiny.png)"
     return f"{said_table(results)}\n\n{picture}"
 
 
@@ -331,7 +407,7 @@ def gpu_tables(path: Path) -> str:
         parts += [markdown(MODEL_HEAD, lines), note]
     picture = path.with_suffix(".png")
     if picture.exists():
-        parts.append(f"![Peak memory against time]({picture.relative_to(ROOT)})")
+        parts.append(f"![Peak memory against time]({picture.name})")
     if lines := kernel_cells(result["rows"]):
         note = (
             "One bfloat16 tensor, larger than the caches. Of a copy: bytes read and written once, a"
@@ -348,10 +424,22 @@ def gpu_tables(path: Path) -> str:
     return "\n\n".join(parts)
 
 
+def gpu_said() -> str:
+    """One sentence: the cards that were measured, or that there was none."""
+    cards = [json.loads(p.read_text())["card"] for p in sorted((ROOT / FIGURES).glob("gpu_*.json"))]
+    if not cards:
+        return "**Nothing has been measured on a GPU yet**; `make gpu` does it, in nine minutes."
+    link = "[on a GPU](examples/figures/README.md#on-a-gpu)"
+    return f"Measured {link} as well: {', '.join(cards)}."
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
+    "results": results,
+    "gpu_said": gpu_said,
     "codecs": codecs,
     "ops": ops,
     "layout": layout,
+    "tests": tests,
     "measured": measured,
     "gpu": gpu,
 }

@@ -28,6 +28,11 @@ from dropit_fx.op_table import CHECKPOINT
 from dropit_fx.passes.share_packed import by_site, packed_bytes, swapped_nodes
 
 FAITHFUL_BITS = 4  # the fewest that the codecs call faithful
+_LIFTED = "from the {} bits asked for, nothing could be made again: all would take more bytes"
+_LOST = (
+    f"a copy of its own: what it could be made again from has fewer than {FAITHFUL_BITS} bits, and"
+    " more would take more bytes in all"
+)
 COPIES = 2  # the factors of a gated product, the summands behind a downsampling block
 
 
@@ -45,9 +50,10 @@ def _in_fewest_bytes(plan: Plan) -> Plan:
     fewer bits for one tensor would take more bytes in all.
     """
     asked = _derive(plan)
-    if plan.config.force or not any(_finer(d) != d for d in plan.decisions):
+    lifted = tuple(map(_finer, plan.decisions))
+    if plan.config.force or lifted == plan.decisions:
         return asked
-    finer = _derive(replace(plan, decisions=tuple(map(_finer, plan.decisions))))
+    finer = _derive(replace(plan, decisions=lifted))
     used = unpacked(finer)
     back = [
         old if not new.derived and new.pack not in used else new
@@ -55,7 +61,16 @@ def _in_fewest_bytes(plan: Plan) -> Plan:
     ]
     finer = replace(finer, decisions=tuple(back))
     fewer = packed_bytes(list(finer.decisions)) < packed_bytes(list(asked.decisions))
-    return finer if fewer else asked
+    return finer if fewer else _saying_what_is_lost(asked, finer)
+
+
+def _saying_what_is_lost(asked: Plan, finer: Plan) -> Plan:
+    """With a note on each copy that would not be needed if others had more bits."""
+    decisions = [
+        replace(d, note=_LOST) if more.derived and not d.derived and d.packed else d
+        for d, more in zip(asked.decisions, finer.decisions, strict=True)
+    ]
+    return replace(asked, decisions=tuple(decisions))
 
 
 def _finer(decision: Decision) -> Decision:
@@ -70,7 +85,8 @@ def _finer(decision: Decision) -> Decision:
     nbytes = decision.nbytes + more - codec.nbytes(read.numel, read.dtype, options)
     if nbytes >= read.numel * read.dtype.itemsize:
         return decision
-    return replace(decision, options=finer, nbytes=nbytes)
+    note = _LIFTED.format(options["bits"])
+    return replace(decision, options=finer, nbytes=nbytes, note=note)
 
 
 def _derive(plan: Plan) -> Plan:

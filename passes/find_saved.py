@@ -42,7 +42,7 @@ from dropit_fx.core_types import (
 )
 from dropit_fx.fake import RealStorages, fake_mode_of, fake_state
 from dropit_fx.op_table import CHECKPOINT, bind, derivable_rule_of, is_inplace, reads_of, rule_of
-from dropit_fx.packed_call import is_complex, memory_order
+from dropit_fx.packed_call import is_complex, memory_order, written_inputs
 from dropit_fx.private import (
     EXAMPLE_VALUE,
     closed_over,
@@ -148,6 +148,8 @@ class _Probe(fx.Interpreter):
         self._seen: dict[tuple[str, str], Elements] = {}
         self._makers: dict[Elements, str] = {}
         self._versions: dict[int, Tensor] = {}
+        self._first: dict[int, tuple[Tensor, list[str]]] = {}  # of each storage, and all its nodes
+        self._unseen: dict[int, str] = {}  # storages that are written to unseen, where
         self._lost: set[str] = set()
         self._differentiable: set[str] = set()
         self._whole: list[tuple[str, Elements]] = []  # free ones that a packed call would hold
@@ -170,6 +172,7 @@ class _Probe(fx.Interpreter):
             value = self.env[operand]
             if isinstance(value, Tensor):
                 self._seen[n.name, operand.name] = _elements(value, version(value))
+        seen = self._versions_of(operands)
         life: Callable[[], object] | None = None  # of a region
         try:
             with _hooks(note):
@@ -188,6 +191,7 @@ class _Probe(fx.Interpreter):
             failed.node = n
             raise failed from error
         results = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        self._look_for_unseen_writes(n, operands, seen)
         self._mark_result(n, results)
         if life is not None:
             # recomputed: between forward and backward only the inputs stay
@@ -212,6 +216,21 @@ class _Probe(fx.Interpreter):
                     self._add(n, kept, None, None, {}, {}, "")
         return result
 
+    def _versions_of(self, tensors: list[Tensor]) -> dict[int, int]:
+        """Of the storages of some tensors, as whoever holds what was first seen of them knows."""
+        known = {storage_id(t) for t in tensors} & self._first.keys()
+        return {storage: version(self._first[storage][0]) for storage in known}
+
+    def _look_for_unseen_writes(
+        self, n: fx.Node, operands: list[Tensor], seen: dict[int, int]
+    ) -> None:
+        """A write through ``.data`` is not counted: autograd reads what it finds."""
+        now = self._versions_of(operands)
+        for t in operands:
+            storage = storage_id(t)
+            if version(t) > self._before[id(t)] and now.get(storage) == seen.get(storage, -1):
+                self._unseen.setdefault(storage, node_where(n) or n.name)
+
     def _mark_result(self, n: fx.Node, results: list[Tensor]) -> None:
         """Ties a mark to the autograd nodes of a result: it goes when they go."""
         mark = _Mark()
@@ -233,6 +252,7 @@ class _Probe(fx.Interpreter):
             return
         self._shapes[n.name] = tuple(result.shape)
         self._versions[storage_id(result)] = result.detach()  # counts on with the tensor
+        self._first.setdefault(storage_id(result), (result.detach(), []))[1].append(n.name)
         if result.requires_grad:
             self._differentiable.add(n.name)
         story = self.stories[storage_id(result)]
@@ -262,6 +282,9 @@ class _Probe(fx.Interpreter):
         self.kept = [k for k in self.kept if k.life() is not None]
         self._add_unseen(out)
         versions = {storage: version(t) for storage, t in self._versions.items()}
+        for storage in self._unseen:  # nothing shows that it is what it was
+            versions[storage] = -1
+            self._lost |= set(self._first[storage][1])
         values = Values(
             alive=self._alive,
             shapes=self._shapes,
@@ -280,6 +303,10 @@ class _Probe(fx.Interpreter):
                 kept.read = replace(read, obstacle=why)
             elif read.identity is not None and not values.stays(read.identity):
                 kept.read = replace(read, written=True)
+            where = self._unseen.get(storage_id(kept.tensor))
+            if where is not None and not read.obstacle:
+                why = f"it is written to where autograd does not see it (.data), in {where}"
+                kept.read = replace(kept.read, obstacle=why)
         sites = tuple(self.sites())
         return replace(self.plan, sites=sites, values=values, calls=self.calls, bodies=self.bodies)
 
@@ -297,7 +324,8 @@ class _Probe(fx.Interpreter):
             if at == len(ends):
                 continue
             n = self._upto[at][1]
-            for _, value in raw_saved(node) if shows_saved() else ():
+            # the numbers of a region are in its own plan
+            for _, value in raw_saved(node) if shows_saved() and not _is_checkpoint(n) else ():
                 if isinstance(value, Tensor) and not value.dim():
                     rule = rule_of(n) if n.name in self.calls else None
                     self._add(n, _Kept(value, lambda: True), rule, None, {}, {}, NUMBER)
@@ -408,6 +436,9 @@ class _Probe(fx.Interpreter):
         regions = [m.args[0] for m in self.module.graph.nodes if _is_checkpoint(m)]  # type: ignore[union-attr]
         if [r.target for r in regions].count(n.args[0].target) > 1:  # type: ignore[union-attr]
             return "its region is called more than once"
+        body: Any = self.module.get_submodule(str(n.args[0].target))  # type: ignore[union-attr]
+        if not n.kwargs.get("once", True) and written_inputs(body):
+            return "its region writes into a buffer again when it is made again"
         goes = any(
             storage_id(t) == storage_id(tensor) and t.requires_grad
             for t in (self.env[m] for m in n.all_input_nodes)

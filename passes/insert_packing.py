@@ -111,7 +111,7 @@ class _Writer:
         if rule is not CHECKPOINT:  # whose other inputs are arguments of the region
             packed |= _others(rule, bound, packed)
         args, kwargs = node.args, dict(node.kwargs)
-        if node.target in rule.orders:
+        if node.target in rule.orders or is_inplace(node, {}):
             args, kwargs = tuple(bound.values()), {}
         kwargs["packed"] = packed
         if gives:
@@ -130,7 +130,7 @@ class _Writer:
                 self.copies[key] = self._item(call, i + 1, at)
         written = next(iter(bound.values())) if is_inplace(node, bound) else None
         self._replace(node, result, list(node.users))
-        if isinstance(written, fx.Node):
+        if isinstance(written, fx.Node) and written.name in self.plan.values.shapes:
             # out of place now: who read the written tensor afterwards reads the result
             later = [u for u in written.users if u is not call and self.order.get(u, -1) > at]
             self._replace(written, result, later)

@@ -3,7 +3,8 @@
 The input of a LoRA's second factor is a hundredth of what a step saves, and most of the error of
 its gradient. A storage is small that is less than a tenth of the large ones (the upper quartile of
 what has a lossy copy), which tells it from the late layers of a convolutional net. The smallest are
-kept first, until together they are three in a hundred of all that is packed.
+kept first, until together they are three in a hundred of all that is packed; counted with them are
+autocast's copies of weights, which an op keeps that packs nothing more.
 
 Requires: decisions with what is derived. Ensures: only storages with copies of their own change;
 what is derived from a copy of theirs is then derived from the exact values.
@@ -18,11 +19,12 @@ from dropit_fx.codecs import CODEC
 from dropit_fx.core_types import Decision, Plan, Site
 from dropit_fx.passes.choose_codecs import keep
 from dropit_fx.passes.derive_values import bases_of, recipe, unpacked
-from dropit_fx.passes.share_packed import CAST, by_site
+from dropit_fx.passes.share_packed import LET_GO, by_site, swapped_nodes
 
 TENTH = 10  # of the large ones: nothing above is small
 HUNDREDTHS = 3  # of the dense bytes of all that is not kept: no more is kept for this reason
 REASON = "small beside what is packed, it is kept exactly"
+BESIDE = "its op packs nothing, and keeps it: another input of it is small"
 
 
 def keep_small(plan: Plan) -> Plan:
@@ -39,11 +41,16 @@ def keep_small(plan: Plan) -> Plan:
 
 
 def _keeping(small: set[str], plan: Plan, pairs: list[tuple[Site, list[Decision]]]) -> Plan:
+    """Keeps what is small, and what an op keeps that packs nothing more."""
+    kept = [
+        (site, [keep(d, REASON) if d.packed else d for d in mine] if site.name in small else mine)
+        for site, mine in pairs
+    ]
+    swapped = swapped_nodes([d for _, mine in kept for d in mine])
     decisions: list[Decision] = []
-    for site, mine in pairs:
-        if site.name in small:
-            mine = [keep(d, REASON) if d.packed else d for d in mine]
-        decisions += mine
+    for _, mine in kept:
+        stays = any(d.codec in LET_GO and d.read.node not in swapped for d in mine)
+        decisions += [keep(d, BESIDE) for d in mine] if stays else mine
     return replace(plan, decisions=tuple(decisions))
 
 
@@ -61,19 +68,40 @@ def _small(plan: Plan, pairs: list[tuple[Site, list[Decision]]]) -> set[str]:
     large = sizes[len(sizes) * 3 // 4]
     packed = sum(s.nbytes for s, mine in pairs if all(d.packed for d in mine))
     room = packed * HUNDREDTHS // 100
-    casts = {d.read.node for d in plan.decisions if d.codec == CAST}
+    beside = _kept_beside(pairs)
     names: dict[str, int] = defaultdict(int)
     for site in plan.sites:
         names[site.name] += 1
     found: set[str] = set()
     for site, mine in sorted(lossy, key=lambda pair: pair[0].nbytes):
-        room -= site.nbytes
-        if site.nbytes * TENTH >= large or room < 0:
+        extra = [beside.get(d.read.node, 0) for d in mine]
+        if site.nbytes * TENTH >= large:
             break
-        # a call that packs nothing more keeps its cast of a parameter, which is no gain
-        if not any(d.own or d.read.node in casts for d in mine) and names[site.name] == 1:
-            found.add(site.name)
+        if any(d.own for d in mine) or None in extra or names[site.name] > 1:
+            continue
+        room -= site.nbytes + sum(filter(None, extra))
+        if room < 0:
+            break
+        found.add(site.name)
     return found
+
+
+def _kept_beside(pairs: list[tuple[Site, list[Decision]]]) -> dict[str, int | None]:
+    """What each op keeps that a packed call of it would not, if one read of it is packed no more.
+
+    Those are autocast's copies of parameters; None where it is a copy that others pack.
+    """
+    reads: dict[str, int] = defaultdict(int)
+    found: dict[str, int | None] = {}
+    for site, mine in pairs:
+        gone = [d for d in mine if d.codec in LET_GO]
+        for d in mine:
+            reads[d.read.node] += d.packed and d not in gone
+        for d in gone:
+            more = found.get(d.read.node, 0)
+            alone = len(gone) == len(mine) and more is not None
+            found[d.read.node] = (more or 0) + site.nbytes * site.dense if alone else None
+    return {node: size if reads[node] == 1 else 0 for node, size in found.items()}
 
 
 def _is_lossy(decision: Decision) -> bool:

@@ -7,7 +7,6 @@ comes from a placeholder through a copy, which keeps its strides, and then throu
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -495,6 +494,7 @@ def _embedding() -> list[Case]:
         case("padding_idx", words, table, 2),
         Case("padding_idx from the end", (words, table, -1), obstacle=FROM_THE_END),
         case("scale_grad_by_freq", words, table, scale_grad_by_freq=True),
+        case("sparse", words, table, sparse=True),
         case("one word", T((), make=classes(9)), table),
         case("int32", T((4, 7), make=lambda s, g: classes(9)(s, g).int()), table),
         case("no words", T((0, 7), make=classes(9)), table),
@@ -509,6 +509,7 @@ def _pad() -> list[Case]:
         *[case(f"{m}, 1-D", T((2, 5, 6)), (1, 2), m) for m in ("reflect", "replicate")],
         case("reflect, transposed", T((3, 5, 6), _t), (1, 2), "reflect"),
         case("replicate, 3-D", T((2, 3, 4, 5, 6)), (1, 2, 0, 1, 2, 2), "replicate"),
+        case("constant", x, (1, 2, 0, -1), "constant", 0.5),
     ]
 
 
@@ -705,6 +706,7 @@ CASES: dict[str, list[Case]] = {
     "gather": [
         case("rows", T((6, 5)), 0, T((4, 5), make=classes(6))),
         case("last", T((2, 6, 5)), -1, T((2, 6, 3), make=classes(5))),
+        case("sparse_grad", T((6, 5)), 0, T((4, 5), make=classes(6)), sparse_grad=True),
         case("transposed memory", T((5, 6), _t), 1, T((6, 2), make=classes(5))),
         case("none", T((6, 5)), 0, T((0, 5), make=classes(6))),
     ],
@@ -772,4 +774,5 @@ def spelled(name: str, target: Any) -> Case:
 def writes(target: Any) -> bool:
     """Whether a spelling writes into its first argument, going by its name."""
     name = target if isinstance(target, str) else target.__name__.split(".")[0]
-    return target is operator.imul or (name.endswith("_") and not name.endswith("__"))
+    augmented = name.strip("_") in ("imul", "itruediv", "ipow")
+    return augmented or (name.endswith("_") and not name.endswith("__"))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from models import Case, every_model, rewritten
 from op_cases import CASES, LOSSLESS, graph_of, pack_graph
 from torch import Tensor, nn
@@ -347,6 +350,51 @@ def test_what_a_node_of_an_eager_compiled_graph_holds_is_counted(name: str) -> N
         made(x)
         told = compiled_graphs()[-1].report
         assert (told.dense_bytes, told.kept_bytes) == (dense, saved_bytes(made, x))
+
+
+REDUCED: list[Any] = [
+    F.mse_loss,
+    partial(F.mse_loss, reduction="sum"),
+    F.smooth_l1_loss,
+    F.huber_loss,
+    F.l1_loss,
+    F.soft_margin_loss,
+    F.binary_cross_entropy_with_logits,
+    lambda a, b: F.binary_cross_entropy(a.sigmoid(), b),
+    lambda a, b: F.binary_cross_entropy(a.sigmoid(), b, b, reduction="sum"),
+    lambda a, b: torch.ops.aten.mse_loss.default(a, b),
+]
+READERS: list[Any] = [
+    lambda loss: torch.exp(F.gelu(loss)),
+    lambda loss: loss.sqrt(),
+    lambda loss: loss.log() * loss,
+    lambda loss: loss / (loss + 1),
+]
+
+
+class Losses(nn.Module):
+    """Every loss, each read by every op that keeps it or packs it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.ModuleList(nn.Linear(8, 8) for _ in range(len(REDUCED) * len(READERS)))
+
+    def forward(self, x: Tensor, y: Tensor) -> list[Tensor]:
+        pairs = product(REDUCED, READERS)
+        return [read(loss(a(x), y)) for a, (loss, read) in zip(self.a, pairs, strict=True)]
+
+
+@pytest.mark.parametrize("preset", ["lossless", "balanced"])
+def test_a_reduced_loss_takes_the_memory_that_it_really_holds(preset: str) -> None:
+    model, given = Losses(), (torch.randn(4, 8), torch.rand(4, 8))
+    made = transform(model, preset=preset, example_args=given)
+    told = report(made)
+    assert (told.dense_bytes, told.kept_bytes) == (
+        saved_bytes(model, *given),
+        saved_bytes(made, *given),
+    )
+    for out, expected in zip(made(*given), model(*given), strict=True):
+        assert torch.equal(out, expected)
 
 
 class Shrinking(nn.Module):

@@ -88,16 +88,24 @@ def test_a_rule_of_ones_own_says_how_a_value_is_kept() -> None:
 def test_nothing_is_derived_from_a_copy_in_too_few_bits_which_has_more_where_that_is_less() -> None:
     x = torch.randn(32, 64)
 
+    notes: dict[str, str] = {}
+
     def formats(bits: int, gamma: float = 0.5) -> tuple[int, set[str]]:
         rules = [{"op": "layer_norm", "codec": "quant", "bits": bits}]
         packed = dropit_fx.transform(
             NormThenLinear(), {"rules": rules}, gamma=gamma, example_args=(x,)
         )
-        rows = dropit_fx.report(packed).rows
-        return len(nodes(packed, derived)), {r.codec for r in rows if "quant" in r.codec}
+        report = dropit_fx.report(packed)
+        notes.clear()
+        notes.update({r.codec: r.note for r in report.rows if r.note})
+        assert all(note in str(report) for note in notes.values())
+        return len(nodes(packed, derived)), {r.codec for r in report.rows if "quant" in r.codec}
 
+    assert (formats(5), notes) == ((1, {"quant(bits=5)"}), {})
     assert formats(3) == (1, {"quant(bits=4)"})  # 3 bits, and 2.5 of a copy for the layers behind
+    assert notes["quant(bits=4)"].startswith("from the 3 bits asked for, nothing could be made")
     assert formats(1, gamma=0.9) == (0, {"quant(bits=1)"})
+    assert notes["mink(gamma=0.9, bits=4)"].startswith("a copy of its own")
 
 
 class Residual(nn.Module):

@@ -5,6 +5,7 @@ its training is the dense one to the last bit.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 import bert  # noqa: E402
 import bytes as whole_models  # noqa: E402
+import demo  # noqa: E402
 import digits  # noqa: E402
 import figures  # noqa: E402
 import training  # noqa: E402
@@ -65,6 +67,19 @@ def test_loss_falls_and_less_is_saved(written: Path) -> None:
 def test_variants_start_from_the_same_weights_batches_and_dropout(written: Path) -> None:
     for ways in json.loads(written.read_text())["models"].values():
         assert ways["eager"]["lossless"]["runs"] == ways["eager"]["dense"]["runs"]
+
+
+def test_demo_shows_a_step_a_page_and_a_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = "--model dropit_fx.model_spec:small_net --batch 4 --size 16 --rounds 1"
+    training = "--epochs 2 --limit 128"
+    assert demo.main([*step.split(), *training.split(), "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "small_net, batch 4" in shown
+    assert re.search(r"balanced\s+\d+ ms.* MiB .* MiB", shown)
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+    assert list(json.loads((tmp_path / "digits.json").read_text())["models"]) == ["vit"]
 
 
 def test_table_of_the_readme(written: Path) -> None:

@@ -499,8 +499,9 @@ def test_pruned_layers_inside_follow_their_masks() -> None:
     [
         lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
         nn.utils.weight_norm,
+        nn.utils.spectral_norm,  # which writes into buffers in each call
     ],
-    ids=["prune", "weight_norm"],
+    ids=["prune", "weight_norm", "spectral_norm"],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_pytorchs_own_hooks_are_a_part_of_the_graph(hooked: Any) -> None:
@@ -515,6 +516,7 @@ def test_pytorchs_own_hooks_are_a_part_of_the_graph(hooked: Any) -> None:
     for _ in range(3):
         want, got = step(own, (X,), {}), step(model, (X,), {})
         assert differing(want.gradients, got.gradients) == []
+        assert differing(dict(own.named_buffers()), dict(model.named_buffers())) == []
         with torch.no_grad():
             for p, q in zip(own.parameters(), model.parameters(), strict=True):
                 p.sub_(p.grad, alpha=0.01)

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-NOT_SHIPPED = {".pyc", ".so", ".o"}
+NOT_SHIPPED = {".pyc", ".so", ".o", ".md"}
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:

@@ -6,6 +6,7 @@ What a region is made again from is the codec's value of its input, in eager mod
 import copy
 import functools
 import itertools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
+    checkpoint_sequential,
     create_selective_checkpoint_contexts,
 )
 
+import dropit_fx
 from dropit_fx import backend, op_table, packed_call
 from dropit_fx.measure import peak_memory, saved_bytes
 from dropit_fx.report import Row
@@ -488,3 +491,146 @@ def test_what_a_region_writes_into_is_written_once(norm: Any, preset: str) -> No
     for a, b in zip(model.parameters(), dense.parameters(), strict=True):
         if preset == "lossless":
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+
+
+# What transform traces ----------------------------------------------------------------------------
+
+
+class Parts(nn.Module):
+    """Regions in a row and one inside of another, leaf modules in it, a mask, a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 16)
+        self.rows = nn.Sequential(
+            *[nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Dropout(0.2)) for _ in range(4)]
+        )
+        self.lstm = nn.LSTM(16, 16, batch_first=True)
+
+    def inner(self, h: Tensor, mask: Tensor) -> Tensor:
+        return torch.sin(self.lstm(h)[0] * 0.5) ** 2 * mask
+
+    def outer(self, h: Tensor, mask: Tensor) -> Tensor:
+        inside = checkpoint(self.inner, torch.exp(-h), mask, use_reentrant=False)
+        return self.last(torch.sin(inside))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = (x.sum(-1, keepdim=True) > 0).float()
+        h = checkpoint_sequential(self.rows, 2, self.first(x), use_reentrant=False)
+        return checkpoint(
+            self.outer, h, mask, use_reentrant=False, preserve_rng_state=True, debug=False
+        )  # type: ignore[no-any-return]
+
+
+class Asking(Parts):
+    """The same, which asks for values that only ``torch.export`` knows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.dim() == 3 and len(x.shape) else x
+
+
+TRACED = {"symbolic": Parts, "export": Asking, "region": Region}
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [("symbolic", "balanced"), ("export", "lossless"), ("region", "lossless"), ("region", "max")],
+)
+def test_what_a_traced_model_checkpoints_is_made_again(name: str, preset: str) -> None:
+    model = TRACED[name]()
+    x = torch.randn(16, 32) if name == "region" else torch.randn(8, 6, 8)
+    packed = dropit_fx.transform(model, example_args=(x,), preset=preset)
+    report = dropit_fx.report(packed)
+    exact, dense = step(model, model, x)
+    assert report.dense_bytes == saved_bytes(model, x)
+    assert list(packed.state_dict()) == list(model.state_dict())
+    for run in (packed, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        found, ours = step(run, run, x)  # chance is drawn as in the dense run, twice
+        assert report.kept_bytes == saved_bytes(run, x)
+        assert torch.equal(found, exact)
+        if preset == "lossless":
+            assert all(map(torch.equal, ours, dense))
+        flat = [torch.cat([g.flatten() for g in gradients]) for gradients in (ours, dense)]
+        assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.95
+    regions = [r for r in report.rows if r.op == "checkpoint" and not r.region]
+    assert any(map(is_packed, regions)) == (preset != "lossless")
+    assert {r.where.rpartition(":")[0] for r in regions} == {__file__}
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.InstanceNorm1d])
+def test_what_a_traced_region_writes_into_is_written_as_in_the_dense_model(norm: Any) -> None:
+    model = Statistics(norm(4, affine=True, track_running_stats=True))
+    dense, x = copy.deepcopy(model), torch.randn(64, 8)
+    packed = dropit_fx.transform(model, example_args=(x,), preset="balanced")
+    for run in (packed, dense):
+        step(run, run, x)
+    for found, expected in zip(model.buffers(), dense.buffers(), strict=True):
+        assert torch.equal(found, expected)
+    reasons = {r.reason for r in dropit_fx.report(packed).rows if r.op == "checkpoint"}
+    assert "its region writes into a buffer again when it is made again" in reasons
+
+
+def test_a_traced_region_under_autocast_and_compiled() -> None:
+    model, x = Region(p=0.0), torch.randn(16, 32)
+    packed = dropit_fx.transform(model, example_args=(x,), preset="lossless")
+
+    def lowered(run: nn.Module) -> Callable[[Tensor], Tensor]:
+        def call(x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                out: Tensor = run(x)
+            return out.float()
+
+        return call
+
+    exact, dense = step(lowered(model), model, x)
+    for run in (packed, torch.compile(packed, backend="aot_eager", fullgraph=True)):
+        found, ours = step(lowered(run), packed, x)
+        assert torch.equal(found, exact)
+        for a, b in zip(ours, dense, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_a_selective_checkpoint_is_not_traced_through() -> None:
+    class Selective(Region):
+        def forward(self, x: Tensor) -> Tensor:
+            context = functools.partial(create_selective_checkpoint_contexts, [])
+            h: Tensor = checkpoint(self.region, x, use_reentrant=False, context_fn=context)
+            return h
+
+    with pytest.raises(dropit_fx.CaptureError, match="a selective checkpoint"):
+        dropit_fx.transform(Selective(), example_args=(torch.randn(4, 64),))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_layer_that_checkpoints_itself_when_it_is_called(alone: bool) -> None:
+    class Layer(nn.Linear):
+        def __call__(self, *args: Any) -> Any:
+            return checkpoint(super().__call__, *args, use_reentrant=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(super().forward(torch.exp(x)))
+
+    model, x = nn.Sequential(nn.Linear(8, 8), Layer(8, 8)), torch.randn(16, 8)
+    bytes_of_dense = saved_bytes(model, x)
+    modules = "1" if alone else None
+    made = dropit_fx.transform(model, modules=modules, preset="lossless", example_args=(x,))
+    assert saved_bytes(made, x) == bytes_of_dense
+    assert any(r.op == "checkpoint" for r in dropit_fx.report(made).rows)
+
+
+def test_models_that_checkpoint_in_training_mode_alone() -> None:
+    config = transformers.BertConfig(
+        num_hidden_layers=1, hidden_size=32, num_attention_heads=2, intermediate_size=64,
+        vocab_size=50, max_position_embeddings=16,
+    )  # fmt: skip
+    model = transformers.BertModel(config, add_pooling_layer=False).train()
+    model.gradient_checkpointing_enable()
+    ids = {"input_ids": torch.randint(0, 50, (2, 16))}
+    packed = dropit_fx.transform(model, example_kwargs=ids)
+    rows = [r for r in dropit_fx.report(packed).rows if r.op == "checkpoint" and not r.region]
+    assert [r.codecs for r in rows if is_packed(r)] == [("quant",)]
+    for training in (True, False):
+        for m in (packed, model):
+            m.train(training)
+        (a, _), (b, _) = (step(lambda run=m: run(**ids)[0], m) for m in (packed, model))
+        assert torch.equal(a, b)

@@ -110,6 +110,27 @@ def test_second_derivatives_of_compiled_code_are_refused(inside: bool) -> None:
     assert slope(model).requires_grad
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_second_derivatives_of_a_rewritten_model_that_is_compiled_are_refused(
+    inside: bool,
+) -> None:
+    x, model = torch.randn(64, 8, requires_grad=True), mlp(8, 2)
+    packed = dropit_fx.transform(model, example_args=(x,), preset="max")
+
+    def slope(run: Any) -> Tensor:
+        return torch.autograd.grad(run(x).sum(), x, create_graph=True)[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile((lambda: slope(packed)) if inside else packed, backend="eager")
+    with pytest.raises(RuntimeError, match=r"create_graph=True.*call the original, dense model"):
+        compiled() if inside else slope(compiled)
+    torch._dynamo.reset()
+    compiled = torch.compile(packed, backend="aot_eager", fullgraph=True)
+    assert_same(grads(compiled, x), grads(packed, x))
+    with pytest.raises(RuntimeError):  # in PyTorch's words
+        slope(compiled).square().sum().backward()
+
+
 def _per_sample(model: nn.Module, x: Tensor) -> Any:
     def loss(parameters: dict[str, Tensor], one: Tensor) -> Tensor:
         out: Tensor = torch.func.functional_call(model, parameters, (one[None],))
@@ -828,10 +849,10 @@ def test_a_batch_norm_with_a_cumulative_average() -> None:
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("batch", [1, 5])
-def test_a_function_under_fx_wrap_is_opened(batch: int) -> None:
+@pytest.mark.parametrize(("batch", "shift"), [(1, 0), (5, 2)])
+def test_a_function_under_fx_wrap_is_opened(batch: int, shift: int) -> None:
     window = pytest.importorskip("torchvision.models.swin_transformer").ShiftedWindowAttention
-    model, x = nn.Sequential(window(32, [4, 4], [0, 0], 4)), torch.randn(2, 8, 8, 32)
+    model, x = nn.Sequential(window(32, [4, 4], [shift, shift], 4)), torch.randn(2, 8, 8, 32)
     packed = dropit_fx.transform(copy.deepcopy(model), example_args=(x,))
     assert measure.saved_bytes(packed, x) < measure.saved_bytes(model, x) / 5
     made = dropit_fx.transform(copy.deepcopy(model), preset="lossless", example_args=(x,))
@@ -915,3 +936,81 @@ def test_attention_over_other_inputs_than_its_own(name: str, way: str) -> None:
         torch.autograd.backward([out.square().sum() for out in outs])
         found.append((outs, [p.grad for p in one.parameters()]))
     assert_same(*found)
+
+
+class UnseenWrites(nn.Module):
+    """What autograd does not count: writes through ``.data``, before and after others read it."""
+
+    def __init__(self, write: Callable[[UnseenWrites, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.scale = nn.Parameter(torch.ones(16))
+        self.register_buffer("average", torch.ones(16))
+        self.write = write
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.write(self, x) * self.scale
+
+
+def after_its_reader(model: UnseenWrites, x: Tensor) -> Tensor:
+    h = torch.tanh(model.a(x))
+    y = model.b(h)
+    h.data.mul_(2)
+    return y * 2 + h
+
+
+def between_two_readers(model: UnseenWrites, x: Tensor) -> Tensor:
+    h = torch.sin(model.a(x))
+    y = model.b(h)
+    h.data.copy_(torch.zeros_like(h))
+    return y + model.b(h)
+
+
+def into_what_another_is_made_from(model: UnseenWrites, x: Tensor) -> Tensor:
+    h = model.a(x)
+    y = model.b(torch.relu(torch.sin(h) * model.average))
+    model.average.data.mul_(0.5)
+    h.data.add_(1)
+    return y
+
+
+def into_a_parameter(model: UnseenWrites, x: Tensor) -> Tensor:
+    model.scale.data.clamp_(0, 0.5)
+    return model.b(torch.relu(model.a(x)) * model.scale)
+
+
+WRITES = (after_its_reader, between_two_readers, into_what_another_is_made_from, into_a_parameter)
+
+
+@pytest.mark.parametrize("way", ["transform", "dropit_eager"])
+@pytest.mark.parametrize("write", WRITES, ids=lambda f: f.__name__)
+def test_writes_that_autograd_does_not_see_change_what_they_change_in_the_dense_model(
+    write: Any, way: str
+) -> None:
+    model, x = UnseenWrites(write), torch.randn(64, 16)
+    dense = copy.deepcopy(model)
+    # what is packed loses little; what is read after the write would be another value altogether
+    config = {"preset": "balanced", "rules": [{"codec": "quant", "bits": 8}]}
+    if way == "transform":
+        run: Any = dropit_fx.transform(model, config, example_args=(x,))
+        kept = [r.reason for r in dropit_fx.report(run).rows if ".data" in r.reason]
+        assert bool(kept) == (write is not into_a_parameter)
+        assert all(f"{__file__}:" in reason for reason in kept)
+    else:
+        torch._dynamo.reset()
+        run = torch.compile(model, backend="dropit_eager", options={"config": config})
+    for _ in range(2):
+        ours, theirs = grads(run, x), grads(dense, x)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05 * b.abs().max().item())
+
+
+def test_data_that_is_assigned_is_refused_with_the_line() -> None:
+    def assign(model: UnseenWrites, x: Tensor) -> Tensor:
+        model.scale.data = model.scale.data * 0.5
+        return model.b(model.a(x) * model.scale)
+
+    model = UnseenWrites(assign)
+    with pytest.raises(CaptureError, match=r"test_robust.py:\d+: model.scale.data = .*\n.*: data"):
+        dropit_fx.transform(model, example_args=(torch.randn(4, 16),))
+    assert torch.equal(model.scale, torch.ones(16))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dis
+import inspect
 import itertools
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 import pytest
@@ -15,8 +19,8 @@ import yaml
 from op_cases import CASES, ON_CUDA, T, graph_of
 
 from dropit_fx.codecs.bitmask import BITMASK, index_bits
-from dropit_fx.core_types import INSIDE
-from dropit_fx.op_table import OP_RULES, RULES, bind
+from dropit_fx.core_types import INSIDE, OpRule
+from dropit_fx.op_table import CHECKPOINT, OP_RULES, RULES, SAVES_NOTHING, bind
 
 DERIVATIVES = Path(torchgen.__file__).parent / "packaged" / "autograd" / "derivatives.yaml"
 
@@ -292,6 +296,84 @@ def test_every_lossless_bit_width_is_that_of_a_mask_or_of_a_window() -> None:
             cells = 3 ** int(rule.name[8]) if rule.name.startswith("max_pool") else 2
             bits = read.bits(settings)
             assert 2 ** (bits - 1) < cells <= 2**bits
+
+
+# --- no argument of a call is passed over in silence
+
+
+def code_of(function: Any) -> Iterator[CodeType]:
+    """The code of a function, and of those that it defines."""
+    stack = [function.__code__]
+    while stack:
+        code = stack.pop()
+        yield code
+        stack += [c for c in code.co_consts if isinstance(c, CodeType)]
+
+
+def variables_read(function: Any) -> set[str]:
+    names: set[str] = set()
+    for code in code_of(function):
+        for instruction in dis.get_instructions(code):
+            if instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE")):
+                value = instruction.argval
+                names |= set(value) if isinstance(value, tuple) else {value}
+    return names
+
+
+def words_in(function: Any) -> set[str]:
+    """The strings in a function, and in those of this package that it calls."""
+    words: set[str] = set()
+    stack, seen = [function], set()
+    while stack:
+        one = stack.pop()
+        if not isinstance(one, FunctionType) or not one.__module__.startswith("dropit_fx"):
+            continue
+        if one in seen:
+            continue
+        seen.add(one)
+        stack += [cell.cell_contents for cell in one.__closure__ or ()]
+        for code in code_of(one):
+            words |= {c for c in code.co_consts if isinstance(c, str)}
+            stack += [one.__globals__.get(name) for name in code.co_names]
+    return words
+
+
+def passed_over(rule: OpRule, function: Any) -> set[str]:
+    """The parameters that a function of a row does not read, and its obstacle does not name.
+
+    Whether a call writes in place is read for every row (``op_table.is_inplace``).
+    """
+    parameters = set(inspect.signature(function).parameters)
+    return parameters - variables_read(function) - words_in(rule.obstacle) - {"inplace"}
+
+
+@pytest.mark.parametrize("part", ["run", "run_saving", "derive"])
+@pytest.mark.parametrize("rule", [*OP_RULES, *SAVES_NOTHING, CHECKPOINT], ids=lambda r: r.name)
+def test_every_parameter_is_read_or_named_as_an_obstacle(rule: OpRule, part: str) -> None:
+    function = getattr(rule, part)
+    assert function is None or not passed_over(rule, function)
+
+
+def test_a_parameter_that_is_passed_over_is_found() -> None:
+    def run(input: Any, scale: float = 1.0, mode: str = "", inplace: bool = False) -> Any:
+        return [input for _ in range(1)]
+
+    rule = OpRule(name="new", targets=(), reads=(), run=run)
+    assert passed_over(rule, run) == {"scale", "mode"}
+
+
+def test_every_parameter_is_set_by_a_case_or_named_as_an_obstacle() -> None:
+    unset = set()
+    for rule in OP_RULES:
+        parameters = inspect.signature(rule.run).parameters
+        left = {n for n, p in parameters.items() if p.default is not p.empty} - {"inplace"}
+        for call in CASES[rule.name]:
+            bound = bind(rule, call.args, call.kwargs) or {}
+            left -= {
+                n for n in left if isinstance(bound[n], T) or bound[n] != parameters[n].default
+            }
+        unset |= {(rule.name, n) for n in left - words_in(rule.obstacle)}
+    assert unset == {("embedding", "norm_type")}  # without max_norm it says nothing
 
 
 @pytest.mark.parametrize(

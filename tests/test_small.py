@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -38,6 +40,37 @@ def test_the_small_input_of_a_low_rank_layer_is_exact_and_can_be_packed_all_the_
     assert codecs(config={"keep_small": False}) == {"mink(gamma=0.5, bits=4)"}
     own = {"rules": [{"module": "*up", "codec": "quant", "bits": 8}]}
     assert codecs(config=own) == {"quant(bits=8)"}
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_under_autocast_the_copy_of_the_weight_is_kept_with_it(inside: bool) -> None:
+    layers = nn.LayerNorm(128), Adapter(), nn.GELU(), Adapter(), nn.GELU()
+    model, x = nn.Sequential(*layers), torch.randn(256, 128)
+
+    class Lowered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                out: Tensor = self.inner(x)
+            return out
+
+    if inside:
+        torch._dynamo.reset()
+        made: Any = torch.compile(Lowered(), backend="dropit_eager")
+        made(x)
+        found = dropit_fx.backend.compiled_graphs()[-1].report
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            packed = dropit_fx.transform(model, example_args=(x,))
+        made, found = Lowered(), dropit_fx.report(packed)
+        made.inner = packed
+    up = [r for r in found.rows if r.module.endswith("up")]
+    assert {(r.codec, r.dtype) for r in up} == {("keep", "bfloat16")}
+    assert len(up) == 4
+    assert dropit_fx.measure.saved_bytes(made, x) == found.kept_bytes
 
 
 @pytest.mark.parametrize(("batch", "side", "exact"), [(16, 1, True), (31, 1, True), (8, 2, False)])
