@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from dropit_fx.private import (
     FakeTensor,
     FakeTensorMode,
     NormBase,
+    OpOverload,
     TorchDispatchMode,
     conv_backend,
     disable_current_modes,
@@ -112,21 +113,22 @@ def _numbered_momentum(module: nn.Module) -> Iterator[None]:
             norm.momentum = None
 
 
-def real_storages(wanted: bool) -> AbstractContextManager[Any]:
+class RealStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """For the time of a block, what ops make is as large in memory as it is on real tensors.
 
     Fake tensors are as large as their shape says. A few ops shrink a tensor that was larger, and
     the backward of LSTMs reads a workspace of which only the library knows the size.
     """
-    return _RealStorages() if wanted else nullcontext()
 
+    supports_higher_order_operators = True
 
-class _RealStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if not isinstance(func, OpOverload):  # one with graphs among its arguments
+            return result
         real = _REAL_STORAGES.get(func.overloadpacket)
         if real:
             return real(result, func, args)
@@ -155,8 +157,10 @@ def _one_zero(fake: Tensor) -> Tensor:
 def _with_workspace(result: Any, func: Any, args: Any) -> Any:
     *rest, empty = result
     with disable_current_modes():
-        nbytes = func(*pytree.tree_map_only(Tensor, _zeros, args))[-1].numel()
-    return *rest, empty.new_empty(nbytes)
+        workspace = func(*pytree.tree_map_only(Tensor, _zeros, args))[-1]
+    if workspace is None:  # there will be no backward
+        return result
+    return *rest, empty.new_empty(workspace.numel())
 
 
 def _with_one_bag_more(result: Any, func: Any, args: Any) -> Any:

@@ -17,7 +17,6 @@ parameter, a buffer or an input.
 from __future__ import annotations
 
 import bisect
-import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -41,7 +40,7 @@ from dropit_fx.core_types import (
     Use,
     Values,
 )
-from dropit_fx.fake import fake_mode_of, fake_state, real_storages
+from dropit_fx.fake import RealStorages, fake_mode_of, fake_state
 from dropit_fx.op_table import CHECKPOINT, bind, derivable_rule_of, is_inplace, reads_of, rule_of
 from dropit_fx.packed_call import is_complex, memory_order, written_inputs
 from dropit_fx.private import (
@@ -60,9 +59,6 @@ from dropit_fx.provenance import node_module, node_where
 _FREE = ("a parameter", "a buffer", "a model input")
 _ALIVE = (*_FREE, "a constant of the graph")
 _MARK = "dropit_fx"  # in the metadata of the autograd nodes of each result
-_SHRINKING = re.compile(
-    "lstm|gru|rnn|loss|cross_entropy|embedding_bag|conv_transpose3d|convolution"
-)
 NUMBER = "a Python number, which autograd keeps as a tensor"
 
 
@@ -79,7 +75,7 @@ def find_saved(plan: Plan) -> Plan:
         FakeRunError: A node cannot run on fake tensors of the example's shapes.
     """
     mode = fake_mode_of(plan.inputs)
-    with mode, torch.enable_grad(), fake_state(plan.module, mode) as state:
+    with mode, RealStorages(), torch.enable_grad(), fake_state(plan.module, mode) as state:
         probe = _Probe(plan, state)
         return probe.result(probe.run(*plan.inputs))
 
@@ -179,7 +175,7 @@ class _Probe(fx.Interpreter):
         seen = self._versions_of(operands)
         life: Callable[[], object] | None = None  # of a region
         try:
-            with _hooks(note), real_storages(_shrinks(self.module, n)):
+            with _hooks(note):
                 if _is_checkpoint(n):
                     result, life = self._run_body(n, args)
                 elif _is_number(n):
@@ -577,13 +573,6 @@ def _is_copy_of(tensor: Tensor, read: Read | None, operands: Mapping[str, Any]) 
 def _is_number(n: fx.Node) -> bool:
     """A float of the model that Dynamo made an input of its graph: fake tensors hold no values."""
     return n.target == "item" and isinstance(n.meta.get(EXAMPLE_VALUE), float | torch.SymFloat)
-
-
-def _shrinks(module: fx.GraphModule | nn.Module, n: fx.Node) -> bool:
-    """Whether what a node's op makes may be larger in memory than it shows."""
-    if n.op == "call_module":
-        return isinstance(module.get_submodule(str(n.target)), nn.RNNBase)
-    return n.op == "call_function" and bool(_SHRINKING.search(_target_name(module, n)))
 
 
 def _is_checkpoint(n: fx.Node) -> bool:

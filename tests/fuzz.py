@@ -213,8 +213,8 @@ class Run:
         )
 
 
-# passed: in all configs; rounded: of these, the last bits of a gradient differ in one; skipped: the
-# dense model itself raises
+# passed: in all configs; rounded: of these, a gradient differs in its last bits in one of them, or
+# most of it is dropped; skipped: the dense model itself raises
 OUTCOMES = ("passed", "rounded", "failed", "refused", "skipped")
 
 

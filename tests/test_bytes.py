@@ -323,6 +323,21 @@ def test_what_a_node_holds_in_its_own_way_is_counted(name: str) -> None:
     assert report(made).kept_bytes == saved_bytes(made, x)
 
 
+def test_what_a_nested_graph_holds_in_its_own_way_is_counted() -> None:
+    class Cast(Recurrent):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():  # these are graphs of their own, in torch.export's
+                gate, _ = self.r(x)
+            with torch.autocast("cpu", torch.bfloat16):
+                h, _ = self.r(nn.functional.gelu(self.a(x)))
+            return self.b(h.float().sin() * gate)
+
+    model, x = Cast(nn.LSTM, {}), torch.randn(4, 8, 32)
+    made = transform(model, example_args=(x,))
+    assert report(made).dense_bytes == saved_bytes(model, x)
+    assert report(made).kept_bytes == saved_bytes(made, x)
+
+
 @pytest.mark.parametrize("name", HIDDEN)
 def test_what_a_node_of_an_eager_compiled_graph_holds_is_counted(name: str) -> None:
     kind, *options = HIDDEN[name]

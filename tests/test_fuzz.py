@@ -134,6 +134,36 @@ def test_a_wrong_output_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "output" in {fault.kind for fault in faults}
 
 
+NEARLY_EQUAL = program(
+    "h = torch.erf(self.fc(x)[:2] * 0.01 + 1)\nreturn self.out(h) * 1.0",
+    "self.fc, self.out = nn.Linear(8, 8), nn.Linear(8, 8)",
+)
+
+
+def test_what_dropping_takes_of_nearly_equal_values_is_told_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    configs = {"transform": ("balanced",)}
+    verdict = check(NEARLY_EQUAL, ("transform",), configs, count_bytes=False)
+    assert verdict.rounded == [("transform", "balanced", "dropped")]
+    row = op_table.RULES["linear"]
+
+    def wrong(grad: Any, saved: Any, call: Any) -> Any:
+        assert row.backward is not None
+        return {k: g if g is None else -g for k, g in row.backward(grad, saved, call).items()}
+
+    replace_row(monkeypatch, replace(row, backward=wrong))
+    (fault,) = check(NEARLY_EQUAL, ("transform",), configs, count_bytes=False).faults
+    assert fault.kind == "gradient"
+
+
+def test_sharp_attention_is_as_near_to_the_true_gradient_as_dense() -> None:
+    body = "h = torch.erf(self.fc(x)).view(1, 2, 8, 8) * 20\n"
+    sharp = program(body + "return F.scaled_dot_product_attention(h, h, h)")
+    verdict = check(sharp, ("transform",), {"transform": ("exact",)}, count_bytes=False)
+    assert verdict.rounded == [("transform", "exact", "attention")]
+
+
 def test_what_dense_cannot_run_is_skipped() -> None:
     verdict = check(program("h = torch.exp(self.fc(x))\nh.mul_(2)\nreturn h"))
     assert verdict.skipped == "dense raises RuntimeError"
