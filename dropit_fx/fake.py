@@ -116,8 +116,9 @@ def _numbered_momentum(module: nn.Module) -> Iterator[None]:
 class RealStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """For the time of a block, what ops make is as large in memory as it is on real tensors.
 
-    Fake tensors are as large as their shape says. A few ops shrink a tensor that was larger, and
-    the backward of LSTMs reads a workspace of which only the library knows the size.
+    Fake tensors are as large as their shape says. A few ops shrink a tensor that was larger, the
+    backward of LSTMs reads a workspace of which only the library knows the size, and norms under
+    autocast have statistics in more bits.
     """
 
     supports_higher_order_operators = True
@@ -175,7 +176,18 @@ def _as_large_as_its_input(result: Tensor, func: Any, args: Any) -> Tensor:
     return torch.empty_like(args[0]).resize_(result.shape) if slow else result
 
 
+def _mixed_statistics(result: Any, func: Any, args: Any) -> Any:
+    """On CPU a norm of mixed dtypes (autocast's) has its statistics in that of its weight."""
+    out, *statistics = result
+    weights = [a for a in args[1:] if isinstance(a, Tensor)]
+    if out.device.type == "cpu" and weights:
+        statistics = [t.to(weights[0].dtype) for t in statistics]
+    return out, *statistics
+
+
 _REAL_STORAGES = {
+    torch.ops.aten.native_layer_norm: _mixed_statistics,
+    torch.ops.aten.native_group_norm: _mixed_statistics,
     torch.ops.aten.mkldnn_rnn_layer: _with_workspace,
     embedding_bag: _with_one_bag_more,
     torch.ops.aten.convolution: _as_large_as_its_input,

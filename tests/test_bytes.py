@@ -398,6 +398,19 @@ def test_a_reduced_loss_takes_the_memory_that_it_really_holds(preset: str) -> No
         assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm(32), nn.GroupNorm(4, 32)], ids=repr)
+@pytest.mark.parametrize("preset", ["lossless", "balanced"])
+def test_statistics_of_norms_under_autocast_have_the_dtype_of_the_weight(
+    norm: nn.Module, preset: str
+) -> None:
+    model, x = nn.Sequential(nn.Linear(32, 32), norm, nn.Linear(32, 32)), torch.randn(64, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        made = transform(model, preset=preset, example_args=(x,))
+        told = report(made)
+        assert told.dense_bytes == saved_bytes(model, x)
+        assert told.kept_bytes == saved_bytes(made, x)
+
+
 class Shrinking(nn.Module):
     """Makes things in more memory than they show, which the backward of another op reads."""
 
