@@ -11,7 +11,7 @@ endif
 BIN := $(VENV)/bin
 
 # About ten minutes on two cores: private names, kernels, passes, the plug-in with inductor, models.
-SLICE := private kernels kernels_attention kernels_coder kernels_cpu kernels_masks kernels_triton graph verify plugin models
+SLICE := test_private test_models kernels passes/test_graph passes/test_verify compile/test_plugin
 # inductor takes a minute for each of these
 LONG := within_float_rounding and (convnext or swin or t5 or efficientnet)
 
@@ -55,14 +55,14 @@ figures: $(VENV)/.installed-test
 # TESTS= leaves the tests out, ARGS='--models deit_s' picks rows.
 TESTS ?= tests/gpu
 gpu:
-	$(PYTHON) -m dropit_fx.bench_gpu $(if $(TESTS),--tests $(TESTS)) $(if $(OUT),--copy-to '$(OUT)') $(ARGS)
+	$(PYTHON) -m dropit_fx.bench.gpu $(if $(TESTS),--tests $(TESTS)) $(if $(OUT),--copy-to '$(OUT)') $(ARGS)
 
 # The models of the tests are built from configs or installed as packages: nothing is downloaded.
 test: $(VENV)/.installed-test
 	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 slice: $(VENV)/.installed-test
-	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 2 --dist worksteal -k 'not ($(LONG))' $(SLICE:%=tests/test_%.py)
+	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 2 --dist worksteal -k 'not ($(LONG))' $(wildcard $(SLICE:%=tests/%) $(SLICE:%=tests/%.py))
 
 whole: $(VENV)/.installed-test
 	HF_HUB_OFFLINE=1 DROPIT_WHOLE=1 $(BIN)/pytest --numprocesses 2 --dist worksteal tests/test_pairs.py \

@@ -2,11 +2,11 @@
 
 from dropit_fx import measure
 from dropit_fx.api import transform
-from dropit_fx.capture import CaptureError
+from dropit_fx.capture.trace import CaptureError
 from dropit_fx.check import Check, check
 from dropit_fx.config import Config, ConfigError, load_config
 from dropit_fx.pointwise import pointwise
-from dropit_fx.report import Report, report
+from dropit_fx.report.rows import Report, report
 
 __version__ = "0.1.0"
 __all__ = [

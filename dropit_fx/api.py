@@ -9,20 +9,20 @@ from typing import Any
 
 from torch import fx, nn
 
-from dropit_fx import example_inputs
-from dropit_fx.capture import LOCK, CaptureError, capture
+from dropit_fx.capture import example_inputs
+from dropit_fx.capture.expand import expand, opaque_nodes
+from dropit_fx.capture.fake import fakes_of, propagate
+from dropit_fx.capture.provenance import first_line, node_module, node_where
+from dropit_fx.capture.regions import outline
+from dropit_fx.capture.trace import LOCK, CaptureError, capture
+from dropit_fx.capture.untouched import untouched
 from dropit_fx.config import Config, ConfigError, make_config
-from dropit_fx.core_types import Plan
-from dropit_fx.expand import expand, opaque_nodes
-from dropit_fx.fake import fakes_of, propagate
-from dropit_fx.packed_call import run_regions
 from dropit_fx.passes import run_pipeline
 from dropit_fx.passes.choose_codecs import check_rules_matched
 from dropit_fx.passes.find_saved import FakeRunError
-from dropit_fx.provenance import first_line, node_module, node_where
-from dropit_fx.regions import outline
-from dropit_fx.report import attach
-from dropit_fx.untouched import untouched
+from dropit_fx.passes.plan import Plan
+from dropit_fx.report.rows import attach
+from dropit_fx.runtime.packed_call import run_regions
 
 
 def transform(

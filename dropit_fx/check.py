@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from dropit_fx import measure
 from dropit_fx.api import transform
+from dropit_fx.capture.untouched import untouched
 from dropit_fx.codecs import CODEC
 from dropit_fx.config import Config, ConfigError, Rule, make_config
 from dropit_fx.private import pytree
-from dropit_fx.report import as_text, mib, report
-from dropit_fx.untouched import untouched
+from dropit_fx.report.rows import as_text, mib, report
 
 Backend = Literal["transform", "dropit_eager", "dropit"]
 BACKENDS: tuple[Backend, ...] = ("transform", "dropit_eager", "dropit")
@@ -427,7 +427,7 @@ def _surroundings(backend: Backend) -> Iterator[None]:
         if backend == "transform":
             yield
             return
-        from dropit_fx import backend as plug_in
+        from dropit_fx.compile import backend as plug_in
 
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", ".*force_disable_caches")
@@ -515,7 +515,7 @@ class _Checker:
             seen = _step(self.task, rewritten, rewritten)
             predicted = report(rewritten).kept_bytes
             return seen, predicted, self._measured(rewritten) if measured else 0
-        from dropit_fx import backend as plug_in
+        from dropit_fx.compile import backend as plug_in
 
         torch.compiler.reset()
         before = len(plug_in.compiled_graphs())

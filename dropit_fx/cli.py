@@ -19,15 +19,16 @@ from rich.table import Table
 from torch import nn
 
 import dropit_fx
-from dropit_fx import bench, model_spec
-from dropit_fx.capture import CaptureError
+from dropit_fx.bench import commands as bench
+from dropit_fx.bench import model_spec
+from dropit_fx.bench.model_spec import SpecError
+from dropit_fx.capture.trace import CaptureError
 from dropit_fx.check import BACKENDS
 from dropit_fx.config import DEFAULT_PRESET, PAPER_PRESET, ConfigError, make_config
-from dropit_fx.model_spec import SpecError
-from dropit_fx.report import Report, as_text, mib
+from dropit_fx.report.rows import Report, as_text, mib
 
 if TYPE_CHECKING:
-    from dropit_fx.partition import Partition
+    from dropit_fx.compile.partition import Partition
 
 PRESET_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("preset", str, f"its rules come after the config's own (default: {DEFAULT_PRESET})"),
@@ -296,7 +297,7 @@ def _about(options: argparse.Namespace) -> dict[str, Any]:
 def _demo_model() -> str:
     """Of the README where timm is installed, else one that needs nothing."""
     timm = importlib.util.find_spec("timm")
-    return "timm:deit_tiny_patch16_224" if timm else "dropit_fx.model_spec:small_net"
+    return "timm:deit_tiny_patch16_224" if timm else "dropit_fx.bench.model_spec:small_net"
 
 
 def _packed(
@@ -317,8 +318,8 @@ def _compiled(
     progress: Console, model: nn.Module, args: tuple[Any, ...], config: dict[str, Any]
 ) -> Partitions:
     """Compiles the model twice with inductor and reads the partitions."""
-    from dropit_fx import backend  # these import inductor, which takes seconds
-    from dropit_fx.partition import KeepPacked
+    from dropit_fx.compile import backend  # these import inductor, which takes seconds
+    from dropit_fx.compile.partition import KeepPacked
     from dropit_fx.private import PARTITIONER
 
     dense: list[Partition] = []
@@ -363,7 +364,7 @@ def _compiled_text(compiled: Partitions, summary: bool) -> str:
 
 
 def _bench_step(options: argparse.Namespace) -> int:
-    from dropit_fx.bench_step import bench_step
+    from dropit_fx.bench.step import bench_step
 
     bench_step(
         model=options.model,
@@ -381,7 +382,7 @@ def _bench_step(options: argparse.Namespace) -> int:
 
 
 def _bench_pareto(options: argparse.Namespace) -> int:
-    from dropit_fx.bench_pareto import bench_pareto
+    from dropit_fx.bench.pareto import bench_pareto
 
     bench_pareto(
         model=options.model,

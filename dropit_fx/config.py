@@ -15,8 +15,9 @@ from typing import Any
 import yaml
 
 from dropit_fx.codecs import CODEC
-from dropit_fx.core_types import INSIDE, Codec, Options, Read, Use
-from dropit_fx.op_table import RULES
+from dropit_fx.codecs.codec import Codec, Options
+from dropit_fx.ops.rule import INSIDE, Read, Use
+from dropit_fx.ops.table import RULES
 
 DEFAULT_PRESET = "balanced"
 PRESET_KEYS = ("derive", "keep_small", "norm_values")  # that a preset sets beside its rules

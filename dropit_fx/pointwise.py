@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from dropit_fx import packed_call
-from dropit_fx.core_types import INSIDE, OpRule, Read, Use
-from dropit_fx.op_table import RULES, add_row
-from dropit_fx.step_tables import Pointwise, TableError, register
+from dropit_fx.ops.rule import INSIDE, OpRule, Read, Use
+from dropit_fx.ops.step_tables import Pointwise, TableError, register
+from dropit_fx.ops.table import RULES, add_row
+from dropit_fx.runtime import packed_call
 
 _DECLARED: dict[str, Pointwise] = {}
 _ANYWHERE = torch.linspace(-8, 8, 4097, dtype=torch.float64)  # where two functions are compared

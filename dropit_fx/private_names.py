@@ -117,7 +117,7 @@ _SPELLING = Lack("import dropit_fx", "calls that torch.compile writes so are not
 _TOLD = Lack("import dropit_fx", "messages and rules do not know the user's modules and lines")
 _EXPORT = Lack("torch.export", "models that only torch.export takes are refused", vital=True)
 _PLUGIN = Lack("backend='dropit'", "torch.compile(model, backend='dropit') fails")
-_GUARD = Lack("backend='dropit'", "dropit_fx.backend cannot be imported", vital=True)
+_GUARD = Lack("backend='dropit'", "dropit_fx.compile.backend cannot be imported", vital=True)
 _UNSEEN = Lack("backend='dropit'", "compiled models may save dense tensors beside packed ones")
 _INNER = Lack("backend='dropit'", "of the inner backends, only 'inductor' and 'eager' work")
 _BUDGET = Lack("backend='dropit'", "memory budgets are not heeded")

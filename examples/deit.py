@@ -162,7 +162,7 @@ class Run:
                 packed = transform(self.model, example_args=(self.example,), **how)
         self.run = self.holder = packed
         if options.compile:
-            from dropit_fx.partition import KeepPacked
+            from dropit_fx.compile.partition import KeepPacked
 
             settings = {"options": {"custom_partitioner_fn": KeepPacked()}} if how else {}
             self.run = torch.compile(packed, **settings)

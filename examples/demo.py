@@ -18,7 +18,7 @@ import digits
 from rich.console import Console
 
 import dropit_fx
-from dropit_fx.bench_step import Task, table, take_turns
+from dropit_fx.bench.step import Task, table, take_turns
 
 DENSE = "dense"
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from dropit_fx import cli
-from dropit_fx.bench_step import FIXED
+from dropit_fx.bench.step import FIXED
 from dropit_fx.codecs import CODECS
-from dropit_fx.op_table import CHECKPOINT, OP_RULES
+from dropit_fx.ops.table import CHECKPOINT, OP_RULES
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (
@@ -180,7 +180,7 @@ def layout() -> str:
 def tests() -> str:
     """Every file of tests with what it shows."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
-    rows = [[f"`{p.relative_to(ROOT / 'tests')}`", first_sentence(p)] for p in files]
+    rows = [[f"`{p.relative_to(ROOT)}`", first_sentence(p)] for p in files]
     return markdown(["file", "shows"], rows)
 
 
@@ -319,7 +319,7 @@ def bytes_table(results: dict[str, Any]) -> str:
 
 def said_table(results: dict[str, Any]) -> str:
     """The rows, and where a rival that loses nothing is better than one of ours."""
-    from dropit_fx.bench_pareto import left_out, verdict
+    from dropit_fx.bench.pareto import left_out, verdict
 
     said = "\n".join(f"- {line}" for line in (*left_out(results), *verdict(results)))
     return f"{step_table(results)}\n\n{said}"
@@ -382,7 +382,7 @@ def gpu() -> str:
 
 
 def gpu_tables(path: Path) -> str:
-    from dropit_fx.gpu_tables import (
+    from dropit_fx.bench.gpu_tables import (
         KERNEL_HEAD,
         MODEL_HEAD,
         kernel_cells,

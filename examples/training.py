@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 import dropit_fx
 from dropit_fx import measure
+from dropit_fx.bench.plot import demo_picture
 from dropit_fx.config import presets
-from dropit_fx.plot import demo_picture
 
 DENSE = "dense"
 POINTS = 40  # of a loss curve, each the mean of equally many steps, or nearly so

@@ -1,4 +1,8 @@
-"""The pipeline: each pass is a function from a plan to a plan, and the verifier follows each."""
+"""The pipeline: each pass is a function from a plan to a plan, and the verifier follows each.
+
+May be imported from here: ``run_pipeline``, ``verify``, ``plan`` (the data) and the passes by name.
+Needs ``capture`` for fake tensors, ``runtime``, ``config`` and what stands below them.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,12 @@ if __name__ == "passes":
 
 from collections.abc import Callable
 
-from dropit_fx.core_types import Plan
 from dropit_fx.passes.choose_codecs import choose_codecs
 from dropit_fx.passes.derive_values import derive_values
 from dropit_fx.passes.find_saved import find_saved
 from dropit_fx.passes.insert_packing import insert_packing
 from dropit_fx.passes.keep_small import keep_small
+from dropit_fx.passes.plan import Plan
 from dropit_fx.passes.share_packed import share_packed
 from dropit_fx.passes.verify import VerifyError, verify
 

@@ -12,9 +12,11 @@ from dataclasses import replace
 import torch
 
 from dropit_fx.codecs import CODEC
+from dropit_fx.codecs.codec import Options
 from dropit_fx.config import Config, ConfigError
-from dropit_fx.core_types import Decision, Options, Plan, SavedRead, Site, Use
-from dropit_fx.packed_call import channel_nbytes
+from dropit_fx.ops.rule import Use
+from dropit_fx.passes.plan import Decision, Plan, SavedRead, Site
+from dropit_fx.runtime.packed_call import channel_nbytes
 
 _STATISTICS = ("mean", "rstd", "invstd")  # of a norm: one each for so many values
 _EXACT = {

@@ -23,8 +23,8 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from dropit_fx.codecs import CODEC
-from dropit_fx.core_types import Decision, Elements, Plan, Site
-from dropit_fx.op_table import CHECKPOINT
+from dropit_fx.ops.table import CHECKPOINT
+from dropit_fx.passes.plan import Decision, Elements, Plan, Site
 from dropit_fx.passes.share_packed import by_site, packed_bytes, swapped_nodes
 
 FAITHFUL_BITS = 4  # the fewest that the codecs call faithful

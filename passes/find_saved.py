@@ -28,21 +28,11 @@ from torch import Tensor, fx, nn
 from torch.autograd.graph import Node
 from torch.fx.node import map_arg
 
-from dropit_fx.core_types import (
-    INSIDE,
-    Call,
-    Elements,
-    OpRule,
-    Plan,
-    Read,
-    SavedRead,
-    Site,
-    Use,
-    Values,
-)
-from dropit_fx.fake import RealStorages, fake_mode_of, fake_state
-from dropit_fx.op_table import CHECKPOINT, bind, derivable_rule_of, is_inplace, reads_of, rule_of
-from dropit_fx.packed_call import is_complex, memory_order, written_inputs
+from dropit_fx.capture.fake import RealStorages, fake_mode_of, fake_state
+from dropit_fx.capture.provenance import node_module, node_where
+from dropit_fx.ops.rule import INSIDE, Call, OpRule, Read, Use
+from dropit_fx.ops.table import CHECKPOINT, bind, derivable_rule_of, is_inplace, reads_of, rule_of
+from dropit_fx.passes.plan import Elements, Plan, SavedRead, Site, Values
 from dropit_fx.private import (
     EXAMPLE_VALUE,
     closed_over,
@@ -54,7 +44,7 @@ from dropit_fx.private import (
     storage_id,
     version,
 )
-from dropit_fx.provenance import node_module, node_where
+from dropit_fx.runtime.packed_call import is_complex, memory_order, written_inputs
 
 _FREE = ("a parameter", "a buffer", "a model input")
 _ALIVE = (*_FREE, "a constant of the graph")

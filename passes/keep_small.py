@@ -16,9 +16,9 @@ from collections import defaultdict
 from dataclasses import replace
 
 from dropit_fx.codecs import CODEC
-from dropit_fx.core_types import Decision, Plan, Site
 from dropit_fx.passes.choose_codecs import keep
 from dropit_fx.passes.derive_values import bases_of, recipe, unpacked
+from dropit_fx.passes.plan import Decision, Plan, Site
 from dropit_fx.passes.share_packed import LET_GO, by_site, swapped_nodes
 
 TENTH = 10  # of the large ones: nothing above is small

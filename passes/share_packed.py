@@ -19,8 +19,9 @@ from collections import defaultdict
 from dataclasses import replace
 
 from dropit_fx.codecs import CODEC
-from dropit_fx.core_types import Decision, Plan, Site, Use
+from dropit_fx.ops.rule import Use
 from dropit_fx.passes.choose_codecs import keep, whole_or_none
+from dropit_fx.passes.plan import Decision, Plan, Site
 
 CAST = "cast"  # in the place of a codec: made again from the parameter
 UNREAD = "unread"  # and: no gradient that is asked for reads it

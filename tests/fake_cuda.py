@@ -22,9 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from dropit_fx.api import rewrite
-from dropit_fx.capture import capture
+from dropit_fx.capture.trace import capture
 from dropit_fx.config import make_config
-from dropit_fx.core_types import Plan
+from dropit_fx.passes.plan import Plan
 
 aten = torch.ops.aten
 KERNELS = ("flash", "efficient", "cudnn", "math")

@@ -27,11 +27,12 @@ from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 
 import dropit_fx
-from dropit_fx import api, backend, measure
-from dropit_fx.capture import CaptureError
+from dropit_fx import api, measure
+from dropit_fx.capture.trace import CaptureError
 from dropit_fx.codecs import CODEC
+from dropit_fx.codecs.codec import Codec
+from dropit_fx.compile import backend
 from dropit_fx.config import Config, make_config
-from dropit_fx.core_types import Codec
 from dropit_fx.private import storage_id
 
 WAYS = ("transform", "dropit_eager", "aot", "inductor")

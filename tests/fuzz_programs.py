@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dropit_fx.op_table import OP_RULES
+from dropit_fx.ops.table import OP_RULES
 
 LEAST, MOST = 3, 12  # statements
 LARGEST = 1024  # elements of a value

@@ -18,8 +18,8 @@ from torch import Tensor, fx
 
 from dropit_fx.api import rewrite
 from dropit_fx.config import load_config
-from dropit_fx.core_types import Plan
-from dropit_fx.op_table import OP_RULES
+from dropit_fx.ops.table import OP_RULES
+from dropit_fx.passes.plan import Plan
 from dropit_fx.private import minor
 
 LOSSLESS: dict[str, Any] = {

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 import dropit_fx
-from dropit_fx import Check, backend, check, measure
+from dropit_fx import Check, check, measure
 from dropit_fx.cli import main
 from dropit_fx.codecs import CODEC
+from dropit_fx.compile import backend
 from dropit_fx.config import ConfigError
-from dropit_fx.op_table import DERIVABLE, RULES
+from dropit_fx.ops.table import DERIVABLE, RULES
 
 check_module: Any = sys.modules["dropit_fx.check"]
 
@@ -295,7 +296,7 @@ def test_html_and_text() -> None:
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     linear = SimpleNamespace(linear=lambda: (nn.Linear(4, 4), (torch.ones(2, 4),)))
     monkeypatch.setitem(sys.modules, "tests_of_check", linear)  # type: ignore[arg-type]
-    command = ["check", "--model", "dropit_fx.model_spec:small_net", "--batch", "4"]
+    command = ["check", "--model", "dropit_fx.bench.model_spec:small_net", "--batch", "4"]
     assert main([*command, "--bits", "6"]) == 0
     assert "passed: " in capsys.readouterr().out
     assert main([*command, "--preset", "balance"]) == 2

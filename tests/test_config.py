@@ -14,7 +14,7 @@ from torch import nn
 import dropit_fx
 from dropit_fx.codecs import CODEC
 from dropit_fx.config import Config, ConfigError, Rule, load_config, make_config, presets
-from dropit_fx.op_table import OP_RULES, RULES
+from dropit_fx.ops.table import OP_RULES, RULES
 
 LINEAR = RULES["linear"].reads[0]
 RELU = RULES["relu"].reads[0]

@@ -19,15 +19,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dropit_fx
-from dropit_fx import backwards, runs
-from dropit_fx.backend import rewrite_dynamo_graph
+from dropit_fx.compile.backend import rewrite_dynamo_graph
+from dropit_fx.compile.channels_last import channels_last
 from dropit_fx.config import load_config, make_config
-from dropit_fx.core_types import Plan
-from dropit_fx.layouts import channels_last
-from dropit_fx.op_table import RULES
-from dropit_fx.packed_call import pack
+from dropit_fx.ops import backwards, runs
+from dropit_fx.ops.table import RULES
 from dropit_fx.passes import run_pipeline
-from dropit_fx.report import Report, Row, rows
+from dropit_fx.passes.plan import Plan
+from dropit_fx.report.rows import Report, Row, rows
+from dropit_fx.runtime.packed_call import pack
 
 WIDTH, TOKENS, VOCABULARY = 256, 128, 1000
 UNSEEN = 0.002  # of dense: what may be kept since no row knows it

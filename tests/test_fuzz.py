@@ -20,9 +20,9 @@ from fuzz_programs import HEADER, ROWS, Program, programs
 from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor
 
-from dropit_fx import op_table
-from dropit_fx.core_types import OpRule
-from dropit_fx.op_table import OP_RULES
+from dropit_fx.ops import table as op_table
+from dropit_fx.ops.rule import OpRule
+from dropit_fx.ops.table import OP_RULES
 
 SETTINGS: dict[str, Any] = {
     "derandomize": True,

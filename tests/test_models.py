@@ -14,7 +14,7 @@ from models import CASE, CASES, Case, differing, every_model, loss_of, rewritten
 from torch import nn
 
 from dropit_fx import report, transform
-from dropit_fx.input_guards import InputGuards
+from dropit_fx.capture.input_guards import InputGuards
 from dropit_fx.private import minor
 
 # --- one step in training mode

@@ -94,8 +94,8 @@ def test_wheel_declares_the_command_and_the_backends(wheel: Path) -> None:
     entries.read_string(archive.read(name).decode())
     assert dict(entries["console_scripts"]) == {"dropit-fx": "dropit_fx.cli:main"}
     assert dict(entries["torch_dynamo_backends"]) == {
-        "dropit": "dropit_fx.backend:dropit",
-        "dropit_eager": "dropit_fx.backend:dropit_eager",
+        "dropit": "dropit_fx.compile.backend:dropit",
+        "dropit_eager": "dropit_fx.compile.backend:dropit_eager",
     }
 
 

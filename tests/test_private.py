@@ -807,7 +807,7 @@ def test_a_newer_pytorch_is_warned_of_once_with_what_is_missing_and_what_is_off(
     text = str(warning.message)
     assert text.splitlines() == [
         f"dropit_fx was run with PyTorch {', '.join(RUN)}; in 9.9.0 it misses",
-        f"  {gone}: dropit_fx.backend cannot be imported",
+        f"  {gone}: dropit_fx.compile.backend cannot be imported",
     ]
 
 
@@ -815,7 +815,7 @@ def test_a_vital_name_that_is_missing_is_told_where_it_is_imported(gone: str) ->
     with pytest.warns(RuntimeWarning), pytest.raises(private.MissingName) as error:
         assert private.must_recompute
     assert str(error.value) == (
-        f"PyTorch 9.9.0 has no {gone}: dropit_fx.backend cannot be imported."
+        f"PyTorch 9.9.0 has no {gone}: dropit_fx.compile.backend cannot be imported."
         f" dropit_fx was run with PyTorch {', '.join(RUN)}."
     )
 

@@ -16,9 +16,9 @@ from torch.autograd import forward_ad
 
 import dropit_fx
 from dropit_fx import measure
-from dropit_fx.capture import CaptureError
-from dropit_fx.report import Row
-from dropit_fx.untouched import untouched
+from dropit_fx.capture.trace import CaptureError
+from dropit_fx.capture.untouched import untouched
+from dropit_fx.report.rows import Row
 
 # Loses no bit. Operands packed at gamma = 0 take as much room as dense, so that has to be forced.
 LOSSLESS = {
@@ -59,7 +59,7 @@ def rows(model: nn.Module) -> dict[str, Row]:
 
 
 def packs(model: nn.Module) -> list[str]:
-    return [n.name for n in model.graph.nodes if n.target is dropit_fx.packed_call.pack]
+    return [n.name for n in model.graph.nodes if n.target is dropit_fx.runtime.packed_call.pack]
 
 
 def check(model: nn.Module, *args: Tensor, config: Any = LOSSLESS) -> Any:
@@ -260,8 +260,8 @@ def test_nothing_is_packed_where_no_gradients_are_wanted(
     def refuse(*args: Any) -> Any:
         raise AssertionError("packed something")
 
-    monkeypatch.setattr(dropit_fx.packed_call.PackedFunction, "apply", refuse)
-    monkeypatch.setattr(dropit_fx.packed_call, "flatten", refuse)
+    monkeypatch.setattr(dropit_fx.runtime.packed_call.PackedFunction, "apply", refuse)
+    monkeypatch.setattr(dropit_fx.runtime.packed_call, "flatten", refuse)
     with mode():
         assert_same(packed(x), model(x))
     with pytest.raises(AssertionError, match="packed something"):
@@ -674,14 +674,14 @@ def test_autocast_packs_the_lower_precision(monkeypatch: pytest.MonkeyPatch) -> 
     model = mlp()
     packed = dropit_fx.transform(model, MINK, example_args=(x,))
     dtypes: list[torch.dtype] = []
-    real = dropit_fx.packed_call._in_order
+    real = dropit_fx.runtime.packed_call._in_order
 
     def note(x: Tensor, order: list[int] | None) -> Tensor:
         if x.is_floating_point():
             dtypes.append(x.dtype)
         return real(x, order)
 
-    monkeypatch.setattr(dropit_fx.packed_call, "_in_order", note)
+    monkeypatch.setattr(dropit_fx.runtime.packed_call, "_in_order", note)
 
     def packed_bytes() -> int:
         # what is packed is flat, weights are not

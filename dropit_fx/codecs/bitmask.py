@@ -11,16 +11,11 @@ import torch
 from torch import Tensor
 
 import dropit_fx.kernels.masks  # noqa: F401  registers its ops
-from dropit_fx.core_types import Codec, Options, Use
+from dropit_fx.codecs.codec import Codec, Options
 from dropit_fx.kernels.layout import uint_nbytes
+from dropit_fx.ops.rule import Use
 
 _MIDDLE = 1 << 15
-
-
-def index_bits(rows: int) -> int:
-    """The fewest bits for an index into so many rows: 1 to 8, 16, or 32."""
-    bits = max(1, (rows - 1).bit_length())
-    return bits if bits <= 8 else 16 if bits <= 16 else 32
 
 
 def _pack(flat: Tensor, options: Options) -> tuple[Tensor, ...]:

@@ -9,10 +9,11 @@ the forward is NaN there already.
 import torch
 from torch import Tensor
 
+from dropit_fx.codecs.codec import Codec, Option, Options
 from dropit_fx.codecs.mink import whole
-from dropit_fx.core_types import Codec, Option, Options, Use
 from dropit_fx.kernels.layout import uint_nbytes
-from dropit_fx.step_tables import FUNCTIONS, StepTable, table
+from dropit_fx.ops.rule import Use
+from dropit_fx.ops.step_tables import FUNCTIONS, StepTable, table
 
 OF_RESULT = " of result"  # f is increasing, and what is packed is f(x)
 

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from dropit_fx.core_types import Codec, Use
+from dropit_fx.codecs.codec import Codec
+from dropit_fx.ops.rule import Use
 
 KEEP = Codec(
     name="keep",

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropit_fx.core_types import Codec, Option, Options, Use
+from dropit_fx.codecs.codec import Codec, Option, Options
 from dropit_fx.kernels import FULL, LAYOUTS, SYMMETRIC, packed_nbytes
+from dropit_fx.ops.rule import Use
 
 
 def keep_ratio(gamma: float) -> int:

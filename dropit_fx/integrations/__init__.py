@@ -1,1 +1,4 @@
-"""Training loops of other libraries, each in a file that imports its library."""
+"""Training loops of other libraries, each in a file that imports its library.
+
+Nothing is imported from here but by users. Needs ``compile`` and ``report``.
+"""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
-from dropit_fx.backend import CompiledGraph, compiled_graphs, dropit, dropit_eager
+from dropit_fx.compile.backend import CompiledGraph, compiled_graphs, dropit, dropit_eager
 from dropit_fx.config import Config, ConfigError, make_config
 from dropit_fx.private import compiled_in_place, undo_compile
 

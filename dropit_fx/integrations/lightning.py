@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from dropit_fx.backend import compiled_graphs
-from dropit_fx.report import report
+from dropit_fx.compile.backend import compiled_graphs
+from dropit_fx.report.rows import report
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

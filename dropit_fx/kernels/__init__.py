@@ -1,4 +1,8 @@
-"""The packed format and its kernels; importing this registers the ops of namespace `dropit`."""
+"""The packed format and its kernels; importing this registers the ops of namespace `dropit`.
+
+May be imported from here: what this file names, ``layout`` (sizes), ``seeds``, ``attention``.
+Needs PyTorch only: no other room.
+"""
 
 from __future__ import annotations
 

@@ -151,3 +151,9 @@ def codes_nbytes(numel: int, keep: int, block: int, bits: int) -> int:
     full, length, tail = split_blocks(numel, block)
     of_full = uint_nbytes(kept_in_block(length, keep, block), bits)
     return full * of_full + uint_nbytes(kept_in_block(tail, keep, block), bits)
+
+
+def index_bits(rows: int) -> int:
+    """The fewest bits for an index into so many rows: 1 to 8, 16, or 32."""
+    bits = max(1, (rows - 1).bit_length())
+    return bits if bits <= 8 else 16 if bits <= 16 else 32

@@ -11,10 +11,10 @@ from kernel_cases import KINDS, assert_same_bits, make
 from torch import Tensor
 
 import dropit_fx
-from dropit_fx import packed_call
+from dropit_fx.bench.gpu_rows import preset_codecs
 from dropit_fx.codecs import CODEC
-from dropit_fx.gpu_rows import preset_codecs
 from dropit_fx.kernels import reference
+from dropit_fx.runtime import packed_call
 
 OPS = torch.ops.dropit
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 import dropit_fx
-from dropit_fx import backend, measure
+from dropit_fx import measure
+from dropit_fx.compile import backend
 
 
 def prepared(case: Case, device: torch.device) -> tuple[nn.Module, Any, Any]:

@@ -11,7 +11,7 @@ import torch
 from op_cases import CASES, LOSSLESS, Case, assert_same, graph_of, pack_graph, run
 from torch import Tensor
 
-from dropit_fx.op_table import RULES
+from dropit_fx.ops.table import RULES
 
 ALL_CASES = [(name, call) for name, calls in CASES.items() for call in calls]
 # why the gradients of a row have other last bits on CUDA than dense ones have

@@ -1,0 +1,5 @@
+"""What packing costs and gives, measured: ``dropit-fx bench`` and ``make gpu``.
+
+May be imported from here: ``commands`` (the command line), ``step``, ``pareto``, ``model_spec``,
+``plot``. Nothing else of dropit_fx but ``cli`` needs this room.
+"""

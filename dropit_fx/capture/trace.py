@@ -1,0 +1,372 @@
+"""nn.Module -> fx.GraphModule: symbolic tracing first, ``torch.export`` where that fails.
+
+A model is traced in training and in eval mode, and the two graphs are made one (``modes.py``).
+Modules whose graphs differ in more than constants (BatchNorm counts its batches) stay whole, as
+leaves. No graph is believed before it is shown to do what the model does (``faithful.py``); what
+no graph can do is refused before anything is traced.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.traceback import preserve_node_meta
+
+from dropit_fx.capture.bounded import TooLong, sympy_bounded
+from dropit_fx.capture.faithful import (
+    NotCarried,
+    Study,
+    own_hooks,
+    refuse_hooks,
+    torchs_hooks_inside,
+)
+from dropit_fx.capture.graph_module import RewrittenModule
+from dropit_fx.capture.input_guards import exporting_input_guards
+from dropit_fx.capture.modes import both_modes, is_one_mode, one_mode
+from dropit_fx.capture.provenance import error_line, first_line
+from dropit_fx.capture.regions import checkpointing, from_annotations, mark, marking
+from dropit_fx.capture.symbolic import SymbolicProxy, as_in_eager
+from dropit_fx.capture.untouched import untouched
+from dropit_fx.private import (
+    HOOK_DICTS,
+    MODULE_DICTS,
+    BatchNorm,
+    NormBase,
+    leave_unsaved,
+    pytree,
+    unchecked_dimensions,
+    unsaved_buffers,
+)
+from dropit_fx.runtime.packed_call import PACKED_OPS, pack
+
+log = logging.getLogger(__name__)
+Trace = Callable[[nn.Module], fx.GraphModule]
+
+# tracers patch classes for as long as they run: one model at a time
+LOCK = threading.RLock()
+
+
+class CaptureError(RuntimeError):
+    """No graph stands for the model; the message says what stopped each tracer, and where."""
+
+
+class Tracer(fx.Tracer):
+    """Symbolic tracer that sees through ``torch.nn`` modules, down to functions.
+
+    A module stays a leaf where its forward reads ``self.training`` to do more than pass it on:
+    batch norm with a cumulative average, instance norm, and any module without children whose own
+    code names ``training`` (DropPath).
+    """
+
+    record_stack_traces = True
+    # what is computed from a buffer is computed in each step, not once while tracing
+    proxy_buffer_attributes = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Proxies that write in place where a tensor does."""
+        return SymbolicProxy(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether ``m`` becomes one ``call_module`` node."""
+        if isinstance(m, NormBase):
+            seen_through = isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
+            return not seen_through or m.momentum is None
+        if isinstance(m, (nn.MultiheadAttention, nn.RNNBase)):
+            return True
+        if type(m).__module__.startswith("torch.nn"):
+            return isinstance(m, fx.GraphModule)
+        reads_mode = "training" in _names(type(m).forward)
+        return reads_mode and not any(True for _ in m.children())
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """A graph of functions does not know what ran under ``no_grad``: that is for export."""
+        if not torch.is_grad_enabled():
+            raise fx.proxy.TraceError("gradients are switched off for a part of the model")
+        return mark(super().create_node(*args, **kwargs))
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Batch norm's check of the number of dimensions is left out: proxies have none."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)  # another thread trains meanwhile
+        if not isinstance(m, BatchNorm):
+            return super().call_module(m, forward, args, kwargs)
+        with unchecked_dimensions(m):
+            return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Parameters and buffers become proxies, in the thread that traces."""
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+def _names(function: Callable[..., Any]) -> tuple[str, ...]:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return code.co_names if code is not None else ()
+
+
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> fx.GraphModule:
+    """Traces ``model``; parameters and buffers are shared with it, not copied.
+
+    Args:
+        model: Any module; on return, and after an error, it is what it was.
+        args: Example inputs, of which shapes and dtypes are read. ``torch.export`` needs them, and
+            so does the proof that the graph does what the model does: without them, a symbolic
+            trace is returned unproven.
+        kwargs: Example keyword inputs.
+
+    Returns:
+        A graph of functions and leaf modules whose state-dict keys are the model's, with the
+        model's own hooks.
+
+    Raises:
+        CaptureError: Neither tracer takes the model, no graph can do what it does, or it is packed
+            already.
+    """
+    with LOCK, torchs_hooks_inside(model):
+        graph_module = _captured(model, args, kwargs)
+    for node in graph_module.graph.nodes:
+        if node.target is pack or node.target in PACKED_OPS.values():
+            raise CaptureError(
+                f"'{node.name}' of {type(model).__name__} is packed already: transform the"
+                " model that dropit_fx has not rewritten yet, or name its other submodules with"
+                " modules=..."
+            )
+    graph_module.graph.lint()
+    unsaved = unsaved_buffers(model) | unsaved_buffers(graph_module)
+    graph_module = RewrittenModule(graph_module, graph_module.graph, type(model).__name__)
+    leave_unsaved(graph_module, unsaved)  # of its own, fx forgets it before PyTorch 2.14
+    missing = set(model.state_dict()) ^ set(graph_module.state_dict())
+    if missing:
+        _adopt(model, graph_module, missing)
+    _reorder(model, graph_module)
+    for kind in HOOK_DICTS:
+        if vars(model).get(kind):  # they run around the forward, whatever that is
+            setattr(graph_module, kind, own_hooks(model, kind))
+    return graph_module
+
+
+def _captured(
+    model: nn.Module, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None
+) -> fx.GraphModule:
+    """The graph of a tracer that is shown to be faithful."""
+    if isinstance(model, fx.GraphModule):
+        return fx.GraphModule(model, copy.deepcopy(model.graph), type(model).__name__)
+    known = args is not None or kwargs is not None
+    if known:
+        _check_fit(model, tuple(args or ()), dict(kwargs or {}))
+    try:
+        refuse_hooks(model)
+        study = Study(model, tuple(args or ()), dict(kwargs or {})) if known else None
+    except NotCarried as error:
+        raise CaptureError(_refusal(model, str(error))) from error
+    stopped: list[tuple[str, Exception]] = []
+    tracers: dict[str, Trace] = {"torch.fx.symbolic_trace": _symbolic}
+    if study is not None:
+        tracers["torch.export"] = lambda m: _export(m, study.args, study.kwargs)
+    for name, trace in tracers.items():
+        try:
+            with untouched(model):
+                graph_module = both_modes(model, trace)
+            if study is not None:
+                _prove(graph_module, study, exported=name == "torch.export")
+            return graph_module
+        except Exception as error:  # a tracer runs the user's code: anything can be raised
+            log.info("%s: %s", name, error)
+            stopped.append((name, error))
+    if study is None:
+        raise CaptureError(
+            f"torch.fx.symbolic_trace cannot take {type(model).__name__}, stopped at"
+            f" {error_line(stopped[0][1])}:\n  {first_line(stopped[0][1])}\nGive example_args or"
+            " example_kwargs, and torch.export is tried; or use"
+            ' torch.compile(model, backend="dropit"), which needs neither.'
+        ) from stopped[0][1]
+    told = "".join(
+        f"  the graph of {name} {error}\n"
+        if isinstance(error, NotCarried)
+        else f"  {name} stopped at {error_line(error)}:\n    {first_line(error)}\n"
+        for name, error in stopped
+    )
+    raise CaptureError(
+        f"no tracer takes {type(model).__name__}.\n{told}"
+        'Use torch.compile(model, backend="dropit"), which takes such models piece by piece, or'
+        " transform(model, modules=...) for the submodules that can be traced."
+    ) from stopped[-1][1]
+
+
+def _refusal(model: nn.Module, reason: str) -> str:
+    return (
+        f"no graph can do all that {type(model).__name__} does: {reason}\n"
+        'Use torch.compile(model, backend="dropit"), which keeps it, or transform(model,'
+        " modules=...) for submodules that do without."
+    )
+
+
+def _prove(graph_module: fx.GraphModule, study: Study, exported: bool) -> None:
+    """Raises NotCarried where the graph does not do what the model does, in the model's mode.
+
+    Where it does not in the other mode, it says so when it is run in that.
+    """
+    runs = checkpointing(graph_module)
+    wrong = study.difference(runs, study.training, exported)
+    if wrong:
+        raise NotCarried(wrong)
+    if not is_one_mode(graph_module):
+        wrong = study.difference(runs, not study.training, exported)
+        if wrong:
+            one_mode(graph_module, study.training, f"the start (the graph {wrong})")
+
+
+def _check_fit(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises CaptureError where the model's forward does not take the example."""
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise CaptureError(
+            f"example_args does not fit the model's inputs ({', '.join(signature.parameters)}):"
+            f" {error}"
+        ) from error
+
+
+def _symbolic(model: nn.Module) -> fx.GraphModule:
+    own = set(vars(model))
+    tracer = Tracer()
+    with torch.enable_grad(), as_in_eager(tracer), marking():
+        graph = tracer.trace(model)
+    graph_module = fx.GraphModule(model, graph, type(model).__name__)
+    leave_unsaved(graph_module, set(vars(model)) - own)  # constants, which are no part of the state
+    return graph_module
+
+
+# CPU seconds for sizes, and more for each module; BERT takes 0.02 for each
+_SECONDS, _SECONDS_PER_MODULE = 8.0, 0.04
+# In the second mode a model gets more if the first one came back, and none if it did not, so that
+# both are traced in the same way.
+_granted: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()
+_WAYS = {"every dimension": None, "the first dimension of each input": 1, "no dimension": 0}
+
+
+def _exported_program(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.export.ExportedProgram:
+    """Exports with every size dynamic; where that fails or does not come back, with fewer."""
+    names = list(inspect.signature(model.forward).parameters)
+    tried: list[str] = []
+    failed: Exception | None = None
+    usual = _SECONDS + _SECONDS_PER_MODULE * sum(1 for _ in model.modules())
+    for way, count in _WAYS.items():
+
+        def dynamic(x: Any, count: int | None = count) -> Any:
+            dims = range(x.dim())[:count] if isinstance(x, Tensor) else ()
+            return dict.fromkeys(dims, torch.export.Dim.AUTO) or None
+
+        shapes = pytree.tree_map(dynamic, (args, kwargs))
+        named = {**dict(zip(names, shapes[0], strict=False)), **shapes[1]}
+        seconds = _granted.get(model, usual) if count is None else 4 * usual
+        if not seconds:  # it did not come back in the other mode
+            tried.append(f"with {way} dynamic was given up in the other mode")
+            continue
+        try:
+            with sympy_bounded(seconds), preserve_node_meta(), marking():
+                program = torch.export.export(
+                    model, args, kwargs, dynamic_shapes=named if count != 0 else None, strict=False
+                )
+        except Exception as error:
+            failed = error
+            tried.append(f"with {way} dynamic: {first_line(error)}")
+            log.info("torch.export of %s %s", type(model).__name__, tried[-1])
+            if isinstance(error, TooLong) and count is None:
+                _granted[model] = 0.0
+            continue
+        if count is None:
+            _granted[model] = 4 * usual
+        elif any("TooLong" in t for t in tried):
+            log.warning(
+                "torch.export of %s %s; it is exported with %s dynamic, other sizes must be the"
+                " example's",
+                type(model).__name__,
+                tried[0],
+                way,
+            )
+        return program
+    assert failed is not None
+    failed.args = (f"{failed}\n(torch.export was tried {'; '.join(tried)})",)
+    raise failed
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    program = _exported_program(model, args, kwargs)
+    with exporting_input_guards():
+        exported = program.module()
+    # a plain GraphModule: the exported one refuses train() and eval()
+    graph_module = fx.GraphModule(exported, exported.graph, type(model).__name__)
+    from_annotations(graph_module.graph)
+    known = set(model.state_dict())
+    for name, _ in list(graph_module.named_buffers()):
+        if name not in known:  # a constant that export lifted
+            leave_unsaved(graph_module, [name])
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        parent, _, leaf = name.rpartition(".")
+        try:
+            owner = graph_module.get_submodule(parent)
+        except AttributeError:
+            continue
+        if hasattr(owner, leaf):
+            setattr(owner, leaf, value)
+    return graph_module
+
+
+def _reorder(theirs: nn.Module, ours: nn.Module) -> None:
+    """Gives parameters the model's order: saved optimizer states know them by number alone."""
+    for kind in MODULE_DICTS:
+        held = getattr(ours, kind)
+        for name in [n for n in getattr(theirs, kind) if n in held]:
+            held[name] = held.pop(name)
+    for name, child in ours.named_children():
+        original = getattr(theirs, name, None)
+        if isinstance(original, nn.Module) and original is not child:
+            _reorder(original, child)
+
+
+def _adopt(model: nn.Module, graph_module: fx.GraphModule, names: set[str]) -> None:
+    """Gives the graph module the parameters that no node reads, so that state dicts stay equal."""
+    owned = dict(model.named_parameters(remove_duplicate=False)) | dict(
+        model.named_buffers(remove_duplicate=False)
+    )
+    for name in sorted(names):
+        if name not in owned:
+            continue
+        *path, leaf = name.split(".")
+        owner: nn.Module = graph_module
+        for part in path:
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = getattr(owner, part)
+        value = owned[name]
+        if isinstance(value, nn.Parameter):
+            owner.register_parameter(leaf, value)
+        else:
+            owner.register_buffer(leaf, value)

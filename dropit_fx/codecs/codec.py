@@ -1,0 +1,68 @@
+"""What a codec is: one way of keeping a saved tensor, with the options that a config may set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropit_fx.ops.rule import Use
+
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One option of a codec: its default, and the check that a config value must pass."""
+
+    name: str
+    default: Any
+    legal: Callable[[Any], bool]
+    meaning: str  # unit and range, as config errors print them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codec:
+    """One way of keeping a saved tensor.
+
+    Attributes:
+        name: The word in config files, graphs and reports.
+        serves: The uses whose backward may read what ``unpack`` returns.
+        options: What a config rule may set.
+        pack: ``(flat, options) -> parts``: a 1-D contiguous tensor to the tensors that are kept.
+        unpack: ``(parts, options, numel, dtype) -> flat``.
+        pack_channels: ``(flat, mean, inverse, inner, options) -> parts``: as ``pack`` of
+            ``(flat - mean) * inverse``, where run r of ``inner`` elements is of channel r % C; None
+            where that takes a pass of its own.
+        unpack_channels: ``(parts, mean, deviation, inner, options, numel, dtype) -> flat``.
+        buffers: How many tensors ``parts`` are.
+        nbytes: ``(numel, dtype, options) -> int``: exactly the bytes of ``parts``.
+        lossless: Whether these options give back every bit.
+        faithful: Whether other values may be made from what these options give back.
+        slope: ``unpack`` gives the derivative at the packed values, not the values.
+    """
+
+    name: str
+    serves: frozenset[Use]
+    options: tuple[Option, ...] = ()
+    pack: Callable[[Tensor, Options], tuple[Tensor, ...]]
+    unpack: Callable[[tuple[Tensor, ...], Options, Any, torch.dtype], Tensor]
+    nbytes: Callable[[int, torch.dtype, Options], int]
+    pack_channels: Callable[[Tensor, Tensor, Tensor, Any, Options], tuple[Tensor, ...]] | None = (
+        None
+    )
+    unpack_channels: (
+        Callable[[tuple[Tensor, ...], Tensor, Tensor, Any, Options, Any, torch.dtype], Tensor]
+        | None
+    ) = None
+    buffers: int = 1
+    lossless: Callable[[Options], bool] = lambda options: False
+    faithful: Callable[[Options], bool] = lambda options: False
+    slope: bool = False
+
+    def defaults(self) -> Options:
+        """Every option at its default."""
+        return {o.name: o.default for o in self.options}

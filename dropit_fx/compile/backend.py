@@ -1,0 +1,307 @@
+"""The plug-in: ``torch.compile(model, backend="dropit", options={...})``.
+
+Dynamo hands over one forward graph at a time; the pipeline rewrites it, and inductor (or the
+backend named by ``inner``) compiles what comes out, with the partitioner guard of ``partition.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from dropit_fx.capture.expand import expand, opaque_nodes
+from dropit_fx.capture.fake import concrete_fakes, propagate
+from dropit_fx.compile.channels_last import channels_last
+from dropit_fx.compile.partition import KeepPacked, Partition, ReturnInputsAsTheyAre, in_turn
+from dropit_fx.config import Config, ConfigError, _did_you_mean, make_config
+from dropit_fx.passes import run_pipeline
+from dropit_fx.passes.choose_codecs import check_rules_matched
+from dropit_fx.passes.find_saved import FakeRunError
+from dropit_fx.passes.plan import Plan
+from dropit_fx.private import (
+    CACHEABLE,
+    PARTITIONER,
+    POST_PASS,
+    inductor_has,
+    list_options,
+    lookup_backend,
+)
+from dropit_fx.report.rows import Report, rows
+from dropit_fx.runtime.packed_call import (
+    CACHE_VERSION,
+    PACKED_OPS,
+    VERSIONS,
+    derived,
+    pack,
+    run_regions,
+    stand_in,
+)
+
+log = logging.getLogger(__name__)
+
+OPTIONS = ("config", "preset", "strategy", "gamma", "bits", "inner")
+Compiled = Callable[..., Any]
+
+
+@dataclass
+class CompiledGraph:
+    """One graph that the plug-in compiled.
+
+    Attributes:
+        report: What the passes decided, with bytes as eager mode saves them.
+        partitions: What the compiled forward really saves, one for each time that it was
+            partitioned; empty where a compile cache had the result already.
+    """
+
+    report: Report
+    partitions: list[Partition] = field(default_factory=list)
+
+    @property
+    def saved_bytes(self) -> int:
+        """What it saves: as it was partitioned, where it was, else as eager mode saves it."""
+        return self.partitions[-1].saved_bytes if self.partitions else self.report.kept_bytes
+
+
+_compiled: list[CompiledGraph] = []
+
+
+def compiled_graphs() -> tuple[CompiledGraph, ...]:
+    """Every graph that the plug-in has rewritten in this process, in order."""
+    return tuple(_compiled)
+
+
+def forget_compiled_graphs(since: int) -> None:
+    """Leaves only the first ``since`` of :func:`compiled_graphs`."""
+    del _compiled[since:]
+
+
+def dropit(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """The backend ``"dropit"``: rewrite, then inductor.
+
+    Args:
+        gm: Dynamo's graph; it is rewritten in place.
+        example_inputs: Its inputs, as fake tensors.
+        mode: One of inductor's modes.
+        options: ``config``, ``preset``, ``strategy``, ``gamma``, ``bits`` as for ``transform``;
+            ``inner``: the backend that compiles the rewritten graph; anything else goes to
+            inductor. Each of ours has a default in the environment (``DROPIT_PRESET=...``), for
+            callers that cannot pass options.
+
+    Raises:
+        ConfigError: An unknown option, or a value that cannot mean anything.
+    """
+    return _compile(gm, example_inputs, "inductor", mode, dict(options or {}))
+
+
+def dropit_eager(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """The backend ``"dropit_eager"``: rewrite, then run the graph as it is. For debugging."""
+    return _compile(gm, example_inputs, "eager", mode, dict(options or {}))
+
+
+def _compile(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    inner: str,
+    mode: str | None,
+    options: dict[str, Any],
+) -> Compiled:
+    ours = {k: os.environ.get(f"DROPIT_{k.upper()}") for k in OPTIONS}
+    for key, convert in (("gamma", float), ("bits", int)):
+        value = ours[key]
+        try:
+            ours[key] = None if value is None else convert(value)  # type: ignore[assignment]
+        except ValueError as error:
+            raise ConfigError(f"DROPIT_{key.upper()}={value!r} is no number") from error
+    given = {k: options.pop(k) for k in OPTIONS if k in options}
+    ours |= {k: v for k, v in given.items() if v is not None}
+    if "config" in given and "preset" not in given:
+        ours["preset"] = (
+            None  # a config says its own preset: the environment's is for callers without one
+        )
+    inner = ours.pop("inner") or inner
+    _check_inductor_options(options)
+    config = make_config(ours.pop("config"), **ours)  # type: ignore[arg-type]
+    compiler = _inner(inner)
+    if compiler is _inductor:
+        channels_last(gm, _patches(mode, options))
+    record = rewrite_dynamo_graph(gm, example_inputs, config)
+    return compiler(gm, example_inputs, mode, options, record)
+
+
+def _check_inductor_options(options: Mapping[str, Any]) -> None:
+    legal = list_options()
+    for key in options:
+        if key.replace("-", "_") not in legal:
+            hint = _did_you_mean(key, (*OPTIONS, *legal)).split(" Choose one of")[0]
+            raise ConfigError(
+                f"backend 'dropit' has no option {key!r}.{hint} Its own are: {', '.join(OPTIONS)};"
+                " others go to inductor (torch._inductor.list_options())."
+            )
+
+
+def rewrite_dynamo_graph(
+    gm: fx.GraphModule, example_inputs: list[Any], config: Config
+) -> CompiledGraph | None:
+    """Runs the pipeline over Dynamo's graph in place; None where nothing is to be trained."""
+    if not torch.is_grad_enabled():
+        return None
+    inputs = concrete_fakes(example_inputs)
+    try:
+        if opaque_nodes(gm):
+            expand(gm, propagate(gm, inputs))
+        plan = run_pipeline(Plan(module=gm, inputs=inputs, config=config))
+    except FakeRunError as error:
+        log.warning("this graph is compiled as it is, nothing is packed: %s", error)
+        return None
+    try:
+        check_rules_matched((plan,), config)
+    except (
+        ConfigError
+    ) as error:  # a model may be compiled in several graphs: no error for one of them
+        log.warning("%s", error)
+    record = CompiledGraph(Report(tuple(rows(plan))))
+    _compiled.append(record)
+    return record
+
+
+_OURS = {"pack": pack, "derived": derived, "stand_in": stand_in}
+
+Inner = Callable[
+    [fx.GraphModule, list[Any], str | None, dict[str, Any], CompiledGraph | None], Compiled
+]
+
+
+def _inner(name: str) -> Inner:
+    if name in _INNER:
+        return _INNER[name]
+    known = (*_INNER, *torch.compiler.list_backends(exclude_tags=()))
+    if name in ("dropit", "dropit_eager") or name not in known:
+        raise ConfigError(f"no inner backend {name!r}.{_did_you_mean(name, known)}")
+
+    def foreign(
+        gm: fx.GraphModule,
+        example_inputs: list[Any],
+        mode: str | None,
+        options: dict[str, Any],
+        record: CompiledGraph | None,
+    ) -> Compiled:
+        log.warning(
+            "inner backend %r partitions by itself: packed tensors may not be what it saves",
+            name,
+        )
+        return lookup_backend(name)(gm, example_inputs)
+
+    return foreign
+
+
+def _guard(base: Callable[..., Any] | None, record: CompiledGraph | None) -> KeepPacked:
+    if record is None:
+        return KeepPacked(base)
+    return KeepPacked(base, record.partitions.append, record.report.dense_bytes)
+
+
+def _patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the caller changes of inductor's config."""
+    from dropit_fx.private import list_mode_options
+
+    patches = dict(list_mode_options(mode)) if mode else {}
+    return patches | {k.replace("-", "_"): v for k, v in options.items()}
+
+
+def _inductor(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    mode: str | None,
+    options: dict[str, Any],
+    record: CompiledGraph | None,
+) -> Compiled:
+    from dropit_fx.private import compile_fx
+
+    patches = _patches(mode, options)
+    patches[PARTITIONER] = _guard(patches.get(PARTITIONER), record)
+    if inductor_has(POST_PASS):
+        patches[POST_PASS] = in_turn(patches.get(POST_PASS), ReturnInputsAsTheyAre())
+    # our functions are safe to cache under a version that changes with the formulas and kernels
+    names = {
+        f"{op.__module__}.{op.__name__}": CACHE_VERSION + VERSIONS.get(name, "")
+        for name, op in {**_OURS, **PACKED_OPS}.items()
+    }
+    if inductor_has(CACHEABLE):
+        patches[CACHEABLE] = names | dict(patches.get(CACHEABLE) or {})
+    compiled: Compiled = compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[assignment]
+    return compiled
+
+
+def _aot(decompose: bool) -> Inner:
+    def compile_aot(
+        gm: fx.GraphModule,
+        example_inputs: list[Any],
+        mode: str | None,
+        options: dict[str, Any],
+        record: CompiledGraph | None,
+    ) -> Compiled:
+        from dropit_fx.private import (
+            aot_autograd,
+            make_boxed_func,
+            min_cut_rematerialization_partition,
+        )
+
+        def nop(graph: fx.GraphModule, inputs: list[Any]) -> Compiled:
+            boxed: Compiled = make_boxed_func(graph.forward)
+            return boxed
+
+        extra: dict[str, Any] = {}
+        if decompose:
+            from dropit_fx.private import (
+                lowering,  # noqa: F401  the decomposition of max_pool2d needs it
+                select_decomp_table,
+            )
+
+            extra["decompositions"] = select_decomp_table
+        base = None if decompose else min_cut_rematerialization_partition
+        return aot_autograd(
+            fw_compiler=nop,
+            bw_compiler=nop,
+            partition_fn=_guard(base, record),
+            keep_inference_input_mutations=True,
+            **extra,
+        )(gm, example_inputs)
+
+    return compile_aot
+
+
+def _eager(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    mode: str | None,
+    options: dict[str, Any],
+    record: CompiledGraph | None,
+) -> Compiled:
+    run_regions(gm)
+    return gm.forward
+
+
+_INNER: dict[str, Inner] = {
+    "inductor": _inductor,
+    "aot_eager": _aot(decompose=False),
+    "aot_eager_decomp_partition": _aot(decompose=True),
+    "eager": _eager,
+}

@@ -1,0 +1,118 @@
+"""What a row of the op table says: an op's spellings, and what its backward reads and how.
+
+An :class:`OpRule` is one row, a :class:`Read` one tensor that its backward reads. :class:`Use` says
+how, and is what joins the table of ops and the list of codecs. A :class:`Call` is one node's call.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from dropit_fx.private import STACKLEVEL
+
+
+class Use(enum.StrEnum):
+    """How the backward of an op uses a tensor that it reads."""
+
+    CONTRACT = "contract"  # the gradient is linear in it: an operand of a GEMM or a convolution
+    SLOPE = "slope"  # the gradient is multiplied element by element by a function of it
+    REDUCE = "reduce"  # it enters sums over a dimension, or anything else
+    SHAPE = "shape"  # only its sizes are read: it need not be kept at all
+
+
+INSIDE = "inside"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """One tensor that the backward of an op reads.
+
+    Attributes:
+        operand: An argument of the row's ``run``, ``"result"``, a name that ``run_saving``
+            returns, or ``INSIDE``: whatever else autograd keeps inside the op, which the row's
+            backward makes again.
+        use: How it is read.
+        needed_by: The arguments whose gradients need it; nothing is saved where none requires grad.
+        lossy: False where an approximation would reach a gradient that the house keeps exact, or a
+            function of the call's arguments that says so.
+        like: For what the op makes itself: the argument of its shape, or ``"result"``; ``""`` for
+            statistics, which are kept as they are.
+        bits: For reads stored as small integers (masks, indices): from the call's arguments to
+            the fewest bits that lose nothing. ``run_saving`` returns the codes, where the operand
+            is not itself what is kept.
+        between: For a slope that is 1 where the operand lies strictly between two bounds and 0
+            elsewhere: from the call's arguments to the bounds (None: no bound).
+        function: For the input of a pointwise function f: from the call's arguments to the name of
+            f in ``step_tables``, ``""`` where there is no table for these arguments.
+        by_channel: The backward divides by the deviation of each channel (dimension 1): what rounds
+            it must round each channel around its own mean and in units of that deviation.
+        nbytes: For what the op makes itself in a size that fake tensors do not tell: from the
+            call's arguments to its bytes.
+    """
+
+    operand: str
+    use: Use
+    needed_by: tuple[str, ...]
+    lossy: bool | Callable[[Mapping[str, Any]], bool] = True
+    like: str = "result"
+    bits: Callable[[Mapping[str, Any]], int] | None = None
+    between: Callable[[Mapping[str, Any]], tuple[Any, Any]] | None = None
+    function: Callable[[Mapping[str, Any]], str] | None = None
+    by_channel: bool = False
+    nbytes: Callable[[Mapping[str, Any]], int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpRule:
+    """One row of the op table: everything the passes know about an op.
+
+    Attributes:
+        name: The word in config files and reports.
+        targets: All spellings of the op in fx graphs: functions, ``OpOverload`` s, and for methods
+            their name.
+        orders: The names of the positional arguments, for spellings that order them otherwise.
+        ignored: Keyword arguments of some spellings that change nothing.
+        reads: What its backward reads.
+        run: The op itself, as a function of plain arguments; its signature names the operands.
+        run_saving: For ops with reads that are no argument or result as it stands:
+            ``(*args) -> (result, {operand: codes})``, equal to ``run`` bit for bit.
+        backward: ``(grad, saved, call) -> {argument: gradient}``; None means the generic one,
+            ``torch.func.vjp`` of ``run`` over the saved operands.
+        autocast: ``"lower"`` where autocast hands it the lower precision, so that is what is
+            packed. (In which dtypes it runs is asked of PyTorch: ``autocasting.py``.)
+        derive: Makes the result again, from the arguments of ``run`` and without side effects, at
+            the cost of a pass over memory. A reader of the result may then live on what is packed
+            of the operands. None where that costs more.
+        obstacle: From the arguments of a call, and its ``result`` where the row reads nothing, to
+            why the row does not cover it (dropout in eval mode), or ``""``.
+    """
+
+    name: str
+    targets: tuple[Any, ...]
+    reads: tuple[Read, ...]
+    run: Callable[..., Any]
+    run_saving: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None
+    backward: Callable[..., dict[str, Tensor | None]] | None = None
+    orders: Mapping[Any, tuple[str, ...]] = field(default_factory=dict)
+    ignored: frozenset[str] = frozenset({STACKLEVEL, "cudnn_enabled", "cudnn_enable"})
+    autocast: str = ""
+    derive: Callable[..., Tensor] | None = None
+    obstacle: Callable[[Mapping[str, Any]], str] = lambda args: ""
+
+    def read(self, operand: str) -> Read | None:
+        """The row's read of ``operand`` (``inputs`` for ``inputs.0``), or None."""
+        name = operand.partition(".")[0]
+        return next((r for r in self.reads if r.operand == name), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One node's call of a row: its arguments by name, nodes among them."""
+
+    rule: OpRule
+    operands: Mapping[str, Any]

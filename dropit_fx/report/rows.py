@@ -1,0 +1,255 @@
+"""What becomes of every saved tensor: one line each, totals, JSON and a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from io import StringIO
+from os import PathLike
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import fx, nn
+
+from dropit_fx.passes.find_saved import NUMBER
+from dropit_fx.passes.plan import Decision, Plan
+from dropit_fx.passes.share_packed import by_site
+from dropit_fx.private import uncompiled
+
+_META = "dropit_report"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One storage that autograd keeps.
+
+    Attributes:
+        name: The fx node that made it.
+        module: Qualified module name of its first reader.
+        op: The ops that read it, joined by ``+``.
+        where: The user's ``file:line``.
+        shape: Shape as its first reader saves it.
+        dtype: Its dtype.
+        dense_bytes: Bytes of the whole storage.
+        kept_bytes: Bytes after packing (dense bytes where it is kept; a copy shared with an earlier
+            row is 0).
+        codec: Codecs of its readers, joined by ``+``.
+        reason: Why it is kept, or ``""``.
+        region: The checkpointed region that it belongs to (kept only while that is recomputed), or
+            ``""``.
+        note: In what it differs from what the rules ask for, or what that loses; or ``""``.
+    """
+
+    name: str
+    module: str
+    op: str
+    where: str
+    shape: tuple[int, ...]
+    dtype: str
+    dense_bytes: int
+    kept_bytes: int
+    codec: str
+    reason: str
+    region: str = ""
+    note: str = ""
+
+    @property
+    def codecs(self) -> tuple[str, ...]:
+        """The codecs without their options, sorted; ``drop`` only where there is no other."""
+        names = {part.split("(")[0] for part in self.codec.split("+")}
+        return tuple(sorted(names - {"drop"} or names))
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rows for every saved tensor of one model, in graph order."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def dense_bytes(self) -> int:
+        """Saved bytes of the untouched model; parameters, buffers and inputs are not counted."""
+        return sum(r.dense_bytes for r in self.rows if not r.region)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Saved bytes of the rewritten model."""
+        return sum(r.kept_bytes for r in self.rows if not r.region)
+
+    @property
+    def ratio(self) -> float:
+        """What is kept, as a share of dense; 1 where nothing is saved."""
+        return self.kept_bytes / self.dense_bytes if self.dense_bytes else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: totals in bytes and the rows."""
+        return {
+            "dense_bytes": self.dense_bytes,
+            "kept_bytes": self.kept_bytes,
+            "ratio": self.ratio,
+            "rows": [asdict(r) for r in self.rows],
+        }
+
+    def to_json(self) -> str:
+        """``to_dict`` as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def table(self) -> Table:
+        """The rows as a rich table, with totals below."""
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for name in ("saved tensor", "module", "op", "where"):
+            table.add_column(name, overflow="fold")
+        for name in ("dense", "kept"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("codec, or why it is kept", overflow="fold")
+        for r in self.rows:
+            cells = (r.name, r.module, r.op, short(r.where), mib(r.dense_bytes), mib(r.kept_bytes))
+            text = r.codec if not r.reason else f"kept: {r.reason}"
+            text += f" ({r.note})" if r.note else ""
+            text += f" [in {r.region}]" if r.region else ""
+            table.add_row(*map(escape, (*cells, text)))
+        table.add_section()
+        table.add_row("total", "", "", "", *self._totals())
+        return table
+
+    def summary(self) -> str:
+        """``summary_table`` as plain text."""
+        return as_text(self.summary_table())
+
+    def summary_table(self) -> Table:
+        """One line for each op and what became of the tensors that it reads, largest first."""
+        groups: dict[tuple[str, str], list[Row]] = {}
+        for r in self.rows:
+            if not r.region:
+                groups.setdefault((r.op, "kept dense" if r.reason else r.codec), []).append(r)
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        table.add_column("read by", overflow="fold")
+        for name in ("tensors", "dense", "kept"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("codec", overflow="fold")
+        for (op, codec), rows in sorted(groups.items(), key=lambda g: -sum(_dense(g[1]))):
+            sizes = mib(sum(_dense(rows))), mib(sum(r.kept_bytes for r in rows))
+            table.add_row(op, str(len(rows)), *sizes, codec)
+        table.add_section()
+        table.add_row("total", str(sum(map(len, groups.values()))), *self._totals())
+        return table
+
+    def _totals(self) -> tuple[str, str, str]:
+        return mib(self.dense_bytes), mib(self.kept_bytes), f"{self.ratio:.1%} of dense"
+
+    def __str__(self) -> str:
+        """The table, one line for each tensor however long."""
+        return as_text(self.table())
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Draws dense and kept bytes of each saved tensor, in graph order, as PNG, SVG or PDF.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is missing (``pip install 'dropit-fx[plot]'``).
+        """
+        from dropit_fx.report.plot import report_picture
+
+        report_picture(self, path)
+
+    def page(self, path: str | PathLike[str], about: Mapping[str, object] | None = None) -> None:
+        """Writes one HTML file to look at: memory through a step, codecs, a table that sorts.
+
+        Args:
+            path: Of the file; it needs no other, and nothing from the network.
+            about: What else the heading tells, by name: ``{"model": ..., "preset": ...}``.
+        """
+        from dropit_fx.report.page import write_page
+
+        write_page(self, path, about)
+
+
+def as_text(table: Table) -> str:
+    """A table as plain text, in which no line is broken."""
+    out = StringIO()
+    Console(file=out, width=10_000, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def _dense(rows: list[Row]) -> list[int]:
+    return [r.dense_bytes for r in rows]
+
+
+def mib(count: int) -> str:
+    """Bytes for reading: ``12.3 MiB``."""
+    return f"{count / 2**20:.2f} MiB"
+
+
+def short(where: str) -> str:
+    """``folder/file.py:line`` of a longer path."""
+    return "/".join(where.split("/")[-2:])
+
+
+def report(rewritten: nn.Module) -> Report:
+    """The report of a model that ``transform`` returned (or holds submodules that it rewrote).
+
+    Raises:
+        ValueError: Nothing in it was rewritten by dropit_fx.
+    """
+    rewritten = uncompiled(rewritten)
+    graphs = [m for m in rewritten.modules() if isinstance(m, fx.GraphModule)]
+    found = [m.meta[_META] for m in graphs if _META in m.meta]
+    if not found:
+        raise ValueError(
+            f"{type(rewritten).__name__} was not rewritten by dropit_fx.transform; for"
+            ' torch.compile(model, backend="dropit") see dropit_fx.backend.compiled_graphs()'
+        )
+    return Report(tuple(row for one in found for row in one.rows))
+
+
+def attach(graph_module: fx.GraphModule, plan: Plan, prefix: str = "") -> None:
+    """Leaves the report on the module, so that it survives deepcopy and pickle."""
+    made = Report(tuple(rows(plan, prefix)))
+    graph_module.meta[_META] = made
+
+
+def rows(plan: Plan, prefix: str = "", region: str = "") -> Iterator[Row]:
+    """The rows of a finished plan."""
+    counted: set[str] = set()
+    swapped = {d.read.node for d in plan.decisions if d.packed}
+    for site, decisions in by_site(plan.sites, plan.decisions):
+        if not site.dense and not any(d.read.node in swapped for d in decisions):
+            continue
+        first = decisions[0].read
+        packed = [d for d in decisions if d.packed]
+        kept = [d for d in decisions if not d.packed]
+        size = site.nbytes if kept else _fresh_bytes(packed, counted)
+        yield Row(
+            name=site.name,
+            module=".".join(p for p in (prefix, first.module) if p),
+            op="+".join(dict.fromkeys(d.read.op for d in decisions)),
+            where=first.where,
+            shape=first.shape,
+            dtype=str(first.dtype).removeprefix("torch."),
+            dense_bytes=site.nbytes if site.dense else 0,
+            kept_bytes=size,
+            codec="keep" if kept else "+".join(dict.fromkeys(_spelled(d) for d in packed)),
+            reason=kept[0].reason if kept else "",
+            # a checkpoint keeps what hooks do not see: numbers are not made again
+            region="" if first.obstacle == NUMBER else region,
+            note=next((d.note for d in decisions if d.note), ""),
+        )
+    for name, body in plan.bodies.items():
+        yield from rows(body, prefix, region=name)
+
+
+def _fresh_bytes(packed: list[Decision], counted: set[str]) -> int:
+    """Bytes of the packed parts that no earlier row has counted."""
+    total = 0
+    for d in packed:
+        if d.pack is None or d.pack not in counted:
+            total += d.nbytes
+            counted |= {d.pack} if d.pack else set()
+    return total
+
+
+def _spelled(d: Decision) -> str:
+    shown = {k: v for k, v in d.options.items() if k in ("gamma", "bits") and v is not None}
+    return d.codec + (f"({', '.join(f'{k}={v}' for k, v in shown.items())})" if shown else "")

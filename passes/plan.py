@@ -1,0 +1,203 @@
+"""The data that flows through the passes.
+
+A :class:`Site` is one storage that autograd would keep from forward to backward, with every
+:class:`SavedRead` of it; a :class:`Decision` says what becomes of one read; the :class:`Plan`
+carries them from pass to pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import fx
+
+from dropit_fx.codecs.codec import Options
+from dropit_fx.ops.rule import Call, OpRule, Read
+
+if TYPE_CHECKING:
+    from dropit_fx.config import Config
+
+
+class Elements(NamedTuple):
+    """Elements in memory as they were at one time: what makes two values the same.
+
+    Attributes:
+        storage: Identifies the storage.
+        offset: Of the first element.
+        numel: How many elements there are.
+        layout: None where they fill memory without gaps (then their order in memory is the same for
+            every view of all of them), else shape and strides.
+        dtype: What a view of other width would read otherwise.
+        version: How often the storage had been written to.
+    """
+
+    storage: int
+    offset: int
+    numel: int
+    layout: tuple[Any, ...] | None
+    dtype: torch.dtype
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedRead:
+    """One node's read of a saved tensor.
+
+    Attributes:
+        node: Name of the fx node that saves it.
+        op: The row's name, or the target as printed where no row knows it.
+        operand: As in :class:`Read`; ``"?"`` for a tensor inside an op without a row.
+        rule: The row, or None.
+        read: The row's read, or None.
+        module: Qualified name of the module that the node belongs to (``""``: the root).
+        where: The user's ``file:line``, or ``""``.
+        numel: Elements of the tensor as read (a view may be smaller than its storage).
+        dtype: Its dtype as saved (autocast saves the lower precision).
+        shape: Its shape as saved.
+        source: Name of the node whose output would be packed, None for tensors made inside the op.
+        identity: The operand's elements; operands with equal identity are the same values in memory
+            order, whatever view each reader sees. None for tensors made inside the op.
+        view: Shape of the operand as the node sees it.
+        lossy: Whether it may be approximated.
+        bits: The fewest bits, for reads stored as codes.
+        between: The bounds between which the slope is 1.
+        function: The pointwise function that it is the input of, as ``step_tables`` names it.
+        obstacle: Why this very call cannot be packed, or ``""``.
+        recast: Whether it is autocast's copy of a parameter, which a packed call makes again.
+        wanted: Whether a gradient that reads it is asked for. A convolution keeps its input for a
+            frozen weight too; its packed call does not.
+        dense: Whether autograd keeps it. False where only the node's packed call would, which runs
+            the op again in its backward.
+        written: Whether it is written to later in the graph. What autograd lets go must then not be
+            kept whole.
+    """
+
+    node: str
+    op: str
+    operand: str
+    rule: OpRule | None
+    read: Read | None
+    module: str
+    where: str
+    numel: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    source: str | None
+    identity: Elements | None = None
+    view: tuple[int, ...] = ()
+    lossy: bool = True
+    bits: int | None = None
+    between: tuple[Any, Any] | None = None
+    function: str = ""
+    obstacle: str = ""
+    recast: bool = False
+    wanted: bool = True
+    dense: bool = True
+    written: bool = False
+
+    @property
+    def label(self) -> str:
+        """``relu_1.result``: how reasons and errors name a read."""
+        return f"{self.node}.{self.operand}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Values:
+    """What ``find_saved`` knows of the values in a graph, by the names of their nodes.
+
+    Attributes:
+        alive: Values that stay whatever is packed, each with the reason; numbers among them.
+        shapes: The shape of each.
+        seen: ``(reader, value)`` -> the value's elements as they were when the reader ran.
+        makers: Elements -> the node that made them: not a view of them, and the writer where they
+            were written in place.
+        versions: Storage -> its version when the graph has run: what was read at another one has
+            been written to since.
+        lost: Values that the row of their op does not make again.
+        differentiable: Values that require a gradient.
+    """
+
+    alive: Mapping[str, str] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    seen: Mapping[tuple[str, str], Elements] = field(default_factory=dict)
+    makers: Mapping[Elements, str] = field(default_factory=dict)
+    versions: Mapping[int, int] = field(default_factory=dict)
+    lost: frozenset[str] = frozenset()
+    differentiable: frozenset[str] = frozenset()
+
+    def stays(self, elements: Elements) -> bool:
+        """Whether nothing writes to them before the backward."""
+        return self.versions.get(elements.storage) == elements.version
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One storage that autograd keeps from forward to backward.
+
+    Attributes:
+        name: The node that made it (``node.operand`` for tensors made inside an op).
+        nbytes: Bytes of the whole storage.
+        reads: Every read of it, in graph order.
+        alive: Why it stays in memory whatever is packed (``"a model input"``), or ``""``.
+        dense: False where autograd would not keep it: a packed call does, that makes more again in
+            its backward (the mask of attention).
+    """
+
+    name: str
+    nbytes: int
+    reads: tuple[SavedRead, ...]
+    alive: str = ""
+    dense: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What becomes of one read: a codec with its options, or ``keep`` with the reason."""
+
+    read: SavedRead
+    codec: str
+    options: Options = field(default_factory=dict)
+    nbytes: int = 0  # of the packed parts; readers that share one copy count it once
+    reason: str = ""  # why it is kept
+    pack: str | None = None  # the key of the packed copy that it shares with others
+    own: bool = False  # chosen by a rule of the user's own, not by a preset's
+    derived: str = ""  # the node whose result is made again from what is packed of its operands
+    note: str = ""  # in what it differs from what was asked for, and why
+
+    @property
+    def packed(self) -> bool:
+        """Whether the dense tensor is let go for this read."""
+        return self.codec != "keep"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the passes know so far. Each pass returns a new one.
+
+    Attributes:
+        module: The graph under work; ``insert_packing`` returns a rewritten one.
+        inputs: Fake tensors (or plain values) for its placeholders, in order.
+        config: The rules.
+        sites: From ``find_saved``.
+        values: From ``find_saved``.
+        calls: From ``find_saved``: the calls of rows, by the name of their node. Nodes among the
+            arguments are those of the graph that ``find_saved`` saw.
+        decisions: From ``choose_codecs``: one for each read of each site, in the same order.
+        bodies: Plans of nested graphs (checkpointed regions) by attribute name.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[Any, ...]
+    config: Config
+    sites: tuple[Site, ...] = ()
+    values: Values = Values()
+    calls: Mapping[str, Call] = field(default_factory=dict)
+    decisions: tuple[Decision, ...] = ()
+    bodies: dict[str, Plan] = field(default_factory=dict)
+
+    def everything(self) -> tuple[Plan, ...]:
+        """This plan and those of all nested graphs."""
+        return (self, *(p for body in self.bodies.values() for p in body.everything()))

@@ -1,0 +1,77 @@
+"""What the benches measure: the figures that the format is there for, on a real model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dropit_fx.bench import commands as bench
+from dropit_fx.bench.formats import Format, Sample, collect, measure_format
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    pytest.importorskip("transformers")
+    return collect("mlm", sequences=10)
+
+
+def test_the_format_needs_a_fifth_of_the_published_bits(samples: list[Sample]) -> None:
+    published = measure_format(samples, None)
+    assert published["bits"] == pytest.approx(6.4, abs=1e-3)
+    assert 0.45 < published["error"] < 0.6
+    assert published["projection"] < 0.72
+    for form, bits, error, projection in (
+        (Format("", 1320, 2), 1.3, published["error"], 0.70),
+        (Format("", 3086, 2), 1.65, 0.34, 0.80),
+        (Format("", 6611, 3), 3.05, 0.14, 0.93),
+    ):
+        row = measure_format(samples, form)
+        assert row["bits"] <= bits
+        assert row["error"] <= error
+        assert row["projection"] >= projection
+
+
+def test_a_lossless_format_has_no_error(samples: list[Sample]) -> None:
+    row = measure_format(samples[:3], Format("", 10000, 0))
+    assert row == {"bits": 32, "error": 0, "projection": 1}
+
+
+def test_bench_kernels_writes_what_it_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "kernels.json"
+    threads = torch.get_num_threads()
+    bench.main(["kernels", "--shape", "3", "1000", "--rounds", "1", "--json", str(path)])
+    assert torch.get_num_threads() == threads
+    written = json.loads(path.read_text())["dtypes"]
+    assert written["float32"]["published"]["bits"] == pytest.approx(6.4)
+    assert written["bfloat16"]["gamma 0.9"]["bits"] == pytest.approx(2.6, abs=0.05)
+    assert written["float32"]["steps, 3 bits"]["bits"] == 3
+    assert written["float32"]["steps, 3 bits"]["unpack"]["of_clone"] > 0
+    assert all(row["seconds"] > 0 for row in (w["clone"] for w in written.values()))
+    assert "gamma 0.7, 2 bits" in capsys.readouterr().out
+
+
+def test_bench_formats_writes_a_table_a_file_and_a_picture(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    samples: list[Sample],
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("dropit_fx.bench.formats.collect", lambda loss: samples[:2])
+    data, picture = tmp_path / "formats.json", tmp_path / "formats.png"
+    bench.main(["formats", "--json", str(data), "--plot", str(picture)])
+    rows = json.loads(data.read_text())["rows"]
+    assert [row["bits"] for row in rows] == sorted(row["bits"] for row in rows)
+    assert rows[0]["best"]
+    assert "published" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_unknown_loss_is_refused() -> None:
+    with pytest.raises(ValueError, match="loss='mse': must be one of mlm, contrastive"):
+        collect("mse")

@@ -1,0 +1,362 @@
+"""Capture: which tracer takes a model, what the errors say, and the inputs that are guessed."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from models import differing, gpt2, liven, step
+from torch import Tensor, fx, nn
+
+from dropit_fx import CaptureError, ConfigError, report, transform
+from dropit_fx.capture import example_inputs
+from dropit_fx.capture.input_guards import InputGuards
+
+
+def line_of(function: Callable[..., Any], code: str) -> int:
+    """The line number of the first line of ``function`` that holds ``code``."""
+    lines, start = inspect.getsourcelines(function)
+    return start + next(i for i, line in enumerate(lines) if code in line)
+
+
+def by_pickle(module: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(module))
+
+
+class ShapeDependent(nn.Module):
+    """Asks for a size in a condition: export knows it, symbolic_trace does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 64), nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] > 4:
+            x = torch.relu(self.fc1(x))
+        return self.fc2(x)
+
+
+class ValueDependent(nn.Module):
+    """Asks for a value in a condition: no tracer knows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 64), nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.fc1(x))
+        if h.sum() > 0:
+            h = h + 1
+        return self.fc2(h)
+
+
+# --- which tracer
+
+
+def test_export_takes_what_symbolic_trace_cannot() -> None:
+    model, x = ShapeDependent(), torch.randn(16, 8)
+    made = transform(
+        copy.deepcopy(model), {"preset": "dropit", "force": True}, gamma=0.0, example_args=(x,)
+    )
+    assert any(isinstance(m, InputGuards) for m in made.modules())  # export's mark
+    packed = [n.name for n in made.graph.nodes if "packed" in n.kwargs]
+    assert packed == ["relu", "linear_1"]  # the first linear reads the model's input
+    for batch in (16, 5):
+        x = torch.randn(batch, 8)
+        assert differing(step(model, (x,), {}).gradients, step(made, (x,), {}).gradients) == []
+
+
+class PartlyWithoutGradients(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 64), nn.Linear(64, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            shift = self.fc1(x).relu()
+        return self.fc2(self.fc1(x).relu() - shift * 0.5)
+
+
+def test_what_runs_without_gradients_in_the_model_does_so_in_the_graph() -> None:
+    model, x = PartlyWithoutGradients(), torch.randn(16, 8)
+    made = transform(copy.deepcopy(model), {"preset": "lossless"}, example_args=(x,))
+    assert differing(step(model, (x,), {}).gradients, step(made, (x,), {}).gradients) == []
+
+
+def test_a_size_that_export_has_fixed_is_checked() -> None:
+    made = transform(ShapeDependent(), example_args=(torch.randn(16, 8),))
+    with pytest.raises(ValueError, match=r"with x.size\(\)\[1\] == 8; .* inputs given: \(16, 9\)"):
+        made(torch.randn(16, 9))
+
+
+class TwoBranches(nn.Module):
+    def __init__(self, even: bool) -> None:
+        super().__init__()
+        self.even = even
+        self.fc1, self.fc2 = nn.Linear(8, 64), nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = x.shape[0] % 2 == 0 if self.even else x.shape[0] > 8
+        return self.fc2(self.fc1(x) if one else self.fc1(x) * 2)
+
+
+@pytest.mark.parametrize("even", [True, False], ids=["parity", "threshold"])
+@pytest.mark.parametrize(
+    "copied", [lambda m: m, copy.deepcopy, by_pickle], ids=lambda f: f.__name__
+)
+def test_the_branch_that_export_did_not_take_is_refused(even: bool, copied: Any) -> None:
+    model = TwoBranches(even)
+    made = copied(transform(model, example_args=(torch.randn(16, 8),)))
+    x, other = torch.randn(12, 8), torch.randn(5, 8)
+    for training in (True, False):
+        made.train(training)
+        assert torch.equal(made(x), model(x))
+        with pytest.raises(ValueError, match=r"exported for inputs with .*x.size\(\)\[0\]"):
+            made(other)
+
+
+def test_each_mode_puts_its_conditions_on_the_inputs() -> None:
+    class EvalOnly(TwoBranches):
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training:
+                assert x.shape[0] > 8
+            return super().forward(x) if x.shape[1] > 4 else x
+
+    made = transform(EvalOnly(even=True), example_args=(torch.randn(16, 8),))
+    assert made(torch.randn(12, 8)).shape == (12, 8)
+    with pytest.raises(ValueError, match="exported for inputs with"):
+        made.eval()(torch.randn(6, 8))
+
+
+def test_a_compiled_copy_of_an_exported_graph_checks_its_inputs_too() -> None:
+    model = TwoBranches(even=False)
+    made = transform(model, example_args=(torch.randn(16, 8),))
+    compiled = torch.compile(made, backend="eager", dynamic=True)
+    x = torch.randn(12, 8)
+    assert torch.equal(compiled(x), model(x))
+    with pytest.raises(Exception, match="exported for inputs with"):
+        compiled(torch.randn(5, 8))
+
+
+def test_no_tracer_the_error_names_both_lines_and_the_plug_in() -> None:
+    with pytest.raises(CaptureError) as caught:
+        transform(ValueDependent(), example_args=(torch.randn(16, 8),))
+    text = str(caught.value)
+    where = f"{__file__}:{line_of(ValueDependent.forward, 'if h.sum()')}"
+    assert text.count(where) == 2
+    assert "torch.fx.symbolic_trace stopped at" in text
+    assert "torch.export stopped at" in text
+    assert 'torch.compile(model, backend="dropit")' in text
+    assert "modules=" in text
+
+
+def test_the_plug_in_takes_a_model_that_no_tracer_takes() -> None:
+    model, x = ValueDependent(), torch.rand(16, 8)
+    options = {"config": {"preset": "dropit", "force": True}, "gamma": 0.0}
+    compiled = torch.compile(copy.deepcopy(model), backend="dropit_eager", options=options)
+    assert differing(step(model, (x,), {}).gradients, step(compiled, (x,), {}).gradients) == []
+
+
+def test_what_is_computed_from_a_buffer_follows_the_buffer() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("log_scale", torch.zeros(8))
+            self.register_buffer("shift", torch.zeros(8), persistent=False)
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x * self.log_scale.exp() + self.shift.view(1, 8))
+
+    model, x = Scaled(), torch.randn(4, 8)
+    made = transform(model, example_args=(x,))
+    assert made.state_dict().keys() == model.state_dict().keys()
+    made.load_state_dict({**model.state_dict(), "log_scale": torch.ones(8)})
+    model.shift.fill_(2.0)
+    assert torch.equal(made(x), model(x))
+    assert torch.equal(model(x), model.fc(x * torch.ones(8).exp() + 2.0))
+
+
+def test_a_constant_made_in_forward_is_no_part_of_the_state() -> None:
+    class Ranged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x + torch.arange(8.0))
+
+    model, x = Ranged(), torch.randn(4, 8)
+    before = set(vars(model))
+    made = transform(model, example_args=(x,))
+    assert torch.equal(made(x), model(x))
+    assert made.state_dict().keys() == model.state_dict().keys()
+    assert set(vars(model)) == before  # nothing is left on the user's model
+
+
+def test_the_model_keeps_its_mode_and_its_class() -> None:
+    model = timm.create_model("resnet18", layers=(1, 1, 1, 1)).eval()
+    model.bn1.train()
+    modes = {n: m.training for n, m in model.named_modules()}
+    transform(model, example_args=(torch.randn(2, 3, 64, 64),))
+    assert {n: m.training for n, m in model.named_modules()} == modes
+    assert type(model) is timm.models.ResNet
+
+
+# --- example inputs
+
+
+def test_a_bare_tensor_for_example_args_is_a_type_error_that_says_how_to_write_it() -> None:
+    with pytest.raises(TypeError, match=r"example_args is a tuple.*not a Tensor: write \(x,\)"):
+        transform(ShapeDependent(), example_args=torch.randn(4, 8))  # type: ignore[arg-type]
+
+
+def test_inputs_that_do_not_fit_are_refused_with_the_names_of_those_that_do() -> None:
+    with pytest.raises(CaptureError, match=r"does not fit the model's inputs \(input\)"):
+        transform(nn.Sequential(nn.Linear(8, 8)), example_args=(torch.ones(2, 8), torch.ones(2)))
+
+
+SHAPES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 8)), (4, 8)),
+    "conv1d": (lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU()), (2, 3, 224)),
+    "conv2d": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), (2, 3, 224, 224)),
+    "embedding": (lambda: nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8)), (2, 16)),
+    # lenet for 32 x 32 images: 224 and 64 do not fit its linear
+    "lenet": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 5), nn.Flatten(), nn.Linear(4 * 28 * 28, 8)),
+        (2, 3, 32, 32),
+    ),
+    "timm": (lambda: timm.create_model("resnet18", layers=(1, 1, 1, 1)), (2, 3, 224, 224)),
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_shapes_are_guessed_from_the_model(kind: str) -> None:
+    build, shape = SHAPES[kind]
+    args, kwargs = example_inputs.guess(build())
+    assert [tuple(a.shape) for a in args] == [shape]
+    assert kwargs == {}
+
+
+def test_hugging_face_models_tell_their_inputs() -> None:
+    model = gpt2()
+    made = transform(model)
+    ids = torch.randint(0, 90, (2, 7))
+    torch.manual_seed(1)
+    expected = model(input_ids=ids).logits
+    torch.manual_seed(1)
+    assert torch.equal(made(input_ids=ids).logits, expected)
+
+
+def test_a_guess_that_cannot_be_made_says_what_was_tried() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.fc(x) + y
+
+    with pytest.raises(CaptureError, match="could not be guessed; give example_args"):
+        transform(Two())
+    with pytest.raises(CaptureError, match=r"Tried:\n  \(4, 8\): "):
+        transform(nn.Sequential(nn.Linear(8, 8), nn.Linear(9, 9)))
+
+
+# --- in place
+
+
+def vision_transformer() -> nn.Module:
+    model = timm.create_model("deit_tiny_patch16_224", img_size=64, depth=2, num_classes=10)
+    return liven(model.train())
+
+
+def test_modules_rewrites_each_match_in_place_and_nothing_else() -> None:
+    model, x = vision_transformer(), torch.randn(2, 3, 64, 64)
+    dense = copy.deepcopy(model)
+    made = transform(
+        model, {"preset": "dropit", "force": True}, modules="blocks.*", gamma=0.0, example_args=(x,)
+    )
+    assert made is model
+    assert [isinstance(b, fx.GraphModule) for b in model.blocks] == [True, True]
+    assert [n for n, m in model.named_modules() if isinstance(m, fx.GraphModule)] == [
+        "blocks.0",
+        "blocks.1",
+    ]
+    assert model.state_dict().keys() == dense.state_dict().keys()
+    rows = report(model).rows
+    assert {".".join(r.module.split(".")[:2]) for r in rows} == {"blocks.0", "blocks.1"}
+    assert any("mink" in r.codec for r in rows)
+    expected, found = step(dense, (x,), {}), step(model, (x,), {})
+    assert differing(expected.output, found.output) == []
+    assert differing(expected.gradients, found.gradients) == []
+
+
+def test_modules_takes_the_parts_of_a_model_that_no_tracer_takes_whole() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8))
+            self.late = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.body(x * 2)
+            return self.late(h + 1 if bool((h != h).any()) else h)
+
+    model, x = Outer(), torch.randn(16, 8)
+    with pytest.raises(CaptureError, match="no tracer takes Outer"):
+        transform(copy.deepcopy(model), example_args=(x,))
+    dense = copy.deepcopy(model)
+    state = torch.get_rng_state()
+    transform(model, modules=["body", "la*"], example_args=(x,))
+    assert torch.equal(state, torch.get_rng_state())
+    assert isinstance(model.body, fx.GraphModule)
+    assert isinstance(model.late, fx.GraphModule)  # seen in a real run: fake values decide nothing
+    assert torch.equal(model(x), dense(x))
+
+
+def test_a_real_run_leaves_no_trace_and_its_errors_are_told() -> None:
+    class Decides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.late = nn.BatchNorm1d(8), nn.Linear(8, 8)
+            self.runs = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.runs += 1
+            h = self.norm(x)
+            if h.sum() > 1e9:
+                raise ValueError("too large")
+            return self.late(h)
+
+    model = Decides()
+    nn.init.constant_(model.norm.bias, 1e10)
+    with pytest.raises(CaptureError, match="stopped before submodule 'late': ValueError: too larg"):
+        transform(copy.deepcopy(model), modules="late", example_args=(torch.randn(16, 8),))
+    model = Decides()
+    transform(model, modules="late", example_args=(torch.randn(16, 8),))
+    assert isinstance(model.late, fx.GraphModule)
+    assert model.norm.num_batches_tracked == 0
+
+
+def test_modules_that_match_nothing_are_an_error_that_lists_the_children() -> None:
+    with pytest.raises(ConfigError, match=r"matches no submodule. Direct children: .*blocks"):
+        transform(vision_transformer(), modules="block.*", example_args=(torch.ones(1),))
+
+
+def test_no_modules_at_all_are_an_error() -> None:
+    with pytest.raises(ConfigError, match="modules is an empty list"):
+        transform(vision_transformer(), modules=[], example_args=(torch.ones(1),))
+
+
+def test_a_rule_that_matches_in_one_submodule_is_enough() -> None:
+    x = torch.randn(2, 3, 64, 64)
+    rules = {"rules": [{"module": "mlp.fc2", "codec": "mink", "gamma": 0.5}]}
+    model = transform(vision_transformer(), rules, modules="blocks.*", example_args=(x,))
+    assert [r.codec for r in report(model).rows if r.module.endswith("mlp.fc2")]

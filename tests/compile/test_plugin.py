@@ -1,0 +1,223 @@
+"""The plug-in under torch.compile: what the partition saves, recompiles, caches, options."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import dropit_fx
+from dropit_fx import measure
+from dropit_fx.compile import backend
+from dropit_fx.compile.partition import PACK_OPS, KeepPacked
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 8)
+    )
+
+
+class Convolutions(nn.Module):
+    """Every convolution reads a ReLU's output: min-cut would rather save that and pack later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, padding=1)
+        self.b = nn.Conv2d(8, 8, 3, padding=1)
+        self.c = nn.Conv2d(8, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.a(x)))
+        return torch.relu(self.c(torch.relu(self.b(x)))).mean((2, 3))
+
+
+@pytest.fixture
+def fresh():
+    """No compile cache: a cached result has no partition to read."""
+    with torch.compiler.config.patch(force_disable_caches=True):
+        yield
+
+
+def last_partition():
+    (partition,) = backend.compiled_graphs()[-1].partitions
+    return partition
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "aot_eager_decomp_partition", "inductor"])
+@pytest.mark.parametrize(("build", "shape"), [(mlp, (16, 64)), (Convolutions, (4, 3, 16, 16))])
+def test_packed_tensors_are_saved_and_unpacked_in_the_backward_only(fresh, build, shape, inner):
+    model, x = build(), torch.randn(shape)
+    compiled = torch.compile(model, backend="dropit", fullgraph=True, options={"inner": inner})
+    compiled(x).sum().backward()
+    partition = last_partition()
+    assert partition.packs_in_backward == ()
+    assert partition.unpacks_in_forward == ()
+    packed = [v for v in partition.saved if v.packed]
+    assert packed
+    assert {v.source for v in packed} <= {str(op) for op in PACK_OPS}
+    assert measure.saved_bytes(compiled, x) == partition.saved_bytes
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_a_changing_batch_compiles_twice_at_most(inner):
+    before = len(backend.compiled_graphs())
+    model = mlp()
+    options = {"inner": inner, "gamma": 0.5}
+    compiled = torch.compile(model, backend="dropit", options=options)
+    for batch in (8, 12, 20, 5):
+        x = torch.randn(batch, 64)
+        assert compiled(x).shape == (batch, 8)
+        compiled(x).sum().backward()
+    assert len(backend.compiled_graphs()) - before <= 2
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_floats_of_the_model_may_be_inputs_of_a_dynamic_graph(inner):
+    """The momentum and epsilon of a norm: Dynamo reads them from tensors with ``item``."""
+    model = Convolutions()
+    dense, x = copy.deepcopy(model), torch.randn(4, 3, 16, 16)
+    options = {"inner": inner, "preset": "lossless"}
+    compiled = torch.compile(model, backend="dropit", dynamic=True, options=options)
+    compiled(x).sum().backward()
+    dense(x).sum().backward()
+    assert any(row.codec != "keep" for row in backend.compiled_graphs()[-1].report.rows)
+    for mine, other in zip(model.parameters(), dense.parameters(), strict=True):
+        assert torch.equal(mine.grad, other.grad)
+    assert torch.equal(model.norm.running_mean, dense.norm.running_mean)
+
+
+def test_a_rewritten_module_compiles_with_the_guard_in_one_line(fresh):
+    x, read = torch.randn(16, 64), []
+    rewritten = dropit_fx.transform(mlp(), example_args=(x,))
+    guard = {"custom_partitioner_fn": KeepPacked(note=read.append)}
+    compiled = torch.compile(rewritten, fullgraph=True, options=guard)
+    compiled(x).sum().backward()
+    assert read[0].packs_in_backward == ()
+    assert read[0].unpacks_in_forward == ()
+    assert measure.saved_bytes(compiled, x) == read[0].saved_bytes
+    assert measure.saved_bytes(compiled, x) == measure.saved_bytes(rewritten, x)
+
+
+def test_under_autocast_the_low_precision_tensor_is_packed(fresh):
+    x, model = torch.randn(64, 64), mlp()
+    dense = copy.deepcopy(model)
+    compiled = torch.compile(
+        model, backend="dropit", options={"inner": "aot_eager", "preset": "dropit"}
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        out, expected = compiled(x), dense(x)
+        kept = measure.saved_tensors(compiled, x)
+    assert torch.equal(out, expected)
+    assert (816,) in [tuple(t.shape) for t in kept if t.dtype == torch.bfloat16]  # 8 blocks of 102
+    out.float().sum().backward()
+    expected.float().sum().backward()
+    for (name, ours), theirs in zip(model.named_parameters(), dense.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad) == name.endswith("bias"), name
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.body = nn.Linear(64, 64), mlp()
+
+    def forward(self, x):
+        return checkpoint(self.body, torch.relu(self.first(x)), use_reentrant=False)
+
+
+def test_bodies_of_checkpointed_regions_are_rewritten(fresh):
+    x, model = torch.randn(16, 64), Checkpointed()
+    dense = copy.deepcopy(model)
+    options = {"inner": "aot_eager", "gamma": 0.0, "config": {"preset": "dropit", "force": True}}
+    compiled = torch.compile(model, backend="dropit", fullgraph=True, options=options)
+    compiled(x).sum().backward()
+    dense(x).sum().backward()
+    for ours, theirs in zip(model.parameters(), dense.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    inside = [r for r in backend.compiled_graphs()[-1].report.rows if r.region]
+    assert any(r.codec.startswith("mink") for r in inside)
+    # between forward and backward only the region's input stays, as without packing
+    assert not [v for v in last_partition().saved if v.packed and v.source.endswith("sparsify")]
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_nothing_is_rewritten_where_nothing_is_trained(context):
+    before = len(backend.compiled_graphs())
+    with context():
+        torch.compile(mlp(), backend="dropit_eager")(torch.randn(4, 64))
+    assert len(backend.compiled_graphs()) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gama": 0.5}, "has no option 'gama'. Did you mean 'gamma'"),
+        ({"max_autotun": True}, "Did you mean 'max_autotune'"),
+        ({"gamma": 1.5}, "gamma = 1.5"),
+        ({"inner": "inducto"}, "no inner backend 'inducto'. Did you mean 'inductor'"),
+        ({"preset": "dropitt"}, "no preset 'dropitt'. Did you mean 'dropit'"),
+    ],
+)
+def test_options_are_checked(options, message):
+    compiled = torch.compile(mlp(), backend="dropit", options=options)
+    with pytest.raises(Exception, match="ConfigError") as caught:
+        compiled(torch.randn(4, 64))
+    assert message in str(caught.value)
+
+
+def test_the_environment_gives_defaults_to_callers_without_options(monkeypatch):
+    monkeypatch.setenv("DROPIT_GAMMA", "0.5")
+    monkeypatch.setenv("DROPIT_INNER", "aot_eager")
+    torch.compile(mlp(), backend="dropit")(torch.randn(16, 64)).sum().backward()
+    codecs = "+".join(r.codec for r in backend.compiled_graphs()[-1].report.rows)
+    assert "quant(bits=5)" in codecs  # the preset stays what it is
+    monkeypatch.setenv("DROPIT_BITS", "8")
+    torch._dynamo.reset()
+    torch.compile(mlp(), backend="dropit")(torch.randn(16, 64)).sum().backward()
+    codecs = "+".join(r.codec for r in backend.compiled_graphs()[-1].report.rows)
+    assert "quant(bits=8)" in codecs
+    assert "bits=5" not in codecs
+    monkeypatch.delenv("DROPIT_BITS")
+    monkeypatch.setenv("DROPIT_STRATEGY", "mink")
+    torch._dynamo.reset()
+    torch.compile(mlp(), backend="dropit")(torch.randn(16, 64)).sum().backward()
+    codecs = [r.codec for r in backend.compiled_graphs()[-1].report.rows]
+    assert "mink(gamma=0.5)" in codecs
+    monkeypatch.setenv("DROPIT_GAMMA", "half")
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="DROPIT_GAMMA='half' is no number"):
+        torch.compile(mlp(), backend="dropit")(torch.randn(16, 64))
+
+
+_CACHED = """
+import sys, torch, dropit_fx
+from dropit_fx import backend
+from torch._dynamo.utils import counters
+if sys.argv[2] == "changed":
+    backend.CACHE_VERSION = "another formula"
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.GELU(), torch.nn.Linear(32, 4))
+options = {"preset": "dropit", "gamma": float(sys.argv[1])}
+run = torch.compile(model, backend="dropit", options=options)
+run(torch.randn(64, 32)).sum().backward()
+found = counters["aot_autograd"]
+print("hits", found["autograd_cache_hit"], "misses", found["autograd_cache_miss"])
+"""
+
+
+def test_compile_caches_hit_in_a_second_process_and_miss_after_a_change(tmp_path):
+    def run(gamma: str, version: str) -> str:
+        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        command = [sys.executable, "-c", _CACHED, gamma, version]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    assert run("0.9", "same") == "hits 0 misses 1"
+    assert run("0.9", "same") == "hits 1 misses 0"
+    assert run("0.8", "same") == "hits 0 misses 1"
+    assert run("0.9", "changed") == "hits 0 misses 1"

@@ -1,0 +1,163 @@
+"""The examples train: each script in a tiny setting, and what it writes.
+
+The preset `lossless` is the oracle of the comparison: with the same weights, batches and dropout
+its training is the dense one to the last bit.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import dropit_fx
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
+import bert  # noqa: E402
+import bytes as whole_models  # noqa: E402
+import demo  # noqa: E402
+import digits  # noqa: E402
+import figures  # noqa: E402
+import training  # noqa: E402
+
+VARIANTS = ["dense", "lossless", "balanced"]
+TINY = {
+    "digits": ("--limit 128 --epochs 10 --models resnet --no-compile", digits.main),
+    "bert": ("--limit 32 --epochs 4", bert.main),
+}
+
+
+@pytest.fixture(scope="module", params=TINY)
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The JSON that a script wrote."""
+    options, main = TINY[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny = f"--presets lossless balanced --seeds 1 --rounds 1 {options} --out {folder}"
+    assert main(tiny.split()) == 0
+    return folder / f"{request.param}.json"
+
+
+def test_what_is_written(written: Path) -> None:
+    results = json.loads(written.read_text())
+    assert results["settings"]["seeds"] == 1
+    assert {"presets", "batch", "epochs", "threads", "versions"} <= set(results["settings"])
+    for name, ways in results["models"].items():
+        assert list(ways) == ["eager"]
+        assert list(ways["eager"]) == VARIANTS
+        for got in ways["eager"].values():
+            assert set(got) == {"runs", "saved_bytes", "peak_memory", "time"}
+            epochs = [len(run["accuracy"]) for run in got["runs"]]
+            assert epochs == [results["settings"]["epochs"][name]]
+    assert written.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_loss_falls_and_less_is_saved(written: Path) -> None:
+    for ways in json.loads(written.read_text())["models"].values():
+        for got in ways["eager"].values():
+            (run,) = got["runs"]
+            assert sum(run["loss"][-2:]) < 0.95 * sum(run["loss"][:2])
+        saved = [ways["eager"][variant]["saved_bytes"] for variant in VARIANTS]
+        assert saved[0] >= saved[1] > 4 * saved[2]
+
+
+def test_variants_start_from_the_same_weights_batches_and_dropout(written: Path) -> None:
+    for ways in json.loads(written.read_text())["models"].values():
+        assert ways["eager"]["lossless"]["runs"] == ways["eager"]["dense"]["runs"]
+
+
+def test_demo_shows_a_step_a_page_and_a_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = "--model dropit_fx.bench.model_spec:small_net --batch 4 --size 16 --rounds 1"
+    training = "--epochs 2 --limit 128"
+    assert demo.main([*step.split(), *training.split(), "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "small_net, batch 4" in shown
+    assert re.search(r"balanced\s+\d+ ms.* MiB .* MiB", shown)
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+    assert list(json.loads((tmp_path / "digits.json").read_text())["models"]) == ["vit"]
+
+
+def test_table_of_the_readme(written: Path) -> None:
+    results = json.loads(written.read_text())
+    made = figures.training_table(results)
+    for name in results["models"]:
+        for variant in VARIANTS:
+            assert f"| {name}, eager, {variant} |" in made
+
+
+def test_times_only_replaces_nothing_but_times(tmp_path: Path) -> None:
+    path = tmp_path / "digits.json"
+    options = ["--models", "resnet", "--no-compile", "--rounds", "1", "--out", str(tmp_path)]
+    assert digits.main(["--seeds", "1", "--epochs", "1", "--limit", "64", *options]) == 0
+    before = json.loads(path.read_text())
+    for got in before["models"]["resnet"]["eager"].values():
+        got["time"] = -1.0
+    path.write_text(json.dumps(before))
+    assert digits.main(["--times-only", *options]) == 0
+    after = json.loads(path.read_text())
+    for got in after["models"]["resnet"]["eager"].values():
+        assert got["time"] > 0
+        got["time"] = -1.0
+    assert after == before
+
+
+def test_bytes_of_whole_models_are_counted_and_join_those_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tiny() -> torch.nn.Module:
+        config = transformers.GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=99)
+        config.update({"attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0})
+        return whole_models.Tokens(transformers.GPT2LMHeadModel(config))
+
+    model = whole_models.Model("Tiny", tiny, lambda: (torch.randint(0, 99, (4, 32)),))
+    models = {"one": model, "two": model}
+    monkeypatch.setattr(whole_models, "MODELS", models)
+    for name in models:
+        options = f"--models {name} --no-compiled --out {tmp_path}"
+        assert whole_models.main(options.split()) == 0
+    found = json.loads((tmp_path / "bytes.json").read_text())["models"]
+    assert list(found) == ["one", "two"]
+    assert found["one"] == found["two"]
+    dense, packed = found["one"]["eager"]["dense"], found["one"]["eager"]["packed"]
+    x = torch.randint(0, 99, (4, 32))
+    assert dense["saved_bytes"] == dropit_fx.measure.saved_bytes(tiny(), x)
+    assert packed["saved_bytes"] < 0.2 * dense["saved_bytes"]
+    assert packed["peak_bytes"] < dense["peak_bytes"]
+
+
+def test_text_is_balanced_the_same_each_time_and_names_no_class() -> None:
+    data = bert.load()
+    for labels, count in ((data.train_y, bert.TRAIN), (data.test_y, bert.TEST)):
+        assert labels.bincount().tolist() == [count] * len(bert.PARTS)
+    bert.load.cache_clear()
+    assert torch.equal(bert.load().train_x, data.train_x)
+    train, test = ({tuple(row.tolist()) for row in x} for x in (data.train_x, data.test_x))
+    assert not train & test
+    for part in ("integrate", "spatial"):
+        prose = " ".join(t for texts in bert.docstrings(part) for t in texts).lower()
+        assert len(prose) > 10_000
+        assert not [name for name in (*bert.PARTS, "scipy") if name in prose]
+
+
+def test_curves_have_few_points_and_keep_the_mean() -> None:
+    losses = [float(i) for i in range(80)]
+    assert training.curve(losses) == [i * 2 + 0.5 for i in range(40)]
+    assert training.curve(losses[:7]) == losses[:7]
+
+
+def test_verdict_names_what_is_less_accurate_than_dense() -> None:
+    reached = {"dense": [0.9, 0.92], "balanced": [0.89, 0.905], "max": [0.95, 0.83]}
+    eager = {v: {"runs": [{"accuracy": [0.1, a]} for a in last]} for v, last in reached.items()}
+    assert training.verdict({"models": {"vit": {"eager": eager}}}).endswith(": vit max.")
+    eager["max"] = eager["balanced"]
+    assert training.verdict({"models": {"vit": {"eager": eager}}}).endswith(": none.")
+
+
+def test_too_few_examples_are_an_error() -> None:
+    with pytest.raises(SystemExit, match="5 examples are not one batch of 64"):
+        digits.main(["--limit", "5", "--models", "resnet", "--no-compile"])

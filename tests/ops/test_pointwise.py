@@ -1,0 +1,130 @@
+"""``dropit_fx.pointwise``: a function of one's own as an op of the table."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dropit_fx
+from dropit_fx import measure
+from dropit_fx.ops.step_tables import TableError, table
+from dropit_fx.ops.table import RULES
+from dropit_fx.runtime.packed_call import VERSIONS
+
+
+@dropit_fx.pointwise("quick_gelu")
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(quick_gelu(self.up(x)))
+        return out
+
+
+@pytest.fixture
+def model() -> Mlp:
+    torch.manual_seed(0)
+    return Mlp()
+
+
+X = torch.randn(256, 64, generator=torch.Generator().manual_seed(1))
+
+
+def gradients(model: nn.Module, run: nn.Module | None = None) -> list[Tensor]:
+    model.zero_grad()
+    out = (model if run is None else run)(X)
+    out.tanh().sum().backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def test_it_is_one_op_and_keeps_its_input_packed(model: Mlp) -> None:
+    packed = dropit_fx.transform(model, example_args=(X,))
+    assert torch.equal(packed(X), model(X))
+    report = dropit_fx.report(packed)
+    assert {(r.op, r.codec) for r in report.rows if r.codec != "drop"} == {
+        ("quick_gelu", "quant(bits=5)"),
+        ("linear", "derived"),
+    }
+    assert measure.saved_bytes(packed, X) == report.kept_bytes
+
+
+def test_few_bit_multiplies_by_levels_of_its_own_table(model: Mlp) -> None:
+    rules = [{"op": "quick_gelu", "codec": "few_bit", "bits": 2}]
+    packed = dropit_fx.transform(model, example_args=(X,), config={"preset": None, "rules": rules})
+    packed(X).tanh().sum().backward()
+    assert model.up.bias.grad is not None
+
+    hidden = model.up(X).detach()
+    steps = table("quick_gelu", 2)
+    slopes = torch.tensor(steps.levels)[
+        torch.bucketize(hidden, torch.tensor(steps.borders), right=True)
+    ]
+    out = model.down(quick_gelu(hidden))
+    through = (1 - out.tanh() ** 2) @ model.down.weight * slopes
+    torch.testing.assert_close(model.up.bias.grad, through.sum(0), rtol=1e-4, atol=1e-4)
+
+
+def test_lossless_gives_the_same_bits(model: Mlp) -> None:
+    config = {"preset": None, "rules": [{"codec": "quant", "bits": None}], "force": True}
+    packed = dropit_fx.transform(model, example_args=(X,), config=config)
+    for mine, dense in zip(gradients(model, packed), gradients(model), strict=True):
+        assert torch.equal(mine, dense)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_the_plug_in_sees_one_op_too(model: Mlp, inner: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="dropit", options={"preset": "fewbit", "inner": inner})
+    eager = dropit_fx.transform(model, example_args=(X,), preset="fewbit")
+    for mine, other in zip(gradients(model, compiled), gradients(model, eager), strict=True):
+        torch.testing.assert_close(mine, other)
+    assert measure.saved_bytes(compiled, X) == measure.saved_bytes(eager, X)
+
+
+def test_a_rewritten_model_is_copied_with_it(model: Mlp) -> None:
+    packed = deepcopy(dropit_fx.transform(model, example_args=(X,)))
+    assert torch.equal(packed(X), model(X))
+    assert all(torch.isfinite(g).all() for g in gradients(packed))
+
+
+@pytest.mark.parametrize(
+    ("name", "f", "message"),
+    [
+        ("gelu", F.gelu, "is an op already"),
+        ("quick_gelu", F.silu, "is registered with another function"),
+        ("quick_gelu", lambda x: quick_gelu(x) + 1, "is another function already"),
+        ("sigmoid_of_mine", lambda x: x.softmax(0), "is not pointwise"),
+        ("roots", torch.sqrt, "is not finite"),
+    ],
+)
+def test_what_is_not_accepted(name: str, f: object, message: str) -> None:
+    before = dict(RULES)
+    with pytest.raises(TableError, match=message):
+        dropit_fx.pointwise(name)(f)  # type: ignore[arg-type]
+    assert before == RULES
+
+
+def test_declared_again_it_is_the_same_op() -> None:
+    @dropit_fx.pointwise("quick_gelu")
+    def again(x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+    assert again is quick_gelu
+
+
+def test_compile_caches_tell_two_functions_apart() -> None:
+    from dropit_fx.pointwise import _version
+
+    assert _version(lambda x: x * 2.0) != _version(lambda x: x * 3.0)
+    assert VERSIONS["quick_gelu"]
+    assert not VERSIONS["gelu"]
