@@ -11,6 +11,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ from dropit_fx.bench.model_spec import SpecError
 from dropit_fx.capture.trace import CaptureError
 from dropit_fx.check import BACKENDS
 from dropit_fx.config import DEFAULT_PRESET, PAPER_PRESET, ConfigError, make_config
+from dropit_fx.logs import shown
 from dropit_fx.report.rows import Report, as_text, mib
 
 if TYPE_CHECKING:
@@ -82,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
         const="-",
         metavar="FILE",
         help="write JSON to FILE; without FILE, to stdout in the place of the table",
+    )
+    report.add_argument(
+        "--passes", action="store_true", help="also print the plan after each pass, and the graph"
     )
     report.add_argument("--plot", metavar="FILE", help="draw it as .png, .svg or .pdf")
     report.add_argument("--html", metavar="FILE", help="write it as a page for a browser")
@@ -230,7 +235,8 @@ def _positive(text: str) -> int:
 def _report(options: argparse.Namespace) -> int:
     progress = Console(stderr=True)
     config = _settings(options)
-    model, args, report = _packed(progress, options, config)
+    with shown("passes", sys.stdout) if options.passes else nullcontext():
+        model, args, report = _packed(progress, options, config)
     compiled = _compiled(progress, model, args, config) if options.compiled else {}
 
     named = {k: v for k, v in config.items() if v is not None}

@@ -9,6 +9,7 @@ from __future__ import annotations
 if __name__ == "passes":
     raise ImportError("import dropit_fx.passes: this folder is that package, not a top-level one")
 
+import logging
 from collections.abc import Callable
 
 from dropit_fx.passes.choose_codecs import choose_codecs
@@ -19,6 +20,8 @@ from dropit_fx.passes.keep_small import keep_small
 from dropit_fx.passes.plan import Plan
 from dropit_fx.passes.share_packed import share_packed
 from dropit_fx.passes.verify import VerifyError, verify
+
+log = logging.getLogger(__name__)
 
 PIPELINE: tuple[Callable[[Plan], Plan], ...] = (
     find_saved,
@@ -31,12 +34,19 @@ PIPELINE: tuple[Callable[[Plan], Plan], ...] = (
 
 
 def run_pipeline(plan: Plan) -> Plan:
-    """Runs every pass over ``plan`` and over the plans of nested graphs, verifying each result."""
+    """Runs every pass over ``plan`` and over the plans of nested graphs, verifying each result.
+
+    What each made of it is logged (DEBUG): the plan, and the graph where that changed. See
+    ``DROPIT_LOG`` in ``dropit_fx/logs.py``.
+    """
     done: list[str] = []
     for step in PIPELINE:
         plan = step(plan)
         done.append(step.__name__)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("after %s\n%s\n", step.__name__, plan)
         verify(plan, done)
+    log.debug("the graph\n%s\n", plan.module.graph)
     return plan
 
 

@@ -7,7 +7,7 @@ carries them from pass to pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -172,6 +172,12 @@ class Decision:
         """Whether the dense tensor is let go for this read."""
         return self.codec != "keep"
 
+    @property
+    def spelled(self) -> str:
+        """The codec as people read it: ``mink(gamma=0.5, bits=4)``."""
+        shown = [f"{k}={self.options[k]}" for k in ("gamma", "bits") if self.options.get(k)]
+        return self.codec + (f"({', '.join(shown)})" if shown else "")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -201,3 +207,34 @@ class Plan:
     def everything(self) -> tuple[Plan, ...]:
         """This plan and those of all nested graphs."""
         return (self, *(p for body in self.bodies.values() for p in body.everything()))
+
+    def __str__(self) -> str:
+        """A line for each read: who reads it, how, its codec, its bytes, and why it is kept."""
+        lines = [line for site in self.sites for line in _lines(site, self.decisions)]
+        lines = [HEAD, *lines] if lines else []
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        padded = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+        parts = ["\n".join(padded) or "nothing is saved"]
+        parts += [f"in {name}:\n{body}" for name, body in self.bodies.items()]
+        return "\n\n".join(parts)
+
+
+HEAD = ("value", "read by", "use", "dense", "kept by", "bytes", "")
+
+
+def _lines(site: Site, decisions: tuple[Decision, ...]) -> Iterator[tuple[str, ...]]:
+    """The reads of one storage; its bytes stand beside the first of them."""
+    made = {(d.read.node, d.read.operand): d for d in decisions}
+    for number, read in enumerate(site.reads):
+        decision = made.get((read.node, read.operand))
+        dense = f"{site.nbytes:,} B" if number == 0 else ""
+        if decision is None:
+            codec, size, why = "", "", site.alive or read.obstacle
+        else:
+            copy = f"copy {decision.pack}" if decision.pack else ""
+            derived = f"from {decision.derived}" if decision.derived else ""
+            codec = decision.spelled
+            size = f"{decision.nbytes:,} B" if decision.packed else ""
+            why = decision.reason or derived or copy
+        use = read.read.use if read.read else ""
+        yield (site.name if number == 0 else "", read.label, use, dense, codec, size, why)

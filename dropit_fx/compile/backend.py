@@ -32,7 +32,7 @@ from dropit_fx.private import (
     list_options,
     lookup_backend,
 )
-from dropit_fx.report.rows import Report, rows
+from dropit_fx.report.rows import Report, mib, rows
 from dropit_fx.runtime.packed_call import (
     CACHE_VERSION,
     PACKED_OPS,
@@ -173,12 +173,20 @@ def rewrite_dynamo_graph(
         return None
     try:
         check_rules_matched((plan,), config)
-    except (
-        ConfigError
-    ) as error:  # a model may be compiled in several graphs: no error for one of them
+    except ConfigError as error:
+        # a model may be compiled in several graphs: no error for one of them
         log.warning("%s", error)
     record = CompiledGraph(Report(tuple(rows(plan))))
     _compiled.append(record)
+    said = record.report
+    log.info(
+        "graph %d saves %s, dense %s (%.1f %%), preset %s",
+        len(_compiled),
+        mib(said.kept_bytes),
+        mib(said.dense_bytes),
+        100 * said.ratio,
+        config.preset,
+    )
     return record
 
 

@@ -230,7 +230,7 @@ def rows(plan: Plan, prefix: str = "", region: str = "") -> Iterator[Row]:
             dtype=str(first.dtype).removeprefix("torch."),
             dense_bytes=site.nbytes if site.dense else 0,
             kept_bytes=size,
-            codec="keep" if kept else "+".join(dict.fromkeys(_spelled(d) for d in packed)),
+            codec="keep" if kept else "+".join(dict.fromkeys(d.spelled for d in packed)),
             reason=kept[0].reason if kept else "",
             # a checkpoint keeps what hooks do not see: numbers are not made again
             region="" if first.obstacle == NUMBER else region,
@@ -248,8 +248,3 @@ def _fresh_bytes(packed: list[Decision], counted: set[str]) -> int:
             total += d.nbytes
             counted |= {d.pack} if d.pack else set()
     return total
-
-
-def _spelled(d: Decision) -> str:
-    shown = {k: v for k, v in d.options.items() if k in ("gamma", "bits") and v is not None}
-    return d.codec + (f"({', '.join(f'{k}={v}' for k, v in shown.items())})" if shown else "")
