@@ -78,7 +78,7 @@ def transform(
         )
         return whole
     with LOCK, untouched(model, generators=True):
-        args, kwargs = example_inputs.settle(model, example_args, example_kwargs)
+        args, kwargs = example_inputs.resolve(model, example_args, example_kwargs)
         graph_module = capture(model, args, kwargs)
         plan = rewrite(graph_module, settled, args, kwargs)
     check_rules_matched((plan,), settled)
@@ -155,7 +155,7 @@ def _transform_submodules(
     made: dict[str, fx.GraphModule] = {}
     plans = []
     with LOCK, untouched(model, generators=True):
-        args, kwargs = example_inputs.settle(model, example_args, example_kwargs)
+        args, kwargs = example_inputs.resolve(model, example_args, example_kwargs)
         seen = example_inputs.record(model, names, args, kwargs)
         for name in names:
             if name not in seen:

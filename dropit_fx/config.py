@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -18,6 +17,7 @@ from dropit_fx.codecs import CODEC
 from dropit_fx.codecs.codec import Codec, Options
 from dropit_fx.ops.rule import INSIDE, Read, Use
 from dropit_fx.ops.table import RULES
+from dropit_fx.words import did_you_mean
 
 DEFAULT_PRESET = "balanced"
 PRESET_KEYS = ("derive", "keep_small", "norm_values")  # that a preset sets beside its rules
@@ -118,7 +118,7 @@ def presets() -> tuple[str, ...]:
 @cache
 def _preset(name: str) -> Config:
     if name not in presets():
-        raise ConfigError(f"no preset {name!r}.{_did_you_mean(name, presets())}")
+        raise ConfigError(f"no preset {name!r}.{did_you_mean(name, presets())}")
     text = (resources.files("dropit_fx") / "presets" / f"{name}.yaml").read_text()
     loaded = yaml.safe_load(text)
     rules = tuple(_rule(r, f"preset {name}", preset=True) for r in loaded["rules"])
@@ -159,7 +159,7 @@ def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None 
         raise ConfigError(f"{origin}: 'rules' is a list of rules, not {type(rules).__name__}")
     preset = source.get("preset", DEFAULT_PRESET)
     if preset is not None and not isinstance(preset, str):
-        raise ConfigError(f"{origin}: no preset {preset!r}.{_did_you_mean(preset, presets())}")
+        raise ConfigError(f"{origin}: no preset {preset!r}.{did_you_mean(preset, presets())}")
     base = Config(preset=None) if preset is None else _preset(preset)
     settings = {k: source.get(k, getattr(base, k)) for k in (*PRESET_KEYS, "force")}
     for key, value in settings.items():
@@ -213,7 +213,7 @@ def _with_strategy(config: Config, strategy: str, changes: Mapping[str, Any]) ->
     """The preset's rules that drop elements, with another codec and the options that it has."""
     contract = tuple(n for n, c in CODEC.items() if Use.CONTRACT in c.serves and c.name != "keep")
     if strategy not in contract:
-        raise ConfigError(f"no strategy {strategy!r}.{_did_you_mean(strategy, contract)}")
+        raise ConfigError(f"no strategy {strategy!r}.{did_you_mean(strategy, contract)}")
     codec = CODEC[strategy]
     _check_options(codec, changes, "strategy")
 
@@ -269,7 +269,7 @@ def _rule(source: Any, where: str, preset: bool = False) -> Rule:
         )
     name = source["codec"]
     if name not in _named():
-        raise ConfigError(f"{where}: no codec {name!r}.{_did_you_mean(name, _named())}")
+        raise ConfigError(f"{where}: no codec {name!r}.{did_you_mean(name, _named())}")
     codec = CODEC[name]
     legal = tuple(o.name for o in codec.options)
     _known(source, ("module", "op", "codec", *legal), where, f" for codec {name!r}")
@@ -286,7 +286,7 @@ def _rule(source: Any, where: str, preset: bool = False) -> Rule:
         named = [r for r in RULES.values() if fnmatchcase(r.name, glob)]
         if not named:
             raise ConfigError(
-                f"{where} {rule}: no op {glob!r} in the op table.{_did_you_mean(glob, RULES)}"
+                f"{where} {rule}: no op {glob!r} in the op table.{did_you_mean(glob, RULES)}"
             )
         if not any(
             serves(codec, read) for row in named for read in row.reads if read.use is not Use.SHAPE
@@ -324,7 +324,7 @@ def _check_options(codec: Codec, options: Mapping[str, Any], where: str) -> None
     for name, value in options.items():
         if name not in known:
             raise ConfigError(
-                f"{where}: codec {codec.name!r} has no option {name!r}.{_did_you_mean(name, known)}"
+                f"{where}: codec {codec.name!r} has no option {name!r}.{did_you_mean(name, known)}"
             )
         if not known[name].legal(value):
             raise ConfigError(
@@ -335,11 +335,4 @@ def _check_options(codec: Codec, options: Mapping[str, Any], where: str) -> None
 def _known(source: Mapping[str, Any], keys: Iterable[str], where: str, what: str = "") -> None:
     for key in source:
         if key not in keys:
-            raise ConfigError(f"{where}: no key {key!r}{what}.{_did_you_mean(str(key), keys)}")
-
-
-def _did_you_mean(word: Any, legal: Iterable[str]) -> str:
-    legal = tuple(legal)
-    close = difflib.get_close_matches(str(word), legal, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{hint} Choose one of: {', '.join(legal)}."
+            raise ConfigError(f"{where}: no key {key!r}{what}.{did_you_mean(str(key), keys)}")

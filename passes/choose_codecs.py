@@ -65,7 +65,7 @@ def _exact_for_few(decision: Decision, few: dict[str, int]) -> Decision:
 
 def check_rules_matched(plans: tuple[Plan, ...], config: Config) -> None:
     """Raises ConfigError where a rule of the user's own matched no saved tensor of any plan."""
-    reads = [r for plan in plans for p in plan.everything() for s in p.sites for r in s.reads]
+    reads = [r for plan in plans for p in plan.with_bodies() for s in p.sites for r in s.reads]
     for rule in config.rules:
         if rule.preset:
             continue
@@ -119,7 +119,7 @@ def _choose(read: SavedRead, config: Config) -> Decision:
 
 
 def whole_or_none(site: Site, decisions: list[Decision], config: Config) -> list[Decision]:
-    """House rule 1: all readers of a storage are packed, or none."""
+    """All readers of a storage are packed, or none: the check ``whole_or_none``."""
     packed = [d for d in decisions if d.packed]
     if not packed or config.force:
         return decisions

@@ -56,7 +56,7 @@ def _in_fewest_bytes(plan: Plan) -> Plan:
     finer = _derive(replace(plan, decisions=lifted))
     used = unpacked(finer)
     back = [
-        old if not new.derived and new.pack not in used else new
+        old if not new.derived and new.copy not in used else new
         for old, new in zip(plan.decisions, finer.decisions, strict=True)
     ]
     finer = replace(finer, decisions=tuple(back))
@@ -105,7 +105,7 @@ def _derive(plan: Plan) -> Plan:
                         codec="derived",
                         options={},
                         nbytes=0,
-                        pack=f"derived {source}",
+                        copy=f"derived {source}",
                         derived=source,
                     )
             decisions.append(decision)
@@ -122,7 +122,7 @@ def _may_change(decision: Decision, site: Site) -> bool:
 
 
 def _by_value(decision: Decision) -> bool:
-    known = decision.pack is not None and decision.codec in CODEC
+    known = decision.copy is not None and decision.codec in CODEC
     return decision.packed and known and not CODEC[decision.codec].slope
 
 
@@ -212,7 +212,7 @@ def copies(name: str, plan: Plan, bases: Bases) -> set[str] | None:
     names: set[str] = set()
     for how in found.values():
         if isinstance(how, Decision):
-            names.add(str(how.pack))
+            names.add(str(how.copy))
         else:
             names |= copies(how, plan, bases) or set()
     return names

@@ -54,8 +54,8 @@ class _Writer:
             named = decision.read.read is not None  # else made inside the op, and let go
             if named and decision.packed and decision.codec not in (CAST, UNREAD):
                 self.by_node[decision.read.node].append(decision)
-                if decision.pack is not None:
-                    self.by_key[decision.pack].append(decision)
+                if decision.copy is not None:
+                    self.by_key[decision.copy].append(decision)
         if self.by_node:
             self._hoist_attributes()
         self.order = {n: i for i, n in enumerate(self.graph.nodes)}
@@ -92,7 +92,7 @@ class _Writer:
             self.statistics[name] = tuple(sorted(wanted))
         for source in sources.values():
             if isinstance(source, Decision):
-                self.given.add(str(source.pack))
+                self.given.add(str(source.copy))
             elif source not in self.sources:
                 self._learn(source)
 
@@ -103,10 +103,10 @@ class _Writer:
         packed: dict[str, Any] = {}
         gives = {name: f"{node.name}.{name}" for name in self.statistics.get(node.name, ())}
         for d in decisions:
-            if d.pack is None or (d.read.operand == "result" and not d.derived):
+            if d.copy is None or (d.read.operand == "result" and not d.derived):
                 packed[d.read.operand] = (d.codec, dict(d.options))
-                if d.pack is not None and (len(self.by_key[d.pack]) > 1 or d.pack in self.given):
-                    gives["result"] = d.pack
+                if d.copy is not None and (len(self.by_key[d.copy]) > 1 or d.copy in self.given):
+                    gives["result"] = d.copy
             else:
                 packed[d.read.operand] = self._copy(d, node)
         if rule is not CHECKPOINT:  # whose other inputs are arguments of the region
@@ -157,7 +157,7 @@ class _Writer:
 
     def _copy(self, decision: Decision, reader: fx.Node) -> fx.Node:
         """The node that makes the packed copy; inserted before its first reader."""
-        key = str(decision.pack)
+        key = str(decision.copy)
         if key not in self.copies:
             with self.graph.inserting_before(reader):
                 if decision.derived:

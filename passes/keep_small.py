@@ -35,7 +35,7 @@ def keep_small(plan: Plan) -> Plan:
     kept = _keeping(small, plan, pairs)
     if not _are_derived(kept):  # what is kept whole and written to later, nothing is made from
         used = unpacked(plan)
-        small -= {s.name for s, mine in pairs if any(d.pack in used for d in mine)}
+        small -= {s.name for s, mine in pairs if any(d.copy in used for d in mine)}
         kept = _keeping(small, plan, pairs)
     return replace(kept, bodies=bodies)
 

@@ -162,7 +162,7 @@ class Decision:
     options: Options = field(default_factory=dict)
     nbytes: int = 0  # of the packed parts; readers that share one copy count it once
     reason: str = ""  # why it is kept
-    pack: str | None = None  # the key of the packed copy that it shares with others
+    copy: str | None = None  # the key of the packed copy that it shares with others
     own: bool = False  # chosen by a rule of the user's own, not by a preset's
     derived: str = ""  # the node whose result is made again from what is packed of its operands
     note: str = ""  # in what it differs from what was asked for, and why
@@ -204,9 +204,9 @@ class Plan:
     decisions: tuple[Decision, ...] = ()
     bodies: dict[str, Plan] = field(default_factory=dict)
 
-    def everything(self) -> tuple[Plan, ...]:
+    def with_bodies(self) -> tuple[Plan, ...]:
         """This plan and those of all nested graphs."""
-        return (self, *(p for body in self.bodies.values() for p in body.everything()))
+        return (self, *(p for body in self.bodies.values() for p in body.with_bodies()))
 
     def __str__(self) -> str:
         """A line for each read: who reads it, how, its codec, its bytes, and why it is kept."""
@@ -231,7 +231,7 @@ def _lines(site: Site, decisions: tuple[Decision, ...]) -> Iterator[tuple[str, .
         if decision is None:
             codec, size, why = "", "", site.alive or read.obstacle
         else:
-            copy = f"copy {decision.pack}" if decision.pack else ""
+            copy = f"copy {decision.copy}" if decision.copy else ""
             derived = f"from {decision.derived}" if decision.derived else ""
             codec = decision.spelled
             size = f"{decision.nbytes:,} B" if decision.packed else ""

@@ -46,7 +46,7 @@ def share_packed(plan: Plan) -> Plan:
                     codec=chosen.codec,
                     options=chosen.options,
                     nbytes=chosen.nbytes,
-                    pack=f"{group[0].read.source}#{number}",
+                    copy=f"{group[0].read.source}#{number}",
                 )
             number += 1
     bodies = {name: share_packed(body) for name, body in plan.bodies.items()}
@@ -146,7 +146,7 @@ def _let_go(plan: Plan, decisions: tuple[Decision, ...]) -> tuple[Decision, ...]
     swapped, out = swapped_nodes(decisions), []
     for _, mine in by_site(plan.sites, decisions):
         mine = [
-            replace(d, codec="drop", options={}, nbytes=0, reason="", pack=None)
+            replace(d, codec="drop", options={}, nbytes=0, reason="", copy=None)
             if not d.packed and d.read.node in swapped and _is_inside(d)
             else d
             for d in mine
@@ -182,7 +182,7 @@ def value_of(decision: Decision) -> tuple[object, ...]:
 def _never_larger(
     plan: Plan, decisions: list[Decision] | tuple[Decision, ...]
 ) -> tuple[Decision, ...]:
-    """House rule 2, storage by storage."""
+    """Nothing is larger packed than dense: the check ``never_larger``."""
     if plan.config.force:
         return tuple(decisions)
     out: list[Decision] = []
@@ -211,7 +211,7 @@ def packed_bytes(decisions: list[Decision]) -> int:
     seen: set[str] = set()
     total = 0
     for decision in decisions:
-        if decision.packed and (decision.pack is None or decision.pack not in seen):
+        if decision.packed and (decision.copy is None or decision.copy not in seen):
             total += decision.nbytes
-            seen |= {decision.pack} if decision.pack else set()
+            seen |= {decision.copy} if decision.copy else set()
     return total

@@ -100,14 +100,14 @@ def served(plan: Plan) -> Iterator[str]:
 
 
 def reasons_given(plan: Plan) -> Iterator[str]:
-    """House rule 6: every kept read has a reason."""
+    """Every kept read has a reason."""
     for d in plan.decisions:
         if not d.packed and not d.reason:
             yield f"{d.read.label} is kept without a reason"
 
 
 def whole_or_none(plan: Plan) -> Iterator[str]:
-    """House rule 1: no storage is packed for one reader and kept by another, or alive anyway."""
+    """No storage is packed for one reader and kept by another, or alive anyway."""
     if plan.config.force:
         return
     for site, decisions in by_site(plan.sites, plan.decisions):
@@ -120,7 +120,7 @@ def whole_or_none(plan: Plan) -> Iterator[str]:
 
 
 def never_larger(plan: Plan) -> Iterator[str]:
-    """House rule 2: what is packed takes less room than the dense storage."""
+    """What is packed takes less room than the dense storage."""
     if plan.config.force:
         return
     for site, decisions in by_site(plan.sites, plan.decisions):
@@ -130,16 +130,16 @@ def never_larger(plan: Plan) -> Iterator[str]:
 
 
 def one_copy(plan: Plan) -> Iterator[str]:
-    """House rule 3: one value, one packed copy, in one format."""
+    """One value, one packed copy, in one format."""
     formats: dict[str, set[str]] = defaultdict(set)
     values: dict[str, set[object]] = defaultdict(set)
     copies: dict[object, set[str]] = defaultdict(set)
     for d in plan.decisions:
-        if d.pack is not None and not d.derived:
+        if d.copy is not None and not d.derived:
             value = value_of(d)
-            formats[d.pack].add(f"{d.codec} {d.options}")
-            values[d.pack].add(value)
-            copies[value].add(d.pack)
+            formats[d.copy].add(f"{d.codec} {d.options}")
+            values[d.copy].add(value)
+            copies[value].add(d.copy)
     for key, found in formats.items():
         if len(found) > 1:
             yield f"copy '{key}' has {len(found)} formats: {sorted(found)}"
@@ -289,8 +289,8 @@ def graph_follows_decisions(plan: Plan) -> Iterator[str]:
             got = "derived {}" if how.target is derived else asked
         elif not isinstance(how, fx.Node):
             got = f"{how[0]} {how[1]}"
-        if isinstance(how, fx.Node) and decision.pack is not None:
-            made[decision.pack].add(how)
+        if isinstance(how, fx.Node) and decision.copy is not None:
+            made[decision.copy].add(how)
         if asked != got:
             yield f"{label} is packed as {got} and was to be {asked}"
     for key, nodes in made.items():

@@ -104,14 +104,14 @@ def test_what_to_pack(factories: str, capsys: pytest.CaptureFixture[str], tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "timm:resnet8"], "timm has no model 'resnet8'. Did you mean resnet"),
+        (["--model", "timm:resnet8"], "timm has no model 'resnet8'. Did you mean 'resnet"),
         (["--model", "torchvision:resnt18"], "torchvision has no model 'resnt18'. Did you mean"),
         (["--model", "resnet18"], "'resnet18' is no model: write timm:NAME, torchvision:NAME"),
         (
             ["--model", "tim:resnet18"],
-            "no module 'tim' to import 'resnet18' from. Did you mean timm",
+            "no module 'tim' to import 'resnet18' from. Did you mean 'timm",
         ),
-        (["--model", "cli_factories:mpl"], "has no function 'mpl'. Did you mean mlp"),
+        (["--model", "cli_factories:mpl"], "has no function 'mpl'. Did you mean 'mlp"),
         (["--model", "cli_factories:number"], "cli_factories:number returned int; a module was"),
         (["--model", "cli_factories:untraceable"], "no tracer takes"),
         (["--model", "cli_factories:mlp", "--gamma", "2"], "gamma = 2.0 for codec 'mink'"),

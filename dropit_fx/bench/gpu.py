@@ -33,7 +33,8 @@ from dropit_fx.bench.gpu_rows import Row
 from dropit_fx.bench.gpu_tables import key, label, line_of_tests, said, tables
 from dropit_fx.bench.gpu_worker import Worker, run_tests
 from dropit_fx.bench.model_spec import find_device
-from dropit_fx.config import ConfigError, _did_you_mean
+from dropit_fx.config import ConfigError
+from dropit_fx.words import did_you_mean
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = Path("examples/figures")
@@ -107,7 +108,7 @@ def _any(name: str, globs: Sequence[str]) -> bool:
 def _check(globs: Sequence[str], names: Sequence[str]) -> None:
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
-            raise ConfigError(f"nothing to measure matches {glob!r}.{_did_you_mean(glob, names)}")
+            raise ConfigError(f"nothing to measure matches {glob!r}.{did_you_mean(glob, names)}")
 
 
 # The run ------------------------------------------------------------------------------------------

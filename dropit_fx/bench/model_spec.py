@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from dropit_fx.capture import example_inputs
 from dropit_fx.private import pytree
+from dropit_fx.words import closest
 
 LIBRARIES = ("timm", "torchvision")
 
@@ -99,7 +98,7 @@ def _timm(name: str, size: int | None) -> nn.Module:
     timm = _imported("timm", "demo")
     known = timm.list_models()
     if name.split(".")[0] not in known:
-        raise SpecError(f"timm has no model {name!r}.{_close(name, known)}")
+        raise SpecError(f"timm has no model {name!r}.{closest(name, known, 3)}")
     try:
         model: nn.Module = timm.create_model(name, **({} if size is None else {"img_size": size}))
     except TypeError:  # a convolutional model takes any size
@@ -110,7 +109,9 @@ def _timm(name: str, size: int | None) -> nn.Module:
 def _torchvision(name: str) -> nn.Module:
     models = _imported("torchvision", "").models
     if name not in models.list_models():
-        raise SpecError(f"torchvision has no model {name!r}.{_close(name, models.list_models())}")
+        raise SpecError(
+            f"torchvision has no model {name!r}.{closest(name, models.list_models(), 3)}"
+        )
     model: nn.Module = models.get_model(name, weights=None)
     return model
 
@@ -123,13 +124,13 @@ def _from_factory(module_name: str, name: str) -> tuple[nn.Module, tuple[Any, ..
     except ModuleNotFoundError as error:
         if error.name and not module_name.startswith(error.name):
             raise
-        hint = _close(module_name, LIBRARIES)
+        hint = closest(module_name, LIBRARIES, 3)
         raise SpecError(f"no module {error.name!r} to import {name!r} from.{hint}") from error
     factory = getattr(module, name, None)
     if not callable(factory):
         callables = [n for n, value in vars(module).items() if callable(value)]
         raise SpecError(
-            f"module {module_name!r} has no function {name!r}.{_close(name, callables)}"
+            f"module {module_name!r} has no function {name!r}.{closest(name, callables, 3)}"
         )
     made = factory()
     model, given = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
@@ -175,8 +176,3 @@ def _resized(tensor: Tensor, batch: int, size: int | None) -> Tensor:
         return torch.randn(shape, dtype=tensor.dtype)
     rows = tensor[torch.arange(batch) % tensor.shape[0]]  # codes keep their range
     return rows.expand(shape)
-
-
-def _close(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=3)
-    return f" Did you mean {' or '.join(close)}?" if close else ""

@@ -22,9 +22,10 @@ from torch import fx, nn
 
 from dropit_fx.bench.step import Rows, Runs, Task, table, take_turns
 from dropit_fx.compile import backend
-from dropit_fx.config import ConfigError, _did_you_mean
+from dropit_fx.config import ConfigError
 from dropit_fx.private import at_memory_budget, lookup_backend, recompiling
 from dropit_fx.report.plot import CODEC_COLOURS, INK, MIB, figure_class, finish
+from dropit_fx.words import did_you_mean
 
 BUDGETS = (0.5, 0.3, 0.1)
 PRESETS = ("balanced", "max", "dropit", "gact", "mesa", "fewbit", "lossless")
@@ -167,7 +168,7 @@ def choose(only: Sequence[str]) -> tuple[Variant, ...]:
     names = [v.name for v in every]
     for glob in only:
         if not any(fnmatchcase(name, glob) for name in names):
-            raise ConfigError(f"no variant matches {glob!r}.{_did_you_mean(glob, names)}")
+            raise ConfigError(f"no variant matches {glob!r}.{did_you_mean(glob, names)}")
     wanted = ("dense", *only) if only else ("*",)
     return tuple(v for v in every if any(fnmatchcase(v.name, glob) for glob in wanted))
 

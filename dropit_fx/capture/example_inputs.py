@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def settle(
+def resolve(
     model: nn.Module, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None
 ) -> Inputs:
     """The example inputs, guessed where none are given.

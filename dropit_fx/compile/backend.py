@@ -19,7 +19,7 @@ from dropit_fx.capture.expand import expand, opaque_nodes
 from dropit_fx.capture.fake import concrete_fakes, propagate
 from dropit_fx.compile.channels_last import channels_last
 from dropit_fx.compile.partition import KeepPacked, Partition, ReturnInputsAsTheyAre, in_turn
-from dropit_fx.config import Config, ConfigError, _did_you_mean, make_config
+from dropit_fx.config import Config, ConfigError, make_config
 from dropit_fx.passes import run_pipeline
 from dropit_fx.passes.choose_codecs import check_rules_matched
 from dropit_fx.passes.find_saved import FakeRunError
@@ -42,6 +42,7 @@ from dropit_fx.runtime.packed_call import (
     run_regions,
     stand_in,
 )
+from dropit_fx.words import closest, did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +151,7 @@ def _check_inductor_options(options: Mapping[str, Any]) -> None:
     legal = list_options()
     for key in options:
         if key.replace("-", "_") not in legal:
-            hint = _did_you_mean(key, (*OPTIONS, *legal)).split(" Choose one of")[0]
+            hint = closest(key, (*OPTIONS, *legal))
             raise ConfigError(
                 f"backend 'dropit' has no option {key!r}.{hint} Its own are: {', '.join(OPTIONS)};"
                 " others go to inductor (torch._inductor.list_options())."
@@ -202,7 +203,7 @@ def _inner(name: str) -> Inner:
         return _INNER[name]
     known = (*_INNER, *torch.compiler.list_backends(exclude_tags=()))
     if name in ("dropit", "dropit_eager") or name not in known:
-        raise ConfigError(f"no inner backend {name!r}.{_did_you_mean(name, known)}")
+        raise ConfigError(f"no inner backend {name!r}.{did_you_mean(name, known)}")
 
     def foreign(
         gm: fx.GraphModule,

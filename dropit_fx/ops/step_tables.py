@@ -28,7 +28,6 @@ The tables of :data:`FUNCTIONS` are stored beside this module. ``python -m dropi
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import math
 import sys
@@ -43,6 +42,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
+
+from dropit_fx.words import did_you_mean
 
 Pointwise = Callable[[Tensor], Tensor]
 
@@ -104,11 +105,8 @@ def table(name: str, bits: int) -> StepTable:
     if name in _REGISTERED:
         return _REGISTERED[name][bits]
     known = (*FUNCTIONS, *_REGISTERED)
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
     raise TableError(
-        f"no step table for {name!r}.{hint} Choose one of: {', '.join(known)};"
-        " or register the function."
+        f"no step table for {name!r}.{did_you_mean(name, known)} Or register the function."
     )
 
 

@@ -244,7 +244,7 @@ def _fresh_bytes(packed: list[Decision], counted: set[str]) -> int:
     """Bytes of the packed parts that no earlier row has counted."""
     total = 0
     for d in packed:
-        if d.pack is None or d.pack not in counted:
+        if d.copy is None or d.copy not in counted:
             total += d.nbytes
-            counted |= {d.pack} if d.pack else set()
+            counted |= {d.copy} if d.copy else set()
     return total

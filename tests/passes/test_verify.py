@@ -220,7 +220,7 @@ BROKEN: list[tuple[str, str, Callable[[Plan], Plan], str]] = [
     (
         "whole_or_none",
         "one reader packed, another not",
-        lambda p: decide(p, "linear_2.input", codec="keep", options={}, pack=None, reason="so"),
+        lambda p: decide(p, "linear_2.input", codec="keep", options={}, copy=None, reason="so"),
         "'relu' is packed for relu.result and kept for linear_2.input",
     ),
     (
@@ -249,13 +249,13 @@ BROKEN: list[tuple[str, str, Callable[[Plan], Plan], str]] = [
     (
         "one_copy",
         "two copies of one value",
-        lambda p: decide(p, "linear_2.input", pack="relu#1"),
+        lambda p: decide(p, "linear_2.input", copy="relu#1"),
         "one value has 2 copies: ['relu#0', 'relu#1']",
     ),
     (
         "one_copy",
         "one copy of two values",
-        lambda p: decide(p, "linear_3.input", codec="mink", options=MINK, pack="relu#0"),
+        lambda p: decide(p, "linear_3.input", codec="mink", options=MINK, copy="relu#0"),
         "copy 'relu#0' stands for 2 values",
     ),
     (
@@ -388,7 +388,7 @@ BROKEN: list[tuple[str, str, Callable[[Plan], Plan], str]] = [
     (
         "graph_follows_decisions",
         "one node for two copies",
-        lambda p: decide(p, "linear_2.input", pack="relu#1"),
+        lambda p: decide(p, "linear_2.input", copy="relu#1"),
         "2 values share fewer pack nodes",
     ),
 ]
