@@ -1,0 +1,133 @@
+"""CONTRIBUTING.md, followed to the letter in a copy of the package: its ops and its codec work."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+
+OPS = """
+import torch
+from torch import nn
+import dropit_fx
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x, y):
+        h = self.a(x)
+        return nn.functional.mse_loss(torch.sin(torch.mv(h, self.b(y))), y.cos() * h.sum(1))
+
+model, given = Model(), (torch.randn(64, 64), torch.randn(64))
+exact = {"rules": [{"op": "mv", "codec": "mink", "gamma": 0.0}], "preset": None, "force": True}
+exact["rules"].append({"op": "mse_loss", "codec": "quant", "bits": None})
+
+def step(run):
+    loss = run(*given)
+    return [loss, *torch.autograd.grad(loss, model.parameters())]
+
+options = {"config": exact}
+for made in (
+    dropit_fx.transform(model, exact, example_args=given),
+    torch.compile(model, backend="dropit_eager", options=options),
+):
+    for got, expected in zip(step(made), step(model), strict=True):
+        assert torch.equal(got, expected)
+packed = dropit_fx.transform(model, example_args=given)
+rows = [r for r in dropit_fx.report(packed).rows if "mv" in r.op or "mse_loss" in r.op]
+assert rows and all(r.kept_bytes < r.dense_bytes for r in rows if not r.reason), rows
+assert dropit_fx.measure.saved_bytes(packed, *given) == dropit_fx.report(packed).kept_bytes
+print("ops work")
+"""
+CODEC = """
+import torch
+from torch import nn
+import dropit_fx
+
+model, x = nn.Sequential(nn.Linear(64, 64), nn.Softsign(), nn.Linear(64, 8)), torch.randn(32, 64)
+config = {"preset": None, "rules": [{"op": "linear", "codec": "half", "dtype": "float16"}]}
+packed = dropit_fx.transform(model, config, example_args=(x,))
+report = dropit_fx.report(packed)
+assert "half" in str(report)
+assert report.kept_bytes == dropit_fx.measure.saved_bytes(packed, x) < report.dense_bytes
+for inner in ("aot_eager_decomp_partition", "inductor"):
+    options = {"config": config, "inner": inner}
+    fast = torch.compile(model, backend="dropit", options=options)
+    for run in (packed, fast):
+        got = torch.autograd.grad(run(x).square().sum(), model.parameters())
+        exact = torch.autograd.grad(model(x).square().sum(), model.parameters())
+        for a, b in zip(got, exact, strict=True):
+            torch.testing.assert_close(a, b, rtol=5e-3, atol=5e-3)
+    (partition,) = dropit_fx.backend.compiled_graphs()[-1].partitions
+    assert partition.packed_bytes == 32 * 64 * 2, partition
+try:
+    dropit_fx.transform(model, {"rules": [{"codec": "half", "dtype": "int8"}]}, example_args=(x,))
+except dropit_fx.ConfigError as error:
+    assert "'bfloat16' or 'float16'" in str(error)
+print("codec works")
+"""
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The package in a folder of its own, with its compiled kernels."""
+    shutil.copytree(ROOT / "dropit_fx", tmp_path / "dropit_fx")  # the link to passes/ is followed
+    return tmp_path
+
+
+def blocks(title: str) -> list[tuple[str, str]]:
+    """File and code of each block of a section."""
+    section = re.search(rf"^## {title}\n(.*?)^## ", TEXT, re.DOTALL | re.MULTILINE)
+    assert section
+    found = re.findall(r"^   ```python\n(.*?)^   ```", section[1], re.DOTALL | re.MULTILINE)
+    parts = [textwrap.dedent(code).partition("\n") for code in found]
+    return [(first.removeprefix("# "), rest) for first, _, rest in parts]
+
+
+def run(code: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def add(folder: Path, name: str, code: str, table: str) -> None:
+    """Puts code into a file, in front of the table that gets its names."""
+    file = folder / name
+    before, found, after = file.read_text().partition(table)
+    assert found, f"{name} has no {table!r}"
+    names = "".join(f"    {n},\n" for n in re.findall(r"^([A-Z_]+) = OpRule", code, re.MULTILINE))
+    file.write_text(f"{before}{code}\n\n{found}{names}{after}")
+
+
+def test_ops_that_are_added_as_the_guide_says_work(copy: Path) -> None:
+    for name, code in blocks("Add an op"):
+        if name.endswith("table.py"):
+            add(copy, name, code, "OP_RULES: tuple[OpRule, ...] = (\n")
+        else:
+            (copy / name).write_text((copy / name).read_text() + "\n\n" + code)
+    assert run(OPS, copy) == "ops work\n"
+
+
+@pytest.mark.slow
+def test_a_codec_that_is_added_as_the_guide_says_works(copy: Path) -> None:
+    ((name, code),) = blocks("Add a codec")
+    (copy / name).write_text(code)
+    listed = copy / "dropit_fx/codecs/__init__.py"
+    text = f"from dropit_fx.codecs.half import HALF\n{listed.read_text()}"
+    listed.write_text(text.replace("= (KEEP, ", "= (KEEP, HALF, "))
+    assert run(CODEC, copy) == "codec works\n"
