@@ -65,8 +65,8 @@ slice: $(VENV)/.installed-test
 	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 2 --dist worksteal -k 'not ($(LONG))' $(wildcard $(SLICE:%=tests/%) $(SLICE:%=tests/%.py))
 
 whole: $(VENV)/.installed-test
-	HF_HUB_OFFLINE=1 DROPIT_WHOLE=1 $(BIN)/pytest --numprocesses 2 --dist worksteal tests/test_pairs.py \
-		tests/test_bytes.py -k 'behind_every_other or compiled_case'
+	HF_HUB_OFFLINE=1 DROPIT_WHOLE=1 $(BIN)/pytest --numprocesses 2 --dist worksteal tests/ops/test_pairs.py \
+		tests/passes/test_bytes.py -k 'behind_every_other or compiled_case'
 
 # Random models, other ones with another SEED. WORKERS: processes. Prints the smallest program for each kind of
 # failure, and fails where there is one.
