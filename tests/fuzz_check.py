@@ -150,10 +150,6 @@ class Subject:
         made: nn.Module = self.space["Program"]()
         return made.train(self.program.training)
 
-    @property
-    def has_regions(self) -> bool:
-        return "checkpoint(" in self.program.source
-
     @contextmanager
     def without_regions(self) -> Iterator[None]:
         """What the program checkpoints, it calls as it is."""
@@ -600,17 +596,15 @@ class Trial:
     def _dense_bytes(self, told: int) -> int | None:
         """What the graph keeps dense that is rewritten.
 
-        ``transform`` traces through regions, which are recomputed no more; Dynamo's graph leaves
-        out what no backward reads, such as inputs that a region does not use.
+        Inputs that a region does not use are left out of it, as Dynamo leaves them out, and what
+        no backward reads is left out of Dynamo's.
         """
         yard, subject = self.yard, self.yard.subject
-        if told == yard.bytes or (self.way == "transform" and not subject.has_regions):
+        regions = "checkpoint(" in subject.program.source
+        if told == yard.bytes or (self.way == "transform" and not regions):
             return yard.bytes
-        if self.way == "transform":
-            with subject.without_regions():
-                return _saved(subject, subject.model())
         torch._dynamo.reset()
-        return _saved(subject, torch.compile(subject.model(), backend=INNER[self.way]))
+        return _saved(subject, torch.compile(subject.model(), backend=INNER.get(self.way, "eager")))
 
 
 class Pieces:
@@ -652,11 +646,14 @@ class Pieces:
 
 
 def _copied(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a graph module that shares its tensors."""
+    """A copy of a graph module that shares its tensors, and knows where its nodes are from."""
     tensors = itertools.chain(gm.parameters(), gm.buffers())
     memo = {id(t): t for t in tensors}
     memo |= {id(v): v for v in vars(gm).values() if isinstance(v, Tensor)}
-    return copy.deepcopy(gm, memo)
+    made = copy.deepcopy(gm, memo)
+    for node, original in zip(made.graph.nodes, gm.graph.nodes, strict=True):
+        node.meta = dict(original.meta)  # which regions it is in, for one
+    return made
 
 
 @contextmanager
