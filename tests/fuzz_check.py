@@ -334,6 +334,8 @@ def _numbered(tensors: list[Tensor]) -> dict[str, Tensor]:
 def _near(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
+    if a.is_complex():
+        return _near(torch.view_as_real(a), torch.view_as_real(b))
     if not a.is_floating_point():
         return bool(torch.equal(a, b))
     rough = a.dtype in (torch.bfloat16, torch.float16)
@@ -796,13 +798,18 @@ def _dense_compiled(yard: Yardstick, way: str, count: int) -> list[Outcome] | No
     """The dense model on the same backend; None where it cannot run there."""
     torch._dynamo.reset()
     model = yard.subject.model()
-    return steps(torch.compile(model, backend=INNER[way]), model, yard.subject, count)
+    try:
+        return steps(torch.compile(model, backend=INNER[way]), model, yard.subject, count)
+    except Exception:
+        return None
 
 
 def _dense_fails(yard: Yardstick, way: str) -> str:
     """The exception that the dense model raises on that backend, or nothing."""
+    torch._dynamo.reset()
+    model = yard.subject.model()
     try:
-        _dense_compiled(yard, way, 1)
+        steps(torch.compile(model, backend=INNER[way]), model, yard.subject, 1)
     except Exception as error:
         return type(error).__name__
     return ""
