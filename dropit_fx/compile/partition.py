@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import logging
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,8 +172,12 @@ class KeepPacked(CustomPartitionerFn):
         static = kwargs.get("static_lifetime_input_indices") or ()
 
         def cut(budget: float) -> tuple[Graphs, Partition]:
+            fixed = count + len(packed)
             with at_memory_budget(budget):
-                graphs = self.base(gm, joint_inputs, num_fwd_outputs=count + len(packed), **kwargs)
+                graphs = self.base(gm, joint_inputs, num_fwd_outputs=fixed, **kwargs)
+                if lost := _saved_and_overwritten(graphs[0], fixed):
+                    _copy_before_they_are_overwritten(gm, lost)
+                    graphs = self.base(gm, joint_inputs, num_fwd_outputs=fixed, **kwargs)
             _drop_outputs(graphs[0], slice(count, count + len(packed)))
             _read_what_was_packed(graphs[0])
             return graphs, read_partition(*graphs, count, static)
@@ -221,6 +225,37 @@ class KeepPacked(CustomPartitionerFn):
                 break
             share *= max(asked - packed, 0) / (found[1].saved_bytes - packed)
         return graphs, partition
+
+
+def _saved_and_overwritten(forward: fx.GraphModule, fixed: int) -> set[str]:
+    """Inputs that a backward is to make something from again, and that the forward writes into."""
+    saved = forward.graph.find_nodes(op="output")[0].args[0][fixed:]
+    writes = forward.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+    written = {n.args[0] for n in writes}
+    return {n.name for n in saved if n in written and n.op == "placeholder"}
+
+
+def _copy_before_they_are_overwritten(joint: fx.GraphModule, names: Collection[str]) -> None:
+    """Has the ops of a joint graph read copies of these inputs, and the copies never recomputed.
+
+    PyTorch's partitioner saves such an input itself, and its new values are read in the backward:
+    compiled by inductor, the gradient is wrong without a word.
+    """
+    graph = joint.graph
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    for given in [n for n in graph.find_nodes(op="placeholder") if n.name in names]:
+        with graph.inserting_before(first):
+            held = graph.call_function(torch.ops.aten.clone.default, (given,))
+        value = given.meta[VALUE]
+        with value.fake_mode:
+            held.meta |= {VALUE: value.clone(), POLICY: CheckpointPolicy.MUST_SAVE}
+        given.replace_all_uses_with(
+            held,
+            delete_user_cb=lambda user, held=held: (
+                user is not held and user.target is not torch.ops.aten.copy_.default
+            ),
+        )
+    joint.recompile()
 
 
 def _draws(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -440,3 +440,29 @@ def test_a_compiler_computes_the_statistics_of_a_batch_norm_and_of_its_packing_o
     traced.graph.eliminate_dead_code()
     once = fx_graph_cse(traced.graph)
     assert len([n for n in once.nodes if n.target is torch.ops.aten.var_mean.correction]) == 1
+
+
+class WritesItsInput(nn.Module):
+    """What the backward reads was made from an input that is overwritten afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        clipped = torch.nn.functional.relu6(x.view(-1)).view(4, 8)
+        x *= 3
+        return clipped * self.weight
+
+
+@pytest.mark.parametrize("inner", ["aot_eager_decomp_partition", "inductor"])
+def test_nothing_is_recomputed_from_an_input_that_has_been_overwritten(inner: str) -> None:
+    """PyTorch's own backends raise an error (AOT), or give a wrong gradient (inductor)."""
+    model, x = WritesItsInput(), torch.randn(4, 8)
+    model(x.clone()).sum().backward()
+    expected, model.weight.grad = model.weight.grad, None
+    options = {"preset": "lossless", "inner": inner}
+    given = x.clone()
+    torch.compile(model, backend="dropit", options=options)(given).sum().backward()
+    assert torch.equal(model.weight.grad, expected)
+    assert torch.equal(given, 3 * x)
