@@ -29,7 +29,7 @@ Format = tuple[int, int, int, int, bool]  # keep, block, bits, layout, stochasti
 
 @pytest.mark.parametrize(("dtype", "formats"), [("float32", 17), ("bfloat16", 9), ("float16", 9)])
 def test_same_bits_as_the_reference(dtype: str, formats: int) -> None:
-    script = Path(__file__).with_name("triton_interpreted.py")
+    script = Path(__file__).parents[1] / "triton_interpreted.py"
     run = subprocess.run([sys.executable, script, dtype], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout == f"{formats} formats equal\n"

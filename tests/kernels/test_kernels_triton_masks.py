@@ -31,7 +31,7 @@ from dropit_fx.kernels.triton import windows as triton_windows
     ],
 )
 def test_same_bits_as_the_reference(what: str, said: str) -> None:
-    script = Path(__file__).with_name("triton_interpreted_masks.py")
+    script = Path(__file__).parents[1] / "triton_interpreted_masks.py"
     run = subprocess.run([sys.executable, script, what], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout == f"{said}\n"
