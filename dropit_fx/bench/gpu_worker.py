@@ -122,6 +122,14 @@ class Worker:
 # The tests ----------------------------------------------------------------------------------------
 
 
+# Started in the background of a shell, a process ignores what ends its tests in time.
+PYTEST = """
+import signal, sys, pytest
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
 def run_tests(folder: str, rehearse: bool, limit: float) -> Row:
     """Runs the tests of a folder with this interpreter; ends them after ``limit`` seconds.
 
@@ -131,7 +139,7 @@ def run_tests(folder: str, rehearse: bool, limit: float) -> Row:
     """
     if importlib.util.find_spec("pytest") is None:
         return {"error": "pytest is not installed"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", folder, "--tb=short"]
+    command = [sys.executable, "-c", PYTEST, "-q", "-p", "no:cacheprovider", folder, "--tb=short"]
     if importlib.util.find_spec("xdist") and not rehearse:
         processes = max(1, min(8, (os.cpu_count() or 1) // 2))
         command += ["--numprocesses", str(processes), "--dist", "worksteal"]
