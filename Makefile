@@ -18,7 +18,7 @@ LONG := within_float_rounding and (convnext or swin or t5 or efficientnet)
 .PHONY: help demo study examples figures gpu test slice whole fuzz lint format wheel clean
 
 help:
-	@echo "make demo     three minutes: a step dense and packed, the report as a page, a short training"
+	@echo "make demo     two minutes: a step dense and packed, the report as a page, a short training"
 	@echo "make study    train on scikit-learn's digits with several seeds, eager and compiled"
 	@echo "make examples run every example with its defaults"
 	@echo "make figures  measure what the documents say, and write it there"

@@ -1,4 +1,4 @@
-"""What dropit_fx is for, in about three minutes on two cores.
+"""What dropit_fx is for, in a minute or two on two cores.
 
     python examples/demo.py --out build/demo
 
@@ -58,7 +58,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, help="of the step's images (default: the model's own)")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each")
     parser.add_argument("--preset", default="balanced")
-    parser.add_argument("--epochs", type=int, default=6, help="of the training")
+    parser.add_argument("--epochs", type=int, default=12, help="of the training")
     parser.add_argument("--limit", type=int, help="so many digits (default: all)")
     parser.add_argument("--out", type=Path, default=Path("build/demo"), metavar="DIR")
     return parser
