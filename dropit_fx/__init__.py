@@ -1,6 +1,6 @@
 """Train neural networks in less memory, by rewriting their graph."""
 
-from dropit_fx import logs, measure
+from dropit_fx import backend, graph_module, logs, measure, packed_call, partition
 from dropit_fx.api import transform
 from dropit_fx.capture.trace import CaptureError
 from dropit_fx.check import Check, check
@@ -17,9 +17,13 @@ __all__ = [
     "Config",
     "ConfigError",
     "Report",
+    "backend",
     "check",
+    "graph_module",
     "load_config",
     "measure",
+    "packed_call",
+    "partition",
     "pointwise",
     "report",
     "transform",

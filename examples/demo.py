@@ -43,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
     console.rule("a small ViT learns digits")
-    words = f"--models vit --presets {options.preset} --seeds 1 --no-compile --rounds 10"
+    once = ["--models", "vit", "--seeds", "1", "--no-compile", "--rounds", "10"]
     limit = [] if options.limit is None else ["--limit", str(options.limit)]
     epochs = ["--epochs", str(options.epochs), "--out", str(options.out)]
-    return digits.main([*words.split(), *limit, *epochs])
+    return digits.main([*once, "--presets", options.preset, *limit, *epochs])
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -175,7 +175,9 @@ class Decision:
     @property
     def spelled(self) -> str:
         """The codec as people read it: ``mink(gamma=0.5, bits=4)``."""
-        shown = [f"{k}={self.options[k]}" for k in ("gamma", "bits") if self.options.get(k)]
+        shown = [
+            f"{k}={v}" for k, v in self.options.items() if k in ("gamma", "bits") and v is not None
+        ]
         return self.codec + (f"({', '.join(shown)})" if shown else "")
 
 
@@ -210,7 +212,8 @@ class Plan:
 
     def __str__(self) -> str:
         """A line for each read: who reads it, how, its codec, its bytes, and why it is kept."""
-        lines = [line for site in self.sites for line in _lines(site, self.decisions)]
+        decisions = iter(self.decisions)
+        lines = [line for site in self.sites for line in _lines(site, decisions)]
         lines = [HEAD, *lines] if lines else []
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         padded = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
@@ -222,11 +225,10 @@ class Plan:
 HEAD = ("value", "read by", "use", "dense", "kept by", "bytes", "")
 
 
-def _lines(site: Site, decisions: tuple[Decision, ...]) -> Iterator[tuple[str, ...]]:
-    """The reads of one storage; its bytes stand beside the first of them."""
-    made = {(d.read.node, d.read.operand): d for d in decisions}
+def _lines(site: Site, decisions: Iterator[Decision]) -> Iterator[tuple[str, ...]]:
+    """The reads of one storage, each with the next decision; its bytes beside the first of them."""
     for number, read in enumerate(site.reads):
-        decision = made.get((read.node, read.operand))
+        decision = next(decisions, None)
         dense = f"{site.nbytes:,} B" if number == 0 else ""
         if decision is None:
             codec, size, why = "", "", site.alive or read.obstacle

@@ -73,6 +73,8 @@ try:
     dropit_fx.transform(model, {"rules": [{"codec": "half", "dtype": "int8"}]}, example_args=(x,))
 except dropit_fx.ConfigError as error:
     assert "'bfloat16' or 'float16'" in str(error)
+else:
+    raise AssertionError("int8 is no legal option")
 print("codec works")
 """
 

@@ -1,6 +1,8 @@
 """The order of the rooms: what a room may import, and that no two modules import each other."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -82,3 +84,14 @@ def test_every_room_says_what_it_is_for() -> None:
     for path in rooms:
         said = ast.get_docstring(ast.parse((path / "__init__.py").read_text())) or ""
         assert len(said.splitlines()) > 1, f"{path.name}/__init__.py says too little"
+
+
+def test_names_of_before_are_the_modules_of_the_rooms() -> None:
+    """In a process of its own: here other tests may have imported them."""
+    code = f"import dropit_fx; print(*[getattr(dropit_fx, n).__name__ for n in {ALIASES}])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
+    )
+    named = [name.rpartition(".") for name in done.stdout.split()]
+    assert [name for _, _, name in named] == list(ALIASES)
+    assert {package.removeprefix("dropit_fx.") for package, _, _ in named} <= set(LEVEL)

@@ -16,22 +16,22 @@ from dropit_fx.bench.kernels import bench_kernels
 
 
 def kernels(**options: Any) -> dict[str, Any]:
-    """``bench_kernels.bench_kernels``."""
+    """``dropit_fx.bench.kernels.bench_kernels``."""
     return bench_kernels(**options)
 
 
 def formats(**options: Any) -> list[dict[str, Any]]:
-    """``bench_formats.bench_formats``."""
+    """``dropit_fx.bench.formats.bench_formats``."""
     return bench_formats(**options)
 
 
 def gradients(**options: Any) -> list[dict[str, Any]]:
-    """``bench_gradients.bench_gradients``."""
+    """``dropit_fx.bench.gradients.bench_gradients``."""
     return bench_gradients(**options)
 
 
 def gpu(**options: Any) -> dict[str, Any]:
-    """``bench_gpu.bench_gpu``."""
+    """``dropit_fx.bench.gpu.bench_gpu``."""
     from dropit_fx.bench.gpu import bench_gpu  # which imports inductor: seconds
 
     return bench_gpu(**options)

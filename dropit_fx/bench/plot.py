@@ -132,7 +132,7 @@ def gpu_picture(result: Mapping[str, Any], path: str | PathLike[str]) -> None:
     """Draws peak memory over time of the models' steps, one panel a model; down and left is better.
 
     Args:
-        result: What ``bench_gpu.bench_gpu`` returns.
+        result: What ``bench.gpu.bench_gpu`` returns.
         path: Its suffix says the format: PNG, SVG, PDF.
 
     Raises:

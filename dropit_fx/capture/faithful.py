@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from dropit_fx.capture.fake import fake_mode_of, fake_state, fakes_of
-from dropit_fx.capture.provenance import error_line, first_line
+from dropit_fx.capture.provenance import OURS, error_line, first_line
 from dropit_fx.capture.untouched import Change, untouched
 from dropit_fx.private import (
     HOOK_DICTS,
@@ -51,7 +51,6 @@ _WORD = (1 << 61) - 1
 _SAME = ("aten::clone", "aten::lift_fresh", "aten::lift_fresh_copy", "aten::slice_backward")
 _OVERWRITTEN = "modified by an inplace operation"
 _HOOKS = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
-_OURS = __file__.rpartition("/capture/")[0]
 _INSIDE = "_dropit_hooks_inside"  # of a class whose forward runs PyTorch's hooks
 
 
@@ -525,7 +524,7 @@ class _Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         line = module = ""
         while frame is not None and (not line or not module):
             code = frame.f_code
-            theirs = "/torch/" not in code.co_filename and not code.co_filename.startswith(_OURS)
+            theirs = "/torch/" not in code.co_filename and not code.co_filename.startswith(OURS)
             if not line and theirs and "<" not in code.co_filename:
                 line = f"{code.co_filename}:{frame.f_lineno}"
             owner = frame.f_locals.get("self") if code.co_argcount else None

@@ -10,7 +10,7 @@ from torch import fx
 
 from dropit_fx.private import MODULES, TRACE
 
-_OURS = str(Path(__file__).parent.parent)
+OURS = str(Path(__file__).parent.parent)  # where no line of the user stands
 
 
 def node_where(node: fx.Node) -> str:
@@ -22,7 +22,7 @@ def node_where(node: fx.Node) -> str:
         if line.startswith("File "):
             name, _, rest = line.removeprefix("File ").partition(", line ")
             name, number = name.strip('"'), rest.split(",")[0]
-            if "/torch/" not in name and not name.startswith(_OURS):
+            if "/torch/" not in name and not name.startswith(OURS):
                 best = f"{name}:{number}"
     return best
 
@@ -52,7 +52,7 @@ def first_line(error: BaseException) -> str:
 def error_line(error: BaseException) -> str:
     """``file:line: code`` of the innermost frame that is the user's: not of torch, not ours."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = (torch.__path__[0], _OURS)
+    ours = (torch.__path__[0], OURS)
     theirs = [f for f in frames if not f.filename.startswith(ours) and "<" not in f.filename]
     for line in str(error).splitlines():  # torch.export tells the user's line in its message
         line = line.strip()

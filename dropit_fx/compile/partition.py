@@ -229,10 +229,14 @@ class KeepPacked(CustomPartitionerFn):
 
 def _saved_and_overwritten(forward: fx.GraphModule, fixed: int) -> set[str]:
     """Inputs that a backward is to make something from again, and that the forward writes into."""
-    saved = forward.graph.find_nodes(op="output")[0].args[0][fixed:]
+    given = set(forward.graph.find_nodes(op="placeholder"))
     writes = forward.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
-    written = {n.args[0] for n in writes}
-    return {n.name for n in saved if n in written and n.op == "placeholder"}
+    written = [n.args[0] for n in writes if n.args[0] in given]
+    if not written:
+        return set()
+    out = forward.graph.find_nodes(op="output")[0]
+    saved = {_storage(n) for n in out.args[0][fixed:] if isinstance(n, fx.Node)} - {-1}
+    return {n.name for n in written if _storage(n) in saved}  # itself, or a view of it
 
 
 def _copy_before_they_are_overwritten(joint: fx.GraphModule, names: Collection[str]) -> None:

@@ -275,3 +275,8 @@ def test_the_device_cpu_is_the_default(tmp_path: Path, capsys: pytest.CaptureFix
         assert written["device"] == "cpu"
         found.append({n: r["saved_bytes"] for n, r in written["variants"].items()})
     assert found[0] == found[1]
+
+
+def test_what_measures_nothing_is_named_as_it_is_called() -> None:
+    names = {path.name for path in bench_gpu.ROOT.rglob("*.py")}
+    assert set(bench_gpu.NO_FIGURES) <= names

@@ -342,7 +342,7 @@ def words_in(function: Any) -> set[str]:
 def passed_over(rule: OpRule, function: Any) -> set[str]:
     """The parameters that a function of a row does not read, and its obstacle does not name.
 
-    Whether a call writes in place is read for every row (``op_table.is_inplace``).
+    Whether a call writes in place is read for every row (``ops.table.is_inplace``).
     """
     parameters = set(inspect.signature(function).parameters)
     return parameters - variables_read(function) - words_in(rule.obstacle) - {"inplace"}

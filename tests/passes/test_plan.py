@@ -58,6 +58,14 @@ def test_a_plan_without_reads_says_so() -> None:
     assert str(plan) == "nothing is saved"
 
 
+def test_a_codec_is_spelled_with_what_was_chosen_of_it() -> None:
+    rules = [{"codec": "mink", "gamma": 0.0, "bits": None}]
+    made = dropit_fx.transform(
+        network(), {"preset": None, "rules": rules, "force": True}, example_args=(X,)
+    )
+    assert "mink(gamma=0.0)" in {row.codec for row in dropit_fx.report(made).rows}
+
+
 def test_one_line_for_each_graph_that_is_compiled(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="dropit_fx.compile"):
         step(torch.compile(network(), backend="dropit_eager", options={"preset": "max"}))
