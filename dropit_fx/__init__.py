@@ -1,6 +1,9 @@
 """Train neural networks in less memory, by rewriting their graph."""
 
-from dropit_fx import backend, graph_module, logs, measure, packed_call, partition
+import importlib
+from typing import Any
+
+from dropit_fx import logs, measure
 from dropit_fx.api import transform
 from dropit_fx.capture.trace import CaptureError
 from dropit_fx.check import Check, check
@@ -17,14 +20,17 @@ __all__ = [
     "Config",
     "ConfigError",
     "Report",
-    "backend",
     "check",
-    "graph_module",
     "load_config",
     "measure",
-    "packed_call",
-    "partition",
     "pointwise",
     "report",
     "transform",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The modules' names of before, when they are asked for: the compiler takes time to load."""
+    if name in {"backend", "graph_module", "packed_call", "partition"}:
+        return importlib.import_module(f"dropit_fx.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
