@@ -23,7 +23,8 @@ from dropit_fx.passes.derive_values import bases_of, recipe
 from dropit_fx.passes.plan import Decision, Plan
 from dropit_fx.passes.share_packed import CAST, UNREAD
 from dropit_fx.private import ORIGIN
-from dropit_fx.runtime.packed_call import PACKED_OPS, derived, pack, stand_in
+from dropit_fx.runtime.packed_call import PACKED_OPS, derived, pack
+from dropit_fx.runtime.regions import stand_in
 
 KEEP: tuple[str, dict[str, Any]] = ("keep", {})
 DROP: tuple[str, dict[str, Any]] = ("drop", {})
