@@ -14,15 +14,21 @@ from dropit_fx.codecs.codec import Codec
 from dropit_fx.ops.table import DERIVABLE, inputs_of
 from dropit_fx.private import native_batch_norm_legit
 from dropit_fx.runtime.tensor_spec import (
-    Layout,
+    TensorSpec,
     flatten,
     in_order,
-    layout_of,
     memory_order,
+    spec_of,
     unflatten,
 )
 
 PACKING = {"dropit": "pack"}  # marks the nodes of a joint graph for ``partition.KeepPacked``
+
+
+DERIVED = "derived"  # in the place of a codec: made again, by a recipe
+KEEP: tuple[str, dict[str, Any]] = ("keep", {})  # in ``packed=`` of a call: the tensor as it is
+DROP: tuple[str, dict[str, Any]] = ("drop", {})  # and: its shape alone
+Settings = tuple[tuple[str, Any], ...]  # options of a codec, in plain values for Dynamo's sake
 
 
 class Packed(NamedTuple):
@@ -30,26 +36,44 @@ class Packed(NamedTuple):
 
     parts: tuple[Tensor, ...]
     codec: str
-    options: tuple[tuple[str, Any], ...]
+    options: Settings
     dtype: torch.dtype
 
 
-class Entry(NamedTuple):
-    """How one operand is held between forward and backward, in plain values for Dynamo's sake."""
+class Kept(NamedTuple):
+    """How an operand is kept between forward and backward."""
 
     operand: str
-    codec: str  # 'keep': the dense tensor
-    options: tuple[tuple[str, Any], ...]
-    dtype: torch.dtype
-    tensors: int  # in save_for_backward
+    codec: str  # of CODEC, or DERIVED; "keep": the dense tensor
+    options: Settings = ()
+    dtype: torch.dtype | None = None  # of what is read back; None: not packed yet
+    tensors: int = 1  # that hold it; 0: an argument or the result, as it is
 
 
-def entry_of(operand: str, packed: Packed) -> Entry:
-    """How ``packed`` is held as ``operand``."""
-    return Entry(operand, packed.codec, packed.options, packed.dtype, len(packed.parts))
+class Recipe(NamedTuple):
+    """How the result of a call is made again, from what is kept of its arguments."""
+
+    rule_name: str
+    plain: tuple[Any, ...]  # all arguments, None in the place of tensors
+    kept: tuple[Kept, ...]  # the tensors,
+    specs: tuple[TensorSpec, ...]  # and what each is when it is read back
+    spec: TensorSpec  # of the result
 
 
-DERIVED = "derived"
+def kept_as(operand: str, packed: Packed) -> Kept:
+    """How ``operand`` is kept, of which there is a packed copy."""
+    return Kept(operand, packed.codec, packed.options, packed.dtype, len(packed.parts))
+
+
+def shared_out(
+    kept: Sequence[Kept], tensors: Sequence[Tensor]
+) -> list[tuple[Kept, tuple[Tensor, ...]]]:
+    """Each of ``kept`` with the tensors that hold it, which lie one behind the other."""
+    found, at = [], 0
+    for one in kept:
+        found.append((one, tuple(tensors[at : at + one.tensors])))
+        at += one.tensors
+    return found
 
 
 def channel_nbytes(shape: Sequence[int]) -> int:
@@ -105,7 +129,7 @@ def _run(shape: Sequence[int], order: list[int] | None) -> Any:
     return inner
 
 
-def buffers_of(codec: str, options: Sequence[tuple[str, Any]]) -> int:
+def buffers_of(codec: str, options: Settings) -> int:
     """How many tensors a packed operand is: the statistics of its channels may be two of them."""
     return CODEC[codec].buffers + 2 * bool(dict(options).get("by_channel"))
 
@@ -121,47 +145,50 @@ def parts_of(
     return (*parts, *statistics)
 
 
-def value_of(entry: Entry, parts: tuple[Tensor, ...], layout: Layout) -> Tensor:
-    """The dense tensor (or the slopes) that an entry stands for, in its layout."""
-    shape, _, order, _, _ = layout
-    if entry.codec == "keep":
-        return parts[0].to(entry.dtype)
-    if entry.codec == DERIVED:
-        flat = _derive(dict(entry.options)["recipe"], parts).to(entry.dtype)
-        return unflatten(flat, shape, order)
+def read_back(kept: Kept, parts: tuple[Tensor, ...], spec: TensorSpec) -> Tensor:
+    """The dense tensor (or the slopes) that ``parts`` stand for, laid out as ``spec`` says."""
+    shape, order, dtype = spec.shape, spec.order, kept.dtype
+    assert dtype is not None
+    if kept.codec == "keep":
+        return parts[0].to(dtype)
+    if kept.codec == DERIVED:
+        return unflatten(_derive(_recipe(kept), parts).to(dtype), shape, order)
     numel = 1
     for size in shape:
         numel = numel * size
-    options, codec = dict(entry.options), CODEC[entry.codec]
+    options, codec = dict(kept.options), CODEC[kept.codec]
     if not options.get("by_channel"):
-        return unflatten(codec.unpack(parts, options, numel, entry.dtype), shape, order)
+        return unflatten(codec.unpack(parts, options, numel, dtype), shape, order)
     *codes, mean, deviation = parts
     if parts[0].is_cuda and codec.unpack_channels is not None:
         given = tuple(codes), mean.view(-1), deviation.view(-1), _run(shape, order)
-        return unflatten(codec.unpack_channels(*given, options, numel, entry.dtype), shape, order)
-    value = unflatten(codec.unpack(tuple(codes), options, numel, entry.dtype), shape, order)
+        return unflatten(codec.unpack_channels(*given, options, numel, dtype), shape, order)
+    value = unflatten(codec.unpack(tuple(codes), options, numel, dtype), shape, order)
     return value.mul_(deviation).add_(mean)
 
 
 def unpack(packed: Packed, like: Tensor) -> Tensor:
     """What was packed, read back in the shape and the memory order of ``like``."""
-    return value_of(entry_of("x", packed), packed.parts, layout_of(like))
+    return read_back(kept_as("x", packed), packed.parts, spec_of(like))
 
 
-def _derive(recipe: tuple[Any, ...], parts: tuple[Tensor, ...]) -> Tensor:
+def _recipe(kept: Kept) -> Recipe:
+    recipe: Recipe = dict(kept.options)["recipe"]
+    return recipe
+
+
+def _derive(recipe: Recipe, parts: tuple[Tensor, ...]) -> Tensor:
     """Makes a derived value again: 1-D, in the memory order of the tensor that it stands for."""
-    rule_name, plain, entries, layouts, (_, _, order, _, _) = recipe
-    rule = DERIVABLE[rule_name]
+    rule = DERIVABLE[recipe.rule_name]
     assert rule.derive is not None
-    values, at = dict(zip(inputs_of(rule), plain, strict=True)), 0
-    for entry, layout in zip(entries, layouts, strict=True):
-        values[entry.operand] = value_of(entry, parts[at : at + entry.tensors], layout)
-        at += entry.tensors
-    return in_order(rule.derive(**values), order)
+    values = dict(zip(inputs_of(rule), recipe.plain, strict=True))
+    for (kept, own), spec in zip(shared_out(recipe.kept, parts), recipe.specs, strict=True):
+        values[kept.operand] = read_back(kept, own, spec)
+    return in_order(rule.derive(**values), recipe.spec.order)
 
 
-def is_rounded(entry: Entry) -> bool:
+def is_rounded(kept: Kept) -> bool:
     """Whether the value that is read back may differ from the one that was packed."""
-    if entry.codec == DERIVED:
-        return any(map(is_rounded, dict(entry.options)["recipe"][2]))
-    return not CODEC[entry.codec].lossless(dict(entry.options))
+    if kept.codec == DERIVED:
+        return any(map(is_rounded, _recipe(kept).kept))
+    return not CODEC[kept.codec].lossless(dict(kept.options))

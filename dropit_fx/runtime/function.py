@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,36 +14,32 @@ from dropit_fx.ops.autocasting import autocast_on
 from dropit_fx.ops.rule import OpRule
 from dropit_fx.ops.table import RULES, inputs_of
 from dropit_fx.private import dynamo_skips, is_view, storage_id, unsafe_view
-from dropit_fx.runtime.copies import DERIVED, Entry, buffers_of, is_rounded, parts_of, value_of
-from dropit_fx.runtime.tensor_spec import in_order, layout_of, memory_order, unflatten
+from dropit_fx.runtime.copies import DERIVED, Kept, is_rounded, parts_of, read_back, shared_out
+from dropit_fx.runtime.tensor_spec import in_order, memory_order, spec_of, unflatten
 
 
 class _SavedTensors(backwards.Saved):
     """Operand -> dense tensor, unpacked when read; operands that nobody saved are blank memory."""
 
     def __init__(self, ctx: Any) -> None:
-        self._slots: dict[str, tuple[Entry, tuple[Tensor, ...]]] = {}
-        tensors, at = ctx.saved_tensors, 0
-        for entry in ctx.entries:
-            self._slots[entry.operand] = entry, tensors[at : at + entry.tensors]
-            at += entry.tensors
-        self._layouts = ctx.layouts
+        slots = shared_out(ctx.kept, ctx.saved_tensors)
+        self._slots = {kept.operand: (kept, parts) for kept, parts in slots}
+        self._specs = ctx.specs
 
     def __getitem__(self, operand: str) -> Tensor:
-        layout = self._layouts[operand]
-        shape, strides, _, dtype, device = layout
+        spec = self._specs[operand]
         if operand in self._slots:
-            value = value_of(*self._slots[operand], layout)
+            value = read_back(*self._slots[operand], spec)
             # what other readers share may be packed before autocast lowers it for this one
-            return value.to(dtype) if value.is_floating_point() else value
+            return value.to(spec.dtype) if value.is_floating_point() else value
         # a formula asks for its shape only: the gradients that read its values are not wanted
-        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=spec.device)
 
     def masked(self, operand: str, grad: Tensor, off: float = 0.0) -> Tensor:
         """As the base class says."""
-        (shape, _, order, _, _), (_, parts) = self._layouts[operand], self._slots[operand]
-        out = torch.ops.dropit.apply_mask(parts[0], in_order(grad, order), off)
-        return unflatten(out, shape, order)
+        spec, (_, parts) = self._specs[operand], self._slots[operand]
+        out = torch.ops.dropit.apply_mask(parts[0], in_order(grad, spec.order), off)
+        return unflatten(out, spec.shape, spec.order)
 
     def rounded(self, operand: str) -> bool:
         """As the base class says."""
@@ -56,72 +52,63 @@ class _SavedTensors(backwards.Saved):
         return len(self._slots)
 
 
-Held = tuple[str, str, tuple[tuple[str, Any], ...]]  # operand, codec, options
-
-
 class PackedFunction(torch.autograd.Function):
     """Runs a row: its own forward, its formula in the backward, packed tensors in between.
 
-    ``apply(rule, needs, held, given, *args, *parts)``: ``held`` says how each operand that the op
-    makes itself is kept, ``given`` lists how the trailing ``parts`` belong to operands.
+    ``apply(rule, needs, to_keep, packed, *args, *parts)``: ``to_keep`` says how each operand is
+    kept that the call keeps by itself, ``packed`` to which operands the trailing ``parts`` belong.
     """
 
     @staticmethod
     def forward(
         rule_name: str,
         needs: tuple[str, ...],
-        held: tuple[Held, ...],
-        given: tuple[Entry, ...],
+        to_keep: tuple[Kept, ...],
+        packed: tuple[Kept, ...],
         *flat: Any,
     ) -> Any:
         """Runs the row; what it makes itself is packed here and returned behind the result."""
         rule = RULES[rule_name]
-        args = flat[: len(flat) - sum(e.tensors for e in given)]
-        out, made = (rule.run_saving or _no_more(rule))(*args)
-        given_made = dict(zip(inputs_of(rule), args, strict=True)) | {"result": out} | made
-        extra: list[Tensor] = []
-        for operand, codec, options in held:
-            if is_kept_whole(rule, operand, codec):
-                continue
-            value = given_made[operand]
-            if codec == "keep":
-                extra.append(value)
-            else:
-                order = memory_order(_shaped_like(rule, operand, args, out))
-                extra += parts_of(value, order, codec, dict(options))
-        return (_no_view(out, args), *extra)
+        args = flat[: len(flat) - sum(k.tensors for k in packed)]
+        out, inside = rule.run_saving(*args) if rule.run_saving else (rule.run(*args), {})
+        operands = dict(zip(inputs_of(rule), args, strict=True)) | {"result": out} | inside
+        parts: list[Tensor] = []
+        for kept in to_keep:
+            if kept.tensors and kept.codec == "keep":
+                parts.append(operands[kept.operand])
+            elif kept.tensors:
+                order = memory_order(_shaped_like(rule, kept.operand, args, out))
+                parts += parts_of(operands[kept.operand], order, kept.codec, dict(kept.options))
+        return (_no_view(out, args), *parts)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """Saves packed parts, and whole what is named so."""
-        rule_name, needs, held, given, *flat = inputs
+        rule_name, needs, to_keep, packed, *flat = inputs
         rule = RULES[rule_name]
-        count = sum(e.tensors for e in given)
-        args, parts = flat[: len(flat) - count], flat[len(flat) - count :]
-        out, made = output[0], output[1:]
-        ctx.mark_non_differentiable(*made)
+        count = sum(k.tensors for k in packed)
+        args, saved = flat[: len(flat) - count], flat[len(flat) - count :]
+        out, *parts = output
+        ctx.mark_non_differentiable(*parts)
         ctx.set_materialize_grads(False)
         named = dict(zip(inputs_of(rule), args, strict=True))
         tensors = {n: a for n, a in named.items() if isinstance(a, Tensor)}
-        entries = list(given)
-        saved = [*parts]
-        layouts = {"result": layout_of(out)} | {n: layout_of(a) for n, a in tensors.items()}
-        at = 0
-        for operand, codec, options in held:
-            if is_kept_whole(rule, operand, codec):
+        all_kept = list(packed)
+        specs = {"result": spec_of(out)} | {n: spec_of(a) for n, a in tensors.items()}
+        for kept, own in shared_out(to_keep, parts):
+            operand = kept.operand
+            if not own:
                 tensor = out if operand == "result" else tensors[operand]
-                entries.append(Entry(operand, "keep", (), tensor.dtype, 1))
+                all_kept.append(Kept(operand, "keep", dtype=tensor.dtype))
                 saved.append(tensor)
                 continue
-            buffers = buffers_of(codec, options)
-            like = made[at] if codec == "keep" else _shaped_like(rule, operand, args, out)
-            layouts[operand] = layout_of(like)
+            like = own[0] if kept.codec == "keep" else _shaped_like(rule, operand, args, out)
+            specs[operand] = spec_of(like)
             if is_wanted(rule, operand, needs):  # it may be made for others alone
-                entries.append(Entry(operand, codec, options, like.dtype, buffers))
-                saved += made[at : at + buffers]
-            at += buffers
+                all_kept.append(Kept(operand, kept.codec, kept.options, like.dtype, len(own)))
+                saved += own
         ctx.save_for_backward(*saved)
-        ctx.rule_name, ctx.needs, ctx.entries, ctx.layouts = rule_name, needs, entries, layouts
+        ctx.rule_name, ctx.needs, ctx.kept, ctx.specs = rule_name, needs, all_kept, specs
         device = out.device.type  # a row that runs as it is does so in the backward too
         ctx.autocast = torch.get_autocast_dtype(device) if autocast_on(device) else None
         ctx.plain = {n: None if n in tensors else a for n, a in named.items()}
@@ -135,17 +122,17 @@ class PackedFunction(torch.autograd.Function):
         rule = RULES[ctx.rule_name]
         grads: backwards.Grads = {}
         if grad is not None:
-            tensors = {n: lay for n, lay in ctx.layouts.items() if n in ctx.plain}
+            tensors = {n: spec for n, spec in ctx.specs.items() if n in ctx.plain}
             call = backwards.Call(
                 rule,
                 ctx.plain,
-                {n: shape for n, (shape, _, _, _, _) in tensors.items()},
-                {n: strides for n, (_, strides, _, _, _) in tensors.items()},
-                {n: dtype for n, (_, _, _, dtype, _) in tensors.items()},
+                {n: spec.shape for n, spec in tensors.items()},
+                {n: spec.stride for n, spec in tensors.items()},
+                {n: spec.dtype for n, spec in tensors.items()},
                 frozenset(ctx.needs),
             )
             formula = rule.backward or backwards.vjp
-            if any(e.codec != DERIVED and CODEC[e.codec].slope for e in ctx.entries):
+            if any(k.codec != DERIVED and CODEC[k.codec].slope for k in ctx.kept):
                 formula = backwards.slopes
             dtype = ctx.autocast
             with torch.autocast(
@@ -198,11 +185,6 @@ dynamo_skips(PackedFunction.backward)
 dynamo_skips(_Once.backward)
 
 
-def is_kept_whole(rule: OpRule, operand: str, codec: str) -> bool:
-    """Whether an argument, or the result, is kept as it is: it is there without being made."""
-    return codec == "keep" and (operand == "result" or operand in inputs_of(rule))
-
-
 def is_wanted(rule: OpRule, operand: str, needs: tuple[str, ...]) -> bool:
     """Whether a gradient that is asked for reads an operand of a row."""
     read = rule.read(operand)
@@ -228,7 +210,3 @@ def _shaped_like(rule: OpRule, operand: str, args: Sequence[Any], out: Tensor) -
     assert read is not None
     like: Tensor = out if read.like == "result" else args[inputs_of(rule).index(read.like)]
     return like
-
-
-def _no_more(rule: OpRule) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
-    return lambda *args: (rule.run(*args), {})

@@ -34,13 +34,23 @@ from torch.overrides import handle_torch_function, has_torch_function
 from dropit_fx.ops.autocasting import autocast_on, cast_operands, runs_as_it_is, under_autocast
 from dropit_fx.ops.rule import OpRule
 from dropit_fx.ops.table import CHECKPOINT, DERIVABLE, OP_RULES, bind, inputs_of
-from dropit_fx.runtime.copies import DERIVED, Entry, Packed, buffers_of, entry_of, parts_of
-from dropit_fx.runtime.function import Held, PackedFunction, is_kept_whole, is_wanted
+from dropit_fx.runtime.copies import (
+    DERIVED,
+    KEEP,
+    Kept,
+    Packed,
+    Recipe,
+    buffers_of,
+    kept_as,
+    parts_of,
+    shared_out,
+)
+from dropit_fx.runtime.function import PackedFunction, is_wanted
 from dropit_fx.runtime.overrides import has_own_ops, is_complex, on_meta, transformed
 from dropit_fx.runtime.regions import checkpointed as checkpointed  # for pickles, which name them
 from dropit_fx.runtime.regions import packed_checkpoint
 from dropit_fx.runtime.regions import stand_in as stand_in  # here
-from dropit_fx.runtime.tensor_spec import Layout, layout_of, memory_order
+from dropit_fx.runtime.tensor_spec import TensorSpec, memory_order, spec_of
 
 
 def _lowered(x: Tensor) -> Tensor:
@@ -133,24 +143,23 @@ def derived(
         if has_own_ops(tensors):
             return None
         return handle_torch_function(derived, tensors, rule_name, args, packs, like)
-    entries: list[Entry] = []
-    layouts: list[Layout] = []
-    parts: list[Tensor] = []
     named = dict(zip(inputs_of(DERIVABLE[rule_name]), args, strict=True))
-    plain = tuple(None if isinstance(a, Tensor) else a for a in args)
+    kept: list[Kept] = []
+    specs: list[TensorSpec] = []
+    parts: list[Tensor] = []
     for name in dict.fromkeys((*named, *packs)):
-        value = named.get(name)
-        packed = packs.get(name)
+        value, packed = named.get(name), packs.get(name)
         if name in packs and packed is None:
             return None
         if packed is None and isinstance(value, Tensor):
             packed = Packed((value.detach(),), "keep", (), value.dtype)
         if packed is None:
             continue
-        entries.append(entry_of(name, packed))
-        layouts.append(layout_of(value if isinstance(value, Tensor) else packed.parts[0]))
+        kept.append(kept_as(name, packed))
+        specs.append(spec_of(value if isinstance(value, Tensor) else packed.parts[0]))
         parts += packed.parts
-    recipe = (rule_name, plain, tuple(entries), tuple(layouts), layout_of(like))
+    plain = tuple(None if isinstance(a, Tensor) else a for a in args)
+    recipe = Recipe(rule_name, plain, tuple(kept), tuple(specs), spec_of(like))
     return Packed(tuple(parts), DERIVED, (("recipe", recipe),), like.dtype)
 
 
@@ -178,58 +187,24 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
         ):
             plain = rule.run(*bound.values())
             return (plain, *[None] * len(gives)) if gives else plain
-        exact, as_it_is = bound, runs_as_it_is(rule)
+        uncast, as_it_is = bound, runs_as_it_is(rule)
         if under_autocast(bound) and not as_it_is:
             bound = cast_operands(rule, bound)
-        held: list[Held] = []
-        given: list[Entry] = []
-        parts: list[Tensor] = []
-        for read in rule.reads:
-            operand = read.operand
-            wanted = is_wanted(rule, operand, needs)
-            statistic = operand not in bound and not read.like  # formulas ask for its shape
-            if not (wanted or operand in gives or statistic):
-                continue
-            is_tensor = operand not in bound or isinstance(bound[operand], Tensor)
-            if operand not in packed and is_tensor:
-                raise ValueError(
-                    f"packed_{rule.name}: packed= does not say how {operand!r} is kept, which the"
-                    f" gradients of {', '.join(read.needed_by)} read"
-                )
-            # None: who makes the copy has made none, since it asks for no gradient itself
-            how: Any = packed.get(operand) or ("keep", {})
-            if isinstance(how, Packed):
-                given.append(entry_of(operand, how))
-                parts += how.parts
-            elif how[0] != "keep" or operand not in bound:
-                held.append((operand, how[0], tuple(how[1].items())))
-            elif (
-                isinstance(exact[operand], nn.Parameter)
-                and exact[operand] is not bound[operand]
-                and rule.autocast == "lower"
-            ):
-                # a parameter stays anyway: it is kept in the place of autocast's copy
-                given.append(Entry(operand, "keep", (), bound[operand].dtype, 1))
-                parts.append(exact[operand].detach())
-            elif is_tensor:
-                held.append((operand, "keep", ()))
+        to_keep, copied, parts = _what_is_kept(rule, bound, uncast, needs, packed, gives)
         device = next(a.device.type for a in bound.values() if isinstance(a, Tensor))
         with nullcontext() if as_it_is else torch.autocast(device, enabled=False):
-            out, *kept = PackedFunction.apply(
-                rule.name, needs, tuple(held), tuple(given), *bound.values(), *parts
+            out, *own_parts = PackedFunction.apply(
+                rule.name, needs, to_keep, copied, *bound.values(), *parts
             )
         if torch.compiler.is_dynamo_compiling():
             out = torch.ops.dropit.once(out, rule.name)
         if not gives:
             return out
         copies: dict[str, Packed] = {}
-        for operand, codec, options in held:
-            if is_kept_whole(rule, operand, codec):
-                continue
-            count = buffers_of(codec, options)
-            mine, kept = tuple(kept[:count]), kept[count:]
-            dtype = mine[0].dtype if codec == "keep" else out.dtype
-            copies[operand] = Packed(mine, codec, options, dtype)
+        for kept, own in shared_out(to_keep, own_parts):
+            if own:
+                dtype = own[0].dtype if kept.codec == "keep" else out.dtype
+                copies[kept.operand] = Packed(own, kept.codec, kept.options, dtype)
         return (out, *[copies.get(name) for name in gives])
 
     packed_op.__name__ = packed_op.__qualname__ = f"packed_{rule.name}"
@@ -237,6 +212,65 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
         f"``{rule.name}``, exact in the forward, with the operands in ``packed`` kept packed."
     )
     return packed_op
+
+
+def _what_is_kept(
+    rule: OpRule,
+    bound: Mapping[str, Any],
+    uncast: Mapping[str, Any],
+    needs: tuple[str, ...],
+    packed: Mapping[str, Any],
+    gives: tuple[str, ...],
+) -> tuple[tuple[Kept, ...], tuple[Kept, ...], list[Tensor]]:
+    """What one call keeps, as ``packed=`` says and as far as a wanted gradient reads it.
+
+    Args:
+        rule: The row.
+        bound: The arguments.
+        uncast: The same as they were before autocast.
+        needs: The arguments whose gradients are wanted.
+        packed: As of the call.
+        gives: As of the call.
+
+    Returns:
+        What it keeps by itself; what comes packed already; and the parts of that.
+    """
+    to_keep: list[Kept] = []
+    copied: list[Kept] = []
+    parts: list[Tensor] = []
+    for read in rule.reads:
+        operand = read.operand
+        wanted = is_wanted(rule, operand, needs)
+        statistic = operand not in bound and not read.like  # formulas ask for its shape
+        if not (wanted or operand in gives or statistic):
+            continue
+        value = bound.get(operand)
+        is_tensor = operand not in bound or isinstance(value, Tensor)
+        if operand not in packed and is_tensor:
+            raise ValueError(
+                f"packed_{rule.name}: packed= does not say how {operand!r} is kept, which the"
+                f" gradients of {', '.join(read.needed_by)} read"
+            )
+        # None: who makes the copy has made none, since it asks for no gradient itself
+        how: Any = packed.get(operand) or KEEP
+        if isinstance(how, Packed):
+            copied.append(kept_as(operand, how))
+            parts += how.parts
+        elif how[0] != "keep" or operand not in bound:
+            codec, options = how[0], tuple(how[1].items())
+            count = 0 if codec == "keep" and operand == "result" else buffers_of(codec, options)
+            to_keep.append(Kept(operand, codec, options, tensors=count))
+        elif (
+            isinstance(uncast[operand], nn.Parameter)
+            and uncast[operand] is not value
+            and rule.autocast == "lower"
+        ):
+            # a parameter stays anyway: it is kept in the place of autocast's copy
+            copied.append(Kept(operand, "keep", dtype=bound[operand].dtype))
+            parts.append(uncast[operand].detach())
+        elif is_tensor:
+            to_keep.append(Kept(operand, "keep", tensors=0))
+    return tuple(to_keep), tuple(copied), parts
 
 
 def _cache_version() -> str:

@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dropit_fx.ops.table import CHECKPOINT, is_inplace
 from dropit_fx.private import CHECKPOINT_CONTEXT, OpOverload
-from dropit_fx.runtime.copies import Entry, Packed, entry_of, value_of
-from dropit_fx.runtime.tensor_spec import Layout, layout_of
+from dropit_fx.runtime.copies import Kept, Packed, kept_as, read_back, shared_out
+from dropit_fx.runtime.tensor_spec import TensorSpec, spec_of
 
 
 def stand_in(x: Tensor, packed: Packed | None) -> Tensor:
@@ -23,16 +23,16 @@ def stand_in(x: Tensor, packed: Packed | None) -> Tensor:
     """
     if packed is None:
         return x
-    again: Tensor = _StandIn.apply(x, entry_of("x", packed), *packed.parts)
+    again: Tensor = _StandIn.apply(x, kept_as("x", packed), *packed.parts)
     return again
 
 
 class _StandIn(torch.autograd.Function):
-    """``apply(x, entry, *parts)``: the value of ``parts``, with the gradient of ``x``."""
+    """``apply(x, kept, *parts)``: the value of ``parts``, with the gradient of ``x``."""
 
     @staticmethod
-    def forward(x: Tensor, entry: Entry, *parts: Tensor) -> Tensor:
-        return value_of(entry, parts, layout_of(x)).to(x.dtype)
+    def forward(x: Tensor, kept: Kept, *parts: Tensor) -> Tensor:
+        return read_back(kept, parts, spec_of(x)).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -82,15 +82,15 @@ def checkpointed(
         return checkpoint(body, *inputs, *no_copies, **options | {"use_reentrant": False})
     if CHECKPOINT_CONTEXT in body.meta:
         options["context_fn"] = body.meta[CHECKPOINT_CONTEXT]
-    kept: list[Any] = list(inputs)
+    handed_on: list[Any] = list(inputs)  # what the region is made again from
+    in_forward: dict[int, Tensor] = {}  # and what its forward reads in its place
+    copies: dict[int, tuple[Kept, TensorSpec]] = {}
     parts: list[Tensor] = []
-    exact: dict[int, Tensor] = {}
-    entries: dict[int, tuple[Entry, Layout]] = {}
     for operand, copy in (packed or {}).items():
         if copy is not None:
-            at = int(operand.rpartition(".")[2])
-            exact[at], kept[at] = inputs[at], None
-            entries[at] = entry_of(operand, copy), layout_of(inputs[at])
+            at = place_of(operand)
+            in_forward[at], handed_on[at] = inputs[at], None
+            copies[at] = kept_as(operand, copy), spec_of(inputs[at])
             parts += copy.parts
     # what the region writes into (a norm's statistics, an average) is written once, and read again
     # as it was
@@ -100,28 +100,34 @@ def checkpointed(
         if isinstance(inputs[at], Tensor) and not inputs[at].requires_grad
     }
     for at in before:
-        exact[at], kept[at] = inputs[at], None
+        in_forward[at], handed_on[at] = inputs[at], None
     no_stand_ins = [None] * len(packed or {})
     count = len(inputs)  # the region outlives the forward: it must not hold the inputs themselves
 
     def region(*given: Any) -> Any:
-        values, rest = list(given[:count]), given[count:]
+        values = list(given[:count])
+        if in_forward:
+            for at, value in in_forward.items():
+                values[at] = value
+            return body(*values, *no_stand_ins)
         for at, buffer in before.items():
-            values[at] = exact[at] if exact else buffer.clone() if once else buffer
-        for at, (entry, layout) in entries.items():
-            mine, rest = rest[: entry.tensors], rest[entry.tensors :]
-            if exact:
-                values[at] = exact[at]
-            else:
-                with torch.no_grad():
-                    values[at] = value_of(entry, mine, layout).to(layout[3])
-                values[at].requires_grad_()
+            values[at] = buffer.clone() if once else buffer
+        held = shared_out([kept for kept, _ in copies.values()], given[count:])
+        for (at, (_, spec)), (kept, own) in zip(copies.items(), held, strict=True):
+            with torch.no_grad():
+                values[at] = read_back(kept, own, spec).to(spec.dtype)
+            values[at].requires_grad_()
         return body(*values, *no_stand_ins)
 
     try:
-        return checkpoint(region, *kept, *parts, **options | {"use_reentrant": False})
+        return checkpoint(region, *handed_on, *parts, **options | {"use_reentrant": False})
     finally:
-        exact.clear()
+        in_forward.clear()
+
+
+def place_of(operand: str) -> int:
+    """The place of a region's input among all of them: 2 for ``inputs.2``."""
+    return int(operand.rpartition(".")[2])
 
 
 def run_regions(graph_module: fx.GraphModule) -> None:
@@ -135,21 +141,10 @@ def run_regions(graph_module: fx.GraphModule) -> None:
 
 
 _NORMS = ("batch_norm", "instance_norm")  # which write into their statistics
-
-
 _VIEWS = (
     *("getitem", "view", "reshape", "flatten", "unflatten", "t", "transpose", "permute"),
-    *(
-        "squeeze",
-        "unsqueeze",
-        "select",
-        "narrow",
-        "expand",
-        "detach",
-        "contiguous",
-        "chunk",
-        "split",
-    ),
+    *("squeeze", "unsqueeze", "select", "narrow", "expand", "detach", "contiguous", "chunk"),
+    "split",
 )
 
 

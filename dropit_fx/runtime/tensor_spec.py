@@ -1,12 +1,26 @@
-"""What a tensor looks like beside its values, and its elements in the order of memory."""
+"""What a tensor is beside its values, and its elements in the order of memory."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-Layout = tuple[Any, ...]  # shape, strides, memory order, dtype, device
+
+class TensorSpec(NamedTuple):
+    """What a tensor is beside its values. Sizes may be symbolic."""
+
+    shape: tuple[Any, ...]
+    stride: tuple[Any, ...]
+    order: list[int] | None  # see ``memory_order``
+    dtype: torch.dtype
+    device: torch.device
+
+
+def spec_of(x: Tensor) -> TensorSpec:
+    """The spec of ``x``."""
+    return TensorSpec(tuple(x.shape), tuple(x.stride()), memory_order(x), x.dtype, x.device)
 
 
 def memory_order(x: Tensor) -> list[int] | None:
@@ -37,8 +51,3 @@ def unflatten(flat: Tensor, shape: Any, order: list[int] | None) -> Tensor:
         return flat.reshape(shape)
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return flat.reshape([shape[d] for d in order]).permute(inverse)
-
-
-def layout_of(x: Tensor) -> Layout:
-    """The layout of ``x``."""
-    return tuple(x.shape), tuple(x.stride()), memory_order(x), x.dtype, x.device
