@@ -22,7 +22,7 @@ from dropit_fx.passes.choose_codecs import check_rules_matched
 from dropit_fx.passes.find_saved import FakeRunError
 from dropit_fx.passes.plan import Plan
 from dropit_fx.report.rows import attach
-from dropit_fx.runtime.packed_call import run_regions
+from dropit_fx.runtime.regions import run_regions
 
 
 def transform(

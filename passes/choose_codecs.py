@@ -16,7 +16,7 @@ from dropit_fx.codecs.codec import Options
 from dropit_fx.config import Config, ConfigError
 from dropit_fx.ops.rule import Use
 from dropit_fx.passes.plan import Decision, Plan, SavedRead, Site
-from dropit_fx.runtime.packed_call import channel_nbytes
+from dropit_fx.runtime.copies import channel_nbytes
 
 _STATISTICS = ("mean", "rstd", "invstd")  # of a norm: one each for so many values
 _EXACT = {

@@ -44,7 +44,9 @@ from dropit_fx.private import (
     storage_id,
     version,
 )
-from dropit_fx.runtime.packed_call import is_complex, memory_order, written_inputs
+from dropit_fx.runtime.overrides import is_complex
+from dropit_fx.runtime.regions import written_inputs
+from dropit_fx.runtime.tensor_spec import memory_order
 
 _FREE = ("a parameter", "a buffer", "a model input")
 _ALIVE = (*_FREE, "a constant of the graph")

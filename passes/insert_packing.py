@@ -23,10 +23,9 @@ from dropit_fx.passes.derive_values import bases_of, recipe
 from dropit_fx.passes.plan import Decision, Plan
 from dropit_fx.passes.share_packed import CAST, UNREAD
 from dropit_fx.private import ORIGIN
-from dropit_fx.runtime.packed_call import PACKED_OPS, derived, pack, stand_in
-
-KEEP: tuple[str, dict[str, Any]] = ("keep", {})
-DROP: tuple[str, dict[str, Any]] = ("drop", {})
+from dropit_fx.runtime.copies import DROP, KEEP
+from dropit_fx.runtime.packed_call import PACKED_OPS, derived, pack
+from dropit_fx.runtime.regions import place_of, stand_in
 
 
 def insert_packing(plan: Plan) -> Plan:
@@ -235,7 +234,7 @@ def _take_packed(body: Plan, operands: tuple[str, ...]) -> None:
     inputs = graph.find_nodes(op="placeholder")
     last = inputs[-1]
     for operand in operands:
-        x = inputs[int(operand.rpartition(".")[2])]
+        x = inputs[place_of(operand)]
         with graph.inserting_after(last):
             last = graph.placeholder(f"packed_{x.name}")
         with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):

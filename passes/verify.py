@@ -20,10 +20,9 @@ from dropit_fx.ops.table import CHECKPOINT, DERIVABLE, RULES, bind, inputs_of
 from dropit_fx.passes.derive_values import whole_values
 from dropit_fx.passes.plan import Plan
 from dropit_fx.passes.share_packed import CAST, LET_GO, UNREAD, by_site, packed_bytes, value_of
-from dropit_fx.runtime.packed_call import PACKED_OPS, derived, pack, stand_in
-
-KEEP: tuple[str, dict[str, Any]] = ("keep", {})
-DROP: tuple[str, dict[str, Any]] = ("drop", {})
+from dropit_fx.runtime.copies import DROP, KEEP
+from dropit_fx.runtime.packed_call import PACKED_OPS, derived, pack
+from dropit_fx.runtime.regions import stand_in
 
 
 class VerifyError(AssertionError):

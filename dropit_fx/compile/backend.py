@@ -33,15 +33,8 @@ from dropit_fx.private import (
     lookup_backend,
 )
 from dropit_fx.report.rows import Report, mib, rows
-from dropit_fx.runtime.packed_call import (
-    CACHE_VERSION,
-    PACKED_OPS,
-    VERSIONS,
-    derived,
-    pack,
-    run_regions,
-    stand_in,
-)
+from dropit_fx.runtime.packed_call import CACHE_VERSION, PACKED_OPS, VERSIONS, derived, pack
+from dropit_fx.runtime.regions import run_regions, stand_in
 from dropit_fx.words import closest, did_you_mean
 
 log = logging.getLogger(__name__)

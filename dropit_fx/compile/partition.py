@@ -49,7 +49,7 @@ from dropit_fx.private import (
     storage_id,
     takes_several_passes,
 )
-from dropit_fx.runtime.packed_call import PACKING
+from dropit_fx.runtime.copies import PACKING
 
 log = logging.getLogger(__name__)
 
