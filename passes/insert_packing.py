@@ -18,7 +18,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from dropit_fx.ops.rule import OpRule, Use
-from dropit_fx.ops.table import CHECKPOINT, inputs_of, is_inplace
+from dropit_fx.ops.table import CHECKPOINT, is_inplace
 from dropit_fx.passes.derive_values import bases_of, recipe
 from dropit_fx.passes.plan import Decision, Plan
 from dropit_fx.passes.share_packed import CAST, UNREAD
@@ -250,7 +250,7 @@ def _others(rule: OpRule, bound: dict[str, Any], packed: dict[str, Any]) -> dict
         read.operand: DROP if read.use is Use.SHAPE else KEEP
         for read in rule.reads
         if read.operand not in packed
-        and (read.operand not in inputs_of(rule) or isinstance(bound[read.operand], fx.Node))
+        and (read.operand not in rule.inputs or isinstance(bound[read.operand], fx.Node))
     }
 
 

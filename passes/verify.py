@@ -16,7 +16,7 @@ from torch import fx
 from dropit_fx.codecs import CODEC
 from dropit_fx.config import serves
 from dropit_fx.ops.rule import INSIDE, OpRule, Use
-from dropit_fx.ops.table import CHECKPOINT, DERIVABLE, RULES, bind, inputs_of
+from dropit_fx.ops.table import CHECKPOINT, DERIVABLE, RULES, bind
 from dropit_fx.passes.derive_values import whole_values
 from dropit_fx.passes.plan import Plan
 from dropit_fx.passes.share_packed import CAST, LET_GO, UNREAD, by_site, packed_bytes, value_of
@@ -225,7 +225,7 @@ def calls_know_their_reads(plan: Plan) -> Iterator[str]:
         elif read is None or read.bits is not None or read.use is Use.SHAPE:
             if isinstance(how, fx.Node) or how[0] not in CODEC:
                 yield f"'{call.name}': {operand!r} is packed as {how}, which is no codec"
-        elif not _is_copy(how) and (isinstance(how, fx.Node) or operand in inputs_of(rule)):
+        elif not _is_copy(how) and (isinstance(how, fx.Node) or operand in rule.inputs):
             yield f"'{call.name}': {operand!r} is packed as {how}, which is no pack node"
 
 
@@ -242,12 +242,12 @@ def says_all_that_is_kept(plan: Plan) -> Iterator[str]:
         for read in rule.reads:
             value, decision = bound.get(read.operand), decided.get(f"{call.name}.{read.operand}")
             how = packed.get(read.operand)
-            is_there = read.operand not in inputs_of(rule) or isinstance(value, fx.Node)
+            is_there = read.operand not in rule.inputs or isinstance(value, fx.Node)
             if how is None and is_there:
                 yield f"'{call.name}' does not say how {read.operand!r} is kept"
             if how == DROP and read.use is not Use.SHAPE:
                 yield f"'{call.name}' lets {read.operand!r} go, whose values its backward reads"
-            if how != KEEP or read.operand not in inputs_of(rule):
+            if how != KEEP or read.operand not in rule.inputs:
                 continue
             needing = [bound.get(n) for n in read.needed_by]
             wanted = any(isinstance(v, fx.Node) and _requires_grad(v, plan) for v in needing)

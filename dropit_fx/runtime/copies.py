@@ -11,7 +11,7 @@ from torch.fx.traceback import annotate
 
 from dropit_fx.codecs import CODEC
 from dropit_fx.codecs.codec import Codec
-from dropit_fx.ops.table import DERIVABLE, inputs_of
+from dropit_fx.ops.table import DERIVABLE
 from dropit_fx.private import native_batch_norm_legit
 from dropit_fx.runtime.tensor_spec import (
     TensorSpec,
@@ -181,7 +181,7 @@ def _derive(recipe: Recipe, parts: tuple[Tensor, ...]) -> Tensor:
     """Makes a derived value again: 1-D, in the memory order of the tensor that it stands for."""
     rule = DERIVABLE[recipe.rule_name]
     assert rule.derive is not None
-    values = dict(zip(inputs_of(rule), recipe.plain, strict=True))
+    values = dict(zip(rule.inputs, recipe.plain, strict=True))
     for (kept, own), spec in zip(shared_out(recipe.kept, parts), recipe.specs, strict=True):
         values[kept.operand] = read_back(kept, own, spec)
     return in_order(rule.derive(**values), recipe.spec.order)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from dropit_fx.codecs import CODEC
 from dropit_fx.ops import backwards
 from dropit_fx.ops.autocasting import autocast_on
 from dropit_fx.ops.rule import OpRule
-from dropit_fx.ops.table import RULES, inputs_of
+from dropit_fx.ops.table import RULES
 from dropit_fx.private import dynamo_skips, is_view, storage_id, unsafe_view
 from dropit_fx.runtime.copies import DERIVED, Kept, is_rounded, parts_of, read_back, shared_out
 from dropit_fx.runtime.tensor_spec import in_order, memory_order, spec_of, unflatten
@@ -71,7 +73,7 @@ class PackedFunction(torch.autograd.Function):
         rule = RULES[rule_name]
         args = flat[: len(flat) - sum(k.tensors for k in packed)]
         out, inside = rule.run_saving(*args) if rule.run_saving else (rule.run(*args), {})
-        operands = dict(zip(inputs_of(rule), args, strict=True)) | {"result": out} | inside
+        operands = dict(zip(rule.inputs, args, strict=True)) | {"result": out} | inside
         parts: list[Tensor] = []
         for kept in to_keep:
             if kept.tensors and kept.codec == "keep":
@@ -91,7 +93,7 @@ class PackedFunction(torch.autograd.Function):
         out, *parts = output
         ctx.mark_non_differentiable(*parts)
         ctx.set_materialize_grads(False)
-        named = dict(zip(inputs_of(rule), args, strict=True))
+        named = dict(zip(rule.inputs, args, strict=True))
         tensors = {n: a for n, a in named.items() if isinstance(a, Tensor)}
         all_kept = list(packed)
         specs = {"result": spec_of(out)} | {n: spec_of(a) for n, a in tensors.items()}
@@ -134,13 +136,21 @@ class PackedFunction(torch.autograd.Function):
             formula = rule.backward or backwards.vjp
             if any(k.codec != DERIVED and CODEC[k.codec].slope for k in ctx.kept):
                 formula = backwards.slopes
-            dtype = ctx.autocast
-            with torch.autocast(
-                grad.device.type, dtype, enabled=dtype is not None, cache_enabled=False
-            ):
+            with _autocast_as(ctx.autocast, grad.device.type):
                 grads = formula(grad, _SavedTensors(ctx), call)
         by_argument = [grads.get(n) if n in ctx.needs else None for n in ctx.plain]
         return (None, None, None, None, *by_argument, *[None] * ctx.parts)
+
+
+# `apply` binds its arguments to it in every call, and would make it anew
+PackedFunction.forward.__signature__ = inspect.signature(PackedFunction.forward)  # type: ignore[attr-defined]
+
+
+def _autocast_as(dtype: torch.dtype | None, device: str) -> AbstractContextManager[Any]:
+    """Autocast with ``dtype``, or none; to enter a context takes time."""
+    if dtype is None and not autocast_on(device):
+        return nullcontext()
+    return torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=False)
 
 
 def _refuse_second_derivatives(grad: Tensor, rule_name: str) -> None:
@@ -208,5 +218,5 @@ def _shaped_like(rule: OpRule, operand: str, args: Sequence[Any], out: Tensor) -
     """The argument or result that has the shape of what the op makes under the name ``operand``."""
     read = rule.read(operand)
     assert read is not None
-    like: Tensor = out if read.like == "result" else args[inputs_of(rule).index(read.like)]
+    like: Tensor = out if read.like == "result" else args[rule.inputs.index(read.like)]
     return like

@@ -33,7 +33,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from dropit_fx.ops.autocasting import autocast_on, cast_operands, runs_as_it_is, under_autocast
 from dropit_fx.ops.rule import OpRule
-from dropit_fx.ops.table import CHECKPOINT, DERIVABLE, OP_RULES, bind, inputs_of
+from dropit_fx.ops.table import CHECKPOINT, DERIVABLE, OP_RULES, bind
 from dropit_fx.runtime.copies import (
     DERIVED,
     KEEP,
@@ -143,7 +143,7 @@ def derived(
         if has_own_ops(tensors):
             return None
         return handle_torch_function(derived, tensors, rule_name, args, packs, like)
-    named = dict(zip(inputs_of(DERIVABLE[rule_name]), args, strict=True))
+    named = dict(zip(DERIVABLE[rule_name].inputs, args, strict=True))
     kept: list[Kept] = []
     specs: list[TensorSpec] = []
     parts: list[Tensor] = []
@@ -170,29 +170,23 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
         bound = bind(rule, args, kwargs)
         assert bound is not None, f"packed_{rule.name}: {args} {kwargs}"
         values = tuple(bound.values())
-        overrides = not transformed() and has_torch_function(values) and has_own_ops(values)
-        if not transformed() and has_torch_function(values) and not overrides:
+        as_torch = transformed() or (has_torch_function(values) and has_own_ops(values))
+        if not as_torch and has_torch_function(values):
             return handle_torch_function(
                 packed_op, values, *args, packed=packed, gives=gives, **kwargs
             )
         needs = tuple(n for n, a in bound.items() if isinstance(a, Tensor) and a.requires_grad)
         derived_for_nobody = packed.get("result", "") is None
-        dense = overrides or transformed() or on_meta(values) or rule.obstacle(bound)
-        if (
-            not torch.is_grad_enabled()
-            or not needs
-            or derived_for_nobody
-            or is_complex(values)
-            or dense
-        ):
+        dense = as_torch or on_meta(values) or is_complex(values) or rule.obstacle(bound)
+        if not torch.is_grad_enabled() or not needs or derived_for_nobody or dense:
             plain = rule.run(*bound.values())
             return (plain, *[None] * len(gives)) if gives else plain
-        uncast, as_it_is = bound, runs_as_it_is(rule)
-        if under_autocast(bound) and not as_it_is:
+        uncast, cast = bound, under_autocast(bound) and not runs_as_it_is(rule)
+        if cast:
             bound = cast_operands(rule, bound)
         to_keep, copied, parts = _what_is_kept(rule, bound, uncast, needs, packed, gives)
         device = next(a.device.type for a in bound.values() if isinstance(a, Tensor))
-        with nullcontext() if as_it_is else torch.autocast(device, enabled=False):
+        with torch.autocast(device, enabled=False) if cast else nullcontext():
             out, *own_parts = PackedFunction.apply(
                 rule.name, needs, to_keep, copied, *bound.values(), *parts
             )
