@@ -124,8 +124,8 @@ def whole_or_none(site: Site, decisions: list[Decision], config: Config) -> list
     if not packed or config.force:
         return decisions
     keeper = next((d for d in decisions if not d.packed), None)
-    if site.alive:
-        reason = f"stays in memory anyway: '{site.name}' is {site.alive}"
+    if site.kept_by:
+        reason = f"stays in memory anyway: '{site.name}' is {site.kept_by}"
     elif keeper is not None:
         reason = f"'{site.name}' is also kept whole by {keeper.read.label} ({keeper.reason})"
     else:

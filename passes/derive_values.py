@@ -24,7 +24,7 @@ from torch import fx
 
 from dropit_fx.codecs import CODEC
 from dropit_fx.ops.table import CHECKPOINT
-from dropit_fx.passes.plan import Decision, Elements, Plan, Site
+from dropit_fx.passes.plan import Decision, Elements, Keeper, Plan, Site
 from dropit_fx.passes.share_packed import by_site, packed_bytes, swapped_nodes
 
 FAITHFUL_BITS = 4  # the fewest that the codecs call faithful
@@ -118,7 +118,7 @@ def _may_change(decision: Decision, site: Site) -> bool:
     What a checkpointed region reads has to be in its forward what it is, to the last bit.
     """
     derivable = _by_value(decision) and decision.read.rule is not CHECKPOINT
-    return derivable and not decision.own and not site.alive
+    return derivable and not decision.own and not site.kept_by
 
 
 def _by_value(decision: Decision) -> bool:
@@ -178,7 +178,7 @@ def recipe(name: str, plan: Plan, bases: Bases) -> dict[str, Decision | str] | N
     found: dict[str, Decision | str] = {}
     for operand, value in call.operands.items():
         if not isinstance(value, fx.Node) or (value.name not in values.shapes):
-            if isinstance(value, fx.Node) and values.alive.get(value.name) != "a number":
+            if isinstance(value, fx.Node) and values.alive.get(value.name) is not Keeper.NUMBER:
                 return None
             continue
         elements = values.seen[name, value.name]

@@ -18,7 +18,7 @@ from dropit_fx.config import serves
 from dropit_fx.ops.rule import INSIDE, OpRule, Use
 from dropit_fx.ops.table import CHECKPOINT, DERIVABLE, RULES, bind, inputs_of
 from dropit_fx.passes.derive_values import whole_values
-from dropit_fx.passes.plan import Plan
+from dropit_fx.passes.plan import Keeper, Plan
 from dropit_fx.passes.share_packed import CAST, LET_GO, UNREAD, by_site, packed_bytes, value_of
 from dropit_fx.runtime.copies import DROP, KEEP
 from dropit_fx.runtime.packed_call import PACKED_OPS, derived, pack
@@ -114,8 +114,8 @@ def whole_or_none(plan: Plan) -> Iterator[str]:
         kept = [d.read.label for d in decisions if not d.packed]
         if packed and kept:
             yield f"'{site.name}' is packed for {packed[0]} and kept for {kept[0]}"
-        if packed and site.alive:
-            yield f"'{site.name}' is packed, but it is {site.alive}"
+        if packed and site.kept_by:
+            yield f"'{site.name}' is packed, but it is {site.kept_by}"
 
 
 def never_larger(plan: Plan) -> Iterator[str]:
@@ -165,8 +165,8 @@ def derived_from_what_is_there(plan: Plan) -> Iterator[str]:
                 continue
             if value.target is stand_in:
                 value = value.args[0]
-            if value.name in values.alive and value.name not in values.shapes:
-                continue  # a number
+            if values.alive.get(value.name) is Keeper.NUMBER:
+                continue
             seen = {e for (_, v), e in values.seen.items() if v == value.name}
             if value.name not in values.alive and not seen & whole:
                 yield f"'{n.name}' keeps '{value}' whole, which nobody else does"

@@ -14,7 +14,6 @@ from rich.markup import escape
 from rich.table import Table
 from torch import fx, nn
 
-from dropit_fx.passes.find_saved import NUMBER
 from dropit_fx.passes.plan import Decision, Plan
 from dropit_fx.passes.share_packed import by_site
 from dropit_fx.private import uncompiled
@@ -233,7 +232,7 @@ def rows(plan: Plan, prefix: str = "", region: str = "") -> Iterator[Row]:
             codec="keep" if kept else "+".join(dict.fromkeys(d.spelled for d in packed)),
             reason=kept[0].reason if kept else "",
             # a checkpoint keeps what hooks do not see: numbers are not made again
-            region="" if first.obstacle == NUMBER else region,
+            region="" if first.number else region,
             note=next((d.note for d in decisions if d.note), ""),
         )
     for name, body in plan.bodies.items():
