@@ -34,7 +34,7 @@ from dropit_fx.passes.plan import Elements, Keeper, Plan, SavedRead, Site
 from dropit_fx.passes.storages import FREE, Storages, elements
 from dropit_fx.private import EXAMPLE_VALUE, pytree, storage_id, version
 from dropit_fx.runtime.overrides import is_complex
-from dropit_fx.runtime.regions import written_inputs
+from dropit_fx.runtime.regions import name_of, written_inputs
 
 NUMBER = "a Python number, which autograd keeps as a tensor"
 UNKNOWN = "?"  # the operand of a read that no row knows
@@ -288,9 +288,9 @@ class _Probe(fx.Interpreter):
         kept.nbytes = read.nbytes(operands) if read and read.nbytes else 0
         kept.read = SavedRead(
             node=n.name,
-            op=rule.name if rule and rule.reads else _target_name(self.module, n),
+            op=rule.name if rule and rule.reads else _op_name(self.module, n),
             operand=operand,
-            rule=rule if rule and rule.reads else None,
+            row=rule if rule and rule.reads else None,
             read=read,
             module=node_module(n),
             where=node_where(n),
@@ -343,8 +343,7 @@ def _is_checkpoint(n: fx.Node) -> bool:
     return rule_of(n) is CHECKPOINT
 
 
-def _target_name(module: fx.GraphModule | nn.Module, n: fx.Node) -> str:
+def _op_name(module: fx.GraphModule | nn.Module, n: fx.Node) -> str:
     if n.op == "call_module":
         return type(module.get_submodule(str(n.target))).__name__
-    name: str = getattr(n.target, "__name__", str(n.target))
-    return name.split(".")[0]  # without the overload
+    return name_of(n)

@@ -33,6 +33,27 @@ class Keeper(enum.StrEnum):
     NUMBER = "a number"
 
 
+class Copy(NamedTuple):
+    """A packed form that readers share: of a node's result, or of what its call made inside.
+
+    Attributes:
+        node: The node.
+        number: Of the copy among those that pack nodes make; None where nothing is packed for it.
+        operand: What the call made inside and hands out (a norm's mean), or ``""``: the result,
+            which is then made again where there is no number.
+    """
+
+    node: str
+    number: int | None = None
+    operand: str = ""
+
+    def __str__(self) -> str:
+        """As plans print it: ``x#3``, ``ln.mean``, ``derived ln``."""
+        if self.operand:
+            return f"{self.node}.{self.operand}"
+        return f"derived {self.node}" if self.number is None else f"{self.node}#{self.number}"
+
+
 class Elements(NamedTuple):
     """Elements in memory as they were at one time: what makes two values the same.
 
@@ -62,7 +83,7 @@ class SavedRead:
         node: Name of the fx node that saves it.
         op: The row's name, or the target as printed where no row knows it.
         operand: As in :class:`Read`; ``"?"`` for a tensor inside an op without a row.
-        rule: The row, or None.
+        row: The row, or None.
         read: The row's read, or None.
         module: Qualified name of the module that the node belongs to (``""``: the root).
         where: The user's ``file:line``, or ``""``.
@@ -91,7 +112,7 @@ class SavedRead:
     node: str
     op: str
     operand: str
-    rule: OpRule | None
+    row: OpRule | None
     read: Read | None
     module: str
     where: str
@@ -176,7 +197,7 @@ class Decision:
     options: Options = field(default_factory=dict)
     nbytes: int = 0  # of the packed parts; readers that share one copy count it once
     reason: str = ""  # why it is kept
-    copy: str | None = None  # the key of the packed copy that it shares with others
+    copy: Copy | None = None  # which it may share with others
     own: bool = False  # chosen by a rule of the user's own, not by a preset's
     derived: str = ""  # the node whose result is made again from what is packed of its operands
     note: str = ""  # in what it differs from what was asked for, and why

@@ -222,18 +222,10 @@ def _what_is_kept(
     packed: Mapping[str, Any],
     gives: tuple[str, ...],
 ) -> tuple[tuple[Kept, ...], tuple[Kept, ...], list[Tensor]]:
-    """What one call keeps, as ``packed=`` says and as far as a wanted gradient reads it.
+    """What one call keeps, as ``packed=`` says and as far as a gradient in ``needs`` reads it.
 
-    Args:
-        rule: The row.
-        bound: The arguments.
-        uncast: The same as they were before autocast.
-        needs: The arguments whose gradients are wanted.
-        packed: As of the call.
-        gives: As of the call.
-
-    Returns:
-        What it keeps by itself; what comes packed already; and the parts of that.
+    That is what it keeps by itself, what comes packed already, and the parts of that. ``uncast``
+    are the arguments ``bound`` as they were before autocast.
     """
     to_keep: list[Kept] = []
     copied: list[Kept] = []
