@@ -233,7 +233,7 @@ def _what_is_kept(
     for read in rule.reads:
         operand = read.operand
         wanted = is_wanted(rule, operand, needs)
-        statistic = operand not in bound and not read.like  # formulas ask for its shape
+        statistic = operand not in bound and read.exact  # formulas ask for its shape
         if not (wanted or operand in gives or statistic):
             continue
         value = bound.get(operand)
