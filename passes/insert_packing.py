@@ -61,7 +61,6 @@ class _Writer:
         self.copies: dict[Copy, fx.Node] = {}  # and the node that makes each
         # the calls of rows as they stand in the graph, which changes
         self.calls = {name: dict(call.operands) for name, call in plan.calls.items()}
-        self.results: dict[str, fx.Node] = {}
         # before anything changes: what each derived value is made from
         self.sources: dict[str, dict[str, Decision | str]] = {}
         self.statistics: dict[str, tuple[str, ...]] = {}
@@ -84,7 +83,6 @@ class _Writer:
         rule = self.plan.calls[name].rule
         sources = recipe(name, self.plan, self.bases)
         assert sources is not None
-        self.results[name] = self.nodes[name]
         self.sources[name] = sources
         if name in self.by_node and rule.derive is not None:
             wanted = inspect.signature(rule.derive).parameters.keys() - self.calls[name].keys()
@@ -139,8 +137,6 @@ class _Writer:
         self.graph.erase_node(node)
         call.name = node.name  # decisions and reports go by name
         self.nodes[node.name] = result
-        if node.name in self.results:
-            self.results[node.name] = result
 
     def _replace(self, old: fx.Node, new: fx.Node, users: list[fx.Node]) -> None:
         """Lets ``users`` read ``new``, in the graph and in what is known of their arguments."""
@@ -221,7 +217,7 @@ class _Writer:
                 packs[operand] = self._copy(source, reader)
         for statistic in self.statistics.get(name, ()):
             packs[statistic] = self.copies[Copy(name, operand=statistic)]
-        like = self.results[name]
+        like = self.nodes[name]
         if like is reader:  # its own result: pointwise, so the operand has the same layout
             like = next(v for v in bound.values() if isinstance(v, fx.Node))
         args = (rule.name, tuple(bound.values()), packs, like)

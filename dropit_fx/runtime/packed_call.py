@@ -47,9 +47,9 @@ from dropit_fx.runtime.copies import (
 )
 from dropit_fx.runtime.function import PackedFunction, is_wanted
 from dropit_fx.runtime.overrides import has_own_ops, is_complex, on_meta, transformed
-from dropit_fx.runtime.regions import checkpointed as checkpointed  # for pickles, which name them
+from dropit_fx.runtime.regions import checkpointed as checkpointed  # as pickles name it
 from dropit_fx.runtime.regions import packed_checkpoint
-from dropit_fx.runtime.regions import stand_in as stand_in  # here
+from dropit_fx.runtime.regions import stand_in as stand_in  # as pickles name it
 from dropit_fx.runtime.tensor_spec import TensorSpec, memory_order, spec_of
 
 
@@ -92,9 +92,8 @@ def pack(
         return handle_torch_function(
             pack, (x, *needed_by), x, needed_by, codec, options, autocast=autocast
         )
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in needed_by):
-        return None
-    if x.device.type == "meta":
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in needed_by)
+    if not wanted or on_meta((x,)):
         return None
     with torch.no_grad():
         x = _lowered(x) if autocast else x
@@ -177,14 +176,9 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
             )
         needs = tuple(n for n, a in bound.items() if isinstance(a, Tensor) and a.requires_grad)
         derived_for_nobody = packed.get("result", "") is None
-        dense = overrides or transformed() or on_meta(values) or rule.obstacle(bound)
-        if (
-            not torch.is_grad_enabled()
-            or not needs
-            or derived_for_nobody
-            or is_complex(values)
-            or dense
-        ):
+        unasked = not torch.is_grad_enabled() or not needs or derived_for_nobody
+        dense = overrides or transformed() or on_meta(values) or is_complex(values)
+        if unasked or dense or rule.obstacle(bound):
             plain = rule.run(*bound.values())
             return (plain, *[None] * len(gives)) if gives else plain
         uncast, as_it_is = bound, runs_as_it_is(rule)
