@@ -47,9 +47,9 @@ from dropit_fx.runtime.copies import (
 )
 from dropit_fx.runtime.function import PackedFunction, is_wanted
 from dropit_fx.runtime.overrides import has_own_ops, is_complex, on_meta, transformed
-from dropit_fx.runtime.regions import checkpointed as checkpointed  # for pickles, which name them
+from dropit_fx.runtime.regions import checkpointed as checkpointed  # as pickles name it
 from dropit_fx.runtime.regions import packed_checkpoint
-from dropit_fx.runtime.regions import stand_in as stand_in  # here
+from dropit_fx.runtime.regions import stand_in as stand_in  # as pickles name it
 from dropit_fx.runtime.tensor_spec import TensorSpec, memory_order, spec_of
 
 
@@ -92,9 +92,8 @@ def pack(
         return handle_torch_function(
             pack, (x, *needed_by), x, needed_by, codec, options, autocast=autocast
         )
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in needed_by):
-        return None
-    if x.device.type == "meta":
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in needed_by)
+    if not wanted or on_meta((x,)):
         return None
     with torch.no_grad():
         x = _lowered(x) if autocast else x
@@ -177,8 +176,9 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
             )
         needs = tuple(n for n, a in bound.items() if isinstance(a, Tensor) and a.requires_grad)
         derived_for_nobody = packed.get("result", "") is None
-        dense = as_torch or on_meta(values) or is_complex(values) or rule.obstacle(bound)
-        if not torch.is_grad_enabled() or not needs or derived_for_nobody or dense:
+        unasked = not torch.is_grad_enabled() or not needs or derived_for_nobody
+        dense = as_torch or on_meta(values) or is_complex(values)
+        if unasked or dense or rule.obstacle(bound):
             plain = rule.run(*bound.values())
             return (plain, *[None] * len(gives)) if gives else plain
         uncast, cast = bound, under_autocast(bound) and not runs_as_it_is(rule)
@@ -216,18 +216,10 @@ def _what_is_kept(
     packed: Mapping[str, Any],
     gives: tuple[str, ...],
 ) -> tuple[tuple[Kept, ...], tuple[Kept, ...], list[Tensor]]:
-    """What one call keeps, as ``packed=`` says and as far as a wanted gradient reads it.
+    """What one call keeps, as ``packed=`` says and as far as a gradient in ``needs`` reads it.
 
-    Args:
-        rule: The row.
-        bound: The arguments.
-        uncast: The same as they were before autocast.
-        needs: The arguments whose gradients are wanted.
-        packed: As of the call.
-        gives: As of the call.
-
-    Returns:
-        What it keeps by itself; what comes packed already; and the parts of that.
+    That is what it keeps by itself, what comes packed already, and the parts of that. ``uncast``
+    are the arguments ``bound`` as they were before autocast.
     """
     to_keep: list[Kept] = []
     copied: list[Kept] = []

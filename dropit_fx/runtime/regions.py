@@ -148,14 +148,13 @@ _VIEWS = (
 )
 
 
-def _name(node: fx.Node) -> str:
-    target = node.target
-    name = target if isinstance(target, str) else str(getattr(target, "__name__", ""))
-    return name.partition(".")[0]  # without the overload
+def name_of(node: fx.Node) -> str:
+    """The name of what a node calls, without the overload."""
+    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
 
 
 def _writes(node: fx.Node) -> bool:
-    return _name(node) == "setitem" or is_inplace(node, node.kwargs)
+    return name_of(node) == "setitem" or is_inplace(node, node.kwargs)
 
 
 def written_inputs(body: fx.GraphModule) -> tuple[int, ...]:
@@ -164,7 +163,7 @@ def written_inputs(body: fx.GraphModule) -> tuple[int, ...]:
     written: dict[fx.Node, None] = {}
     for node in body.graph.nodes:
         into: list[Any] = []
-        if _name(node).removeprefix("packed_") in _NORMS:
+        if name_of(node).removeprefix("packed_") in _NORMS:
             statistics = slice(3, 5) if isinstance(node.target, OpOverload) else slice(1, 3)
             into = [
                 *node.args[statistics],
@@ -175,6 +174,6 @@ def written_inputs(body: fx.GraphModule) -> tuple[int, ...]:
         for value in into:
             while isinstance(value, fx.Node):
                 written[value] = None
-                same_memory = _writes(value) or _name(value) in _VIEWS
+                same_memory = _writes(value) or name_of(value) in _VIEWS
                 value = value.args[0] if same_memory and value.args else None
     return tuple(i for i, n in enumerate(inputs) if n in written)
