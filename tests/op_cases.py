@@ -18,9 +18,11 @@ from torch import Tensor, fx
 
 from dropit_fx.api import rewrite
 from dropit_fx.config import load_config
-from dropit_fx.ops.table import OP_RULES
+from dropit_fx.ops.table import OP_RULES, RULES, bind
+from dropit_fx.passes.find_saved import NUMBER
 from dropit_fx.passes.plan import Plan
 from dropit_fx.private import minor
+from dropit_fx.runtime.packed_call import PACKED_OPS
 
 LOSSLESS: dict[str, Any] = {
     "preset": None,
@@ -776,3 +778,38 @@ def writes(target: Any) -> bool:
     name = target if isinstance(target, str) else target.__name__.split(".")[0]
     augmented = name.strip("_") in ("iadd", "isub", "imul", "itruediv", "ipow")
     return augmented or (name.endswith("_") and not name.endswith("__"))
+
+
+ALL_CASES = [(name, c) for name, cases in CASES.items() for c in cases]
+
+
+def case_id(value: Any) -> str:
+    if isinstance(value, Case):
+        return value.name
+    return str(getattr(value, "__name__", value))
+
+
+def assert_packed(packed: fx.GraphModule, name: str) -> None:
+    """The graph has one packed call, of this row."""
+    calls = [n.target for n in packed.graph.nodes if n.target in PACKED_OPS.values()]
+    assert calls == [PACKED_OPS[name]]
+
+
+def reasons(plan: Plan) -> list[str]:
+    """Why reads are kept, but for statistics and Python numbers: those stay as they are."""
+    kept = [d for d in plan.decisions if not d.packed and d.reason != NUMBER]
+    return sorted(d.reason for d in kept if d.read.read is None or d.read.read.like)
+
+
+def kept_as_they_are(name: str, tensors: list[Tensor]) -> list[str]:
+    """The reason for each tensor argument that is no float, where the row has no codes for it."""
+    if any(r.bits is not None and r.like == r.operand for r in RULES[name].reads):
+        return []
+    kinds = [str(t.dtype).removeprefix("torch.") for t in tensors if not t.is_floating_point()]
+    return [f"its dtype is {kind}" for kind in kinds]
+
+
+def arguments(name: str, call: Case) -> list[str]:
+    """Names of the tensor arguments, in the order of the placeholders."""
+    bound = bind(RULES[name], call.args, call.kwargs) or {}
+    return [n for n, a in bound.items() if isinstance(a, T)]
