@@ -8,20 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import (
-    ALL_CASES,
-    CASES,
-    LOSSLESS,
-    Case,
-    T,
-    assert_agrees,
-    case_id,
-    graph_of,
-    pack_graph,
-    run,
-    spelled,
-    spellings,
-)
+from op_calls import LOSSLESS, Case, T, assert_agrees, case_id, graph_of, pack_graph, run
+from op_cases import ALL_CASES, CASES, spelled, spellings
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from op_cases import (
-    LOSSLESS,
-    assert_same,
-)
+from op_calls import LOSSLESS, assert_same
+from op_cases import RECORDS
 from torch import Tensor, nn
 
 import dropit_fx
@@ -22,90 +18,9 @@ from dropit_fx.ops.rule import Use
 from dropit_fx.ops.table import RULES
 
 
-class Conv1D(nn.Module):
-    """Hugging Face's layer of GPT-2: ``addmm`` over the flattened input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        from transformers.pytorch_utils import Conv1D as Layer
-
-        self.layer = Layer(12, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
 def modules() -> list[Any]:
-    return [
-        ("linear", nn.Linear(8, 5), (2, 6, 8)),
-        ("linear", nn.Linear(8, 5, bias=False), (6, 8)),
-        ("conv1d", nn.Conv1d(3, 4, 3, padding="same"), (2, 3, 12)),
-        ("conv2d", nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), (2, 4, 9, 9)),
-        ("conv2d", nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), (2, 4, 9, 9)),
-        ("conv3d", nn.Conv3d(2, 3, 2), (1, 2, 4, 4, 4)),
-        ("conv_transpose1d", nn.ConvTranspose1d(3, 4, 3, stride=2), (2, 3, 8)),
-        ("conv_transpose2d", nn.ConvTranspose2d(3, 4, 3, output_padding=1, stride=2), (2, 3, 5, 5)),
-        ("conv_transpose3d", nn.ConvTranspose3d(2, 3, 2), (1, 2, 3, 3, 3)),
-        ("addmm", Conv1D(), (2, 6, 8)),
-        ("relu", nn.ReLU(), (4, 9)),
-        ("relu", nn.ReLU(inplace=True), (4, 9)),
-        ("hardtanh", nn.ReLU6(), (4, 9)),  # PyTorch's ReLU6 is a Hardtanh
-        ("hardtanh", nn.ReLU6(inplace=True), (4, 9)),
-        ("hardtanh", nn.Hardtanh(-0.5, 0.5), (4, 9)),
-        ("leaky_relu", nn.LeakyReLU(0.1, inplace=True), (4, 9)),
-        ("dropout", nn.Dropout(0.4), (4, 9)),
-        ("dropout", nn.Dropout(0.4, inplace=True), (4, 9)),
-        ("max_pool1d", nn.MaxPool1d(3), (2, 3, 12)),
-        ("max_pool2d", nn.MaxPool2d(3, 2, 1), (2, 3, 9, 9)),
-        ("max_pool3d", nn.MaxPool3d(2), (1, 2, 4, 4, 4)),
-        ("gelu", nn.GELU(), (4, 9)),
-        ("gelu", nn.GELU("tanh"), (4, 9)),
-        ("silu", nn.SiLU(inplace=True), (4, 9)),
-        ("mish", nn.Mish(), (4, 9)),
-        ("elu", nn.ELU(0.5), (4, 9)),
-        ("selu", nn.SELU(), (4, 9)),
-        ("celu", nn.CELU(2.0), (4, 9)),
-        ("softplus", nn.Softplus(2.0, 5.0), (4, 9)),
-        ("hardswish", nn.Hardswish(inplace=True), (4, 9)),
-        ("hardsigmoid", nn.Hardsigmoid(), (4, 9)),
-        ("logsigmoid", nn.LogSigmoid(), (4, 9)),
-        ("sigmoid", nn.Sigmoid(), (4, 9)),
-        ("tanh", nn.Tanh(), (4, 9)),
-        ("layer_norm", nn.LayerNorm(9), (4, 9)),
-        ("layer_norm", nn.LayerNorm((4, 9), elementwise_affine=False), (2, 4, 9)),
-        ("group_norm", nn.GroupNorm(2, 4), (2, 4, 5, 5)),
-        ("rms_norm", nn.RMSNorm(9), (4, 9)),
-        ("batch_norm", nn.BatchNorm1d(9), (4, 9)),
-        ("batch_norm", nn.BatchNorm2d(3, momentum=0.3), (2, 3, 5, 5)),
-        ("batch_norm", nn.BatchNorm2d(3, track_running_stats=False), (2, 3, 5, 5)),
-        ("softmax", nn.Softmax(-1), (4, 9)),
-        ("log_softmax", nn.LogSoftmax(1), (4, 9)),
-        ("avg_pool2d", nn.AvgPool2d(3, 2, 1, ceil_mode=True), (2, 3, 9, 9)),
-        ("scaled_dot_product_attention", Calls(_attend), (2, 3, 6, 8)),
-        ("cross_entropy", Calls(_loss), (4, 9)),
-        ("mul", Calls(lambda x: x * x), (4, 9)),
-        ("div", Calls(lambda x: x / (x + 2.0)), (4, 9)),
-        ("pow", Calls(lambda x: x**2), (4, 9)),
-    ]
-
-
-class Calls(nn.Module):
-    """A function as a layer."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
-def _attend(x: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(x, x, x, is_causal=True)
-
-
-def _loss(x: Tensor) -> Tensor:
-    return F.cross_entropy(x, torch.tensor([3, 0, 8, 3]))
+    """(row, layer, shape of its input)."""
+    return [(name, *made) for name, record in RECORDS.items() for made in record.modules()]
 
 
 class Between(nn.Module):

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import (
-    ALL_CASES,
-    CASES,
-    CRASHES_ALONE,
+from op_calls import (
     LOSSLESS,
-    ON_CUDA,
     Case,
     T,
     assert_agrees,
@@ -30,9 +25,8 @@ from op_cases import (
     positive,
     reasons,
     run,
-    spelled,
-    spellings,
 )
+from op_cases import ALL_CASES, CASES, RECORDS, spelled, spellings
 from torch import Tensor, nn
 
 import dropit_fx
@@ -52,7 +46,7 @@ def test_every_spelling_is_packed_without_changing_a_bit(name: str, target: Any)
     assert reasons(plan) == kept_as_they_are(name, tensors)
     absent = {n for n, a in (bind(RULES[name], call.args, call.kwargs) or {}).items() if a is None}
     every = {r.operand for r in RULES[name].reads}
-    assert {d.read.operand for d in plan.decisions} == every - absent - ON_CUDA
+    assert {d.read.operand for d in plan.decisions} == every - absent - set(RECORDS[name].on_cuda)
     assert_packed(packed, name)
     assert target not in [n.target for n in packed.graph.nodes]
     assert_agrees(call, run(packed, tensors), run(dense, tensors))
@@ -77,22 +71,19 @@ def test_lossless_gradients_have_the_same_bits(name: str, call: Case) -> None:
     assert_agrees(call, run(packed, tensors), run(dense, tensors))
 
 
-# Where there is but one gradient, it was alone before; one formula serves one to three dimensions.
+# Where there is but one gradient, it was alone before.
 SEVERAL = [
     (name, call)
     for name, call in ALL_CASES
-    if sum(spec.make is None for spec in call.specs()) > 1
-    and not (name.startswith("conv") and name.endswith(("1d", "3d")))
+    if sum(spec.make is None for spec in call.specs()) > 1 and not RECORDS[name].one_for_all
 ]
 
 
 @pytest.mark.parametrize(("name", "call"), SEVERAL, ids=case_id)
 def test_each_gradient_alone_has_the_same_bits(name: str, call: Case) -> None:
     # a formula computes only what is asked for, and may read only what that needs
-    if (name, call.name) in CRASHES_ALONE:
-        pytest.skip("this PyTorch crashes in the dense backward of weight or bias alone")
-    if (name, call.name) == ("matmul", "broadcast right"):
-        pytest.skip("matmul itself folds a batch of one in two ways, which differ in rounding")
+    if call.not_alone:
+        pytest.skip(call.not_alone)
     tensors = call.tensors()
     wanted = [t for t in tensors if t.requires_grad]
     for only in wanted:
@@ -108,7 +99,7 @@ def test_each_gradient_alone_has_the_same_bits(name: str, call: Case) -> None:
 def test_lossless_gradients_have_the_same_bits_in_other_dtypes(
     name: str, dtype: torch.dtype
 ) -> None:
-    if name == "avg_pool3d" and dtype != torch.float64:
+    if not RECORDS[name].half_on_cpu and dtype != torch.float64:
         pytest.skip("PyTorch has no such kernel for CPUs")
     call = CASES[name][0]
     tensors = call.tensors(dtype)
@@ -133,70 +124,12 @@ def test_dropout_that_needs_no_mask_is_left_alone(settings: dict[str, Any]) -> N
     assert_same(run(packed, tensors), run(dense, tensors))
 
 
-def _probabilities(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.rand(shape, generator=generator).softmax(1)
-
-
 _LOGITS, _LABELS = T((6, 5)), T((6,), make=classes(5))
-_KEYS = T((2, 3, 5, 8))
 _STATISTICS = T((3,), make=biases), T((3,), make=positive)
 OBSTACLES: list[tuple[str, Any, Case, str]] = [
-    (
-        "max_pool2d",
-        F.max_pool2d,
-        case("indices", T((2, 3, 8, 8)), 2, return_indices=True),
-        "the caller wants the indices themselves",
-    ),
-    (
-        "max_pool2d",
-        F.max_pool2d,
-        case("17 x 17", T((1, 1, 40, 40)), 17, 1),
-        "its window has more than 256 cells",
-    ),
-    (
-        "max_pool1d",
-        F.max_pool1d,
-        case("257", T((1, 1, 600)), 257, 1),
-        "its window has more than 256 cells",
-    ),
-    (
-        "scaled_dot_product_attention",
-        F.scaled_dot_product_attention,
-        case("dropout", _KEYS, _KEYS, _KEYS, dropout_p=0.3),
-        "attention dropout: its random state would have to be replayed in the backward",
-    ),
-    (
-        "cross_entropy",
-        F.cross_entropy,
-        case("class weights", _LOGITS, _LABELS, T((5,), make=positive)),
-        "class weights and label smoothing read more than the logarithms",
-    ),
-    (
-        "cross_entropy",
-        F.cross_entropy,
-        case("label smoothing", _LOGITS, _LABELS, label_smoothing=0.1),
-        "class weights and label smoothing read more than the logarithms",
-    ),
-    (
-        "cross_entropy",
-        F.cross_entropy,
-        case("soft targets", _LOGITS, T((6, 5), make=_probabilities)),
-        "its targets are probabilities",
-    ),
-    (
-        "pow",
-        operator.pow,
-        case("exponents", _LOGITS, T((5,), make=positive)),
-        "its exponent is a tensor",
-    ),
-    ("pow", operator.pow, case("of a number", 2.0, _LOGITS), "its exponent is a tensor"),
-    ("pow", torch.pow, case("of a number", 2.0, _LOGITS), "its exponent is a tensor"),
-    (
-        "div",
-        torch.div,
-        case("rounding_mode", _LOGITS, T((5,)), rounding_mode=None),
-        "called with arguments that the row of div does not know",
-    ),
+    (name, target, call, call.obstacle)
+    for name, record in RECORDS.items()
+    for target, call in record.obstacles
 ]
 
 
@@ -209,7 +142,7 @@ def test_what_a_row_does_not_cover_is_left_alone(
     packed, plan = pack_graph(dense, tensors, LOSSLESS)
     assert {(d.read.op, d.reason) for d in plan.decisions} == {(name, reason)}
     assert [n.target for n in packed.graph.nodes] == [n.target for n in dense.graph.nodes]
-    if call.name == "indices":
+    if isinstance(dense(*tensors), tuple):  # the indices too, which have no gradient
         assert_same(packed(*tensors), dense(*tensors))
     else:
         assert_same(run(packed, tensors), run(dense, tensors))
