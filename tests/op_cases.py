@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from types import ModuleType
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from op_calls import Case, writes
 from op_record import RowTests
-from ops import (
-    arithmetic,
-    attention,
-    convolution,
-    indexing,
-    losses,
-    masks,
-    matmul,
-    norms,
-    piecewise,
-    pooling,
-    smooth,
-)
 
+from dropit_fx.ops import table
 from dropit_fx.ops.rule import OpRule, Use
 from dropit_fx.ops.table import OP_RULES, SAVES_NOTHING
 
+# The family of each row: of its file in dropit_fx/ops/, and of that of its record in tests/ops/.
+HOMES: dict[str, str] = {
+    rule.name: family.__name__.rpartition(".")[2]
+    for family in table.FAMILIES
+    for rule in (*family.ROWS, *getattr(family, "SAVES_NOTHING", ()))
+}
 FAMILIES: dict[str, Sequence[RowTests]] = {
-    family.__name__.removeprefix("ops."): family.RECORDS
-    for family in (
-        *(matmul, convolution, piecewise, smooth, masks, arithmetic, norms, attention, losses),
-        *(indexing, pooling),
-    )
+    family: import_module(f"ops.{family}").RECORDS if find_spec(f"ops.{family}") else ()
+    for family in dict.fromkeys(HOMES.values())
 }
 _BY_NAME = {record.row: record for records in FAMILIES.values() for record in records}
 
@@ -102,16 +93,16 @@ def misplaced(
     """A sentence for each row without one record in its family, and each record without a row."""
     found = []
     for rule in rules:
-        home = family_of(rule, families)
+        home = HOMES[rule.name]
         here = [family for family, _ in records_of(rule.name, families)]
         if not here:
-            file = f"tests/ops/{home or '<family>'}.py"
             found.append(
-                f"The row '{rule.name}' has no record: add a RowTests to RECORDS in {file}."
+                f"The row '{rule.name}' has no record: add a RowTests to RECORDS in "
+                f"tests/ops/{home}.py."
             )
         elif len(here) > 1:
             found.append(f"The row '{rule.name}' has several records, in {', '.join(here)}.")
-        elif home and here != [home]:
+        elif here != [home]:
             found.append(
                 f"The row '{rule.name}' stands in dropit_fx/ops/{home}.py, and its record in "
                 f"tests/ops/{here[0]}.py."
@@ -128,18 +119,3 @@ def misplaced(
 
 def records_of(name: str, families: Mapping[str, Sequence[RowTests]]) -> list[tuple[str, RowTests]]:
     return [(f, r) for f, records in families.items() for r in records if r.row == name]
-
-
-def family_of(rule: OpRule, families: Iterable[str]) -> str:
-    """The family whose module of ``dropit_fx.ops`` lists a row, or ``""``."""
-    for family in families:
-        module = sys.modules.get(f"dropit_fx.ops.{family}")
-        if module and any(rule is row for row in listed(module)):
-            return family
-    return ""
-
-
-def listed(module: ModuleType) -> list[Any]:
-    """What stands in the tuples of a module, and by itself."""
-    values = vars(module).values()
-    return [row for value in values for row in (value if isinstance(value, tuple) else (value,))]

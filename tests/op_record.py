@@ -122,6 +122,8 @@ class RowTests:
         rounds_in_place: Why the last bits of its gradients differ where it writes into its input.
         rounds_on_cuda: Why they differ on CUDA.
         half_on_cpu: Whether PyTorch has a kernel for half precision on CPUs.
+        lowered_on: Where autocast hands it the lower precision, and not everywhere: so its row does
+            not say "lower".
         one_for_all: One formula serves several rows: another one shows each gradient alone.
         obstacles: (spelling, call) of what the row does not cover, beside those among ``cases``.
 
@@ -157,6 +159,7 @@ class RowTests:
     rounds_in_place: str = ""
     rounds_on_cuda: str = ""
     half_on_cpu: bool = True
+    lowered_on: tuple[str, ...] = ()
     one_for_all: bool = False
     obstacles: tuple[tuple[Any, Case], ...] = ()
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 from op_cases import FAMILIES, NEEDED, RECORDS, complaints, misplaced
 from op_record import RowTests
 
-from dropit_fx.ops.table import OP_RULES, RULES, SAVES_NOTHING
+from dropit_fx.ops.table import OP_RULES, SAVES_NOTHING
 
 ROWS = (*OP_RULES, *SAVES_NOTHING)
 
@@ -20,16 +19,17 @@ def test_every_row_has_cases() -> None:
     assert not found, "\n".join(found)
 
 
+def test_every_file_of_records_is_named_as_a_family() -> None:
+    files = {p.stem for p in Path(__file__).parent.glob("[a-z]*.py")}
+    assert {name for name in files if not name.startswith("test_")} == set(FAMILIES)
+
+
 def changed(family: str, *records: RowTests) -> dict[str, tuple[RowTests, ...]]:
     """The families with other records in one of them."""
     return {**FAMILIES, family: records}
 
 
-def test_a_row_without_a_record_is_told_by_its_name_and_file(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    source = SimpleNamespace(ROWS=(RULES["batch_norm"],))
-    monkeypatch.setitem(sys.modules, "dropit_fx.ops.norms", source)
+def test_a_row_without_a_record_is_told_by_its_name_and_file() -> None:
     without = changed("norms", *(r for r in FAMILIES["norms"] if r.row != "batch_norm"))
     assert misplaced(families=without) == [
         "The row 'batch_norm' has no record: add a RowTests to RECORDS in tests/ops/norms.py."
@@ -37,13 +37,15 @@ def test_a_row_without_a_record_is_told_by_its_name_and_file(
     assert complaints(NEEDED, families=without) == []
 
 
-def test_a_record_in_the_file_of_another_family_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = SimpleNamespace(GATHER=RULES["gather"])
-    monkeypatch.setitem(sys.modules, "dropit_fx.ops.masks", source)
-    monkeypatch.delitem(sys.modules, "dropit_fx.ops.indexing", raising=False)
-    assert misplaced() == [
-        "The row 'gather' stands in dropit_fx/ops/masks.py, and its record in "
-        "tests/ops/indexing.py."
+def test_a_record_in_the_file_of_another_family_is_told() -> None:
+    records = [r for r in FAMILIES["indexing"] if r.row != "gather"]
+    elsewhere = {
+        **changed("indexing", *records),
+        "masks": (*FAMILIES["masks"], RECORDS["gather"]),
+    }
+    assert misplaced(families=elsewhere) == [
+        "The row 'gather' stands in dropit_fx/ops/indexing.py, and its record in "
+        "tests/ops/masks.py."
     ]
 
 

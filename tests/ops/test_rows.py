@@ -202,7 +202,9 @@ def words_in(function: Any) -> set[str]:
         seen.add(one)
         stack += [cell.cell_contents for cell in one.__closure__ or ()]
         for code in code_of(one):
-            words |= {c for c in code.co_consts if isinstance(c, str)}
+            for constant in code.co_consts:
+                each = constant if isinstance(constant, tuple) else (constant,)
+                words |= {c for c in each if isinstance(c, str)}
             stack += [one.__globals__.get(name) for name in code.co_names]
     return words
 
