@@ -83,6 +83,7 @@ print("codec works")
 def copy(tmp_path: Path) -> Path:
     """The package in a folder of its own, with its compiled kernels."""
     shutil.copytree(ROOT / "dropit_fx", tmp_path / "dropit_fx")  # the link to passes/ is followed
+    shutil.copytree(ROOT / "tests", tmp_path / "tests")
     return tmp_path
 
 
@@ -108,18 +109,51 @@ def run(code: str, folder: Path) -> str:
 
 
 def add(folder: Path, name: str, code: str) -> None:
-    """Puts code into the file of a family, in front of the rows that get its names."""
+    """Puts code into the file of a family, in front of the rows or records that get its names."""
     file = folder / name
-    before, found, after = file.read_text().partition("ROWS = (")
-    assert found, f"{name} has no rows"
-    names = "".join(f"{n}, " for n in re.findall(r"^([A-Z_]+) = OpRule", code, re.MULTILINE))
+    before, found, after = re.split(r"^((?:ROWS|RECORDS) = \()", file.read_text(), flags=re.M)
+    made = re.findall(r"^([A-Z_]+) = (?:OpRule|RowTests)", code, re.MULTILINE)
+    names = "".join(f"{n}, " for n in made)
     file.write_text(f"{before}{code}\n\n{found}{names}{after}")
 
 
+def add_ops(folder: Path, room: str) -> None:
+    """Those of the guide: their rows in room ``dropit_fx``, their records in room ``tests``."""
+    added = [block for block in blocks("Add an op") if block[0].startswith(f"{room}/ops/")]
+    assert len(added) == 2
+    for name, code in added:
+        add(folder, name, code)
+
+
+def run_tests_of_ops(folder: Path, selected: str) -> subprocess.CompletedProcess[str]:
+    options = ("-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestUnknownMarkWarning")
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "tests/ops", "-k", selected],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+
+
 def test_ops_that_are_added_as_the_guide_says_work(copy: Path) -> None:
-    for name, code in blocks("Add an op"):
-        add(copy, name, code)
+    add_ops(copy, "dropit_fx")
     assert run(OPS, copy) == "ops work\n"
+
+
+@pytest.mark.slow
+def test_ops_that_are_added_without_their_records_fail_one_test_that_says_so(copy: Path) -> None:
+    add_ops(copy, "dropit_fx")
+    done = run_tests_of_ops(copy, "mv or mse_loss or test_every_row")
+    for row, family in (("mv", "matmul"), ("mse_loss", "losses")):
+        sentence = f"The row '{row}' has no record: add a RowTests to RECORDS in "
+        assert f"{sentence}tests/ops/{family}.py." in done.stdout
+    assert "1 failed" in done.stdout
+    assert "error" not in done.stdout.splitlines()[-1]
+    add_ops(copy, "tests")
+    done = run_tests_of_ops(copy, "mv or mse_loss or test_every_row")
+    assert done.returncode == 0, done.stdout
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 50
 
 
 @pytest.mark.slow

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 import transformers
 from fake_cuda import KERNELS, Attention, Faked, captured, faked
 from models import Case, of_timm
-from op_cases import CASES, LOSSLESS, graph_of, spelled
-from op_cases import Case as Call
+from op_calls import LOSSLESS, graph_of
+from op_calls import Case as Call
+from op_cases import CASES, spelled
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -255,7 +256,7 @@ def test_a_copy_that_cudnn_makes_of_its_input_is_its_input() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", [name for name in CASES if name != "checkpoint"])
+@pytest.mark.parametrize("name", CASES)
 def test_a_packed_call_runs_the_kernels_that_dense_runs(name: str, dtype: torch.dtype) -> None:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     target = RULES[name].targets[0]

@@ -8,18 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import CASES, LOSSLESS, Case, assert_same, graph_of, pack_graph, run
+from op_calls import LOSSLESS, Case, assert_same, case_id, graph_of, pack_graph, run
+from op_cases import ALL_CASES, CASES, RECORDS
 from torch import Tensor
 
 from dropit_fx.ops.table import RULES
-
-ALL_CASES = [(name, call) for name, calls in CASES.items() for call in calls]
-# why the gradients of a row have other last bits on CUDA than dense ones have
-ROUNDS: dict[str, str] = {}
-
-
-def case_id(value: Any) -> str:
-    return value.name if isinstance(value, Case) else str(value)
 
 
 def tensors_of(
@@ -49,7 +42,7 @@ def check(
     packed, _ = pack_graph(dense, tensors, LOSSLESS)
     first, again, mine = run(dense, tensors), run(dense, tensors), run(packed, tensors)
     assert_same(mine[0], first[0])
-    reasons = [r for r in (call.rounds, ROUNDS.get(name, ""), *alerts(dense, tensors)) if r]
+    reasons = [r for r in (call.rounds, RECORDS[name].rounds_on_cuda, *alerts(dense, tensors)) if r]
     if any(a is not None and not same(a, b) for a, b in zip(first[1], again[1], strict=True)):
         reasons.append("two dense runs differ")
     if not reasons:
@@ -60,7 +53,9 @@ def check(
 
 
 def same(a: Tensor, b: Tensor | None) -> bool:
-    return b is not None and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+    if b is None:
+        return False
+    return torch.allclose(a.to_dense(), b.to_dense(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(("name", "call"), ALL_CASES, ids=case_id)
@@ -76,7 +71,7 @@ def test_lossless_gradients_have_the_bits_of_dense_ones_in_other_dtypes(
     name: str, dtype: torch.dtype, device: torch.device, record_property: Any
 ) -> None:
     call = CASES[name][0]
-    if device.type == "cpu" and name == "avg_pool3d" and dtype != torch.float64:
+    if device.type == "cpu" and not RECORDS[name].half_on_cpu and dtype != torch.float64:
         pytest.skip("PyTorch has no such kernel for CPUs")
     check(name, call, tensors_of(call, device, dtype), record_property)
 

@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import BEFORE_2_14, LOSSLESS, cotangent, pack_graph, writes
+from op_calls import BEFORE_2_14, LOSSLESS, cotangent, pack_graph, writes
+from op_cases import BESIDE, RECORDS, complaints
+from op_record import Behind, Given, RowTests
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
@@ -28,38 +30,8 @@ from dropit_fx.report.rows import Report, rows
 
 BALANCED = {"preset": "balanced"}
 CONFIGS = (LOSSLESS, BALANCED)
-MASK, INDEX, ITSELF, TURNED, LAST = (object() for _ in range(5))
-
-# Of each row that can be called with one tensor: what stands behind it.
-ARGUMENTS: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("relu", "relu6", "gelu", "silu", "mish", "elu", "selu", "celu"), ()),
-    **dict.fromkeys(("hardswish", "hardsigmoid", "softplus", "logsigmoid", "softsign"), ()),
-    **dict.fromkeys(("sigmoid", "tanh", "exp", "sin", "cos"), ()),
-    **dict.fromkeys(("hardtanh", "clamp"), (-0.5, 0.7)),
-    "leaky_relu": (0.2,),
-    "dropout": (0.3, True),
-    **{f"{kind}_pool{d}d": (2,) for kind in ("max", "avg") for d in (1, 2, 3)},
-    **{f"adaptive_avg_pool{d}d": ((2, 3, 4)[3 - d :],) for d in (1, 2, 3)},
-    "pad": ((1, 1, 0, 1), "reflect"),
-    **dict.fromkeys(("mul", "div", "add", "sub"), (1.5,)),
-    "pow": (2,),
-    **dict.fromkeys(("softmax", "log_softmax"), (-1,)),
-    **dict.fromkeys(("layer_norm", "rms_norm"), (LAST,)),
-    "group_norm": (2,),
-    "batch_norm": (None, None, None, None, True, 0.1, 1e-5),
-    "masked_fill": (MASK, 0.5),
-    "where": (MASK, 0.5),
-    **dict.fromkeys(("index_select", "gather"), (-1, INDEX)),
-    "matmul": (TURNED,),
-    "scaled_dot_product_attention": (ITSELF, ITSELF),
-    "to": (torch.float64,),
-}
-# Those that need another tensor of a shape of its own.
-NOT_OF_ONE = (
-    *("linear", "mm", "bmm", "addmm", "baddbmm", "embedding", "nll_loss", "cross_entropy"),
-    *(f"conv{kind}{d}d" for kind in ("", "_transpose") for d in (1, 2, 3)),
-)
-FROM_ITS_RESULT = ("elu", "selu", "celu")  # the slope, where they write in place
+KNOWN: dict[str, RowTests] = RECORDS | BESIDE
+COLUMNS = torch.tensor([1, 0, 1])
 
 
 @dataclass(frozen=True)
@@ -67,6 +39,7 @@ class Op:
     """One op in the spellings that write into their input, or in the others."""
 
     row: str
+    behind: Behind
     in_place: bool
     spellings: tuple[tuple[Any, dict[str, Any]], ...]  # targets and settings
 
@@ -78,16 +51,17 @@ def ops() -> list[Op]:
     """Of every row with one tensor; in place too, where it can be written so."""
     found = []
     for rule in (*OP_RULES, *SAVES_NOTHING):
-        if rule.name not in ARGUMENTS:
+        behind = KNOWN[rule.name].behind if rule.name in KNOWN else None
+        if not isinstance(behind, Behind):
             continue
-        targets = [t for t in rule.targets if rule.name != "to" or t in ("to", "type")]
+        targets = [t for t in rule.targets if not behind.spellings or t in behind.spellings]
         for in_place in (False, True):
             spelled = [(t, {}) for t in targets if writes(t) == in_place]
             first = rule.targets[0]
             if in_place and isinstance(first, FunctionType) and "inplace" in arguments_of(first):
                 spelled.append((first, {"inplace": True}))
             if spelled:
-                found.append(Op(rule.name, in_place, tuple(spelled)))
+                found.append(Op(rule.name, behind, in_place, tuple(spelled)))
     return found
 
 
@@ -123,25 +97,24 @@ class Graph:
     def apply(self, op: Op, turn: int, h: fx.Node) -> fx.Node:
         """``op`` over ``h``, in one of its spellings."""
         target, settings = op.spellings[turn % len(op.spellings)]
-        h = self.of_dimensions(3 if op.row.endswith("pool1d") else 4, h)
+        h = self.of_dimensions(op.behind.dims, h)
         makers = {
-            MASK: lambda: self.run(torch.gt, h, 0),
-            INDEX: lambda: self.index(op.row, h),
-            ITSELF: lambda: h,
-            TURNED: lambda: self.run("transpose", h, -1, -2),
-            LAST: lambda: [self.values[h].shape[-1]],
+            Given.X: lambda: h,
+            Given.MASK: lambda: self.run(torch.gt, h, 0),
+            Given.NUMBER: lambda: self.run(torch.tensor, 0.5),
+            Given.INDEX: lambda: self.leaf(COLUMNS),
+            Given.INDICES: lambda: self.leaf(self.columns_of_each_row(h)),
+            Given.TURNED: lambda: self.run("transpose", h, -1, -2),
+            Given.WIDTH: lambda: [self.values[h].shape[-1]],
         }
-        args: list[Any] = [h, *(makers.get(a, lambda a=a: a)() for a in _known(op, target))]
-        if op.row == "where":
-            (h, mask, number), fill = args, self.run(torch.tensor, 0.5)
-            fill = fill if target is torch.ops.aten.where.self else number
-            args = [h, mask, fill] if target == "where" else [mask, h, fill]
-        return self.run(target, *args, **settings)
+        known = op.behind.args
+        args = known(target) if callable(known) else known
+        return self.run(
+            target, *[makers[a]() if isinstance(a, Given) else a for a in args], **settings
+        )
 
-    def index(self, row: str, h: fx.Node) -> fx.Node:
-        index = torch.tensor([1, 0, 1])
-        shape = (*self.values[h].shape[:-1], 3)
-        return self.leaf(index.expand(shape).contiguous() if row == "gather" else index)
+    def columns_of_each_row(self, h: fx.Node) -> Tensor:
+        return COLUMNS.expand(*self.values[h].shape[:-1], 3).contiguous()
 
     def of_dimensions(self, count: int, h: fx.Node) -> fx.Node:
         dims = self.values[h].dim()
@@ -156,14 +129,6 @@ class Graph:
         bias = torch.rand(8, generator=generator, dtype=torch.float64)
         leaves = [self.leaf(t.to(x.dtype).requires_grad_()) for t in (weight, bias)]
         return self.run(F.linear, h, *leaves)
-
-
-def _known(op: Op, target: Any) -> tuple[Any, ...]:
-    if op.row == "clamp" and "clamp_m" in str(target):
-        return (0.1,)
-    if op.row == "batch_norm" and target is not F.batch_norm:
-        return (*ARGUMENTS[op.row], False)
-    return ARGUMENTS[op.row]
 
 
 Pair = tuple[Op, Op, int]  # first, second, whose turn it is
@@ -291,17 +256,17 @@ def compared(pair: Pair, found: list[Any], dense: list[Any], exact: bool) -> str
         (found,) = step(packed_of(branches_of([pair]), LOSSLESS)[0], apart)
     if isinstance(found[1], Exception):
         return f"its backward fails: {found[1]}"
-    rounds = any(op.in_place and op.row in FROM_ITS_RESULT for op in pair[:2])
+    rounds = any(op.in_place and KNOWN[op.row].rounds_in_place for op in pair[:2])
     # into the memory of a view, dense, goes a copy of what attention hands back: other strides
-    rounds |= pair[0].in_place and pair[1].row == "scaled_dot_product_attention"
+    rounds |= pair[0].in_place and pair[1].behind.by_strides
     if exact and not all(same(a, b, rounds) for a, b in zip(found[1:], dense[1:], strict=True)):
         return "another gradient"
     return ""
 
 
 def test_every_row_has_its_arguments_here() -> None:
-    names = {rule.name for rule in (*OP_RULES, *SAVES_NOTHING)}
-    assert names == {*ARGUMENTS, *NOT_OF_ONE}
+    found = complaints(["behind"])
+    assert not found, "\n".join(found)
 
 
 CHUNKS = 9

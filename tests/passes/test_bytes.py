@@ -15,7 +15,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from models import Case, every_model, rewritten
-from op_cases import CASES, LOSSLESS, graph_of, pack_graph
+from op_calls import LOSSLESS, graph_of, pack_graph
+from op_cases import CASES
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from op_cases import assert_same
+from op_calls import assert_same
 from torch import Tensor, nn
 
 import dropit_fx

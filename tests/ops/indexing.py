@@ -1,0 +1,73 @@
+"""Ops that read rows by their numbers: what the tests know of them."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from op_calls import Case, T, case, classes, turned
+from op_record import Behind, Entry, Given, OpInfo, RowTests
+
+WORDS, TABLE = T((4, 7), make=classes(9)), T((9, 3))
+
+
+def _spell_embedding(target: Any, first: Case) -> Case:
+    return first if target is F.embedding else case("other order", first.args[1], first.args[0])
+
+
+EMBEDDING = RowTests(
+    row="embedding",
+    cases=[
+        *(
+            case(f"{rows} rows", T((4, 7), make=classes(rows)), T((rows, 3)))
+            for rows in (300, 1, 2, 7, 256, 257, 65536, 65537)
+        ),
+        case("padding_idx", WORDS, TABLE, 2),
+        Case(
+            "padding_idx from the end",
+            (WORDS, TABLE, -1),
+            obstacle="its padding index is negative, which its spellings read differently",
+        ),
+        case("scale_grad_by_freq", WORDS, TABLE, scale_grad_by_freq=True),
+        case("sparse", WORDS, TABLE, sparse=True),
+        case("one word", T((), make=classes(9)), TABLE),
+        case("int32", T((4, 7), make=lambda s, g: classes(9)(s, g).int()), TABLE),
+        case("no words", T((0, 7), make=classes(9)), TABLE),
+        Case("max_norm", (WORDS, TABLE, None, 1.0), obstacle="it renormalises its weight"),
+    ],
+    unset=("norm_type",),  # without max_norm it says nothing
+    spell=_spell_embedding,
+    op_info=OpInfo("nn.functional.embedding"),
+    behind="it reads numbers of rows",
+    entries=(Entry("embedding", {"indices": "input"}),),
+    codes=0,
+)
+
+INDEX_SELECT = RowTests(
+    row="index_select",
+    cases=[
+        case("rows", T((6, 5)), 0, T((9,), make=classes(6))),
+        case("columns", T((2, 6, 5)), -1, T((3,), make=classes(5))),
+        case("transposed memory", T((5, 6), turned), 0, T((9,), make=classes(6))),
+        case("none", T((6, 5)), 0, T((0,), make=classes(6))),
+    ],
+    op_info=OpInfo("index_select"),
+    behind=Behind((Given.X, -1, Given.INDEX)),
+    entries=(Entry("index_select", {"self": "input"}),),
+    codes=0,
+)
+
+GATHER = RowTests(
+    row="gather",
+    cases=[
+        case("rows", T((6, 5)), 0, T((4, 5), make=classes(6))),
+        case("last", T((2, 6, 5)), -1, T((2, 6, 3), make=classes(5))),
+        case("sparse_grad", T((6, 5)), 0, T((4, 5), make=classes(6)), sparse_grad=True),
+        case("transposed memory", T((5, 6), turned), 1, T((6, 2), make=classes(5))),
+        case("none", T((6, 5)), 0, T((0, 5), make=classes(6))),
+    ],
+    op_info=OpInfo("gather"),
+    behind=Behind((Given.X, -1, Given.INDICES)),
+    entries=(Entry("gather", {"self": "input"}),),
+    codes=0,
+)
+
+RECORDS = (EMBEDDING, INDEX_SELECT, GATHER)

@@ -1,0 +1,78 @@
+"""Ops that a mask decides: what the tests know of them."""
+
+import math
+
+import torch
+from op_calls import Case, T, case, coins, pointwise, turned
+from op_record import Behind, Entry, Given, OpInfo, RowTests
+from torch import nn
+
+DROPOUT = RowTests(
+    row="dropout",
+    cases=pointwise({"p": 0.1}, {"p": 0.3}, {"p": 0.9}),
+    spell=lambda target, first: case("p, train", T((4, 9)), 0.5, True),
+    modules=lambda: [(nn.Dropout(0.4), (4, 9)), (nn.Dropout(0.4, inplace=True), (4, 9))],
+    op_info=OpInfo("nn.functional.dropout", reseeds=True),
+    behind=Behind((Given.X, 0.3, True)),
+    entries=(Entry("native_dropout", {"result1": "mask"}),),
+)
+
+MASK, X = T((2, 3, 5), make=coins), T((2, 3, 5))
+
+
+def _where_behind(target: object) -> tuple[object, ...]:
+    if target == "where":
+        return (Given.X, Given.MASK, 0.5)
+    fill = Given.NUMBER if target is torch.ops.aten.where.self else 0.5
+    return (Given.MASK, Given.X, fill)
+
+
+def _spell_where(target: object, first: Case) -> Case:
+    condition, x, y = first.args
+    return case("other order", x, condition, y) if target == "where" else first
+
+
+WHERE = RowTests(
+    row="where",
+    cases=[
+        case("same shape", MASK, X, X),
+        case("condition of a row", T((5,), make=coins), X, X),
+        case("all broadcast", T((3, 1), make=coins), T((5,)), T((2, 1, 1))),
+        case("number", MASK, X, 0.5),
+        case("number first", MASK, -math.inf, X),
+        case("transposed memory", T((9, 6), make=coins), T((6, 9), turned), T((9, 6))),
+        case("slice", T((6, 5), make=coins), T((6, 10), lambda v: v[:, ::2]), T((6, 5))),
+        case("empty", T((5,), make=coins), T((0, 5)), T((0, 5))),
+        Case(
+            "two dtypes",
+            (MASK, X, T((2, 3, 5), lambda v: v.double())),
+            obstacle="it joins two dtypes",
+        ),
+    ],
+    spell=_spell_where,
+    op_info=OpInfo("where"),
+    behind=Behind(_where_behind),
+    entries=(Entry("where.self", {"self": "input"}),),
+)
+
+MASKED_FILL = RowTests(
+    row="masked_fill",
+    cases=[
+        case("same shape", X, MASK, -1.0),
+        case("row", X, T((5,), make=coins), -math.inf),
+        case("broadcast input", T((3, 5)), MASK, 0),
+        case("transposed memory", T((6, 9), turned), T((9, 6), make=coins), 2.0),
+        case("slice", T((6, 10), lambda v: v[:, ::2]), T((6, 5), make=coins), 2.0),
+        case("empty", T((0, 5)), T((5,), make=coins), 2.0),
+        Case(
+            "tensor",
+            (T((4, 9)), T((4, 9), make=coins), T(())),
+            obstacle="its value is a tensor",
+        ),
+    ],
+    op_info=OpInfo("masked_fill"),
+    behind=Behind((Given.X, Given.MASK, 0.5)),
+    entries=(Entry("masked_fill.Scalar", {"self": "input"}),),
+)
+
+RECORDS = (DROPOUT, WHERE, MASKED_FILL)
