@@ -7,7 +7,7 @@ Needs PyTorch only: no other room.
 from __future__ import annotations
 
 from dropit_fx.kernels import ops as ops
-from dropit_fx.kernels.layout import (
+from dropit_fx.kernels.format import (
     AFFINE,
     FULL,
     LAYOUTS,

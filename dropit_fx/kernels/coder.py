@@ -34,7 +34,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dropit_fx.kernels.layout import AFFINE, UNIFORM, is_codebook, scale_columns
+from dropit_fx.kernels.format import AFFINE, UNIFORM, is_codebook, scale_columns
 
 _INFINITY = 0x7F800000  # bit pattern of float32 Inf
 _TOP = 0x7F7F0000  # the greatest finite bfloat16, as a float32 pattern

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dropit_fx.kernels import reference
-from dropit_fx.kernels.layout import (
+from dropit_fx.kernels.format import (
     SYMMETRIC,
     block_count,
     check_borders,

@@ -21,7 +21,7 @@ from torch import Tensor
 from dropit_fx.kernels import reference
 from dropit_fx.kernels.cpu import load
 from dropit_fx.kernels.dispatch import on_cuda
-from dropit_fx.kernels.layout import uint_nbytes
+from dropit_fx.kernels.format import uint_nbytes
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as in masks.c
 

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from dropit_fx.kernels import cpu, reference
 from dropit_fx.kernels.dispatch import on_cuda
-from dropit_fx.kernels.layout import (
+from dropit_fx.kernels.format import (
     block_count,
     check_borders,
     check_format,

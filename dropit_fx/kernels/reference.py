@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dropit_fx.kernels.coder import decode, encode
-from dropit_fx.kernels.layout import (
+from dropit_fx.kernels.format import (
     FULL,
     check_borders,
     check_format,

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from dropit_fx.kernels.layout import index_bits
+from dropit_fx.kernels.format import index_bits
 from dropit_fx.ops import backwards as bw
 from dropit_fx.ops import runs
 from dropit_fx.ops.pooling import max_pool_backward, max_pool_saving, packable, window_bits

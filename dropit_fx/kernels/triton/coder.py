@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dropit_fx.kernels.layout import SYMMETRIC, UNIFORM
+from dropit_fx.kernels.format import SYMMETRIC, UNIFORM
 from dropit_fx.kernels.triton.bits import (
     INFINITY,
     LARGEST,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dropit_fx.kernels import reference
 from dropit_fx.kernels.dispatch import warn_once
-from dropit_fx.kernels.layout import (
+from dropit_fx.kernels.format import (
     check_borders,
     check_levels,
     check_stream,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dropit_fx.kernels.dispatch import warn_once
-from dropit_fx.kernels.layout import (
+from dropit_fx.kernels.format import (
     FULL,
     block_count,
     is_codebook,

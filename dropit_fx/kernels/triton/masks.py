@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dropit_fx.kernels.dispatch import warn_once
-from dropit_fx.kernels.layout import uint_nbytes
+from dropit_fx.kernels.format import uint_nbytes
 from dropit_fx.kernels.masks import apply_mask_reference, check_mask, pack_between_reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dropit_fx.kernels import reference
-from dropit_fx.kernels.layout import (
+from dropit_fx.kernels.format import (
     FULL,
     SYMMETRIC,
     block_count,

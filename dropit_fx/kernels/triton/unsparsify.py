@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dropit_fx.kernels import reference
-from dropit_fx.kernels.layout import FULL, check_format, scale_columns, uint_nbytes
+from dropit_fx.kernels.format import FULL, check_format, scale_columns, uint_nbytes
 from dropit_fx.kernels.triton.bits import (
     DTYPES,
     INT_OF,
