@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dropit_fx.codecs.codec import Codec, Option, Options
-from dropit_fx.kernels import FULL, LAYOUTS, SYMMETRIC, packed_nbytes
+from dropit_fx.kernels import FULL, SPACINGS, Format
 from dropit_fx.ops.rule import Use
 
 
@@ -76,52 +76,60 @@ ROUNDING = Option(
 RANGE = Option(
     name="range",
     default="symmetric",
-    legal=lambda v: v in LAYOUTS,
+    legal=lambda v: v in SPACINGS,
     meaning="'symmetric' levels around zero, 'affine' for one-sided tensors: finer near the least "
     "value, or 'uniform': equal steps between the least and the greatest value",
 )
 
-Format = Callable[
-    [Options], tuple[int, int, int, int, bool]
-]  # keep, block, bits, layout, stochastic
+FormatOf = Callable[[Options], Format]
 
 
-def _mink_format(options: Options) -> tuple[int, int, int, int, bool]:
-    block = 0 if options["scope"] == "tensor" else options["block"]
-    stochastic = options["rounding"] == "stochastic"
-    return keep_ratio(options["gamma"]), block, options["bits"] or 0, SYMMETRIC, stochastic
+def _mink_format(options: Options) -> Format:
+    return Format(
+        keep_ratio(options["gamma"]),
+        0 if options["scope"] == "tensor" else options["block"],
+        options["bits"] or 0,
+        stochastic=options["rounding"] == "stochastic",
+    )
 
 
-def _random_format(options: Options) -> tuple[int, int, int, int, bool]:
-    block = 0 if options["scope"] == "tensor" else options["block"]
-    return keep_ratio(options["gamma"]), block, 0, SYMMETRIC, False
+def _random_format(options: Options) -> Format:
+    return _mink_format(options | {"bits": None, "rounding": "nearest"})
 
 
-def _quant_format(options: Options) -> tuple[int, int, int, int, bool]:
-    layout, stochastic = LAYOUTS.index(options["range"]), options["rounding"] == "stochastic"
-    return FULL, options["block"], options["bits"] or 0, layout, stochastic
+def _quant_format(options: Options) -> Format:
+    return Format(
+        FULL,
+        options["block"],
+        options["bits"] or 0,
+        SPACINGS.index(options["range"]),
+        options["rounding"] == "stochastic",
+    )
 
 
-def _pack(format_of: Format) -> Callable[[Tensor, Options], tuple[Tensor, ...]]:
+def _pack(format_of: FormatOf) -> Callable[[Tensor, Options], tuple[Tensor, ...]]:
     def pack(flat: Tensor, options: Options) -> tuple[Tensor, ...]:
-        parts: tuple[Tensor, ...] = torch.ops.dropit.sparsify(flat, *format_of(options))
+        form = format_of(options)
+        parts: tuple[Tensor, ...] = torch.ops.dropit.sparsify(flat, *form.numbers, form.stochastic)
         return parts
 
     return pack
 
 
 def _sample(flat: Tensor, options: Options) -> tuple[Tensor, ...]:
-    keep, block, *_ = _random_format(options)
-    values, mask = torch.ops.dropit.sample(flat, keep, block)
+    form = _random_format(options)
+    values, mask = torch.ops.dropit.sample(flat, form.keep, form.block)
     return values, values.new_empty(0), mask
 
 
-def _unpack(format_of: Format) -> Callable[[tuple[Tensor, ...], Options, Any, torch.dtype], Tensor]:
+def _unpack(
+    format_of: FormatOf,
+) -> Callable[[tuple[Tensor, ...], Options, Any, torch.dtype], Tensor]:
     def unpack(
         parts: tuple[Tensor, ...], options: Options, numel: Any, dtype: torch.dtype
     ) -> Tensor:
-        keep, block, bits, layout, _ = format_of(options)
-        out: Tensor = torch.ops.dropit.unsparsify(*parts, numel, dtype, keep, block, bits, layout)
+        numbers = format_of(options).numbers
+        out: Tensor = torch.ops.dropit.unsparsify(*parts, numel, dtype, *numbers)
         return out
 
     return unpack
@@ -130,8 +138,9 @@ def _unpack(format_of: Format) -> Callable[[tuple[Tensor, ...], Options, Any, to
 def _pack_channels(
     flat: Tensor, mean: Tensor, inverse: Tensor, inner: Any, options: Options
 ) -> tuple[Tensor, ...]:
-    given = flat, mean, inverse, inner
-    parts: tuple[Tensor, ...] = torch.ops.dropit.sparsify_channels(*given, *_quant_format(options))
+    form = _quant_format(options)
+    given = flat, mean, inverse, inner, *form.numbers, form.stochastic
+    parts: tuple[Tensor, ...] = torch.ops.dropit.sparsify_channels(*given)
     return parts
 
 
@@ -144,18 +153,13 @@ def _unpack_channels(
     numel: Any,
     dtype: torch.dtype,
 ) -> Tensor:
-    form = _quant_format(options)[:4]
-    given = *parts, mean, deviation, inner, numel, dtype
-    out: Tensor = torch.ops.dropit.unsparsify_channels(*given, *form)
+    given = *parts, mean, deviation, inner, numel, dtype, *_quant_format(options).numbers
+    out: Tensor = torch.ops.dropit.unsparsify_channels(*given)
     return out
 
 
-def _nbytes(format_of: Format) -> Callable[[int, torch.dtype, Options], int]:
-    def nbytes(numel: int, dtype: torch.dtype, options: Options) -> int:
-        keep, block, bits, layout, _ = format_of(options)
-        return packed_nbytes(numel, keep, block, bits, layout, dtype.itemsize)
-
-    return nbytes
+def _nbytes(format_of: FormatOf) -> Callable[[int, torch.dtype, Options], int]:
+    return lambda numel, dtype, options: format_of(options).nbytes(numel, dtype.itemsize)
 
 
 def _keeps_all(options: Options) -> bool:
