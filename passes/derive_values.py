@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
-from dropit_fx.codecs import CODEC
+from dropit_fx.codecs import CODEC, DERIVED
 from dropit_fx.ops.table import CHECKPOINT
 from dropit_fx.passes.plan import Decision, Elements, Plan, Site
 from dropit_fx.passes.share_packed import by_site, packed_bytes, swapped_nodes
@@ -102,7 +102,7 @@ def _derive(plan: Plan) -> Plan:
                     bases.packed.pop(identity, None)
                     decision = replace(
                         decision,
-                        codec="derived",
+                        codec=DERIVED,
                         options={},
                         nbytes=0,
                         copy=f"derived {source}",

@@ -17,11 +17,11 @@ from typing import Any
 from torch import fx
 from torch.fx.node import map_arg
 
+from dropit_fx.codecs import CAST, UNREAD
 from dropit_fx.ops.rule import OpRule, Use
 from dropit_fx.ops.table import CHECKPOINT, inputs_of, is_inplace
 from dropit_fx.passes.derive_values import bases_of, recipe
 from dropit_fx.passes.plan import Decision, Plan
-from dropit_fx.passes.share_packed import CAST, UNREAD
 from dropit_fx.private import ORIGIN
 from dropit_fx.runtime.packed_call import PACKED_OPS, derived, pack, stand_in
 

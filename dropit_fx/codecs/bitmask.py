@@ -53,4 +53,5 @@ BITMASK = Codec(
     unpack=_unpack,
     nbytes=_nbytes,
     lossless=lambda options: True,
+    codes=True,
 )

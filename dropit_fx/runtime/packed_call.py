@@ -33,8 +33,9 @@ from torch.fx.traceback import annotate
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.checkpoint import checkpoint
 
-from dropit_fx.codecs import CODEC
+from dropit_fx.codecs import CODEC, DERIVED
 from dropit_fx.codecs.codec import Codec
+from dropit_fx.kernels.dtypes import NUMBER
 from dropit_fx.ops import backwards
 from dropit_fx.ops.autocasting import autocast_on, cast_operands, runs_as_it_is, under_autocast
 from dropit_fx.ops.rule import OpRule
@@ -96,8 +97,7 @@ def unflatten(flat: Tensor, shape: Any, order: list[int] | None) -> Tensor:
 def _lowered(x: Tensor) -> Tensor:
     """``x`` in the dtype of autocast, where it is on."""
     device = x.device.type
-    floats = (torch.float32, torch.bfloat16, torch.float16)
-    if not autocast_on(device) or x.dtype not in floats:
+    if not autocast_on(device) or x.dtype not in NUMBER:
         return x
     return x.to(torch.get_autocast_dtype(device))
 
@@ -254,7 +254,6 @@ def _entry(operand: str, packed: Packed) -> _Entry:
     return _Entry(operand, packed.codec, packed.options, packed.dtype, len(packed.parts))
 
 
-DERIVED = "derived"
 _Layout = tuple[Any, ...]  # shape, strides, memory order, dtype, device
 
 

@@ -44,7 +44,6 @@ import dropit_fx
 from dropit_fx.codecs import CODEC
 from dropit_fx.codecs.codec import Codec
 from dropit_fx.compile.backend import compiled_graphs
-from dropit_fx.config import serves
 from dropit_fx.measure import saved_bytes
 from dropit_fx.ops import step_tables
 from dropit_fx.ops.autocasting import asked
@@ -284,7 +283,7 @@ def contractions() -> list[Any]:
         for rule in OP_RULES
         for read in rule.reads
         for codec in CODEC.values()
-        if read.use is Use.CONTRACT and serves(codec, read) and codec.name not in ("keep", "drop")
+        if read.use is Use.CONTRACT and codec.can_keep(read) and codec.name not in ("keep", "drop")
     ]
 
 
