@@ -41,7 +41,8 @@ def write_page(
         about: What else the heading tells, by name, but what is None; ``model`` is its title.
     """
     template = (resources.files("dropit_fx.report") / "page.html").read_text(encoding="utf-8")
-    colours = {"ink": INK, "free": FREE} | palette(n for row in report.rows for n in row.codecs)
+    codecs = palette(name for row in report.rows for name in row.codecs)
+    colours = {"ink": INK, "free": FREE} | {f"codec-{n}": c for n, c in codecs.items()}
     for scheme in Colour._fields:
         template = template.replace("{{" + scheme + "}}", css(colours, scheme))
     told = {name: str(value) for name, value in (about or {}).items() if value is not None}
@@ -50,9 +51,11 @@ def write_page(
 
 
 def css(colours: Mapping[str, Colour], scheme: str) -> str:
-    """One colour scheme as variables of CSS, each by the name of its codec."""
-    escaped = {re.sub(r"[^\w-]", lambda c: f"\\{ord(c[0]):x} ", name): name for name in colours}
-    return " ".join(f"--{e}: {getattr(colours[name], scheme)};" for e, name in escaped.items())
+    """One colour scheme as variables of CSS; a name may hold any character."""
+    values = {name: getattr(colour, scheme) for name, colour in colours.items()}
+    odd = re.compile(r"[^\w-]")
+    named = {odd.sub(lambda c: f"\\{ord(c[0]):x} ", name): v for name, v in values.items()}
+    return " ".join(f"--{name}: {value};" for name, value in named.items())
 
 
 def page_data(report: Report) -> dict[str, Any]:

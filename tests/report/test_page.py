@@ -227,7 +227,7 @@ def luminance(colour: str) -> float:
 def variables(path: Path, scheme: str) -> dict[str, str]:
     """Name -> colour, of one scheme of a page."""
     part = path.read_text().split("@media")[SCHEMES.index(scheme)]
-    return dict(re.findall(r"--([\w\\ ]+): (#\w{6})", part))
+    return dict(re.findall(r"--(?:codec-)?([\w\\ ]+): (#\w{6})", part))
 
 
 def check_colours(colours: dict[str, str], names: Sequence[str]) -> None:
