@@ -54,7 +54,7 @@ class Rule:
         return (
             any(fnmatchcase(module, glob) for glob in self.module)
             and any(fnmatchcase(op, glob) for glob in self.op)
-            and serves(CODEC[self.codec], read)
+            and _speaks_of(CODEC[self.codec], read)
         )
 
     def full_options(self) -> Options:
@@ -66,17 +66,14 @@ def _joined(globs: tuple[str, ...]) -> str:
     return globs[0] if len(globs) == 1 else "[" + ", ".join(globs) + "]"
 
 
-def serves(codec: Codec, read: Read) -> bool:
-    """Whether the backward may read what ``codec`` gives back."""
-    if read.operand == INSIDE and codec.name == "bitmask":
-        return False  # running an op again goes with packing its values
-    if codec.name == "keep" or read.use is Use.SHAPE:
-        return True  # a tensor of which only the shape is read goes with the rest of its op
-    if read.bits is not None:
-        return codec.name == "bitmask"
-    if codec.slope:
-        return read.function is not None
-    return read.use in codec.serves and codec.name != "bitmask"
+def _speaks_of(codec: Codec, read: Read) -> bool:
+    """A tensor of which only the shape is read goes with the rest of its op, whatever the codec.
+
+    Not with its codes: running an op again goes with packing its values.
+    """
+    if read.use is Use.SHAPE:
+        return read.operand != INSIDE or not codec.codes
+    return codec.can_keep(read)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,11 +285,10 @@ def _rule(source: Any, where: str, preset: bool = False) -> Rule:
             raise ConfigError(
                 f"{where} {rule}: no op {glob!r} in the op table.{did_you_mean(glob, RULES)}"
             )
-        if not any(
-            serves(codec, read) for row in named for read in row.reads if read.use is not Use.SHAPE
-        ):
+        reads = [read for row in named for read in row.reads if read.use is not Use.SHAPE]
+        if not any(map(codec.can_keep, reads)):
             read = named[0].reads[0]
-            able = [c for c in _named() if serves(CODEC[c], read)]
+            able = [c for c in _named() if CODEC[c].can_keep(read)]
             raise ConfigError(
                 f"{where} {rule}: {named[0].name}.{read.operand} cannot be saved as {name!r}: the"
                 f" backward of {named[0].name} uses it as '{read.use}'."

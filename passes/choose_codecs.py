@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from dropit_fx.codecs import CODEC
 from dropit_fx.codecs.codec import Options
 from dropit_fx.config import Config, ConfigError
+from dropit_fx.kernels.dtypes import FLOATS
 from dropit_fx.ops.rule import Use
 from dropit_fx.passes.plan import Decision, Plan, SavedRead, Site
 from dropit_fx.runtime.copies import channel_nbytes
@@ -23,7 +22,6 @@ _EXACT = {
     Use.CONTRACT: "the gradient of {} depends on it, and stays exact",
     Use.REDUCE: "small beside what is packed, it stays exact",
 }
-PACKABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def choose_codecs(plan: Plan) -> Plan:
@@ -107,7 +105,7 @@ def _choose(read: SavedRead, config: Config) -> Decision:
         options["function"] = read.function
     if not read.lossy and not codec.lossless(options):
         return kept(_EXACT.get(read.read.use, _EXACT[Use.REDUCE]).format(read.read.needed_by[0]))
-    if read.bits is None and read.dtype not in PACKABLE_DTYPES:
+    if read.bits is None and read.dtype not in FLOATS:
         return kept(f"its dtype is {str(read.dtype).removeprefix('torch.')}")
     nbytes = codec.nbytes(read.numel, read.dtype, options) if read.wanted else 0
     if read.read.by_channel and read.wanted and not codec.lossless(options):

@@ -22,11 +22,10 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
-from dropit_fx.codecs import CODEC
+from dropit_fx.codecs import CODEC, DERIVED
 from dropit_fx.ops.table import CHECKPOINT
 from dropit_fx.passes.plan import Copy, Decision, Elements, Keeper, Plan, Site
 from dropit_fx.passes.share_packed import by_site, packed_bytes, swapped_nodes
-from dropit_fx.runtime.copies import DERIVED
 
 FAITHFUL_BITS = 4  # the fewest that the codecs call faithful
 _LIFTED = "from the {} bits asked for, nothing could be made again: all would take more bytes"

@@ -19,13 +19,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from dropit_fx.codecs import CODEC
+from dropit_fx.codecs import CAST, CODEC, UNREAD
 from dropit_fx.ops.rule import Use
 from dropit_fx.passes.choose_codecs import keep, whole_or_none
 from dropit_fx.passes.plan import Copy, Decision, Plan, Site
 
-CAST = "cast"  # in the place of a codec: made again from the parameter
-UNREAD = "unread"  # and: no gradient that is asked for reads it
 LET_GO = (CAST, UNREAD, "drop")  # nothing is made of the tensor: the packed call has no use for it
 
 

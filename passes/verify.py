@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 from torch import fx
 
 from dropit_fx.codecs import CODEC
-from dropit_fx.config import serves
 from dropit_fx.ops.rule import INSIDE, OpRule, Use
 from dropit_fx.ops.table import CHECKPOINT, DERIVABLE, RULES, bind
 from dropit_fx.passes.derive_values import whole_values
 from dropit_fx.passes.plan import Keeper, Plan
 from dropit_fx.passes.share_packed import LET_GO, by_site, is_in_graph, packed_bytes, value_of
-from dropit_fx.runtime.copies import DERIVED, DROP, KEEP
+from dropit_fx.runtime.copies import DROP, KEEP
 from dropit_fx.runtime.packed_call import PACKED_OPS, derived, pack
 from dropit_fx.runtime.regions import stand_in
 
@@ -89,7 +88,7 @@ def served(plan: Plan) -> Iterator[str]:
         elif d.derived:
             if read.bits is not None or read.use is Use.SHAPE:
                 yield f"{d.read.label} is derived, but its backward does not read it by value"
-        elif read.use not in codec.serves or not serves(codec, read):
+        elif not codec.can_keep(read):
             yield f"{d.read.label} is packed as {d.codec!r}, which does not serve '{read.use}'"
         elif not d.read.lossy and not codec.lossless(d.options):
             yield f"{d.read.label} must stay exact, but {d.codec!r} is not lossless"

@@ -58,6 +58,10 @@ config = {"preset": None, "rules": [{"op": "linear", "codec": "half", "dtype": "
 packed = dropit_fx.transform(model, config, example_args=(x,))
 report = dropit_fx.report(packed)
 assert "half" in str(report)
+report.page("half.html")
+(line, *_) = [line for line in open("half.html") if "--codec-half" in line]
+colours = [part.split()[1] for part in line.split(";") if part.strip()]
+assert len(set(colours)) == len(colours) > 8, line  # the guide says nothing of colours
 assert report.kept_bytes == dropit_fx.measure.saved_bytes(packed, x) < report.dense_bytes
 for inner in ("aot_eager_decomp_partition", "inductor"):
     options = {"config": config, "inner": inner}

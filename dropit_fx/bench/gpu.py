@@ -39,7 +39,7 @@ from dropit_fx.words import did_you_mean
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = Path("examples/figures")
 START_SECONDS = 20  # of a worker: Python, PyTorch, the libraries of models
-NO_FIGURES = ("gpu.py", "gpu_tables.py", "gpu_worker.py", "plot.py", "page.py")
+NO_FIGURES = ("gpu.py", "gpu_tables.py", "gpu_worker.py", "plot.py", "page.py", "palette.py")
 GRACE = 15  # seconds for writing and drawing at the end
 # Guesses, until a row of the same model and mode has been measured.
 GUESS = {"kernel": 5.0, "eager": 10.0, "compiled": 50.0}

@@ -20,28 +20,26 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from dropit_fx import kernels
 from dropit_fx.bench.model_spec import find_device
 from dropit_fx.bench.published import scatter, select
-from dropit_fx.kernels import AFFINE, SYMMETRIC, UNIFORM
+from dropit_fx.kernels import AFFINE, FULL, UNIFORM, Format
 
-Format = tuple[int, int, int, int]  # keep, block, bits, layout
 FORMATS: dict[str, Format] = {
-    "gamma 0.9": (1000, 1024, 0, SYMMETRIC),
-    "gamma 0.5": (5000, 1024, 0, SYMMETRIC),
-    "gamma 0.7, 2 bits": (3086, 1024, 2, SYMMETRIC),
-    "gamma 0.34, 3 bits": (6611, 1024, 3, SYMMETRIC),
-    "gamma 0.5, 4 bits": (5044, 1024, 4, SYMMETRIC),
-    "gamma 0, 4 bits": (10000, 1024, 4, SYMMETRIC),
-    "gamma 0, 8 bits": (10000, 1024, 8, SYMMETRIC),
-    "gamma 0, 4 bits, blocks of 256": (10000, 256, 4, SYMMETRIC),
-    "affine, 4 bits": (10000, 256, 4, AFFINE),
-    "affine, 5 bits": (10000, 256, 5, AFFINE),
-    "affine, 6 bits": (10000, 256, 6, AFFINE),
-    "affine, 8 bits": (10000, 256, 8, AFFINE),
-    "uniform, 4 bits": (10000, 256, 4, UNIFORM),
-    "uniform, 8 bits": (10000, 256, 8, UNIFORM),
-    "gamma 0.9, whole tensor": (1000, 0, 0, SYMMETRIC),
+    "gamma 0.9": Format(1000, 1024),
+    "gamma 0.5": Format(5000, 1024),
+    "gamma 0.7, 2 bits": Format(3086, 1024, 2),
+    "gamma 0.34, 3 bits": Format(6611, 1024, 3),
+    "gamma 0.5, 4 bits": Format(5044, 1024, 4),
+    "gamma 0, 4 bits": Format(FULL, 1024, 4),
+    "gamma 0, 8 bits": Format(FULL, 1024, 8),
+    "gamma 0, 4 bits, blocks of 256": Format(FULL, 256, 4),
+    "affine, 4 bits": Format(FULL, 256, 4, AFFINE),
+    "affine, 5 bits": Format(FULL, 256, 5, AFFINE),
+    "affine, 6 bits": Format(FULL, 256, 6, AFFINE),
+    "affine, 8 bits": Format(FULL, 256, 8, AFFINE),
+    "uniform, 4 bits": Format(FULL, 256, 4, UNIFORM),
+    "uniform, 8 bits": Format(FULL, 256, 8, UNIFORM),
+    "gamma 0.9, whole tensor": Format(1000, 0),
 }
 STEPS = {"steps, 1 bit": 1, "steps, 2 bits": 2, "steps, 3 bits": 3, "steps, 4 bits": 4}
 
@@ -112,11 +110,9 @@ def _jobs(x: Tensor) -> dict[str, Callable[[], object]]:
         "unpack published": partial(scatter, values, index, x.shape),
     }
     for name, form in FORMATS.items():
-        packed = torch.ops.dropit.sparsify(x, *form, False)
-        jobs[f"pack {name}"] = partial(torch.ops.dropit.sparsify, x, *form, False)
-        jobs[f"unpack {name}"] = partial(
-            torch.ops.dropit.unsparsify, *packed, x.numel(), x.dtype, *form
-        )
+        pack = jobs[f"pack {name}"] = partial(torch.ops.dropit.sparsify, x, *form.numbers, False)
+        given = *pack(), x.numel(), x.dtype, *form.numbers
+        jobs[f"unpack {name}"] = partial(torch.ops.dropit.unsparsify, *given)
     for name, bits in STEPS.items():
         levels = [4 * code / 2**bits - 2 for code in range(2**bits)]
         codes = torch.ops.dropit.encode_steps(x, levels[1:], bits)
@@ -147,8 +143,7 @@ def _summary(times: dict[str, list[float]], x: Tensor) -> dict[str, Any]:
     for name in ("published", *FORMATS, *STEPS):
         bits = 0.1 * (x.element_size() * 8 + 32)
         if name in FORMATS:
-            size = kernels.packed_nbytes(x.numel(), *FORMATS[name], x.element_size())
-            bits = size * 8 / x.numel()
+            bits = FORMATS[name].nbytes(x.numel(), x.element_size()) * 8 / x.numel()
         elif name in STEPS:
             bits = STEPS[name]
         rows[name] = {"bits": bits}

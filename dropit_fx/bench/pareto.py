@@ -22,13 +22,13 @@ from torch import fx, nn
 
 from dropit_fx.bench.step import Rows, Runs, Task, table, take_turns
 from dropit_fx.compile import backend
-from dropit_fx.config import ConfigError
+from dropit_fx.config import ConfigError, presets
 from dropit_fx.private import at_memory_budget, lookup_backend, recompiling
-from dropit_fx.report.plot import CODEC_COLOURS, INK, MIB, figure_class, finish
+from dropit_fx.report.palette import SERIES
+from dropit_fx.report.plot import INK, MIB, figure_class, finish
 from dropit_fx.words import did_you_mean
 
 BUDGETS = (0.5, 0.3, 0.1)
-PRESETS = ("balanced", "max", "dropit", "gact", "mesa", "fewbit", "lossless")
 MEMORY = ("saved", "peak")
 _HEIGHTS = (-3, 7, -13, 18, -24, 29, -35, 40, -46)  # of a label over its point, in points
 CHECKPOINTING = ("set_grad_checkpointing", "gradient_checkpointing_enable")  # timm, transformers
@@ -72,7 +72,7 @@ def variants() -> tuple[Variant, ...]:
         Variant("dense"),
         Variant("checkpoint", checkpoint=True),
         *(Variant(f"budget={b}", budget=b) for b in BUDGETS),
-        *(Variant(preset, preset) for preset in PRESETS),
+        *(Variant(preset, preset) for preset in presets()),
         Variant("balanced+checkpoint", "balanced", checkpoint=True),
         *(Variant(f"balanced+budget={b}", "balanced", b) for b in BUDGETS),
     )
@@ -244,8 +244,8 @@ def draw(result: dict[str, Any], path: str | PathLike[str]) -> None:
 
     kinds = (
         ("loses nothing: dense, recomputed", INK, "s", {"ours": False}),
-        ("loses nothing: packed", CODEC_COLOURS[1], "s", {"ours": True, "lossless": True}),
-        ("approximate gradients: packed", CODEC_COLOURS[0], "o", {"lossless": False}),
+        ("loses nothing: packed", SERIES[1], "s", {"ours": True, "lossless": True}),
+        ("approximate gradients: packed", SERIES[0], "o", {"lossless": False}),
     )
     rows = result["variants"]
     figure = figure_class()(figsize=(15, 6.5), layout="constrained")

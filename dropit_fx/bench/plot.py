@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-from dropit_fx.report.plot import CODEC_COLOURS, INK, MIB, blend, figure_class, finish
+from dropit_fx.report.palette import SERIES, blend
+from dropit_fx.report.plot import INK, MIB, figure_class, finish
 
 
 def demo_picture(results: Mapping[str, Any], path: str | PathLike[str]) -> None:
@@ -22,9 +23,7 @@ def demo_picture(results: Mapping[str, Any], path: str | PathLike[str]) -> None:
     """
     models = results["models"]
     presets = {v: None for ways in models.values() for v in ways["eager"] if v != "dense"}
-    colours = {"dense": INK} | dict(
-        zip(presets, CODEC_COLOURS[:1] + CODEC_COLOURS[2:], strict=False)
-    )
+    colours = {"dense": INK} | dict(zip(presets, SERIES[:1] + SERIES[2:], strict=False))
     figure = figure_class()(figsize=(15, 3.9 * len(models)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     grid = figure.add_gridspec(len(models), 3, width_ratios=(1, 1, 1.15))
@@ -152,7 +151,7 @@ def gpu_picture(result: Mapping[str, Any], path: str | PathLike[str]) -> None:
     grid = figure.subplots(height, columns, squeeze=False).flatten()
     for axes in grid[len(names) :]:
         axes.remove()
-    modes = (("eager", CODEC_COLOURS[0], "o"), ("compiled", CODEC_COLOURS[2], "s"))
+    modes = (("eager", SERIES[0], "o"), ("compiled", SERIES[2], "s"))
     legend: dict[str, Any] = {}
     for axes, name in zip(grid, names, strict=False):
         places: dict[str, tuple[float, float]] = {}

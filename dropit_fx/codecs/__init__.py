@@ -1,7 +1,7 @@
 """The list of codecs: how a tensor may be kept, one file each, in one visible tuple.
 
-May be imported from here: ``CODECS``, ``CODEC`` and ``codec`` (what a codec is). Needs ``ops`` for
-the uses and the step tables, and ``kernels``.
+May be imported from here: ``CODECS``, ``CODEC``, the words that stand in the place of a codec, and
+``codec`` (what a codec is). Needs ``ops`` for the uses and the step tables, and ``kernels``.
 """
 
 from dropit_fx.codecs.bitmask import BITMASK
@@ -12,3 +12,9 @@ from dropit_fx.codecs.mink import MINK, QUANT, RANDOM
 
 CODECS: tuple[Codec, ...] = (KEEP, DROP, MINK, RANDOM, QUANT, FEW_BIT, BITMASK)
 CODEC: dict[str, Codec] = {codec.name: codec for codec in CODECS}
+
+# In the place of a codec, where a read is let go and nothing is packed for it
+DERIVED = "derived"  # made again from what is packed of the operands
+CAST = "cast"  # made again from the parameter
+UNREAD = "unread"  # no gradient that is asked for reads it
+STAND_INS = (DERIVED, CAST, UNREAD)

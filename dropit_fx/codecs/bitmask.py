@@ -12,7 +12,7 @@ from torch import Tensor
 
 import dropit_fx.kernels.masks  # noqa: F401  registers its ops
 from dropit_fx.codecs.codec import Codec, Options
-from dropit_fx.kernels.layout import uint_nbytes
+from dropit_fx.kernels.format import uint_nbytes
 from dropit_fx.ops.rule import Use
 
 _MIDDLE = 1 << 15
@@ -53,4 +53,5 @@ BITMASK = Codec(
     unpack=_unpack,
     nbytes=_nbytes,
     lossless=lambda options: True,
+    codes=True,
 )

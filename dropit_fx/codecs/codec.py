@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropit_fx.ops.rule import Use
+from dropit_fx.ops.rule import Read, Use
 
 Options = dict[str, Any]
 
@@ -30,7 +30,8 @@ class Codec:
 
     Attributes:
         name: The word in config files, graphs and reports.
-        serves: The uses whose backward may read what ``unpack`` returns.
+        serves: The uses whose backward may read what ``unpack`` returns; all of them where that is
+            the tensor as it was.
         options: What a config rule may set.
         pack: ``(flat, options) -> parts``: a 1-D contiguous tensor to the tensors that are kept.
         unpack: ``(parts, options, numel, dtype) -> flat``.
@@ -43,6 +44,7 @@ class Codec:
         lossless: Whether these options give back every bit.
         faithful: Whether other values may be made from what these options give back.
         slope: ``unpack`` gives the derivative at the packed values, not the values.
+        codes: It keeps reads that are small integers (``Read.bits``), and no others.
     """
 
     name: str
@@ -62,6 +64,14 @@ class Codec:
     lossless: Callable[[Options], bool] = lambda options: False
     faithful: Callable[[Options], bool] = lambda options: False
     slope: bool = False
+    codes: bool = False
+
+    def can_keep(self, read: Read) -> bool:
+        """Whether the backward of ``read`` may read what the codec gives back."""
+        if self.serves == frozenset(Use):
+            return True
+        fits = self.codes == (read.bits is not None) and not (self.slope and read.function is None)
+        return fits and read.use in self.serves
 
     def defaults(self) -> Options:
         """Every option at its default."""

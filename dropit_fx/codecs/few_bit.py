@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dropit_fx.codecs.codec import Codec, Option, Options
 from dropit_fx.codecs.mink import whole
-from dropit_fx.kernels.layout import uint_nbytes
+from dropit_fx.kernels.format import uint_nbytes
 from dropit_fx.ops.rule import Use
 from dropit_fx.ops.step_tables import FUNCTIONS, StepTable, table
 

@@ -12,7 +12,6 @@ their values; ``bits`` codes the values in that many bits with a scale for each 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dropit_fx.codecs.codec import Codec, Option, Options
-from dropit_fx.kernels import FULL, LAYOUTS, SYMMETRIC, packed_nbytes
+from dropit_fx.kernels import FULL, SPACINGS, Format
 from dropit_fx.ops.rule import Use
 
 
@@ -76,62 +75,47 @@ ROUNDING = Option(
 RANGE = Option(
     name="range",
     default="symmetric",
-    legal=lambda v: v in LAYOUTS,
+    legal=lambda v: v in SPACINGS,
     meaning="'symmetric' levels around zero, 'affine' for one-sided tensors: finer near the least "
     "value, or 'uniform': equal steps between the least and the greatest value",
 )
 
-Format = Callable[
-    [Options], tuple[int, int, int, int, bool]
-]  # keep, block, bits, layout, stochastic
+
+def _format(options: Options) -> Format:
+    """What the options of any of the three mean; those that it has not are as they are for it."""
+    return Format(
+        keep_ratio(options.get("gamma", 0.0)),
+        0 if options.get("scope") == "tensor" else options["block"],
+        options.get("bits") or 0,
+        SPACINGS.index(options.get("range", "symmetric")),
+        options.get("rounding") == "stochastic",
+    )
 
 
-def _mink_format(options: Options) -> tuple[int, int, int, int, bool]:
-    block = 0 if options["scope"] == "tensor" else options["block"]
-    stochastic = options["rounding"] == "stochastic"
-    return keep_ratio(options["gamma"]), block, options["bits"] or 0, SYMMETRIC, stochastic
-
-
-def _random_format(options: Options) -> tuple[int, int, int, int, bool]:
-    block = 0 if options["scope"] == "tensor" else options["block"]
-    return keep_ratio(options["gamma"]), block, 0, SYMMETRIC, False
-
-
-def _quant_format(options: Options) -> tuple[int, int, int, int, bool]:
-    layout, stochastic = LAYOUTS.index(options["range"]), options["rounding"] == "stochastic"
-    return FULL, options["block"], options["bits"] or 0, layout, stochastic
-
-
-def _pack(format_of: Format) -> Callable[[Tensor, Options], tuple[Tensor, ...]]:
-    def pack(flat: Tensor, options: Options) -> tuple[Tensor, ...]:
-        parts: tuple[Tensor, ...] = torch.ops.dropit.sparsify(flat, *format_of(options))
-        return parts
-
-    return pack
+def _pack(flat: Tensor, options: Options) -> tuple[Tensor, ...]:
+    form = _format(options)
+    parts: tuple[Tensor, ...] = torch.ops.dropit.sparsify(flat, *form.numbers, form.stochastic)
+    return parts
 
 
 def _sample(flat: Tensor, options: Options) -> tuple[Tensor, ...]:
-    keep, block, *_ = _random_format(options)
-    values, mask = torch.ops.dropit.sample(flat, keep, block)
+    form = _format(options)
+    values, mask = torch.ops.dropit.sample(flat, form.keep, form.block)
     return values, values.new_empty(0), mask
 
 
-def _unpack(format_of: Format) -> Callable[[tuple[Tensor, ...], Options, Any, torch.dtype], Tensor]:
-    def unpack(
-        parts: tuple[Tensor, ...], options: Options, numel: Any, dtype: torch.dtype
-    ) -> Tensor:
-        keep, block, bits, layout, _ = format_of(options)
-        out: Tensor = torch.ops.dropit.unsparsify(*parts, numel, dtype, keep, block, bits, layout)
-        return out
-
-    return unpack
+def _unpack(parts: tuple[Tensor, ...], options: Options, numel: Any, dtype: torch.dtype) -> Tensor:
+    numbers = _format(options).numbers
+    out: Tensor = torch.ops.dropit.unsparsify(*parts, numel, dtype, *numbers)
+    return out
 
 
 def _pack_channels(
     flat: Tensor, mean: Tensor, inverse: Tensor, inner: Any, options: Options
 ) -> tuple[Tensor, ...]:
-    given = flat, mean, inverse, inner
-    parts: tuple[Tensor, ...] = torch.ops.dropit.sparsify_channels(*given, *_quant_format(options))
+    form = _format(options)
+    given = flat, mean, inverse, inner, *form.numbers, form.stochastic
+    parts: tuple[Tensor, ...] = torch.ops.dropit.sparsify_channels(*given)
     return parts
 
 
@@ -144,63 +128,41 @@ def _unpack_channels(
     numel: Any,
     dtype: torch.dtype,
 ) -> Tensor:
-    form = _quant_format(options)[:4]
-    given = *parts, mean, deviation, inner, numel, dtype
-    out: Tensor = torch.ops.dropit.unsparsify_channels(*given, *form)
+    given = *parts, mean, deviation, inner, numel, dtype, *_format(options).numbers
+    out: Tensor = torch.ops.dropit.unsparsify_channels(*given)
     return out
 
 
-def _nbytes(format_of: Format) -> Callable[[int, torch.dtype, Options], int]:
-    def nbytes(numel: int, dtype: torch.dtype, options: Options) -> int:
-        keep, block, bits, layout, _ = format_of(options)
-        return packed_nbytes(numel, keep, block, bits, layout, dtype.itemsize)
-
-    return nbytes
-
-
 def _keeps_all(options: Options) -> bool:
-    return keep_ratio(options.get("gamma", 0.0)) == FULL and options.get("bits") is None
+    form = _format(options)
+    return form.full and form.bits == 0
 
 
 def _faithful(options: Options) -> bool:
     """Every element is kept, in at least four bits."""
-    return keep_ratio(options.get("gamma", 0.0)) == FULL and (options.get("bits") or 8) >= 4
+    form = _format(options)
+    return form.full and (form.bits == 0 or form.bits >= 4)
 
 
 MINK = Codec(
     name="mink",
     serves=frozenset({Use.CONTRACT}),
     options=(GAMMA, BITS, BLOCK, SCOPE, ROUNDING),
-    pack=_pack(_mink_format),
-    unpack=_unpack(_mink_format),
-    nbytes=_nbytes(_mink_format),
+    pack=_pack,
+    unpack=_unpack,
+    nbytes=lambda numel, dtype, options: _format(options).nbytes(numel, dtype.itemsize),
     buffers=3,
     lossless=_keeps_all,
     faithful=_faithful,
 )
 
-RANDOM = Codec(
-    name="random",
-    serves=frozenset({Use.CONTRACT}),
-    options=(GAMMA, BLOCK, SCOPE),
-    pack=_sample,
-    unpack=_unpack(_random_format),
-    nbytes=_nbytes(_random_format),
-    buffers=3,
-    lossless=_keeps_all,
-    faithful=_faithful,
-)
+RANDOM = replace(MINK, name="random", options=(GAMMA, BLOCK, SCOPE), pack=_sample)
 
-QUANT = Codec(
+QUANT = replace(
+    MINK,
     name="quant",
     serves=frozenset({Use.CONTRACT, Use.SLOPE, Use.REDUCE}),
     options=(QUANT_BITS, BLOCK, RANGE, ROUNDING),
-    pack=_pack(_quant_format),
-    unpack=_unpack(_quant_format),
     pack_channels=_pack_channels,
     unpack_channels=_unpack_channels,
-    nbytes=_nbytes(_quant_format),
-    buffers=3,
-    lossless=_keeps_all,
-    faithful=_faithful,
 )

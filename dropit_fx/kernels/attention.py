@@ -1,8 +1,5 @@
 """The backward of attention from query, key and value alone: one op, for CPUs.
 
-    dropit::attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? mask,
-                               bool is_causal, float? scale) -> (Tensor, Tensor, Tensor)
-
 PyTorch's own backward reads the output and the log-sum-exp of the forward, which are not kept: with
 a rounded query and key they would not fit the scores, so that the forward would have to run again.
 Shapes: ``grad`` and ``query`` (batch, heads, queries, size), ``key`` and ``value`` (batch, heads /
@@ -19,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dropit_fx.kernels.cpu import load
+from dropit_fx.kernels.dispatch import define
 
 _POINTER, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_float, ctypes.c_int
 _SIGNATURES = {
@@ -116,18 +114,11 @@ def _attention_backward(
     return attention_backward_reference(grad, query, key, value, mask, is_causal, scale)
 
 
-torch.library.define(
-    "dropit::attention_backward",
-    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal,"
-    " float? scale) -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+define(
+    "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? mask,"
+    " bool is_causal, float? scale) -> (Tensor, Tensor, Tensor)",
+    attention_backward_reference,
+    lambda grad, query, key, value, *_: (_empty(query), _empty(key), _empty(value)),
+    _attention_backward,
+    triton=False,
 )
-torch.library.impl(
-    "dropit::attention_backward", "CompositeExplicitAutograd", attention_backward_reference
-)
-torch.library.impl("dropit::attention_backward", "CPU", _attention_backward)
-
-
-@torch.library.register_fake("dropit::attention_backward")
-def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> _Grads:
-    return _empty(query), _empty(key), _empty(value)

@@ -1,6 +1,6 @@
 """The value coder in plain PyTorch: codes of 1..8 bits, and a few bfloat16 numbers per block.
 
-Three layouts of levels, each one formula of the code (`level_table`):
+Three spacings of levels, each one formula of the code (`level_table`):
 
 * symmetric, 1..3 bits: sign and index into 1, 2 or 4 magnitudes stored per block. The cells are
   equal steps of |x|^(1/2) (|x|^(1/4) for 3 bits) between the least and the greatest kept magnitude,
@@ -34,36 +34,33 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dropit_fx.kernels.layout import AFFINE, UNIFORM, is_codebook, scale_columns
+from dropit_fx.kernels.format import AFFINE, UNIFORM, Format
 
 _INFINITY = 0x7F800000  # bit pattern of float32 Inf
 _TOP = 0x7F7F0000  # the greatest finite bfloat16, as a float32 pattern
 
 
-def encode(values: Tensor, bits: int, layout: int, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+def encode(values: Tensor, form: Format, draws: Tensor | None) -> tuple[Tensor, Tensor]:
     """Quantises rows of kept values, one row a block.
 
     Args:
         values: (rows, k) floating.
-        bits: 1..8.
-        layout: SYMMETRIC, AFFINE or UNIFORM.
+        form: of 1..8 bits.
         draws: (rows, k) uniform 32-bit integers for stochastic rounding; None: nearest.
 
     Returns:
         Codes (rows, k) uint8, and scale (rows, columns) bfloat16.
     """
-    rows, k = values.shape
-    columns = scale_columns(bits, layout)
+    (rows, k), bits = values.shape, form.bits
     if k == 0 or rows == 0:
-        return values.new_empty(rows, k, dtype=torch.uint8), values.new_zeros(
-            rows, columns, dtype=torch.bfloat16
-        )
+        scale = values.new_zeros(rows, form.columns, dtype=torch.bfloat16)
+        return values.new_empty(rows, k, dtype=torch.uint8), scale
     x = values.to(torch.float32)
     poisoned = ~x.isfinite().all(1, keepdim=True)
     x = torch.where(poisoned, 0.0, x)
     chance = None if draws is None else (draws >> 8).to(torch.float32) * 2.0**-24
-    if layout in (AFFINE, UNIFORM):
-        encode_above = _encode_affine if layout == AFFINE else _encode_uniform
+    if form.spacing in (AFFINE, UNIFORM):
+        encode_above = _encode_affine if form.spacing == AFFINE else _encode_uniform
         codes, scale, overflow = encode_above(x, bits, chance)
         poisoned |= overflow
     else:
@@ -74,7 +71,7 @@ def encode(values: Tensor, bits: int, layout: int, draws: Tensor | None) -> tupl
             negative = (chance * (scale + scale)) >= x + scale
             codes = negative.to(torch.int64)
         else:
-            if not is_codebook(bits, layout):
+            if not form.is_codebook:
                 step, scale = _encode_grid(magnitude, low, high, bits, chance)
             elif chance is None:
                 step, scale = _encode_codebook(magnitude, low, high, bits)
@@ -86,28 +83,28 @@ def encode(values: Tensor, bits: int, layout: int, draws: Tensor | None) -> tupl
     return codes.to(torch.uint8), scale.to(torch.bfloat16)
 
 
-def decode(codes: Tensor, scale: Tensor, bits: int, layout: int, dtype: torch.dtype) -> Tensor:
+def decode(codes: Tensor, scale: Tensor, form: Format, dtype: torch.dtype) -> Tensor:
     """Inverse of `encode`: (rows, k) uint8, (rows, columns) bfloat16 -> (rows, k) of `dtype`.
 
     A level beyond the greatest finite number of `dtype` becomes that number.
     """
-    levels = level_table(scale, bits, layout)
+    levels = level_table(scale, form)
     top = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
     return levels.gather(1, codes.to(torch.int64)).clamp(-top, top).to(dtype)
 
 
-def level_table(scale: Tensor, bits: int, layout: int) -> Tensor:
+def level_table(scale: Tensor, form: Format) -> Tensor:
     """The value of each code: (rows, columns) bfloat16 -> (rows, 2**bits) float32."""
     scale = scale.to(torch.float32)
-    if layout in (AFFINE, UNIFORM):
+    if form.spacing in (AFFINE, UNIFORM):
         base, top = scale[:, :1], scale[:, 1:]
-        count = 2**bits
-        if layout == UNIFORM:  # rounding must not lift the last level above the end
+        count = 2**form.bits
+        if form.spacing == UNIFORM:  # rounding must not lift the last level above the end
             return torch.minimum(base + _steps(count, scale) * _divide(top - base, count - 1), top)
         root = _steps(count, scale) * _divide(top, count - 1)
         return base + root * root
-    count = 2 ** (bits - 1)
-    if is_codebook(bits, layout):
+    count = 2 ** (form.bits - 1)
+    if form.is_codebook:
         magnitude = scale
     else:
         magnitude = _grid(scale[:, :1], scale[:, 1:], _steps(count, scale), count)

@@ -20,24 +20,18 @@ import torch
 from torch import Tensor
 
 from dropit_fx.kernels import reference
-from dropit_fx.kernels.layout import (
-    SYMMETRIC,
-    block_count,
+from dropit_fx.kernels.dtypes import NUMBER
+from dropit_fx.kernels.format import (
+    Format,
     check_borders,
-    check_format,
     check_levels,
     check_stream,
     check_uint,
-    codes_nbytes,
-    kept,
-    mask_nbytes,
-    scale_columns,
     uint_nbytes,
 )
-from dropit_fx.kernels.seeds import draw_seed
+from dropit_fx.kernels.seeds import draw_seed, rounding_seed
 
 _log = logging.getLogger(__name__)
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in cpu.c
 _POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES: dict[str, list[Any]] = {
     "dropit_sparsify": [_POINTER] * 5 + [_INT64] * 3 + [_INT] * 5,
@@ -89,74 +83,46 @@ def instruction_set(wanted: int = -1) -> int:
     return int(lib.dropit_level(wanted)) if lib else 0
 
 
-def sparsify(
-    x: Tensor,
-    keep: int,
-    block: int,
-    bits: int,
-    layout: int,
-    stochastic: bool,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def sparsify(x: Tensor, form: Format, seed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.sparsify`."""
     lib = library()
-    if lib is None or x.dtype not in _DTYPES:
-        return reference.sparsify(x, keep, block, bits, layout, stochastic, seed)
-    check_format(keep, block, bits, layout)
-    if not (stochastic and bits):
-        seed = None
-    elif seed is None:
-        seed = draw_seed(x.device)
-    n = x.numel()
-    count = codes_nbytes(n, keep, block, bits) if bits else kept(n, keep, block)
-    values = torch.empty(count, dtype=torch.uint8 if bits else x.dtype)
-    columns = scale_columns(bits, layout)
-    scale = torch.empty(block_count(n, block) * columns if bits else 0, dtype=torch.bfloat16)
-    mask = torch.empty(mask_nbytes(n, keep), dtype=torch.uint8)
-    _sparsify(lib, x, values, scale, mask, seed, keep, block, bits, layout, False)
-    return values, scale, mask
+    if lib is None or x.dtype not in NUMBER:
+        return reference.sparsify(x, form, seed)
+    parts = form.buffers(x)
+    _sparsify(lib, x, parts, form, rounding_seed(form, x, seed), False)
+    return parts
 
 
-def sample(x: Tensor, keep: int, block: int, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def sample(x: Tensor, form: Format, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As `reference.sample`."""
     lib = library()
-    if lib is None or x.dtype not in _DTYPES:
-        return reference.sample(x, keep, block, seed)
-    check_format(keep, block)
+    if lib is None or x.dtype not in NUMBER:
+        return reference.sample(x, form, seed)
+    values, scale, mask = form.buffers(x)
     seed = draw_seed(x.device) if seed is None else seed
-    n = x.numel()
-    values = torch.empty(kept(n, keep, block), dtype=x.dtype)
-    mask = torch.empty(mask_nbytes(n, keep), dtype=torch.uint8)
-    _sparsify(lib, x, values, values, mask, seed, keep, block, 0, SYMMETRIC, True)
+    _sparsify(lib, x, (values, scale, mask), form, seed, True)
     return values, mask
 
 
 def _sparsify(
     lib: ctypes.CDLL,
     x: Tensor,
-    values: Tensor,
-    scale: Tensor,
-    mask: Tensor,
+    parts: tuple[Tensor, Tensor, Tensor],
+    form: Format,
     seed: Tensor | None,
-    keep: int,
-    block: int,
-    bits: int,
-    layout: int,
     sampled: bool,
 ) -> None:
     x = x.contiguous()
     failed = lib.dropit_sparsify(
         x.data_ptr(),
-        values.data_ptr(),
-        scale.data_ptr(),
-        mask.data_ptr(),
+        *(part.data_ptr() for part in parts),
         None if seed is None else seed.data_ptr(),
         x.numel(),
-        keep,
-        block,
-        _DTYPES[x.dtype],
-        bits,
-        layout,
+        form.keep,
+        form.block,
+        NUMBER[x.dtype],
+        form.bits,
+        form.spacing,
         sampled,
         torch.get_num_threads(),
     )
@@ -165,35 +131,24 @@ def _sparsify(
 
 
 def unsparsify(
-    values: Tensor,
-    scale: Tensor,
-    mask: Tensor,
-    numel: int,
-    dtype: torch.dtype,
-    keep: int,
-    block: int,
-    bits: int,
-    layout: int,
+    values: Tensor, scale: Tensor, mask: Tensor, numel: int, dtype: torch.dtype, form: Format
 ) -> Tensor:
     """As `reference.unsparsify`."""
     lib = library()
-    if lib is None or dtype not in _DTYPES or (bits == 0 and values.dtype != dtype):
-        return reference.unsparsify(values, scale, mask, numel, dtype, keep, block, bits, layout)
-    check_format(keep, block, bits, layout)
-    check_packed(values, scale, mask, numel, keep, block, bits, layout)
+    if lib is None or dtype not in NUMBER or (form.bits == 0 and values.dtype != dtype):
+        return reference.unsparsify(values, scale, mask, numel, dtype, form)
+    check_packed((values, scale, mask), numel, form)
     out = torch.empty(numel, dtype=dtype)
-    values, scale, mask = values.contiguous(), scale.contiguous(), mask.contiguous()
+    parts = [part.contiguous() for part in (values, scale, mask)]
     failed = lib.dropit_unsparsify(
         out.data_ptr(),
-        values.data_ptr(),
-        scale.data_ptr(),
-        mask.data_ptr(),
+        *(part.data_ptr() for part in parts),
         numel,
-        keep,
-        block,
-        _DTYPES[dtype],
-        bits,
-        layout,
+        form.keep,
+        form.block,
+        NUMBER[dtype],
+        form.bits,
+        form.spacing,
         torch.get_num_threads(),
     )
     if failed:
@@ -201,27 +156,14 @@ def unsparsify(
     return out
 
 
-def check_packed(
-    values: Tensor,
-    scale: Tensor,
-    mask: Tensor,
-    numel: int,
-    keep: int,
-    block: int,
-    bits: int,
-    layout: int,
-) -> None:
+def check_packed(parts: tuple[Tensor, Tensor, Tensor], numel: int, form: Format) -> None:
     """Raises ValueError where the buffers have not the sizes of the format: C reads past no end."""
-    expected = {
-        "values": codes_nbytes(numel, keep, block, bits) if bits else kept(numel, keep, block),
-        "scale": block_count(numel, block) * scale_columns(bits, layout) if bits else scale.numel(),
-        "mask": mask_nbytes(numel, keep),
-    }
-    for (name, count), tensor in zip(expected.items(), (values, scale, mask), strict=True):
-        if tensor.numel() != count:
+    sizes = zip(("values", "scale", "mask"), parts, form.sizes(numel), strict=True)
+    for name, part, count in sizes:
+        if part.numel() != count and (form.bits or name != "scale"):
             raise ValueError(
-                f"{name} has {tensor.numel()} elements, but a tensor of {numel} packed with "
-                f"keep={keep}, block={block}, bits={bits}, layout={layout} has {count}"
+                f"{name} has {part.numel()} elements, but a tensor of {numel} packed as {form}"
+                f" has {count}"
             )
 
 
@@ -253,7 +195,7 @@ def unpack_uint(packed: Tensor, bits: int, numel: int) -> Tensor:
 def encode_steps(x: Tensor, borders: Sequence[float], bits: int) -> Tensor:
     """As `reference.encode_steps`."""
     lib = library()
-    if lib is None or x.dtype not in _DTYPES:
+    if lib is None or x.dtype not in NUMBER:
         return reference.encode_steps(x, borders, bits)
     check_borders(x.dtype, borders, bits)
     x = x.contiguous()
@@ -264,7 +206,7 @@ def encode_steps(x: Tensor, borders: Sequence[float], bits: int) -> Tensor:
         (ctypes.c_float * len(borders))(*borders),
         x.numel(),
         len(borders),
-        _DTYPES[x.dtype],
+        NUMBER[x.dtype],
         bits,
         torch.get_num_threads(),
     )
@@ -276,7 +218,7 @@ def decode_steps(
 ) -> Tensor:
     """As `reference.decode_steps`."""
     lib = library()
-    if lib is None or dtype not in _DTYPES:
+    if lib is None or dtype not in NUMBER:
         return reference.decode_steps(packed, levels, bits, numel, dtype)
     check_levels(packed, levels, bits, dtype)
     check_stream(packed, bits, numel)
@@ -288,7 +230,7 @@ def decode_steps(
         (ctypes.c_float * len(levels))(*levels),
         numel,
         len(levels),
-        _DTYPES[dtype],
+        NUMBER[dtype],
         bits,
         torch.get_num_threads(),
     )

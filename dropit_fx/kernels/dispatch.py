@@ -1,4 +1,4 @@
-"""What every op does on CUDA before its kernel runs: import Triton late, and follow the tensor."""
+"""How an op is registered, and what it does on CUDA: import Triton late, and follow the tensor."""
 
 from __future__ import annotations
 
@@ -12,8 +12,47 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from dropit_fx.kernels.format import Format
+
 _log = logging.getLogger(__name__)
 _warned: set[str] = set()
+
+
+def define(
+    schema: str,
+    plain: Callable[..., Any],
+    fake: Callable[..., Any],
+    cpu: Callable[..., Any] | None = None,
+    *,
+    triton: bool = True,
+    tags: tuple[torch.Tag, ...] = (),
+) -> None:
+    """Registers an op of namespace `dropit`.
+
+    Args:
+        schema: Its name and signature. A packed format is plain integers there, last from `int
+            keep` on: checkpoints and compiled graphs name them. Implementations get one `Format`.
+        plain: In PyTorch, for every device: the oracle of the tests.
+        fake: Makes the outputs for fake tensors, without values.
+        cpu: What runs on a CPU instead.
+        triton: Whether `dropit_fx.kernels.triton` has a function of this name, for CUDA.
+        tags: Beside that of ops which follow PyTorch's rules.
+    """
+    name = schema.partition("(")[0]
+    op = f"dropit::{name}"
+    before, found, _ = schema.partition("int keep")
+    at = before.count(",")
+
+    def taking_numbers(run: Callable[..., Any]) -> Callable[..., Any]:
+        return (lambda *args: run(*args[:at], Format(*args[at:]))) if found else run
+
+    torch.library.define(op, schema.removeprefix(name), tags=(torch.Tag.pt2_compliant_tag, *tags))
+    torch.library.impl(op, "CompositeExplicitAutograd", taking_numbers(plain))
+    torch.library.register_fake(op, taking_numbers(fake))
+    if cpu is not None:
+        torch.library.impl(op, "CPU", taking_numbers(cpu))
+    if triton:
+        torch.library.impl(op, "CUDA", taking_numbers(on_cuda(name, plain)))
 
 
 def on_cuda(name: str, fallback: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,8 +1,5 @@
 """One-bit slopes without a byte per element in between: the ops of relu and its relatives.
 
-    dropit::pack_between(Tensor x, float? low, float? high) -> Tensor
-    dropit::apply_mask(Tensor bits, Tensor grad, float off) -> Tensor
-
 A bit is set where ``x`` lies strictly between ``low`` and ``high`` (None: no bound), and for NaN,
 as in ATen's formulas. ``apply_mask`` gives ``grad`` where the bit is set, ``off * grad`` elsewhere,
 and exactly 0 where ``off`` is 0. Both take 1-D tensors. ``off`` is rounded to float32, bounds to
@@ -20,12 +17,11 @@ from torch import Tensor
 
 from dropit_fx.kernels import reference
 from dropit_fx.kernels.cpu import load
-from dropit_fx.kernels.dispatch import on_cuda
-from dropit_fx.kernels.layout import uint_nbytes
+from dropit_fx.kernels.dispatch import define
+from dropit_fx.kernels.dtypes import NUMBER
+from dropit_fx.kernels.format import uint_nbytes
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as in masks.c
-
-
+_DTYPES = (torch.float32, torch.bfloat16)  # that masks.c knows
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
     "dropit_between": [_POINTER] * 2 + [_INT64, _INT, _FLOAT, _FLOAT, _INT],
@@ -51,18 +47,22 @@ def apply_mask_reference(bits: Tensor, grad: Tensor, off: float) -> Tensor:
     return torch.where(mask, grad, grad * off if off else torch.zeros_like(grad))
 
 
+def _fake_bits(x: Tensor, *bounds: float | None) -> Tensor:
+    return x.new_empty(uint_nbytes(x.numel(), 1), dtype=torch.uint8)
+
+
 def _pack_between(x: Tensor, low: float | None, high: float | None) -> Tensor:
     lib = library()
     if lib is None or x.dtype not in _DTYPES:
         return pack_between_reference(x, low, high)
     x = x.contiguous()
-    out = torch.empty(uint_nbytes(x.numel(), 1), dtype=torch.uint8)
+    out = _fake_bits(x)
     threads = torch.get_num_threads()
     lib.dropit_between(
         x.data_ptr(),
         out.data_ptr(),
         x.numel(),
-        _DTYPES[x.dtype],
+        NUMBER[x.dtype],
         math.nan if low is None else low,  # nothing is less than NaN
         math.nan if high is None else high,
         threads,
@@ -90,38 +90,22 @@ def _apply_mask(bits: Tensor, grad: Tensor, off: float) -> Tensor:
         grad.data_ptr(),
         out.data_ptr(),
         grad.numel(),
-        _DTYPES[grad.dtype],
+        NUMBER[grad.dtype],
         off,
         threads,
     )
     return out
 
 
-for _name, _schema, _reference, _cpu in (
-    (
-        "pack_between",
-        "(Tensor x, float? low, float? high) -> Tensor",
-        pack_between_reference,
-        _pack_between,
-    ),
-    (
-        "apply_mask",
-        "(Tensor bits, Tensor grad, float off) -> Tensor",
-        apply_mask_reference,
-        _apply_mask,
-    ),
-):
-    torch.library.define(f"dropit::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(f"dropit::{_name}", "CompositeExplicitAutograd", _reference)
-    torch.library.impl(f"dropit::{_name}", "CPU", _cpu)
-    torch.library.impl(f"dropit::{_name}", "CUDA", on_cuda(_name, _reference))
-
-
-@torch.library.register_fake("dropit::pack_between")
-def _(x: Tensor, low: float | None, high: float | None) -> Tensor:
-    return x.new_empty(uint_nbytes(x.numel(), 1), dtype=torch.uint8)
-
-
-@torch.library.register_fake("dropit::apply_mask")
-def _(bits: Tensor, grad: Tensor, off: float) -> Tensor:
-    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+define(
+    "pack_between(Tensor x, float? low, float? high) -> Tensor",
+    pack_between_reference,
+    _fake_bits,
+    _pack_between,
+)
+define(
+    "apply_mask(Tensor bits, Tensor grad, float off) -> Tensor",
+    apply_mask_reference,
+    lambda bits, grad, off: torch.empty_like(grad, memory_format=torch.contiguous_format),
+    _apply_mask,
+)

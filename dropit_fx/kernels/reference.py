@@ -1,6 +1,6 @@
 """The kernels in plain PyTorch: the oracle of the tests, and what runs where nothing faster does.
 
-Works on every device, without host synchronisation. See `layout` for the format.
+Works on every device, without host synchronisation. See `format` for what they make.
 """
 
 from __future__ import annotations
@@ -11,33 +11,22 @@ import torch
 from torch import Tensor
 
 from dropit_fx.kernels.coder import decode, encode
-from dropit_fx.kernels.layout import (
-    FULL,
+from dropit_fx.kernels.dtypes import INT_OF, check_float
+from dropit_fx.kernels.format import (
+    Format,
     check_borders,
-    check_format,
     check_levels,
     check_stream,
     check_uint,
-    kept_in_block,
-    scale_columns,
-    split_blocks,
     uint_nbytes,
 )
-from dropit_fx.kernels.seeds import draw_seed
-
-_INT_OF = {
-    torch.float64: torch.int64,
-    torch.float32: torch.int32,
-    torch.bfloat16: torch.int16,
-    torch.float16: torch.int16,
-}
+from dropit_fx.kernels.seeds import draw_seed, rounding_seed
 
 
 def magnitude_keys(x: Tensor) -> Tensor:
     """Bit patterns with the sign cleared: integers ordered by magnitude, NaN > Inf > finite."""
-    if x.dtype not in _INT_OF:
-        raise TypeError(f"dtype {x.dtype}: must be one of {', '.join(map(str, _INT_OF))}")
-    pattern = x.view(_INT_OF[x.dtype])
+    check_float(x.dtype)
+    pattern = x.view(INT_OF[x.dtype])
     return (pattern & torch.iinfo(pattern.dtype).max).to(torch.int64)
 
 
@@ -189,9 +178,9 @@ def decode_steps(
     return table[codes.clamp(max=len(levels) - 1)]
 
 
-def _rows(x: Tensor, block: int) -> list[Tensor]:
+def _rows(x: Tensor, form: Format) -> list[Tensor]:
     """Views of the flat `x`: full blocks as (blocks, block), the tail as (1, length)."""
-    full, length, tail = split_blocks(x.numel(), block)
+    full, length, tail = form.split(x.numel())
     head = x[: full * length].view(full, length) if full else None
     rest = x[full * length :].view(1, tail) if tail else None
     return [part for part in (head, rest) if part is not None]
@@ -202,105 +191,86 @@ def _cat(parts: list[Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat(flat) if flat else like.new_empty(0, dtype=dtype)
 
 
-def sparsify(
-    x: Tensor,
-    keep: int,
-    block: int,
-    bits: int,
-    layout: int,
-    stochastic: bool,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def sparsify(x: Tensor, form: Format, seed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Keeps the largest |x| of each block; see `ops` for the contract.
 
     Args:
         x: (numel,) float32, bfloat16, float16 or float64.
-        keep: kept elements per 10000.
-        block: elements per block, or 0.
-        bits: bits per kept value, 0: as they are.
-        layout: of the levels, see `coder`.
-        stochastic: see `coder`; draws one seed (`seeds`) unless one is given.
-        seed: (1,) int64.
+        form: what it is packed into.
+        seed: (1,) int64, of stochastic rounding; None: draws one (`seeds`).
     """
-    check_format(keep, block, bits, layout)
-    if stochastic and bits and seed is None:
-        seed = draw_seed(x.device)
-    parts, mask = _select(x, magnitude_keys(x), keep, block)
-    if bits == 0:
+    seed = rounding_seed(form, x, seed)
+    parts, mask = _select(x, magnitude_keys(x), form)
+    if form.bits == 0:
         return _cat(parts, x, x.dtype), x.new_empty(0, dtype=torch.bfloat16), mask
     draws: list[Tensor | None] = [None] * len(parts)
-    if stochastic and seed is not None:
+    if seed is not None:
         at_kept = random_keys(seed, x.numel())
-        marks = unpack_uint(mask, 1, x.numel()).bool() if keep < FULL else None
-        draws = [*_gather_parts(at_kept, marks, keep, block)]
-    coded = [encode(part, bits, layout, draw) for part, draw in zip(parts, draws, strict=True)]
-    values = _cat([pack_rows(codes, bits) for codes, _ in coded], x, torch.uint8)
+        draws = [*_gather_parts(at_kept, _marks(mask, x.numel(), form), form)]
+    coded = [encode(part, form, draw) for part, draw in zip(parts, draws, strict=True)]
+    values = _cat([pack_rows(codes, form.bits) for codes, _ in coded], x, torch.uint8)
     return values, _cat([scale for _, scale in coded], x, torch.bfloat16), mask
 
 
-def _select(x: Tensor, keys: Tensor, keep: int, block: int) -> tuple[list[Tensor], Tensor]:
+def _select(x: Tensor, keys: Tensor, form: Format) -> tuple[list[Tensor], Tensor]:
     """Kept values of the full blocks and of the tail, (rows, k) each, and the mask."""
-    check_format(keep, block)
-    if keep == FULL:
-        return _rows(x, block), x.new_empty(0, dtype=torch.uint8)
-    rows = _rows(keys, block)
-    marks = _cat(
-        [select_largest(part, kept_in_block(part.shape[1], keep, block)) for part in rows],
-        x,
-        torch.bool,
-    )
-    return _gather_parts(x, marks, keep, block), pack_uint(marks, 1)
+    if form.full:
+        return _rows(x, form), x.new_empty(0, dtype=torch.uint8)
+    parts = [select_largest(r, form.kept_in_block(r.shape[1])) for r in _rows(keys, form)]
+    marks = _cat(parts, x, torch.bool)
+    return _gather_parts(x, marks, form), pack_uint(marks, 1)
 
 
-def _gather_parts(x: Tensor, marks: Tensor | None, keep: int, block: int) -> list[Tensor]:
+def _marks(mask: Tensor, numel: int, form: Format) -> Tensor | None:
+    """Which elements are kept; None: all."""
+    return None if form.full else unpack_uint(mask, 1, numel).bool()
+
+
+def _gather_parts(x: Tensor, marks: Tensor | None, form: Format) -> list[Tensor]:
     if marks is None:
-        return _rows(x, block)
+        return _rows(x, form)
     return [
-        gather_kept(part, mark, kept_in_block(part.shape[1], keep, block))
-        for part, mark in zip(_rows(x, block), _rows(marks, block), strict=True)
+        gather_kept(part, mark, form.kept_in_block(part.shape[1]))
+        for part, mark in zip(_rows(x, form), _rows(marks, form), strict=True)
     ]
 
 
 def unsparsify(
-    values: Tensor,
-    scale: Tensor,
-    mask: Tensor,
-    numel: int,
-    dtype: torch.dtype,
-    keep: int,
-    block: int,
-    bits: int,
-    layout: int,
+    values: Tensor, scale: Tensor, mask: Tensor, numel: int, dtype: torch.dtype, form: Format
 ) -> Tensor:
     """Inverse of `sparsify`, zeros where dropped; see `ops` for the contract."""
-    check_format(keep, block, bits, layout)
-    marks = unpack_uint(mask, 1, numel).bool() if keep < FULL else None
+    marks = _marks(mask, numel, form)
     shape = torch.empty(numel, device="meta") if marks is None else marks
     parts, start, row = [], 0, 0
-    columns = scale_columns(bits, layout)
-    for mark in _rows(shape, block):
+    for mark in _rows(shape, form):
         rows, length = mark.shape
-        k = kept_in_block(length, keep, block)
-        width = uint_nbytes(k, bits) if bits else k
+        k = form.kept_in_block(length)
+        width = form.stream(k)
         part = values[start : start + rows * width].view(rows, width)
         start += rows * width
-        if bits:
-            levels = scale[row * columns : (row + rows) * columns].view(rows, columns)
-            part = decode(unpack_rows(part, bits, k), levels, bits, layout, dtype)
+        if form.bits:
+            levels = scale[row * form.columns : (row + rows) * form.columns].view(rows, -1)
+            part = decode(unpack_rows(part, form.bits, k), levels, form, dtype)
             row += rows
         parts.append(part if marks is None else scatter_kept(part, mark))
-    return _cat(parts, values, dtype).to(dtype, copy=bits == 0 and marks is None)
+    return _cat(parts, values, dtype).to(dtype, copy=form.bits == 0 and marks is None)
 
 
-def sample(x: Tensor, keep: int, block: int, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Keeps a uniform random choice of exactly k per block, scaled by n / k; see `ops`."""
-    magnitude_keys(x[:0])  # refuses other dtypes
+def sample(x: Tensor, form: Format, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Keeps a uniform random choice of exactly k per block, scaled by n / k; see `ops`.
+
+    Args:
+        x: as for `sparsify`.
+        form: with `bits = 0`.
+        seed: (1,) int64, of the choice; None: draws one.
+    """
+    check_float(x.dtype)
     seed = draw_seed(x.device) if seed is None else seed
-    parts, mask = _select(x, random_keys(seed, x.numel()), keep, block)
+    parts, mask = _select(x, random_keys(seed, x.numel()), form)
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     scaled = [
         part.to(work) * _weight(whole.shape[1], part.shape[1])
-        for part, whole in zip(parts, _rows(x, block), strict=True)
+        for part, whole in zip(parts, _rows(x, form), strict=True)
     ]
     return _cat(scaled, x, work).to(x.dtype), mask
 
@@ -314,11 +284,7 @@ def sparsify_channels(
     mean: Tensor,
     inverse: Tensor,
     inner: int,
-    keep: int,
-    block: int,
-    bits: int,
-    layout: int,
-    stochastic: bool,
+    form: Format,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `sparsify`, of ``(x - mean) * inverse``, channel by channel.
@@ -328,16 +294,12 @@ def sparsify_channels(
         mean: (C,) float32.
         inverse: (C,) float32.
         inner: elements of a run.
-        keep: as for `sparsify`, like all that follow.
-        block: elements per block, or 0.
-        bits: bits per kept value, 0: as they are.
-        layout: of the levels.
-        stochastic: draws one seed unless one is given.
-        seed: (1,) int64.
+        form: as for `sparsify`.
+        seed: as for `sparsify`.
     """
     runs = x.view(-1, mean.numel(), inner)
     scaled = (runs.to(torch.float32) - mean[:, None]) * inverse[:, None]
-    return sparsify(scaled.to(x.dtype).view(-1), keep, block, bits, layout, stochastic, seed)
+    return sparsify(scaled.to(x.dtype).view(-1), form, seed)
 
 
 def unsparsify_channels(
@@ -349,12 +311,9 @@ def unsparsify_channels(
     inner: int,
     numel: int,
     dtype: torch.dtype,
-    keep: int,
-    block: int,
-    bits: int,
-    layout: int,
+    form: Format,
 ) -> Tensor:
     """Inverse of `sparsify_channels`: times `deviation`, plus `mean`, each rounded to `dtype`."""
-    flat = unsparsify(values, scale, mask, numel, dtype, keep, block, bits, layout)
+    flat = unsparsify(values, scale, mask, numel, dtype, form)
     runs = flat.view(-1, mean.numel(), inner)
     return runs.mul_(deviation[:, None]).add_(mean[:, None]).view(-1)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dropit_fx.kernels.format import Format
 from dropit_fx.private import last_seeding
 
 _ENDS = 96  # bytes at either end of a state: of the CPU's 5056, some change with every draw
@@ -52,3 +53,10 @@ def draw_seed(device: torch.device) -> Tensor:
     drawn = hashlib.blake2b(bytes(state) + number.to_bytes(8, "little"), digest_size=8).digest()
     seed = int.from_bytes(drawn, "little", signed=True)
     return torch.full((1,), seed, dtype=torch.int64, device=device)
+
+
+def rounding_seed(form: Format, x: Tensor, seed: Tensor | None) -> Tensor | None:
+    """What `x` is rounded with: nothing to nearest; at random `seed`, or a fresh one for None."""
+    if not form.draws:
+        return None
+    return draw_seed(x.device) if seed is None else seed

@@ -1,10 +1,5 @@
 """Places in a pooled tensor as places in the pooling window: the ops of max-pool's indices.
 
-    dropit::encode_window(Tensor indices, SymInt[] sizes, int[] kernel, int[] stride, int[] padding,
-                          int[] dilation) -> Tensor
-    dropit::decode_window(Tensor codes, SymInt[] sizes, int[] kernel, int[] stride, int[] padding,
-                          int[] dilation) -> Tensor
-
 ``indices`` (int64) are flat positions in an input of spatial ``sizes``, in the shape of the pooled
 output: its trailing dimensions are those of the lists, two or three. ``codes`` (uint8) are offsets
 inside the window of each output, the last dimension running fastest; the window has at most 256
@@ -19,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from dropit_fx.kernels.dispatch import on_cuda
+from dropit_fx.kernels.dispatch import define
 
 Sizes = list[int]
 
@@ -67,27 +62,15 @@ def decode_window_reference(
     return indices
 
 
-_ARGUMENTS = "SymInt[] sizes, int[] kernel, int[] stride, int[] padding, int[] dilation"
+_WINDOW = "SymInt[] sizes, int[] kernel, int[] stride, int[] padding, int[] dilation"
 
-for _name, _tensor, _reference in (
-    ("encode_window", "indices", encode_window_reference),
-    ("decode_window", "codes", decode_window_reference),
-):
-    _schema = f"(Tensor {_tensor}, {_ARGUMENTS}) -> Tensor"
-    torch.library.define(f"dropit::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(f"dropit::{_name}", "CompositeExplicitAutograd", _reference)
-    torch.library.impl(f"dropit::{_name}", "CUDA", on_cuda(_name, _reference))
-
-
-@torch.library.register_fake("dropit::encode_window")
-def _(
-    indices: Tensor, sizes: Sizes, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes
-) -> Tensor:
-    return torch.empty_like(indices, dtype=torch.uint8)
-
-
-@torch.library.register_fake("dropit::decode_window")
-def _(
-    codes: Tensor, sizes: Sizes, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes
-) -> Tensor:
-    return torch.empty_like(codes, dtype=torch.int64)
+define(
+    f"encode_window(Tensor indices, {_WINDOW}) -> Tensor",
+    encode_window_reference,
+    lambda indices, *window: torch.empty_like(indices, dtype=torch.uint8),
+)
+define(
+    f"decode_window(Tensor codes, {_WINDOW}) -> Tensor",
+    decode_window_reference,
+    lambda codes, *window: torch.empty_like(codes, dtype=torch.int64),
+)

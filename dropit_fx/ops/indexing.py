@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dropit_fx.kernels.layout import index_bits
+from dropit_fx.kernels.format import index_bits
 from dropit_fx.ops.backwards import (
     Call,
     Grads,

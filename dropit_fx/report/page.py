@@ -7,6 +7,7 @@ in it as JSON, in which no character can end the element that holds it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
@@ -14,9 +15,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dropit_fx.report.palette import FREE, INK, Colour, palette
 from dropit_fx.report.rows import Report, Row, short
 
-PLACE = "{{data}}"  # of the JSON in the template
+PLACE = "{{data}}"  # of the JSON in the template; {{light}} and {{dark}} are of its colours
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
@@ -39,9 +41,21 @@ def write_page(
         about: What else the heading tells, by name, but what is None; ``model`` is its title.
     """
     template = (resources.files("dropit_fx.report") / "page.html").read_text(encoding="utf-8")
+    codecs = palette(name for row in report.rows for name in row.codecs)
+    colours = {"ink": INK, "free": FREE} | {f"codec-{n}": c for n, c in codecs.items()}
+    for scheme in Colour._fields:
+        template = template.replace("{{" + scheme + "}}", css(colours, scheme))
     told = {name: str(value) for name, value in (about or {}).items() if value is not None}
     text = json.dumps({"about": told} | page_data(report)).translate(_ESCAPES)
     Path(path).write_text(template.replace(PLACE, text), encoding="utf-8")
+
+
+def css(colours: Mapping[str, Colour], scheme: str) -> str:
+    """One colour scheme as variables of CSS; a name may hold any character."""
+    values = {name: getattr(colour, scheme) for name, colour in colours.items()}
+    odd = re.compile(r"[^\w-]")
+    named = {odd.sub(lambda c: f"\\{ord(c[0]):x} ", name): v for name, v in values.items()}
+    return " ".join(f"--{name}: {value};" for name, value in named.items())
 
 
 def page_data(report: Report) -> dict[str, Any]:

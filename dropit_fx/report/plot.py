@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from dropit_fx.report import palette
+from dropit_fx.report.palette import blend
+
 if TYPE_CHECKING:
     from dropit_fx.report.rows import Report, Row
 
-DENSE = "#d5d9de"  # what is let go
-KEPT = "#8a929b"  # what stays as it is
-INK = "#22262b"
-CODEC_COLOURS = ("#1f77b4", "#2ca02c", "#e4a11b", "#9467bd", "#d62728", "#17becf", "#8c564b")
+DENSE, KEPT, INK = palette.FREE.light, palette.KEPT.light, palette.INK.light
 MIB = 2**20
 LABELS = 28  # at most so many names under the bars
 
@@ -180,22 +180,14 @@ def _codec(row: Row) -> str:
 
 def _colours(rows: Iterable[Row]) -> dict[str, str]:
     """Codecs -> colour, dense first; the same codec has the same colour in every picture."""
-    from dropit_fx.codecs import CODEC
-
-    packing = [name for name in CODEC if name not in ("keep", "drop")]
-    palette = {"keep": KEPT} | dict.fromkeys(("drop", "derived", "cast"), DENSE)
-    palette |= {n: CODEC_COLOURS[i % len(CODEC_COLOURS)] for i, n in enumerate(packing)}
-    present = {_codec(r) for r in rows}
-    order = [*palette, *sorted(present - palette.keys())]
+    present = {_codec(r): r.codecs for r in rows}
+    colours = palette.palette(name for names in present.values() for name in names)
+    order = [*colours, *sorted(present.keys() - colours.keys())]
     return {
-        name: blend([palette[n] for n in name.split(" + ")]) for name in order if name in present
+        name: blend(colours[part].light for part in present[name])
+        for name in order
+        if name in present
     }
-
-
-def blend(colours: Sequence[str]) -> str:
-    """The mean of some colours ``#rrggbb``: of the codecs that share a tensor."""
-    channels = zip(*(bytes.fromhex(c[1:]) for c in colours), strict=True)
-    return "#" + bytes(sum(channel) // len(colours) for channel in channels).hex()
 
 
 def finish(axes: Any, title: str, unit: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx.traceback import annotate
 
-from dropit_fx.codecs import CODEC
+from dropit_fx.codecs import CODEC, DERIVED
 from dropit_fx.codecs.codec import Codec
 from dropit_fx.ops.table import DERIVABLE
 from dropit_fx.private import native_batch_norm_legit
@@ -25,7 +25,6 @@ from dropit_fx.runtime.tensor_spec import (
 PACKING = {"dropit": "pack"}  # marks the nodes of a joint graph for ``partition.KeepPacked``
 
 
-DERIVED = "derived"  # in the place of a codec: made again, by a recipe
 KEEP: tuple[str, dict[str, Any]] = ("keep", {})  # in ``packed=`` of a call: the tensor as it is
 DROP: tuple[str, dict[str, Any]] = ("drop", {})  # and: its shape alone
 Settings = tuple[tuple[str, Any], ...]  # options of a codec, in plain values for Dynamo's sake

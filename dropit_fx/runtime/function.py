@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropit_fx.codecs import CODEC
+from dropit_fx.codecs import CODEC, DERIVED
 from dropit_fx.ops import backwards
 from dropit_fx.ops.autocasting import autocast_on
 from dropit_fx.ops.rule import OpRule
 from dropit_fx.ops.table import RULES
 from dropit_fx.private import dynamo_skips, is_view, storage_id, unsafe_view
-from dropit_fx.runtime.copies import DERIVED, Kept, is_rounded, parts_of, read_back, shared_out
+from dropit_fx.runtime.copies import Kept, is_rounded, parts_of, read_back, shared_out
 from dropit_fx.runtime.tensor_spec import in_order, memory_order, spec_of, unflatten
 
 

@@ -31,11 +31,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
+from dropit_fx.codecs import DERIVED
+from dropit_fx.kernels.dtypes import NUMBER
 from dropit_fx.ops.autocasting import autocast_on, cast_operands, runs_as_it_is, under_autocast
 from dropit_fx.ops.rule import OpRule
 from dropit_fx.ops.table import CHECKPOINT, DERIVABLE, OP_RULES, bind
 from dropit_fx.runtime.copies import (
-    DERIVED,
     KEEP,
     Kept,
     Packed,
@@ -56,8 +57,7 @@ from dropit_fx.runtime.tensor_spec import TensorSpec, memory_order, spec_of
 def _lowered(x: Tensor) -> Tensor:
     """``x`` in the dtype of autocast, where it is on."""
     device = x.device.type
-    floats = (torch.float32, torch.bfloat16, torch.float16)
-    if not autocast_on(device) or x.dtype not in floats:
+    if not autocast_on(device) or x.dtype not in NUMBER:
         return x
     return x.to(torch.get_autocast_dtype(device))
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dropit_fx.bench import commands as bench
-from dropit_fx.bench.formats import Format, Sample, collect, measure_format
+from dropit_fx.bench.formats import Sample, collect, measure_format
+from dropit_fx.kernels import Format
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +25,9 @@ def test_the_format_needs_a_fifth_of_the_published_bits(samples: list[Sample]) -
     assert 0.45 < published["error"] < 0.6
     assert published["projection"] < 0.72
     for form, bits, error, projection in (
-        (Format("", 1320, 2), 1.3, published["error"], 0.70),
-        (Format("", 3086, 2), 1.65, 0.34, 0.80),
-        (Format("", 6611, 3), 3.05, 0.14, 0.93),
+        (Format(1320, 1024, 2), 1.3, published["error"], 0.70),
+        (Format(3086, 1024, 2), 1.65, 0.34, 0.80),
+        (Format(6611, 1024, 3), 3.05, 0.14, 0.93),
     ):
         row = measure_format(samples, form)
         assert row["bits"] <= bits
@@ -35,7 +36,7 @@ def test_the_format_needs_a_fifth_of_the_published_bits(samples: list[Sample]) -
 
 
 def test_a_lossless_format_has_no_error(samples: list[Sample]) -> None:
-    row = measure_format(samples[:3], Format("", 10000, 0))
+    row = measure_format(samples[:3], Format(10000, 1024))
     assert row == {"bits": 32, "error": 0, "projection": 1}
 
 

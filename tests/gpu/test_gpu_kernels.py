@@ -13,12 +13,12 @@ from torch import Tensor
 import dropit_fx
 from dropit_fx.bench.gpu_rows import preset_codecs
 from dropit_fx.codecs import CODEC
-from dropit_fx.kernels import reference
+from dropit_fx.kernels import Format, reference
 from dropit_fx.runtime import packed_call
 
 OPS = torch.ops.dropit
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# keep, block, bits, layout, stochastic
+# the numbers of each Format
 FORMATS = (
     *((10000, 256, bits, 0, False) for bits in (4, 5, 6, 8)),
     *((10000, 256, bits, 2, False) for bits in (4, 6)),
@@ -80,11 +80,11 @@ def test_formats_have_the_bits_of_the_reference(
     for number, x in enumerate(inputs(dtype)):
         seed = next_seed(device, number)
         packed = OPS.sparsify(moved(x, device), *form)
-        wanted = reference.sparsify(x, *form, seed)
+        wanted = reference.sparsify(x, Format(*form), seed)
         for part, other in zip(packed, wanted, strict=True):
             assert_same_bits(part.cpu(), other)
         back = OPS.unsparsify(*packed, x.numel(), dtype, *form[:4])
-        assert_same_bits(back.cpu(), reference.unsparsify(*wanted, x.numel(), dtype, *form[:4]))
+        assert_same_bits(back.cpu(), reference.unsparsify(*wanted, x.numel(), dtype, Format(*form)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -95,7 +95,7 @@ def test_random_choices_are_those_of_the_reference(
     for number, x in enumerate(inputs(dtype)):
         seed = next_seed(device, number)
         drawn = OPS.sample(moved(x, device), keep, block)
-        for part, other in zip(drawn, reference.sample(x, keep, block, seed), strict=True):
+        for part, other in zip(drawn, reference.sample(x, Format(keep, block), seed), strict=True):
             assert_same_bits(part.cpu(), other)
 
 
@@ -198,11 +198,13 @@ def test_a_format_beyond_two_billion_elements(device: torch.device, rehearsal: b
     x = torch.empty(count, dtype=torch.bfloat16, device=device).normal_()
     values, scale, mask = OPS.sparsify(x, *form)
     last = x[-1031:].cpu()
-    wanted = reference.sparsify(last, *form)
+    wanted = reference.sparsify(last, Format(*form))
     assert torch.equal(values[-wanted[0].numel() :].cpu(), wanted[0])
     assert torch.equal(scale[-wanted[1].numel() :].cpu(), wanted[1])
     back = OPS.unsparsify(values, scale, mask, count, x.dtype, *form[:4])
-    assert torch.equal(back[-1031:].cpu(), reference.unsparsify(*wanted, 1031, x.dtype, *form[:4]))
+    assert torch.equal(
+        back[-1031:].cpu(), reference.unsparsify(*wanted, 1031, x.dtype, Format(*form))
+    )
     assert (back[: 2**12] - x[: 2**12]).abs().max() < 0.5
 
 
@@ -218,12 +220,13 @@ def test_standardised_channels_have_the_bits_of_the_reference(
     seed = next_seed(device, 5)
     on_device = [t.to(device) for t in (x, mean, inverse)]
     packed = OPS.sparsify_channels(*on_device, inner, *form)
-    wanted = reference.sparsify_channels(x, mean, inverse, inner, *form, seed)
+    wanted = reference.sparsify_channels(x, mean, inverse, inner, Format(*form), seed)
     for part, other in zip(packed, wanted, strict=True):
         assert_same_bits(part.cpu(), other)
-    rest = (inner, x.numel(), dtype, *form[:4])
-    back = OPS.unsparsify_channels(*packed, *on_device[1:], *rest)
-    assert_same_bits(back.cpu(), reference.unsparsify_channels(*wanted, mean, inverse, *rest))
+    rest = (inner, x.numel(), dtype)
+    back = OPS.unsparsify_channels(*packed, *on_device[1:], *rest, *form[:4])
+    unpacked = reference.unsparsify_channels(*wanted, mean, inverse, *rest, Format(*form))
+    assert_same_bits(back.cpu(), unpacked)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -293,13 +296,18 @@ def test_packed_indices_of_max_pooling_lead_to_the_same_maxima(
 def test_a_tensor_of_another_device_than_the_current_one(other_device: torch.device) -> None:
     x = torch.randn(70_003).to(torch.bfloat16)
     for form in (FORMATS[1], FORMATS[11]):
-        packed, wanted = OPS.sparsify(x.to(other_device), *form), reference.sparsify(x, *form)
+        packed, wanted = (
+            OPS.sparsify(x.to(other_device), *form),
+            reference.sparsify(x, Format(*form)),
+        )
         for part, other in zip(packed, wanted, strict=True):
             assert part.device == other_device
             assert torch.equal(part.cpu(), other)
         back = OPS.unsparsify(*packed, x.numel(), x.dtype, *form[:4])
         assert back.device == other_device
-        assert torch.equal(back.cpu(), reference.unsparsify(*wanted, x.numel(), x.dtype, *form[:4]))
+        assert torch.equal(
+            back.cpu(), reference.unsparsify(*wanted, x.numel(), x.dtype, Format(*form))
+        )
     bits = OPS.pack_between(x.to(other_device), 0.0, None)
     assert torch.equal(bits.cpu(), OPS.pack_between(x, 0.0, None))
     assert torch.equal(OPS.unpack_uint(bits, 1, x.numel()).cpu(), (x > 0).to(torch.uint8))

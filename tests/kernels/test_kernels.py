@@ -79,7 +79,7 @@ def test_exactly_the_largest_are_kept(x: torch.Tensor, form: tuple[int, int]) ->
         assert mask.numel() == 0
     else:
         assert mask_bits(mask, x.numel()) == expected
-    assert values.numel() == len(expected) == kernels.kept(x.numel(), keep, block)
+    assert values.numel() == len(expected) == kernels.Format(keep, block).kept(x.numel())
     torch.testing.assert_close(values, x[expected], rtol=0, atol=0, equal_nan=True)
     back = OPS.unsparsify(values, scale, mask, x.numel(), x.dtype, keep, block, 0, 0)
     dense = torch.zeros_like(x)
@@ -114,7 +114,7 @@ def test_sample_is_exact_in_count_and_unbiased(dtype: torch.dtype, keep: int, bl
     total = torch.zeros(2304, dtype=torch.float64)
     for _ in range(200):
         values, mask = OPS.sample(x, keep, block)
-        assert values.numel() == kernels.kept(2304, keep, block)
+        assert values.numel() == kernels.Format(keep, block).kept(2304)
         total += OPS.unsparsify(values, NO_SCALE, mask, 2304, dtype, keep, block, 0, 0).double()
     ratio = total / 200 / x.double()
     # Each element is Bernoulli(p) / p: the mean of 200 draws deviates by sqrt((1 - p) / p / 200)
@@ -244,7 +244,7 @@ def test_a_symbolic_size_does_not_specialise(bits: int) -> None:
 
     for rows in (3, 5, 70, 1000):
         x = torch.randn(rows, 11)
-        assert (there_and_back(x) != 0).sum() == kernels.kept(rows * 11, 1000, 1024)
+        assert (there_and_back(x) != 0).sum() == kernels.Format(1000, 1024).kept(rows * 11)
     assert compiles == 1
 
 

@@ -12,7 +12,7 @@ from dropit_fx.codecs.mink import QUANT
 
 OPS = torch.ops.dropit
 BITS = range(1, 9)
-FORMATS = [(bits, layout) for bits in BITS for layout in range(len(kernels.LAYOUTS))]
+FORMATS = [(bits, layout) for bits in BITS for layout in range(len(kernels.SPACINGS))]
 
 
 def roundtrip(
@@ -37,7 +37,7 @@ def test_predicted_bytes_are_measured_bytes(
     x = torch.ones(n, dtype=dtype)
     packed = OPS.sparsify(x, keep, block, bits, layout, False)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in packed}
-    predicted = kernels.packed_nbytes(n, keep, block, bits, layout, dtype.itemsize)
+    predicted = kernels.Format(keep, block, bits, layout).nbytes(n, dtype.itemsize)
     assert sum(storages.values()) == predicted
 
 
@@ -145,7 +145,7 @@ def test_uniform_levels_of_equal_values_are_exact(bits: int, stochastic: bool) -
 def test_the_codec_quant_names_the_layouts(layout: int) -> None:
     x = torch.randn(1000)
     options = {option.name: option.default for option in QUANT.options}
-    options["range"] = kernels.LAYOUTS[layout]
+    options["range"] = kernels.SPACINGS[layout]
     packed = QUANT.pack(x, options)
     back = QUANT.unpack(packed, options, 1000, x.dtype)
     assert torch.equal(back, roundtrip(x, 10000, options["block"], options["bits"], layout))

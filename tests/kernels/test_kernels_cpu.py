@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import DTYPES, KINDS, assert_same_bits, cases, make
 
-from dropit_fx.kernels import cpu, reference
+from dropit_fx.kernels import Format, cpu, reference
 
 built = pytest.mark.skipif(cpu.library() is None, reason="the C kernels are not built")
 
@@ -34,14 +34,16 @@ def test_same_bits_as_the_reference() -> None:
     @settings(max_examples=100, deadline=None)
     @given(cases(sizes, (0, 8, 64, 1024, 4096)))
     def check(case) -> None:  # type: ignore[no-untyped-def]
-        x, seed, (keep, block, bits, layout, stochastic) = case
-        expected = reference.sparsify(x, keep, block, bits, layout, stochastic, seed)
-        packed = cpu.sparsify(x, keep, block, bits, layout, stochastic, seed)
+        x, seed, numbers = case
+        form = Format(*numbers)
+        expected = reference.sparsify(x, form, seed)
+        packed = cpu.sparsify(x, form, seed)
         for left, right in zip(packed, expected, strict=True):
             assert_same_bits(left, right)
-        back = (x.numel(), x.dtype, keep, block, bits, layout)
+        back = (x.numel(), x.dtype, form)
         assert_same_bits(cpu.unsparsify(*expected, *back), reference.unsparsify(*expected, *back))
-        sampled, drawn = cpu.sample(x, keep, block, seed), reference.sample(x, keep, block, seed)
+        form = Format(form.keep, form.block)
+        sampled, drawn = cpu.sample(x, form, seed), reference.sample(x, form, seed)
         for left, right in zip(sampled, drawn, strict=True):
             assert_same_bits(left, right)
 
@@ -55,12 +57,12 @@ def test_every_half_and_bfloat_is_converted_as_torch_does() -> None:
         x = patterns.view(dtype)
         x = x[x.isfinite()]
         for bits, layout in ((2, 0), (8, 0), (8, 1), (8, 2)):
-            form = (10000, 8, bits, layout, False)
-            packed = cpu.sparsify(x, *form)
-            expected = reference.sparsify(x, *form)
+            form = Format(10000, 8, bits, layout)
+            packed = cpu.sparsify(x, form)
+            expected = reference.sparsify(x, form)
             for left, right in zip(packed, expected, strict=True):
                 assert_same_bits(left, right)
-            back = (x.numel(), dtype, 10000, 8, bits, layout)
+            back = (x.numel(), dtype, form)
             assert_same_bits(cpu.unsparsify(*packed, *back), reference.unsparsify(*packed, *back))
 
 
@@ -73,13 +75,13 @@ def test_the_number_of_threads_changes_nothing(
     keep: int, block: int, bits: int, layout: int
 ) -> None:
     x = torch.randn(100_001)
-    form = (keep, block, bits, layout)
+    form = Format(keep, block, bits, layout)
 
     def there_and_back(threads: int) -> list[torch.Tensor]:
         torch.set_num_threads(threads)
-        packed = cpu.sparsify(x, *form, False)
+        packed = cpu.sparsify(x, form)
         steps = cpu.encode_steps(x, [-1.0, 0.0, 1.0], bits)
-        back = cpu.unsparsify(*packed, x.numel(), x.dtype, *form)
+        back = cpu.unsparsify(*packed, x.numel(), x.dtype, form)
         levels = cpu.decode_steps(steps, [1.0, 2.0], bits, x.numel(), x.dtype)
         return [*packed, steps, back, levels]
 
@@ -118,9 +120,10 @@ def test_same_steps_as_the_reference(bits: int) -> None:
 
 @built
 def test_buffers_of_the_wrong_size_are_refused() -> None:
-    values, scale, mask = cpu.sparsify(torch.randn(2048), 1000, 1024, 4, 0, False)
+    form = Format(1000, 1024, 4)
+    values, scale, mask = cpu.sparsify(torch.randn(2048), form)
     with pytest.raises(ValueError, match="values has 101 elements, but a tensor of 2048 packed"):
-        cpu.unsparsify(values[1:], scale, mask, 2048, torch.float32, 1000, 1024, 4, 0)
+        cpu.unsparsify(values[1:], scale, mask, 2048, torch.float32, form)
     with pytest.raises(ValueError, match="255 bytes cannot hold 2048 codes of 1 bits"):
         cpu.unpack_uint(mask[1:], 1, 2048)
 
@@ -129,7 +132,7 @@ def test_without_the_library_the_reference_runs_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     x = torch.randn(3000)
-    expected = reference.sparsify(x, 1000, 1024, 4, 0, False)
+    expected = reference.sparsify(x, Format(1000, 1024, 4))
     monkeypatch.setattr(cpu, "EXTENSION_SUFFIXES", [".absent"])
     cpu.library.cache_clear()
     try:

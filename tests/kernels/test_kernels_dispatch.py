@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dropit_fx  # noqa: F401  registers the ops
-from dropit_fx.kernels import dispatch, reference
+from dropit_fx.kernels import Format, dispatch, reference
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +30,8 @@ def test_a_machine_without_triton_uses_the_reference(
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             op = dispatch.on_cuda("sparsify", reference.sparsify)
-            packed = op(x, 1000, 64, 0, 0, False)
-    for left, right in zip(packed, reference.sparsify(x, 1000, 64, 0, 0, False), strict=True):
+            packed = op(x, Format(1000, 64))
+    for left, right in zip(packed, reference.sparsify(x, Format(1000, 64)), strict=True):
         assert torch.equal(left, right)
     (record,) = caplog.records
     assert "no Triton" in record.getMessage()

@@ -18,13 +18,13 @@ from launches import Launch, recorded
 
 from dropit_fx.codecs import CODEC
 from dropit_fx.config import make_config, presets
-from dropit_fx.kernels import FULL, dispatch, packed_nbytes, reference
+from dropit_fx.kernels import FULL, Format, dispatch, reference
 from dropit_fx.kernels import triton as kernels
 from dropit_fx.kernels.triton.launch import LARGEST_BLOCK, MAX_GRID
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEIT = 64 * 197 * 1536  # what a GELU of DeiT-S reads, of 64 images
-Format = tuple[int, int, int, int, bool]  # keep, block, bits, layout, stochastic
+Numbers = tuple[int, int, int, int, bool]  # of a Format
 
 
 @pytest.mark.parametrize(("dtype", "formats"), [("float32", 17), ("bfloat16", 9), ("float16", 9)])
@@ -35,9 +35,9 @@ def test_same_bits_as_the_reference(dtype: str, formats: int) -> None:
     assert run.stdout == f"{formats} formats equal\n"
 
 
-def formats_of_presets() -> list[Format]:
+def formats_of_presets() -> list[Numbers]:
     """Every format of the packed format that a preset's rules ask for."""
-    found: dict[Format, None] = {}
+    found: dict[Numbers, None] = {}
 
     def note(*arguments: Any) -> tuple[Any, ...]:
         found[arguments[1:]] = None
@@ -54,7 +54,7 @@ def formats_of_presets() -> list[Format]:
 
 
 FORMATS = formats_of_presets()
-OTHERS: list[Format] = [  # what a config may ask for beside
+OTHERS: list[Numbers] = [  # what a config may ask for beside
     (5000, 1024, 3, 0, False),
     (5000, 1024, 3, 0, True),
     (FULL, 256, 4, 1, False),
@@ -72,13 +72,13 @@ def launch(op: Callable[..., Any], *args: Any) -> Launch:
     return found[0]
 
 
-def both_ways(numel: int, dtype: torch.dtype, form: Format) -> tuple[Launch, Launch]:
+def both_ways(numel: int, dtype: torch.dtype, form: Numbers) -> tuple[Launch, Launch]:
     """The launches of packing and unpacking."""
     x = torch.empty(numel, dtype=dtype, device="meta")
     with recorded():
-        parts = kernels.sparsify(x, *form)
-    back = *parts, numel, dtype, *form[:4]
-    return launch(kernels.sparsify, x, *form), launch(kernels.unsparsify, *back)
+        parts = kernels.sparsify(x, Format(*form))
+    back = *parts, numel, dtype, Format(*form)
+    return launch(kernels.sparsify, x, Format(*form)), launch(kernels.unsparsify, *back)
 
 
 def test_the_presets_have_the_formats_that_are_compiled_here() -> None:
@@ -87,7 +87,7 @@ def test_the_presets_have_the_formats_that_are_compiled_here() -> None:
     assert (5000, 1024, 4, 0, False) in FORMATS
 
 
-def compiled(form: Format, dtype: torch.dtype, capability: int) -> tuple[Figures, Figures]:
+def compiled(form: Numbers, dtype: torch.dtype, capability: int) -> tuple[Figures, Figures]:
     """What packing and unpacking take of a GPU."""
     pack, unpack = both_ways(DEIT, dtype, form)
     packing, unpacking = pack.build(capability), unpack.build(capability)
@@ -100,7 +100,7 @@ def compiled(form: Format, dtype: torch.dtype, capability: int) -> tuple[Figures
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_a_format_of_the_presets_compiles_without_spills_and_in_wide_accesses(
-    form: Format, dtype: torch.dtype, capability: int
+    form: Numbers, dtype: torch.dtype, capability: int
 ) -> None:
     packing, unpacking = compiled(form, dtype, capability)
     assert packing.spills == unpacking.spills == 0
@@ -112,7 +112,7 @@ def test_a_format_of_the_presets_compiles_without_spills_and_in_wide_accesses(
 
 @pytest.mark.parametrize(("dtype", "capability"), [(torch.float32, 90), (torch.bfloat16, 80)])
 @pytest.mark.parametrize("form", OTHERS, ids=str)
-def test_any_format_compiles(form: Format, dtype: torch.dtype, capability: int) -> None:
+def test_any_format_compiles(form: Numbers, dtype: torch.dtype, capability: int) -> None:
     packing, unpacking = compiled(form, dtype, capability)
     # a thread's share of 8192 elements is at the limit of what it may have
     assert packing.spills <= 192
@@ -129,7 +129,7 @@ def test_any_format_compiles(form: Format, dtype: torch.dtype, capability: int) 
         ((5000, 256, 4, 0, False), "div.rn.f32"),
     ],
 )
-def test_no_arithmetic_is_fused_or_approximate(form: Format, exact: str) -> None:
+def test_no_arithmetic_is_fused_or_approximate(form: Numbers, exact: str) -> None:
     pack, unpack = both_ways(4096, torch.float32, form)
     ptx = pack.build(80).ptx
     assert exact in ptx
@@ -145,20 +145,20 @@ def of_every_op(numel: int, dtype: torch.dtype) -> dict[str, tuple[Launch, float
     dense = numel * dtype.itemsize
     found: dict[str, tuple[Launch, float]] = {}
     for form in (*FORMATS, *OTHERS):
-        least = dense + packed_nbytes(numel, *form[:4], dtype.itemsize)
+        least = dense + Format(*form).nbytes(numel, dtype.itemsize)
         pack, unpack = both_ways(numel, dtype, form)
         found |= {f"pack {form}": (pack, least), f"unpack {form}": (unpack, least)}
-    form = (FULL, 256, 6, 2)
-    least = dense + packed_nbytes(numel, *form, dtype.itemsize)
+    coded, drawn = Format(FULL, 256, 6, 2), Format(1000, 1024)
+    least = dense + coded.nbytes(numel, dtype.itemsize)
     mean = torch.empty(1, device="meta")
-    channels = x, mean, mean, 1, *form, False
+    channels = x, mean, mean, 1, coded
     with recorded():
         parts = kernels.sparsify_channels(*channels)
-    back = *parts, mean, mean, 1, numel, dtype, *form
+    back = *parts, mean, mean, 1, numel, dtype, coded
     found["pack channels"] = launch(kernels.sparsify_channels, *channels), least
     found["unpack channels"] = launch(kernels.unsparsify_channels, *back), least
-    least = dense + packed_nbytes(numel, 1000, 1024, 0, 0, dtype.itemsize)
-    found["sample"] = launch(kernels.sample, x, 1000, 1024), least
+    least = dense + drawn.nbytes(numel, dtype.itemsize)
+    found["sample"] = launch(kernels.sample, x, drawn), least
     for bits in range(1, 9):
         packed = torch.empty((numel * bits + 7) // 8, dtype=torch.uint8, device="meta")
         least = numel + packed.numel()
@@ -226,11 +226,11 @@ def test_what_has_no_kernel_says_so_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(dispatch, "_warned", set())
-    x = torch.randn(100, dtype=dtype)
+    x, form = torch.randn(100, dtype=dtype), Format(5000, block, 4)
     for _ in range(2):
-        parts = kernels.sparsify(x, 5000, block, 4, 0, False)
-        kernels.unsparsify(*parts, 100, dtype, 5000, block, 4, 0)
-        kernels.sample(x, 5000, block)
+        parts = kernels.sparsify(x, form)
+        kernels.unsparsify(*parts, 100, dtype, form)
+        kernels.sample(x, Format(5000, block))
     assert caplog.text.count(said) == 1
-    for left, right in zip(parts, reference.sparsify(x, 5000, block, 4, 0, False), strict=True):
+    for left, right in zip(parts, reference.sparsify(x, form), strict=True):
         assert torch.equal(left, right)

@@ -25,7 +25,6 @@ from op_cases import RECORDS
 from torch import Tensor
 
 from dropit_fx.codecs import CODEC
-from dropit_fx.config import serves
 from dropit_fx.ops import step_tables
 from dropit_fx.ops.rule import Read, Use
 from dropit_fx.ops.table import RULES, bind
@@ -41,7 +40,7 @@ def contractions() -> list[Any]:
         for name in BIG
         for read in RULES[name].reads
         for codec in CODEC.values()
-        if read.use is Use.CONTRACT and serves(codec, read) and codec.name not in ("keep", "drop")
+        if read.use is Use.CONTRACT and codec.can_keep(read) and codec.name not in ("keep", "drop")
     ]
 
 

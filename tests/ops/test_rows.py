@@ -20,7 +20,7 @@ from op_calls import T, graph_of
 from op_cases import CASES, RECORDS
 
 from dropit_fx.codecs.bitmask import BITMASK
-from dropit_fx.kernels.layout import index_bits
+from dropit_fx.kernels.format import index_bits
 from dropit_fx.ops.rule import INSIDE, OpRule
 from dropit_fx.ops.table import CHECKPOINT, OP_RULES, RULES, SAVES_NOTHING, bind
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 import dropit_fx
 from dropit_fx.bench import model_spec
 from dropit_fx.cli import main
-from dropit_fx.codecs import CODEC
+from dropit_fx.codecs import CODEC, STAND_INS
 from dropit_fx.report.page import PLACE, page_data, sums_by_codec, timeline, write_page
+from dropit_fx.report.palette import palette
 from dropit_fx.report.rows import Report, Row
 
 TEMPLATE = (Path(dropit_fx.__file__).parent / "report/page.html").read_text()
@@ -190,8 +191,8 @@ def test_nothing_is_fetched() -> None:
 
 # Colours ------------------------------------------------------------------------------------------
 
-PALETTES = [dict(re.findall(r"--(\w+): (#\w{6})", part)) for part in TEMPLATE.split("@media")[:2]]
-NAMES = (*CODEC, "derived", "cast", "free")
+NAMES = (*CODEC, *STAND_INS, "free")
+SCHEMES = ("light", "dark")
 # Machado et al., 2009: linear RGB as seen with protanopia, deuteranopia, tritanopia.
 VISION = torch.tensor(
     [
@@ -223,15 +224,57 @@ def luminance(colour: str) -> float:
     return float(linear(colour) @ torch.tensor([0.2126, 0.7152, 0.0722])) + 0.05
 
 
-@pytest.mark.parametrize("palette", PALETTES, ids=["light", "dark"])
-def test_every_codec_has_a_colour_that_everyone_can_tell(palette: dict[str, str]) -> None:
-    for name in NAMES[:-1]:
-        light, dark = sorted((luminance(palette[name]), luminance(palette["page"])))
+def variables(path: Path, scheme: str) -> dict[str, str]:
+    """Name -> colour, of one scheme of a page."""
+    part = path.read_text().split("@media")[SCHEMES.index(scheme)]
+    return dict(re.findall(r"--(?:codec-)?([\w\\ ]+): (#\w{6})", part))
+
+
+def check_colours(colours: dict[str, str], names: Sequence[str]) -> None:
+    """Everyone can tell them from each other and from the page."""
+    for name in set(names) - {"free"}:
+        light, dark = sorted((luminance(colours[name]), luminance(colours["page"])))
         assert dark / light > 3, name
     for vision in VISION:
-        seen = oklab(torch.stack([linear(palette[name]) for name in NAMES]) @ vision.T)
-        apart = torch.cdist(seen, seen) + torch.eye(len(NAMES))
-        assert apart.min() > 0.06, NAMES[int(apart.min(0).values.argmin())]
+        seen = oklab(torch.stack([linear(colours[name]) for name in names]) @ vision.T)
+        apart = torch.cdist(seen, seen) + torch.eye(len(names))
+        assert apart.min() > 0.06, names[int(apart.min(0).values.argmin())]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_codec_has_a_colour_that_everyone_can_tell(scheme: str, tmp_path: Path) -> None:
+    write_page(Report(()), tmp_path / "page.html")
+    check_colours(variables(tmp_path / "page.html", scheme), NAMES)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_new_codecs_get_colours_by_themselves(
+    scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("half", "my own", "third"):
+        monkeypatch.setitem(CODEC, name, replace(CODEC["mink"], name=name))
+    told = Report((row(8, 1, "elsewhere(bits=3)"),))  # of a codec that this process lacks
+    write_page(told, tmp_path / "page.html")
+    names = (*NAMES, "half", "my\\20 own", "third", "elsewhere")
+    check_colours(variables(tmp_path / "page.html", scheme), names)
+    many = palette(f"codec_{i}" for i in range(60))
+    assert len(set(many.values())) == len(many) > 60
+
+
+def test_page_and_picture_have_the_same_colours(
+    report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setitem(CODEC, "half", replace(CODEC["mink"], name="half"))
+    made = Report((*report.rows, row(4096, 700, "half"), row(4096, 0, "unread")))
+    made.page(tmp_path / "page.html")
+    made.plot(tmp_path / "picture.svg")
+    picture, colours = (
+        (tmp_path / "picture.svg").read_text(),
+        variables(tmp_path / "page.html", "light"),
+    )
+    for name in ("quant", "keep", "half", "unread"):
+        assert f"fill: {colours[name]}" in picture, name
 
 
 # The command line ---------------------------------------------------------------------------------

@@ -9,12 +9,8 @@ ones, and kernels are launched with `enable_fp_fusion=False`.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DTYPE of every kernel
-INT_OF = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 INFINITY = tl.constexpr(0x7F800000)  # bit pattern of float32 Inf
 TOP = tl.constexpr(0x7F7F0000)  # the greatest finite bfloat16, as a float32 pattern

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dropit_fx.kernels.layout import SYMMETRIC, UNIFORM
+from dropit_fx.kernels.format import SYMMETRIC, UNIFORM
 from dropit_fx.kernels.triton.bits import (
     INFINITY,
     LARGEST,
@@ -101,7 +101,7 @@ def encode(
     seed_ptr,
     index,
     BITS: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    SPACING: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -116,7 +116,7 @@ def encode(
         seed_ptr: for STOCHASTIC rounding.
         index: (ROWS, LANES) position in the tensor, which random numbers are drawn by.
         BITS: 1..8.
-        LAYOUT: of the levels.
+        SPACING: of the levels.
         STOCHASTIC: round at random, to what is right in the mean.
         COLUMNS: bfloat16 numbers of a row's scale.
     """
@@ -133,7 +133,7 @@ def encode(
     low_key = tl.minimum(low_key, high_key)
     low = single(low_key)
     high = single(high_key)
-    if LAYOUT != _SYMMETRIC:
+    if SPACING != _SYMMETRIC:
         edge = single(tl.full((), LARGEST, tl.int32))
         least = tl.min(tl.where(kept, x, edge), 1)
         most = tl.max(tl.where(kept, x, -edge), 1)
@@ -141,7 +141,7 @@ def encode(
         most = tl.where(k > 0, most, 0.0)
         base = floor(least)
         upper = ceiling(most)
-        if LAYOUT == _UNIFORM:
+        if SPACING == _UNIFORM:
             most = tl.maximum(most, upper)
         widest = tl.maximum(most - base, 0.0)
         overflow = pattern(widest) >= INFINITY
@@ -149,7 +149,7 @@ def encode(
         above = tl.where(overflow[:, None], 0.0, tl.maximum(x - base[:, None], 0.0))
         above = tl.where(kept, above, 0.0)
         c0 = base
-        if LAYOUT == _UNIFORM:
+        if SPACING == _UNIFORM:
             c1 = upper
             span = tl.where(overflow, 0.0, upper - base)
             code = _uniform_steps(above, span, seed_ptr, index, 2**BITS, STOCHASTIC)
@@ -221,7 +221,7 @@ def encode(
             level = single(tl.minimum(to_bfloat(pattern(level)), TOP))
             _store_level(column + j, level, poisoned, real)
         code = code | (sign << (BITS - 1))
-    if LAYOUT != _SYMMETRIC or BITS > 3 or STOCHASTIC:
+    if SPACING != _SYMMETRIC or BITS > 3 or STOCHASTIC:
         _store_level(column, c0, poisoned, real)
         if COLUMNS > 1:
             _store_level(column + COLUMNS - 1, c1, poisoned, real)
@@ -235,7 +235,7 @@ def decode(
     column,
     real,
     BITS: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    SPACING: tl.constexpr,
     DTYPE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -244,10 +244,10 @@ def decode(
     A level beyond the greatest finite number of the dtype becomes that number.
     """
     c0 = _bfloat_at(column, real)
-    if LAYOUT != _SYMMETRIC:
+    if SPACING != _SYMMETRIC:
         steps = tl.full((ROWS,), 2**BITS - 1, tl.float32)
         c1 = _bfloat_at(column + 1, real)
-        if LAYOUT == _UNIFORM:
+        if SPACING == _UNIFORM:
             width = tl.div_rn(c1 - c0, steps)
             scaled = code.to(tl.float32) * width[:, None]
             level = pattern(tl.minimum(c0[:, None] + scaled, c1[:, None]))

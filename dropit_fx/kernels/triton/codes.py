@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dropit_fx.kernels import reference
 from dropit_fx.kernels.dispatch import warn_once
-from dropit_fx.kernels.layout import (
+from dropit_fx.kernels.dtypes import INT_OF, NUMBER
+from dropit_fx.kernels.format import (
     check_borders,
     check_levels,
     check_stream,
@@ -23,8 +24,6 @@ from dropit_fx.kernels.layout import (
     uint_nbytes,
 )
 from dropit_fx.kernels.triton.bits import (
-    DTYPES,
-    INT_OF,
     code_at,
     load_tile,
     single,
@@ -135,9 +134,9 @@ def _patterns(values: tuple[float, ...], dtype: torch.dtype) -> tuple[int, ...]:
 
 
 def _known(dtype: torch.dtype) -> bool:
-    if dtype not in DTYPES:
+    if dtype not in NUMBER:
         warn_once(str(dtype), f"{dtype} has no CUDA kernel for step functions: PyTorch packs it.")
-    return dtype in DTYPES
+    return dtype in NUMBER
 
 
 def encode_steps(x: Tensor, borders: Sequence[float], bits: int) -> Tensor:
@@ -154,7 +153,7 @@ def encode_steps(x: Tensor, borders: Sequence[float], bits: int) -> Tensor:
             n,
             BORDERS=_patterns(tuple(borders), torch.float32),
             COUNT=len(borders),
-            DTYPE=DTYPES[x.dtype],
+            DTYPE=NUMBER[x.dtype],
             BITS=bits,
             TILE=CODES,
         )

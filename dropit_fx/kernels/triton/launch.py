@@ -11,14 +11,8 @@ import torch
 from torch import Tensor
 
 from dropit_fx.kernels.dispatch import warn_once
-from dropit_fx.kernels.layout import (
-    FULL,
-    block_count,
-    is_codebook,
-    kept_in_block,
-    split_blocks,
-)
-from dropit_fx.kernels.triton.bits import DTYPES
+from dropit_fx.kernels.dtypes import NUMBER
+from dropit_fx.kernels.format import Format
 
 MAX_GRID = 2**31 - 1  # programs along x
 LARGEST_BLOCK = 8192  # what still fits into the registers of one program
@@ -43,20 +37,20 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def pack_tile(keep: int, block: int, bits: int, layout: int, stochastic: bool) -> Tile:
-    """The tile of a program that packs blocks of `block` elements: the format of `sparsify`.
+def pack_tile(form: Format) -> Tile:
+    """The tile of a program that packs.
 
     A block of up to 1024 elements lives in one warp, so that sums over it need no barrier; in two
     where a thread would run out of registers: with a codebook, or random numbers beside the values.
     """
-    selects = keep < FULL
-    crowded = stochastic or (selects and bits == 3 and is_codebook(bits, layout))
-    return _tile(block, (1 + crowded) * (1 + (selects and block > _TILE)))
+    selects = not form.full
+    crowded = form.draws or (selects and form.bits == 3 and form.is_codebook)
+    return _tile(form.block, (1 + crowded) * (1 + (selects and form.block > _TILE)))
 
 
-def unpack_tile(block: int) -> Tile:
+def unpack_tile(form: Format) -> Tile:
     """The tile of a program that unpacks."""
-    return _tile(block, 2)
+    return _tile(form.block, 2)
 
 
 def _tile(block: int, share: int) -> Tile:
@@ -81,25 +75,46 @@ class Channels(NamedTuple):
 
 def fits(dtype: torch.dtype, numel: int, block: int) -> bool:
     """Whether there is a kernel for it; says so where PyTorch, slower, has to do."""
-    if dtype in DTYPES and 0 < block <= LARGEST_BLOCK:
+    if dtype in NUMBER and 0 < block <= LARGEST_BLOCK:
         return numel > 0
     if numel:
         what = "whole tensors" if block == 0 else f"blocks of {block}"
         warn_once(
-            str(dtype) if dtype not in DTYPES else what,
+            str(dtype) if dtype not in NUMBER else what,
             f"{dtype} in {what} has no CUDA kernel: PyTorch packs it, with about 32 bytes an"
-            f" element for the time being. Kernels take {', '.join(map(str, DTYPES))} in blocks of"
+            f" element for the time being. Kernels take {', '.join(map(str, NUMBER))} in blocks of"
             f" up to {LARGEST_BLOCK} elements.",
         )
     return False
 
 
-def kept_counts(numel: int, keep: int, block: int) -> tuple[int, int]:
-    """Kept elements of a full block, and of the tail."""
-    _, length, tail = split_blocks(numel, block)
-    return kept_in_block(length, keep, block), kept_in_block(tail, keep, block)
+def block_grid(numel: int, form: Format, tile: Tile) -> tuple[int]:
+    """Programs for `numel` elements in blocks."""
+    return programs(form.blocks(numel), tile.rows)
 
 
-def block_grid(numel: int, block: int, tile: Tile) -> tuple[int]:
-    """Programs for `numel` elements in blocks of `block`."""
-    return programs(block_count(numel, block), tile.rows)
+def block_arguments(
+    numel: int, dtype: torch.dtype, form: Format, tile: Tile, channels: Channels | None
+) -> dict[str, Any]:
+    """What the kernels that pack and unpack blocks are launched with alike, by name."""
+    k_full, k_tail = form.kept_counts(numel)
+    return {
+        "numel": numel,
+        "block": form.block,
+        "stream": form.stream(k_full),
+        "k_full": k_full,
+        "k_tail": k_tail,
+        "inner": channels.inner if channels else 1,
+        "channels": channels.mean.numel() if channels else 1,
+        "DTYPE": NUMBER[dtype],
+        "BITS": form.bits,
+        "SPACING": form.spacing,
+        "BY_CHANNEL": channels is not None,
+        "FULL_": form.full,
+        "COLUMNS": max(1, form.columns),
+        "ROWS": tile.rows,
+        "LANES": tile.lanes,
+        "EVEN": form.block == tile.lanes,
+        "num_warps": tile.warps,
+        **EXACT,
+    }

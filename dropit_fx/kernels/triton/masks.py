@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from dropit_fx.kernels.dispatch import warn_once
-from dropit_fx.kernels.layout import uint_nbytes
+from dropit_fx.kernels.dtypes import NUMBER
+from dropit_fx.kernels.format import uint_nbytes
 from dropit_fx.kernels.masks import apply_mask_reference, check_mask, pack_between_reference
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE = 4096  # elements of a program: whole bytes of the mask
 
 
@@ -89,13 +89,13 @@ def grid(numel: int) -> tuple[int]:
 
 
 def _known(dtype: torch.dtype) -> bool:
-    if dtype not in _DTYPES:
+    if dtype not in NUMBER:
         warn_once(
             f"masks of {dtype}",
             f"masks of {dtype} run in PyTorch, with about 19 bytes an element of temporaries:"
             " the CUDA kernels know float32, bfloat16 and float16",
         )
-    return dtype in _DTYPES
+    return dtype in NUMBER
 
 
 def _rounded(value: float | None, dtype: torch.dtype) -> float:

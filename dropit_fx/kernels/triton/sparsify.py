@@ -15,21 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from dropit_fx.kernels import reference
-from dropit_fx.kernels.layout import (
-    FULL,
-    SYMMETRIC,
-    block_count,
-    check_format,
-    codes_nbytes,
-    kept,
-    mask_nbytes,
-    scale_columns,
-    uint_nbytes,
-)
-from dropit_fx.kernels.seeds import draw_seed
+from dropit_fx.kernels.dtypes import INT_OF
+from dropit_fx.kernels.format import Format
+from dropit_fx.kernels.seeds import draw_seed, rounding_seed
 from dropit_fx.kernels.triton.bits import (
-    DTYPES,
-    INT_OF,
     channel_of,
     draw,
     load_tile,
@@ -43,12 +32,11 @@ from dropit_fx.kernels.triton.bits import (
 )
 from dropit_fx.kernels.triton.coder import encode
 from dropit_fx.kernels.triton.launch import (
-    EXACT,
     LARGEST_RUN,
     Channels,
+    block_arguments,
     block_grid,
     fits,
-    kept_counts,
     pack_tile,
 )
 from dropit_fx.kernels.triton.select import select, store_kept_codes
@@ -74,7 +62,7 @@ def _sparsify_kernel(
     channels,
     DTYPE: tl.constexpr,
     BITS: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    SPACING: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     SAMPLE: tl.constexpr,
     BY_CHANNEL: tl.constexpr,
@@ -122,100 +110,44 @@ def _sparsify_kernel(
             tl.store(start_of[:, None] + rank, raw, mask=kept)
     else:
         column = scale_ptr + row * COLUMNS
-        code = encode(u, kept, k, column, real, seed_ptr, index, BITS, LAYOUT, STOCHASTIC, COLUMNS)
+        code = encode(u, kept, k, column, real, seed_ptr, index, BITS, SPACING, STOCHASTIC, COLUMNS)
         if FULL_:
             store_codes(start_of, code, k, whole, BITS, ROWS, LANES, EVEN)
         else:
             store_kept_codes(start_of, code, kept, rank, k, BITS)
 
 
-def _launch_sparsify(
-    x: Tensor,
-    values: Tensor,
-    scale: Tensor,
-    mask: Tensor,
-    seed: Tensor | None,
-    form: tuple[int, int, int, int],
-    sampled: bool = False,
-    channels: Channels | None = None,
-) -> None:
-    keep, block, bits, layout = form
-    n = x.numel()
-    k_full, k_tail = kept_counts(n, keep, block)
-    stochastic = seed is not None and not sampled
-    shape = pack_tile(*form, stochastic)
-    _sparsify_kernel[block_grid(n, block, shape)](
-        x.view(INT_OF[x.dtype]),
-        values if bits else values.view(INT_OF[x.dtype]),
-        scale.view(torch.int16),
-        mask,
-        seed if seed is not None else x,
-        channels.mean if channels else x,
-        channels.scale if channels else x,
-        n,
-        block,
-        uint_nbytes(k_full, bits) if bits else k_full,
-        k_full,
-        k_tail,
-        block / k_full if k_full else 0.0,
-        n % block / k_tail if k_tail else 0.0,
-        channels.inner if channels else 1,
-        channels.mean.numel() if channels else 1,
-        DTYPE=DTYPES[x.dtype],
-        BITS=bits,
-        LAYOUT=layout,
-        STOCHASTIC=stochastic,
-        SAMPLE=sampled,
-        BY_CHANNEL=channels is not None,
-        FULL_=keep == FULL,
-        COLUMNS=max(1, scale_columns(bits, layout)),
-        ROWS=shape.rows,
-        LANES=shape.lanes,
-        EVEN=block == shape.lanes,
-        num_warps=shape.warps,
-        **EXACT,
-    )
-
-
 def _sparsify(
-    x: Tensor,
-    form: tuple[int, int, int, int],
-    stochastic: bool,
-    seed: Tensor | None,
-    channels: Channels | None,
+    x: Tensor, form: Format, seed: Tensor | None, channels: Channels | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    keep, block, bits, layout = form
-    if not (stochastic and bits):
-        seed = None
-    elif seed is None:
-        seed = draw_seed(x.device)
-    n = x.numel()
-    x = x.contiguous()
-    mask = x.new_empty(mask_nbytes(n, keep), dtype=torch.uint8)
-    columns = scale_columns(bits, layout)
-    scale = x.new_empty(block_count(n, block) * columns, dtype=torch.bfloat16)
-    if bits:
-        values = x.new_empty(codes_nbytes(n, keep, block, bits), dtype=torch.uint8)
-    else:
-        values = x.new_empty(kept(n, keep, block))
-    _launch_sparsify(x, values, scale, mask, seed, form, channels=channels)
+    """Packs by the greatest magnitudes; at random where there is a seed and nothing is rounded."""
+    n, x = x.numel(), x.contiguous()
+    values, scale, mask = form.buffers(x)
+    sampled = seed is not None and not form.draws
+    k_full, k_tail = form.kept_counts(n)
+    tile = pack_tile(form)
+    _sparsify_kernel[block_grid(n, form, tile)](
+        x_ptr=x.view(INT_OF[x.dtype]),
+        values_ptr=values if form.bits else values.view(INT_OF[x.dtype]),
+        scale_ptr=scale.view(torch.int16),
+        mask_ptr=mask,
+        seed_ptr=seed if seed is not None else x,
+        mean_ptr=channels.mean if channels else x,
+        inverse_ptr=channels.scale if channels else x,
+        weight_full=form.block / k_full if k_full else 0.0,
+        weight_tail=n % form.block / k_tail if k_tail else 0.0,
+        STOCHASTIC=form.draws,
+        SAMPLE=sampled,
+        **block_arguments(n, x.dtype, form, tile, channels),
+    )
     return values, scale, mask
 
 
-def sparsify(
-    x: Tensor,
-    keep: int,
-    block: int,
-    bits: int,
-    layout: int,
-    stochastic: bool,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def sparsify(x: Tensor, form: Format, seed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.sparsify`, which also takes float64, blocks above 8192 and whole tensors."""
-    check_format(keep, block, bits, layout)
-    if not fits(x.dtype, x.numel(), block):
-        return reference.sparsify(x, keep, block, bits, layout, stochastic, seed)
-    return _sparsify(x, (keep, block, bits, layout), stochastic, seed, None)
+    if not fits(x.dtype, x.numel(), form.block):
+        return reference.sparsify(x, form, seed)
+    return _sparsify(x, form, rounding_seed(form, x, seed))
 
 
 def sparsify_channels(
@@ -223,31 +155,19 @@ def sparsify_channels(
     mean: Tensor,
     inverse: Tensor,
     inner: int,
-    keep: int,
-    block: int,
-    bits: int,
-    layout: int,
-    stochastic: bool,
+    form: Format,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.sparsify_channels`; what is standardised never lies in memory."""
-    check_format(keep, block, bits, layout)
-    form = keep, block, bits, layout
-    if not fits(x.dtype, x.numel(), block) or inner > LARGEST_RUN:
-        return reference.sparsify_channels(x, mean, inverse, inner, *form, stochastic, seed)
+    if not fits(x.dtype, x.numel(), form.block) or inner > LARGEST_RUN:
+        return reference.sparsify_channels(x, mean, inverse, inner, form, seed)
     channels = Channels(mean.contiguous(), inverse.contiguous(), inner)
-    return _sparsify(x, form, stochastic, seed, channels)
+    return _sparsify(x, form, rounding_seed(form, x, seed), channels)
 
 
-def sample(x: Tensor, keep: int, block: int, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def sample(x: Tensor, form: Format, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As `reference.sample`."""
-    check_format(keep, block)
-    if not fits(x.dtype, x.numel(), block):
-        return reference.sample(x, keep, block, seed)
-    seed = draw_seed(x.device) if seed is None else seed
-    x = x.contiguous()
-    mask = x.new_empty(mask_nbytes(x.numel(), keep), dtype=torch.uint8)
-    values = x.new_empty(kept(x.numel(), keep, block))
-    scale = x.new_empty(0, dtype=torch.bfloat16)
-    _launch_sparsify(x, values, scale, mask, seed, (keep, block, 0, SYMMETRIC), sampled=True)
+    if not fits(x.dtype, x.numel(), form.block):
+        return reference.sample(x, form, seed)
+    values, _, mask = _sparsify(x, form, draw_seed(x.device) if seed is None else seed)
     return values, mask

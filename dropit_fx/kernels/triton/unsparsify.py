@@ -11,10 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dropit_fx.kernels import reference
-from dropit_fx.kernels.layout import FULL, check_format, scale_columns, uint_nbytes
+from dropit_fx.kernels.dtypes import INT_OF
+from dropit_fx.kernels.format import Format
 from dropit_fx.kernels.triton.bits import (
-    DTYPES,
-    INT_OF,
     channel_of,
     code_at,
     load_tile,
@@ -27,12 +26,11 @@ from dropit_fx.kernels.triton.bits import (
 )
 from dropit_fx.kernels.triton.coder import decode
 from dropit_fx.kernels.triton.launch import (
-    EXACT,
     LARGEST_RUN,
     Channels,
+    block_arguments,
     block_grid,
     fits,
-    kept_counts,
     unpack_tile,
 )
 
@@ -54,7 +52,7 @@ def _unsparsify_kernel(
     channels,
     DTYPE: tl.constexpr,
     BITS: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    SPACING: tl.constexpr,
     BY_CHANNEL: tl.constexpr,
     FULL_: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -82,7 +80,7 @@ def _unsparsify_kernel(
     else:
         code = code_at(start_of, slot, ((k * BITS + 7) // 8)[:, None], kept, BITS)
         column = scale_ptr + row * COLUMNS
-        u = decode(code, kept, column, n > 0, BITS, LAYOUT, DTYPE, ROWS)
+        u = decode(code, kept, column, n > 0, BITS, SPACING, DTYPE, ROWS)
     u = tl.where(kept, u, 0)
     if BY_CHANNEL:
         channel = channel_of(first, lane, inner, channels)
@@ -94,63 +92,38 @@ def _unsparsify_kernel(
 
 
 def _unsparsify(
-    values: Tensor,
-    scale: Tensor,
-    mask: Tensor,
+    parts: tuple[Tensor, Tensor, Tensor],
     numel: int,
     dtype: torch.dtype,
-    form: tuple[int, int, int, int],
-    channels: Channels | None,
+    form: Format,
+    channels: Channels | None = None,
 ) -> Tensor:
-    keep, block, bits, layout = form
+    values, scale, mask = (part.contiguous() for part in parts)
     out = values.new_empty(numel, dtype=dtype)
-    k_full, k_tail = kept_counts(numel, keep, block)
-    shape = unpack_tile(block)
-    _unsparsify_kernel[block_grid(numel, block, shape)](
-        out.view(INT_OF[dtype]),
-        values.contiguous() if bits else values.contiguous().view(INT_OF[dtype]),
-        scale.contiguous().view(torch.int16) if bits else mask,
-        mask.contiguous(),
-        channels.mean if channels else out,
-        channels.scale if channels else out,
-        numel,
-        block,
-        uint_nbytes(k_full, bits) if bits else k_full,
-        k_full,
-        k_tail,
-        channels.inner if channels else 1,
-        channels.mean.numel() if channels else 1,
-        DTYPE=DTYPES[dtype],
-        BITS=bits,
-        LAYOUT=layout,
-        BY_CHANNEL=channels is not None,
-        FULL_=keep == FULL,
-        COLUMNS=scale_columns(bits, layout),
-        ROWS=shape.rows,
-        LANES=shape.lanes,
-        EVEN=block == shape.lanes,
-        num_warps=shape.warps,
-        **EXACT,
+    tile = unpack_tile(form)
+    _unsparsify_kernel[block_grid(numel, form, tile)](
+        out_ptr=out.view(INT_OF[dtype]),
+        values_ptr=values if form.bits else values.view(INT_OF[dtype]),
+        scale_ptr=scale.view(torch.int16) if form.bits else mask,
+        mask_ptr=mask,
+        mean_ptr=channels.mean if channels else out,
+        deviation_ptr=channels.scale if channels else out,
+        **block_arguments(numel, dtype, form, tile, channels),
     )
     return out
 
 
+def _fits(values: Tensor, numel: int, dtype: torch.dtype, form: Format) -> bool:
+    return fits(dtype, numel, form.block) and (form.bits > 0 or values.dtype == dtype)
+
+
 def unsparsify(
-    values: Tensor,
-    scale: Tensor,
-    mask: Tensor,
-    numel: int,
-    dtype: torch.dtype,
-    keep: int,
-    block: int,
-    bits: int,
-    layout: int,
+    values: Tensor, scale: Tensor, mask: Tensor, numel: int, dtype: torch.dtype, form: Format
 ) -> Tensor:
     """As `reference.unsparsify`."""
-    check_format(keep, block, bits, layout)
-    if not fits(dtype, numel, block) or (bits == 0 and values.dtype != dtype):
-        return reference.unsparsify(values, scale, mask, numel, dtype, keep, block, bits, layout)
-    return _unsparsify(values, scale, mask, numel, dtype, (keep, block, bits, layout), None)
+    if not _fits(values, numel, dtype, form):
+        return reference.unsparsify(values, scale, mask, numel, dtype, form)
+    return _unsparsify((values, scale, mask), numel, dtype, form)
 
 
 def unsparsify_channels(
@@ -162,17 +135,11 @@ def unsparsify_channels(
     inner: int,
     numel: int,
     dtype: torch.dtype,
-    keep: int,
-    block: int,
-    bits: int,
-    layout: int,
+    form: Format,
 ) -> Tensor:
     """As `reference.unsparsify_channels`."""
-    check_format(keep, block, bits, layout)
-    form = keep, block, bits, layout
-    whole = bits == 0 and values.dtype != dtype
-    if not fits(dtype, numel, block) or inner > LARGEST_RUN or whole:
+    if not _fits(values, numel, dtype, form) or inner > LARGEST_RUN:
         given = values, scale, mask, mean, deviation, inner, numel, dtype
-        return reference.unsparsify_channels(*given, *form)
+        return reference.unsparsify_channels(*given, form)
     channels = Channels(mean.contiguous(), deviation.contiguous(), inner)
-    return _unsparsify(values, scale, mask, numel, dtype, form, channels)
+    return _unsparsify((values, scale, mask), numel, dtype, form, channels)

@@ -18,18 +18,20 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 1024  # elements of a program
+_TILE = tl.constexpr(TILE)
 
 
 @triton.jit
-def _origins(
-    first, lane, period, inner, depth, height, width, STRIDE: tl.constexpr, PADDING: tl.constexpr,
-    WIDE: tl.constexpr,
-):  # fmt: skip
-    """First input coordinates of the windows of the outputs `first + lane`, in memory order.
+def _origins(period, inner, depth, height, width, WINDOW: tl.constexpr, WIDE: tl.constexpr):
+    """The outputs of a program, and the first input coordinates of their windows.
 
     period: elements of all channels of an image in channels-last order (`inner` of them), of one
     channel otherwise (`inner` is 1). Positions are int32 unless WIDE: division is slow in int64.
     """
+    STRIDE: tl.constexpr = WINDOW[1]
+    PADDING: tl.constexpr = WINDOW[2]
+    first = tl.program_id(0).to(tl.int64) * _TILE
+    lane = tl.arange(0, _TILE)
     start = first % period
     if not WIDE:
         start = start.to(tl.int32)
@@ -39,7 +41,7 @@ def _origins(
     z = (plane % depth) * STRIDE[0] - PADDING[0]
     y = (row - plane * height) * STRIDE[1] - PADDING[1]
     x = (at - row * width) * STRIDE[2] - PADDING[2]
-    return z, y, x
+    return first + lane, z, y, x
 
 
 @triton.jit
@@ -54,19 +56,12 @@ def _encode_kernel(
     out_width,
     in_height,
     in_width,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-    DILATION: tl.constexpr,
+    WINDOW: tl.constexpr,
     WIDE: tl.constexpr,
-    TILE: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64) * TILE
-    lane = tl.arange(0, TILE)
-    z, y, x = _origins(
-        first, lane, period, inner, out_depth, out_height, out_width, STRIDE, PADDING, WIDE
-    )
-    i = first + lane
+    KERNEL: tl.constexpr = WINDOW[0]
+    DILATION: tl.constexpr = WINDOW[3]
+    i, z, y, x = _origins(period, inner, out_depth, out_height, out_width, WINDOW, WIDE)
     index = tl.load(indices_ptr + i, mask=i < numel, other=0)
     if not WIDE:
         index = index.to(tl.int32)
@@ -90,19 +85,12 @@ def _decode_kernel(
     out_width,
     in_height,
     in_width,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-    DILATION: tl.constexpr,
+    WINDOW: tl.constexpr,
     WIDE: tl.constexpr,
-    TILE: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64) * TILE
-    lane = tl.arange(0, TILE)
-    z, y, x = _origins(
-        first, lane, period, inner, out_depth, out_height, out_width, STRIDE, PADDING, WIDE
-    )
-    i = first + lane
+    i, z, y, x = _origins(period, inner, out_depth, out_height, out_width, WINDOW, WIDE)
+    KERNEL: tl.constexpr = WINDOW[0]
+    DILATION: tl.constexpr = WINDOW[3]
     code = tl.load(codes_ptr + i, mask=i < numel, other=0).to(tl.int32)
     z += code // (KERNEL[1] * KERNEL[2]) * DILATION[0]
     y += code // KERNEL[2] % KERNEL[1] * DILATION[1]
@@ -135,7 +123,6 @@ def geometry(shape: list[int], inner: int, sizes: list[int], *window: list[int])
     """
     period = inner * math.prod(shape)
     out = [1] * (3 - len(shape)) + shape
-    names = ("KERNEL", "STRIDE", "PADDING", "DILATION")
     fill = (1, 1, 0, 1)
     return {
         "period": period,
@@ -145,9 +132,8 @@ def geometry(shape: list[int], inner: int, sizes: list[int], *window: list[int])
         "out_width": out[2],
         "in_height": sizes[-2],
         "in_width": sizes[-1],
+        "WINDOW": tuple((*[f] * (3 - len(w)), *w) for f, w in zip(fill, window, strict=True)),
         "WIDE": max(period + TILE, math.prod(sizes)) >= 2**31,
-        "TILE": TILE,
-        **{n: (*[f] * (3 - len(w)), *w) for n, f, w in zip(names, fill, window, strict=True)},
     }
 
 
