@@ -2,7 +2,7 @@
 
 A model is traced in training and in eval mode, and the two graphs are made one (``modes.py``).
 Modules whose graphs differ in more than constants (BatchNorm counts its batches) stay whole, as
-leaves. No graph is believed before it is shown to do what the model does (``faithful.py``); what
+leaves. No graph is believed before it is shown to do what the model does (``faithful/``); what
 no graph can do is refused before anything is traced.
 """
 
@@ -21,9 +21,9 @@ from torch import Tensor, fx, nn
 from torch.fx.traceback import preserve_node_meta
 
 from dropit_fx.capture.bounded import TooLong, sympy_bounded
-from dropit_fx.capture.faithful import (
+from dropit_fx.capture.faithful import Study
+from dropit_fx.capture.faithful.hooks import (
     NotCarried,
-    Study,
     own_hooks,
     refuse_hooks,
     torchs_hooks_inside,
