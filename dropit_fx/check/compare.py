@@ -22,7 +22,7 @@ def equal(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if a.layout != torch.strided or torch.equal(a, b):
-        return a.layout != torch.strided or torch.equal(a, b)
+        return True
     return bool(((a == b) | ((a != a) & (b != b))).all())
 
 

@@ -9,7 +9,7 @@ so that whoever else holds them sees no difference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -27,12 +27,10 @@ class Untouched:
     """What happened inside an :func:`untouched` block.
 
     Attributes:
-        look: What has changed so far.
         changes: What had changed when the block ended, before it was undone.
         chance: Names of the sources of random numbers that the block drew from.
     """
 
-    look: Callable[[], list[Change]]
     changes: list[Change] = field(default_factory=list)
     chance: list[str] = field(default_factory=list)
 
@@ -71,7 +69,7 @@ def untouched(
     for name, module in model.named_modules():
         kept.note(module, name, "", 0)
     states = [(s, s.state()) for s in sources(generators)]
-    seen = Untouched(kept.changes)
+    seen = Untouched()
     try:
         yield seen
     finally:

@@ -55,8 +55,8 @@ class Part:
         raise NotImplementedError
 
     def label(self, key: Any) -> str:
-        """The way to a value, for people."""
-        return f"{self.path}[{key!r}]"
+        """The way to a value, for people: by default that of an attribute."""
+        return f"{self.path}.{key}".removeprefix(".")
 
     def changes(self) -> Iterator[Change]:
         """What is no longer as it was."""
@@ -73,7 +73,9 @@ class Part:
             self.write(self.was)
 
 
-class Dict(Part):
+class Attributes(Part):
+    """The ``__dict__`` of an object."""
+
     def read(self) -> dict[Any, Any]:
         return dict(self.owner)
 
@@ -84,14 +86,12 @@ class Dict(Part):
             kind.__setitem__(self.owner, key, value)
 
 
-class Attributes(Dict):
-    """The ``__dict__`` of an object."""
-
+class Dict(Attributes):
     def label(self, key: Any) -> str:
-        return f"{self.path}.{key}".removeprefix(".")
+        return f"{self.path}[{key!r}]"
 
 
-class List(Part):
+class List(Dict):
     def read(self) -> dict[Any, Any]:
         return dict(enumerate(self.owner))
 
@@ -100,7 +100,7 @@ class List(Part):
         self.owner.extend(values.values())
 
 
-class Set(Part):
+class Set(Dict):
     def read(self) -> dict[Any, Any]:
         return {element: element for element in self.owner}
 
@@ -109,11 +109,15 @@ class Set(Part):
         self.owner.update(values)
 
 
-class Slots(Part):
+class _Named(Part):
+    """Of which only some names are looked at."""
+
     def __init__(self, owner: Any, module: str, path: str, names: tuple[str, ...]) -> None:
         self.names = names
         super().__init__(owner, module, path)
 
+
+class Slots(_Named):
     def read(self) -> dict[Any, Any]:
         found = {n: getattr(self.owner, n, ABSENT) for n in self.names}
         return {n: v for n, v in found.items() if v is not ABSENT}
@@ -124,9 +128,6 @@ class Slots(Part):
                 object.__setattr__(self.owner, name, values[name])
             elif hasattr(self.owner, name):
                 object.__delattr__(self.owner, name)
-
-    def label(self, key: Any) -> str:
-        return f"{self.path}.{key}".removeprefix(".")
 
 
 class Class(Part):
@@ -145,18 +146,14 @@ class Class(Part):
             setattr(self.owner, name, values[name])
 
     def label(self, key: Any) -> str:
-        return f"{self.path}.{self.owner.__name__}.{key}".removeprefix(".")
+        return super().label(f"{self.owner.__name__}.{key}")
 
 
-class Globals(Part):
+class Globals(_Named):
     """The names that a function reads from its module.
 
     Only tensors and numbers are put back: a flag may say that something is registered.
     """
-
-    def __init__(self, owner: Any, module: str, path: str, names: tuple[str, ...]) -> None:
-        self.names = names
-        super().__init__(owner, module, path)
 
     def read(self) -> dict[Any, Any]:
         found = {n: self.owner[n] for n in self.names if n in self.owner}
@@ -202,9 +199,6 @@ class Type(Part):
 
     def write(self, values: dict[Any, Any]) -> None:
         self.owner.__class__ = values["__class__"]
-
-    def label(self, key: Any) -> str:
-        return f"{self.path}.{key}".removeprefix(".")
 
 
 class Cached(Part):

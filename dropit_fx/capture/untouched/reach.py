@@ -94,7 +94,7 @@ class Reached:
             self.parts.append(Cached(value, module, path))
             self.note(value.__wrapped__, module, path, depth + 1)
         elif isinstance(value, FunctionType):
-            self._function(value, module, path, depth)
+            self._code(value, None, module, path, depth)
         elif _is_array(value):
             self.parts.append(Array(value, module, path))
         elif _is_users(type(value)):
@@ -139,9 +139,6 @@ class Reached:
             self._container(Class(base, module, path), depth)
         for name in ("forward", "__call__"):
             self._code(getattr(kind, name, None), kind, module, name, depth + 1)
-
-    def _function(self, function: FunctionType, module: str, path: str, depth: int) -> None:
-        self._code(function, None, module, path, depth)
 
     def _code(self, found: Any, kind: type | None, module: str, path: str, depth: int) -> None:
         """What a function reads from its surroundings, and the functions that it calls."""

@@ -16,7 +16,6 @@ from dropit_fx.private import storage_id, unsafe_preserve_version_counter, versi
 class Held(Part):
     def __init__(self, owner: Tensor, module: str, path: str, copied: bool) -> None:
         self.copy = _cloned(owner) if copied else None
-        self.kind = type(owner)
         self.alias: Tensor | None = None
         self.preserved: AbstractContextManager[None] | None = None
         with suppress(Exception):  # no storage, no version: a tensor of another kind
@@ -50,8 +49,9 @@ class Held(Part):
 
     def restore(self) -> None:
         now = self.read()
-        if type(self.owner) is not self.kind:
-            self.owner.__class__ = self.kind
+        required, kind = self.was["flags"]
+        if type(self.owner) is not kind:
+            self.owner.__class__ = kind
         if now[""] != self.was[""] and self.alias is not None:
             self.owner.data = self.alias
         if self.copy is not None and not _equal_bits(self.owner, self.copy):
@@ -61,27 +61,23 @@ class Held(Part):
             self.preserved.__exit__(None, None, None)
         if now[".grad"] is not self.was[".grad"] and self.owner.is_leaf:
             self.owner.grad = self.was[".grad"]
-        if self.owner.is_leaf and self.owner.requires_grad != self.was["flags"][0]:
-            self.owner.requires_grad_(self.was["flags"][0])
+        if self.owner.is_leaf and self.owner.requires_grad != required:
+            self.owner.requires_grad_(required)
 
 
 class Array(Part):
     """A NumPy array."""
 
     def read(self) -> dict[Any, Any]:
-        return {}
-
-    def __init__(self, owner: Any, module: str, path: str) -> None:
-        super().__init__(owner, module, path)
-        self.copy = owner.copy()
+        return {"": self.owner.copy()}
 
     def changes(self) -> Iterator[Change]:
-        if self.owner.tobytes() != self.copy.tobytes():
-            yield Change(self.module, self.path, self.copy, self.owner)
+        if self.owner.tobytes() != self.was[""].tobytes():
+            yield Change(self.module, self.path, self.was[""], self.owner)
 
     def restore(self) -> None:
-        if self.owner.dtype != object and self.owner.tobytes() != self.copy.tobytes():
-            self.owner[...] = self.copy
+        if self.owner.dtype != object and self.owner.tobytes() != self.was[""].tobytes():
+            self.owner[...] = self.was[""]
 
 
 class Generator(Part):
