@@ -26,11 +26,11 @@ import torch
 from rich.console import Console
 
 from dropit_fx.bench import commands, gpu_rows
+from dropit_fx.bench.device import find_device
 from dropit_fx.bench.gpu_models import MODELS
 from dropit_fx.bench.gpu_rows import Row
 from dropit_fx.bench.gpu_tables import key, label, line_of_tests, said, tables
 from dropit_fx.bench.gpu_worker import Worker, run_tests
-from dropit_fx.bench.model_spec import find_device
 from dropit_fx.config import ConfigError
 from dropit_fx.words import did_you_mean
 

@@ -10,7 +10,6 @@ import copy
 import functools
 import json
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +22,8 @@ from torch import Tensor, nn
 
 from dropit_fx import measure
 from dropit_fx.api import transform
-from dropit_fx.bench.model_spec import build, find_device
+from dropit_fx.bench.device import find_device, timed
+from dropit_fx.bench.model_spec import build
 from dropit_fx.bench.published import to_published
 
 Step = Callable[[], Tensor]
@@ -73,17 +73,6 @@ class Task:
         kind = self.x.device.type
         with torch.autocast(kind, self.autocast, enabled=self.autocast is not None):
             return F.cross_entropy(_logits(run(self.x)).flatten(0, -2), self.labels)
-
-    def timed(self, step: Step) -> float:
-        """Seconds of a step, with all that it leaves for the device to do."""
-        cuda = self.x.is_cuda
-        if cuda:
-            torch.cuda.synchronize(self.x.device)
-        start = time.perf_counter()
-        step()
-        if cuda:
-            torch.cuda.synchronize(self.x.device)
-        return time.perf_counter() - start
 
     def step(self, model: nn.Module, run: Callable[..., Any]) -> tuple[Step, torch.optim.Optimizer]:
         """Forward, loss, backward and one update by SGD with momentum; and what updates."""
@@ -194,7 +183,7 @@ def take_turns(task: Task, runs: Runs, rounds: int, base: Callable[[str], str]) 
         for number in range(rounds):
             for name, step in steps.items():
                 progress.update(bar, description=f"round {number + 1}: {name}")
-                times[name].append(task.timed(step))
+                times[name].append(timed(step, task.x.device))
                 progress.advance(bar)
     for name, row in result.items():
         dense = base(name)
