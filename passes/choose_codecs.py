@@ -45,7 +45,7 @@ def _few_values(plan: Plan) -> dict[str, int]:
     reads = [r for site in plan.sites for r in site.reads if r.read is not None]
     statistics: dict[str, int] = {}
     for r in reads:
-        if r.read is not None and not r.read.like and r.operand in _STATISTICS:
+        if r.read is not None and r.read.exact and r.operand in _STATISTICS:
             statistics[r.node] = max(statistics.get(r.node, 0), r.numel)
     counts = {
         r.node: r.numel // statistics[r.node]
@@ -95,7 +95,7 @@ def _choose(read: SavedRead, config: Config) -> Decision:
         return kept(f"the config says so: {rule}")
     if read.read.use is Use.SHAPE:
         return Decision(read=read, codec="drop")
-    if not read.read.like:
+    if read.read.exact:
         return kept(_EXACT[Use.REDUCE])
     codec = CODEC[rule.codec]
     options: Options = {"bits": read.bits} if read.bits is not None else rule.full_options()

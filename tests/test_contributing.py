@@ -107,21 +107,18 @@ def run(code: str, folder: Path) -> str:
     return done.stdout
 
 
-def add(folder: Path, name: str, code: str, table: str) -> None:
-    """Puts code into a file, in front of the table that gets its names."""
+def add(folder: Path, name: str, code: str) -> None:
+    """Puts code into the file of a family, in front of the rows that get its names."""
     file = folder / name
-    before, found, after = file.read_text().partition(table)
-    assert found, f"{name} has no {table!r}"
-    names = "".join(f"    {n},\n" for n in re.findall(r"^([A-Z_]+) = OpRule", code, re.MULTILINE))
+    before, found, after = file.read_text().partition("ROWS = (")
+    assert found, f"{name} has no rows"
+    names = "".join(f"{n}, " for n in re.findall(r"^([A-Z_]+) = OpRule", code, re.MULTILINE))
     file.write_text(f"{before}{code}\n\n{found}{names}{after}")
 
 
 def test_ops_that_are_added_as_the_guide_says_work(copy: Path) -> None:
     for name, code in blocks("Add an op"):
-        if name.endswith("table.py"):
-            add(copy, name, code, "OP_RULES: tuple[OpRule, ...] = (\n")
-        else:
-            (copy / name).write_text((copy / name).read_text() + "\n\n" + code)
+        add(copy, name, code)
     assert run(OPS, copy) == "ops work\n"
 
 

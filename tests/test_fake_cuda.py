@@ -22,7 +22,7 @@ import dropit_fx
 from dropit_fx.compile.backend import rewrite_dynamo_graph
 from dropit_fx.compile.channels_last import channels_last
 from dropit_fx.config import load_config, make_config
-from dropit_fx.ops import backwards, runs
+from dropit_fx.ops import backwards, norms
 from dropit_fx.ops.table import RULES
 from dropit_fx.passes import run_pipeline
 from dropit_fx.passes.plan import Plan
@@ -316,23 +316,26 @@ def batch(dtype: torch.dtype, *shape: int) -> dict[str, Any]:
 def test_batch_norm_runs_the_kernel_of_dense_and_its_backward(
     dtype: torch.dtype, shape: tuple[int, ...], changes: dict[str, Any], kernel: str
 ) -> None:
+    norm = RULES["batch_norm"]
+    assert norm.run_saving
+    assert norm.backward
     with FakeTensorMode(), torch.no_grad():
         arguments = batch(dtype, *shape) | changes
         with Kernels() as dense:
             F.batch_norm(**arguments)
         with Kernels() as saving:
-            _, made = runs.batch_norm_saving(**arguments)
+            _, made = norm.run_saving(**arguments)
         assert saving.ran == dense.ran == [kernel]
         tensors = {n: a for n, a in arguments.items() if isinstance(a, Tensor)}
         call = backwards.Call(
-            RULES["batch_norm"],
+            norm,
             {n: None if n in tensors else a for n, a in (arguments | {"eps": 1e-5}).items()},
             *[{n: f(t) for n, t in tensors.items()} for f in (shape_of, stride_of, dtype_of)],
             frozenset(("input", "weight", "bias")),
         )
         saved: Any = tensors | made
         with Kernels() as backward:
-            grads = backwards.batch_norm(torch.empty_like(arguments["input"]), saved, call)
+            grads = norm.backward(torch.empty_like(arguments["input"]), saved, call)
         assert grads["input"] is not None
         assert grads["input"].shape == shape
         # ATen's own op takes the one that fits the forward; cuDNN has none in eval mode
@@ -353,9 +356,9 @@ def dtype_of(x: Tensor) -> torch.dtype:
 
 
 def test_what_cudnn_hands_to_its_backward_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "cudnn_reserve_nbytes", lambda x: 1000)
+    monkeypatch.setattr(norms, "cudnn_reserve_nbytes", lambda x: 1000)
     expected = report("cuda", "resnet", "float32")
     found = [r for r in expected.rows if r.kept_bytes == 1000]
-    norms = {r.name.split(".")[0] for r in expected.rows if r.name.endswith(".invstd")}
-    assert len(found) == len(norms) > 0
+    packed = {r.name.split(".")[0] for r in expected.rows if r.name.endswith(".invstd")}
+    assert len(found) == len(packed) > 0
     assert all(r.name.endswith(".reserve") for r in found)

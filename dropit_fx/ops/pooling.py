@@ -12,10 +12,20 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dropit_fx.kernels.windows import decode_window_reference, encode_window_reference
-from dropit_fx.ops.backwards import Call, Grads, Saved, per_dimension
+from dropit_fx.ops.backwards import (
+    Call,
+    Grads,
+    Saved,
+    per_dimension,
+)
+from dropit_fx.ops.rule import OpRule, Read, Use
+from dropit_fx.private import (
+    c_nn,
+)
 
 aten = torch.ops.aten
 
@@ -81,7 +91,24 @@ def packable(dims: int) -> Callable[[Mapping[str, Any]], str]:
     return obstacle
 
 
-def max_pool_saving(dims: int) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+def _max_pool(dims: int) -> Callable[..., Tensor]:
+    op: Callable[..., Tensor] = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[dims - 1]
+
+    def max_pool(
+        input: Tensor,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> Tensor:
+        return op(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+
+    return max_pool
+
+
+def _max_pool_saving(dims: int) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
     """``max_pool{dims}d`` that also returns the window offsets of its maxima."""
 
     def run(
@@ -114,7 +141,7 @@ def max_pool_saving(dims: int) -> Callable[..., tuple[Tensor, dict[str, Tensor]]
     return run
 
 
-def max_pool_backward(dims: int) -> Callable[[Tensor, Saved, Call], Grads]:
+def _max_pool_backward(dims: int) -> Callable[[Tensor, Saved, Call], Grads]:
     """``dX`` is ``grad`` at the maxima; the input's values are not read."""
 
     def backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
@@ -133,3 +160,112 @@ def max_pool_backward(dims: int) -> Callable[[Tensor, Saved, Call], Grads]:
         return {"input": out.squeeze(-2) if dims == 1 else out}
 
     return backward
+
+
+MAX_POOL = tuple(
+    OpRule(
+        name=f"max_pool{d}d",
+        targets=(
+            getattr(F, f"max_pool{d}d"),
+            getattr(torch, f"max_pool{d}d"),
+            getattr(aten, f"max_pool{d}d").default,
+        ),
+        reads=(
+            Read(operand="indices", use=Use.SLOPE, needed_by=("input",), bits=window_bits(d)),
+            Read(operand="input", use=Use.SHAPE, needed_by=("input",)),
+        ),
+        run=_max_pool(d),
+        run_saving=_max_pool_saving(d),
+        backward=_max_pool_backward(d),
+        obstacle=packable(d),
+    )
+    for d in (1, 2, 3)
+)
+
+
+def _shape_only(name: str, run: Callable[..., Any], *targets: Any, **row: Any) -> OpRule:
+    """A row of an op whose backward reads nothing but the shape of its input."""
+    read = Read(operand="input", use=Use.SHAPE, needed_by=("input",))
+    return OpRule(name=name, targets=targets, reads=(read,), run=run, **row)
+
+
+def _avg_pool1d(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> Tensor:
+    stride = kernel_size if stride is None else stride
+    return F.avg_pool1d(input, kernel_size, stride, padding, ceil_mode, count_include_pad)
+
+
+AVG_POOL1D = _shape_only(
+    "avg_pool1d", _avg_pool1d, F.avg_pool1d, torch.avg_pool1d, aten.avg_pool1d.default
+)
+
+
+def _avg_pool(dims: int) -> Callable[..., Tensor]:
+    """Of 2 or 3 dimensions: that of 1 knows no divisor."""
+    op = (F.avg_pool2d, F.avg_pool3d)[dims - 2]
+
+    def avg_pool(
+        input: Tensor,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> Tensor:
+        return op(
+            input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+        )
+
+    return avg_pool
+
+
+def _avg_pool2d_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """Reads only the shape of the input: the tensor given here is blank memory."""
+    a = call.args
+    kernel = per_dimension(a["kernel_size"], 2)
+    stride = kernel if a["stride"] in (None, (), []) else per_dimension(a["stride"], 2)
+    padding = per_dimension(a["padding"], 2)
+    counted = a["ceil_mode"], a["count_include_pad"], a["divisor_override"]
+    out = aten.avg_pool2d_backward(grad, saved["input"], kernel, stride, padding, *counted)
+    return {"input": out}
+
+
+AVG_POOL2D, AVG_POOL3D = (
+    _shape_only(name, _avg_pool(d), getattr(F, name), getattr(aten, name).default, backward=formula)
+    for d, name, formula in ((2, "avg_pool2d", _avg_pool2d_backward), (3, "avg_pool3d", None))
+)
+
+
+def _adaptive_avg_pool(dims: int) -> Callable[..., Tensor]:
+    op = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[dims - 1]
+
+    def adaptive_avg_pool(input: Tensor, output_size: Any) -> Tensor:
+        return op(input, output_size)
+
+    return adaptive_avg_pool
+
+
+ADAPTIVE_AVG_POOL = tuple(
+    _shape_only(name, _adaptive_avg_pool(d), getattr(F, name), plain, getattr(aten, name).default)
+    for d, name, plain in (
+        (1, "adaptive_avg_pool1d", torch.adaptive_avg_pool1d),
+        (2, "adaptive_avg_pool2d", c_nn("adaptive_avg_pool2d")),
+        (3, "adaptive_avg_pool3d", c_nn("adaptive_avg_pool3d")),
+    )
+)
+
+
+def _pad(input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Tensor:
+    return F.pad(input, list(pad), mode, value)
+
+
+PAD = _shape_only("pad", _pad, F.pad, c_nn("pad"), aten.pad.default)
+
+ROWS = (*MAX_POOL, AVG_POOL1D, AVG_POOL2D, AVG_POOL3D, *ADAPTIVE_AVG_POOL, PAD)

@@ -40,8 +40,8 @@ class Read:
         needed_by: The arguments whose gradients need it; nothing is saved where none requires grad.
         lossy: False where an approximation would reach a gradient that the house keeps exact, or a
             function of the call's arguments that says so.
-        like: For what the op makes itself: the argument of its shape, or ``"result"``; ``""`` for
-            statistics, which are kept as they are.
+        like: For what the op makes itself: the argument of its shape, or ``"result"``.
+        exact: For statistics, which the op makes itself: they are kept as they are.
         bits: For reads stored as small integers (masks, indices): from the call's arguments to
             the fewest bits that lose nothing. ``run_saving`` returns the codes, where the operand
             is not itself what is kept.
@@ -60,11 +60,17 @@ class Read:
     needed_by: tuple[str, ...]
     lossy: bool | Callable[[Mapping[str, Any]], bool] = True
     like: str = "result"
+    exact: bool = False
     bits: Callable[[Mapping[str, Any]], int] | None = None
     between: Callable[[Mapping[str, Any]], tuple[Any, Any]] | None = None
     function: Callable[[Mapping[str, Any]], str] | None = None
     by_channel: bool = False
     nbytes: Callable[[Mapping[str, Any]], int] | None = None
+
+
+def one_bit(args: Mapping[str, Any]) -> int:
+    """The ``bits`` of a mask."""
+    return 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -618,7 +618,7 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
         for read in rule.reads:
             operand = read.operand
             wanted = _is_wanted(rule, operand, needs)
-            statistic = operand not in bound and not read.like  # formulas ask for its shape
+            statistic = operand not in bound and read.exact  # formulas ask for its shape
             if not (wanted or operand in gives or statistic):
                 continue
             is_tensor = operand not in bound or isinstance(bound[operand], Tensor)

@@ -94,7 +94,7 @@ def assert_packed(packed: fx.GraphModule, name: str) -> None:
 def reasons(plan: Plan) -> list[str]:
     """Why reads are kept, but for statistics and Python numbers: those stay as they are."""
     kept = [d for d in plan.decisions if not d.packed and d.reason != NUMBER]
-    return sorted(d.reason for d in kept if d.read.read is None or d.read.read.like)
+    return sorted(d.reason for d in kept if d.read.read is None or not d.read.read.exact)
 
 
 def kept_as_they_are(name: str, tensors: list[Tensor]) -> list[str]:

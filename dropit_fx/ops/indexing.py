@@ -1,0 +1,114 @@
+"""Lookups: indices are kept in the fewest bits that count the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dropit_fx.kernels.layout import index_bits
+from dropit_fx.ops.backwards import (
+    Call,
+    Grads,
+    Saved,
+)
+from dropit_fx.ops.rule import OpRule, Read, Use
+
+aten = torch.ops.aten
+
+
+def _indices(operand: str, table: str, bits: Callable[[Mapping[str, Any]], int]) -> Read:
+    return Read(operand=operand, use=Use.SLOPE, needed_by=(table,), bits=bits, like=operand)
+
+
+def _any_index(args: Mapping[str, Any]) -> int:
+    return 32  # what it indexes may be larger in the next call
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+
+
+def _embedding_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """The rows of ``grad`` are added to those of ``dW`` that were looked up."""
+    padding, rows = call.args["padding_idx"], call.shapes["weight"][0]
+    padding = -1 if padding is None else padding
+    by_frequency, sparse = call.args["scale_grad_by_freq"], call.args["sparse"]
+    out = aten.embedding_backward(grad, saved["input"], rows, padding, by_frequency, sparse)
+    return {"weight": out}
+
+
+def _plain_embedding(args: Mapping[str, Any]) -> str:
+    if args["max_norm"] is not None:
+        return "it renormalises its weight"
+    if args["padding_idx"] is not None and args["padding_idx"] < 0:
+        return "its padding index is negative, which its spellings read differently"
+    return ""
+
+
+EMBEDDING = OpRule(
+    name="embedding",
+    targets=(F.embedding, torch.embedding, aten.embedding.default),
+    orders=dict.fromkeys(
+        (torch.embedding, aten.embedding.default),
+        ("weight", "input", "padding_idx", "scale_grad_by_freq", "sparse"),
+    ),
+    reads=(_indices("input", "weight", lambda args: index_bits(args["weight"].shape[0])),),
+    run=_embedding,
+    backward=_embedding_backward,
+    obstacle=_plain_embedding,
+)
+
+
+def _index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
+    return torch.index_select(input, dim, index)
+
+
+def _index_select_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """Added to what was selected."""
+    out = grad.new_zeros(call.shapes["input"])
+    return {"input": out.index_add(call.args["dim"], saved["index"], grad)}
+
+
+INDEX_SELECT = OpRule(
+    name="index_select",
+    targets=(torch.index_select, "index_select", aten.index_select.default),
+    reads=(_indices("index", "input", _any_index),),
+    run=_index_select,
+    backward=_index_select_backward,
+)
+
+
+def _gather(input: Tensor, dim: int, index: Tensor, sparse_grad: bool = False) -> Tensor:
+    return torch.gather(input, dim, index, sparse_grad=sparse_grad)
+
+
+def _gather_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """Added to what was gathered; the tensor given for its shape is blank memory."""
+    args = call.args["dim"], saved["index"], call.args["sparse_grad"]
+    return {"input": aten.gather_backward(grad, saved["input"], *args)}
+
+
+GATHER = OpRule(
+    name="gather",
+    targets=(torch.gather, "gather", aten.gather.default),
+    reads=(
+        _indices("index", "input", _any_index),
+        Read(operand="input", use=Use.SHAPE, needed_by=("input",)),
+    ),
+    run=_gather,
+    backward=_gather_backward,
+)
+
+ROWS = (EMBEDDING, INDEX_SELECT, GATHER)

@@ -1,0 +1,284 @@
+"""Matrix products: linear, matmul and what they are made of.
+
+GEMM, ``Y = A B``: ``dA = dY B^T``, ``dB = A^T dY``; linear, ``Y = X W^T + b``: ``dX = dY W``,
+``dW = dY^T X``, ``db = sum(dY)``. Where only X is packed, dX and db do not touch it: they are exact
+(DropIT, arXiv 2202.13808, section 3).
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dropit_fx.ops.backwards import (
+    Call,
+    Grads,
+    Saved,
+    vjp,
+)
+from dropit_fx.ops.rule import OpRule, Read, Use
+
+aten = torch.ops.aten
+
+
+# The reads of linear and of convolutions: the weight stays exact, so that dX does.
+LAYER = (
+    Read(operand="input", use=Use.CONTRACT, needed_by=("weight",)),
+    Read(operand="weight", use=Use.CONTRACT, needed_by=("input",), lossy=False),
+)
+
+
+def _product(left: str, right: str) -> tuple[Read, ...]:
+    """The reads of a GEMM: each operand, for the gradient of the other."""
+    return (
+        Read(operand=left, use=Use.CONTRACT, needed_by=(right,)),
+        Read(operand=right, use=Use.CONTRACT, needed_by=(left,)),
+    )
+
+
+def _column_major(shape: Any, strides: Any) -> bool:
+    return bool(strides[0] == 1 and strides[1] == shape[0])
+
+
+def _contiguous(shape: Any, strides: Any) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected = expected * size
+    return True
+
+
+def _left(grad: Tensor, b: Tensor, a_is_column_major: bool) -> Tensor:
+    """``dA = dY B^T`` of a 2-D product; column-major where A is, as in autograd."""
+    return b.mm(grad.t()).t() if a_is_column_major else grad.mm(b.t())
+
+
+def _right(grad: Tensor, a: Tensor, b_is_column_major: bool) -> Tensor:
+    """``dB = A^T dY`` of a 2-D product; column-major where B is."""
+    return grad.t().mm(a).t() if b_is_column_major else a.t().mm(grad)
+
+
+def _batch_by_batch(shape: Any, strides: Any) -> bool:
+    """Whether a product of a batch and a matrix without gradient is one ``bmm``, not one ``mm``.
+
+    ATen's ``matmul`` folds the batch into the rows where that is a view, or where the matrix wants
+    a gradient; the two round differently on some processors.
+    """
+    rows = range(len(shape) - 2)
+    view = all(strides[d] == strides[d + 1] * shape[d + 1] for d in rows)
+    return len(shape) > 2 and not view and 0 not in shape
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x * factor
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(input, weight, bias)
+
+
+def _linear_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """``input: (*, in)``, ``weight: (out, in)``, ``bias: (out,)``, ``grad: (*, out)``."""
+    if grad.dim() < 2 or len(call.shapes["weight"]) != 2:
+        return vjp(grad, saved, call)
+    out: Grads = {}
+    flat = grad.flatten(0, -2)  # (rows, out)
+    if "input" in call.needs:
+        shape, strides = call.shapes["input"], call.strides["input"]
+        if "weight" not in call.needs and _batch_by_batch(shape, strides):
+            batch = grad.flatten(0, -3)  # (batch, rows, out)
+            weight = saved["weight"].expand(batch.shape[0], -1, -1)
+            out["input"] = batch.bmm(weight).reshape(shape)
+        else:
+            columns = grad.dim() == 2 and _column_major(shape, strides)
+            out["input"] = _left(flat, saved["weight"].t(), columns).reshape(shape)
+    if "weight" in call.needs:
+        out["weight"] = flat.t().mm(saved["input"].flatten(0, -2))  # (out, rows) @ (rows, in)
+    if "bias" in call.needs:
+        # contiguous inputs go through addmm on the flat view, others through a broadcast add
+        whole = _contiguous(call.shapes["input"], call.strides["input"])
+        out["bias"] = (flat if whole else grad).sum_to_size(call.shapes["bias"])
+    return out
+
+
+LINEAR = OpRule(
+    name="linear",
+    targets=(F.linear, aten.linear.default),
+    reads=LAYER,
+    run=_linear,
+    backward=_linear_backward,
+    autocast="lower",
+)
+
+
+def _matmul(input: Tensor, other: Tensor) -> Tensor:
+    return torch.matmul(input, other)
+
+
+def _matmul_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """``input: (*, m, k)``, ``other: (*, k, n)`` or ``(k, n)``.
+
+    As ``torch.matmul`` does it: folded into one ``mm`` where ``other`` is a matrix, else one
+    ``bmm``. How it folds batches that broadcast depends on more than their shapes: those repeat the
+    forward.
+    """
+    a_shape, b_shape = call.shapes["input"], call.shapes["other"]
+    one_batch = a_shape[:-2] == b_shape[:-2]
+    if len(a_shape) < 2 or len(b_shape) < 2 or not (one_batch or len(b_shape) == 2):
+        return vjp(grad, saved, call)
+    out: Grads = {}
+    if len(b_shape) == 2:
+        flat = grad.flatten(0, -2)  # (rows, n)
+        if "input" in call.needs:
+            strides = call.strides["input"]
+            if "other" not in call.needs and _batch_by_batch(a_shape, strides):
+                batch = grad.flatten(0, -3)  # (batch, m, n)
+                matrix = saved["other"].t().expand(batch.shape[0], -1, -1)
+                out["input"] = batch.bmm(matrix).reshape(a_shape)
+            else:
+                columns = len(a_shape) == 2 and _column_major(a_shape, strides)
+                out["input"] = _left(flat, saved["other"], columns).reshape(a_shape)
+        if "other" in call.needs:
+            columns = _column_major(b_shape, call.strides["other"])
+            out["other"] = _right(flat, saved["input"].flatten(0, -2), columns)
+        return out
+    flat = grad.flatten(0, -3)  # (batch, m, n)
+    if "input" in call.needs:
+        b = saved["other"].flatten(0, -3)  # (batch, k, n)
+        out["input"] = flat.bmm(b.transpose(1, 2)).reshape(a_shape)
+    if "other" in call.needs:
+        a = saved["input"].flatten(0, -3)  # (batch, m, k)
+        out["other"] = a.transpose(1, 2).bmm(flat).reshape(b_shape)
+    return out
+
+
+MATMUL = OpRule(
+    name="matmul",
+    targets=(
+        torch.matmul,
+        operator.matmul,
+        "matmul",
+        "__matmul__",
+        aten.matmul.default,
+    ),
+    reads=_product("input", "other"),
+    run=_matmul,
+    backward=_matmul_backward,
+    autocast="lower",
+)
+
+
+def _mm(input: Tensor, mat2: Tensor) -> Tensor:
+    return torch.mm(input, mat2)
+
+
+def _mm_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """``input: (m, k)``, ``mat2: (k, n)``."""
+    out: Grads = {}
+    if "input" in call.needs:
+        columns = _column_major(call.shapes["input"], call.strides["input"])
+        out["input"] = _left(grad, saved["mat2"], columns)
+    if "mat2" in call.needs:
+        columns = _column_major(call.shapes["mat2"], call.strides["mat2"])
+        out["mat2"] = _right(grad, saved["input"], columns)
+    return out
+
+
+MM = OpRule(
+    name="mm",
+    targets=(torch.mm, "mm", aten.mm.default),
+    reads=_product("input", "mat2"),
+    run=_mm,
+    backward=_mm_backward,
+    autocast="lower",
+)
+
+
+def _bmm(input: Tensor, mat2: Tensor) -> Tensor:
+    return torch.bmm(input, mat2)
+
+
+def _bmm_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """``input: (b, m, k)``, ``mat2: (b, k, n)``."""
+    out: Grads = {}
+    if "input" in call.needs:
+        out["input"] = grad.bmm(saved["mat2"].transpose(1, 2))
+    if "mat2" in call.needs:
+        out["mat2"] = saved["input"].transpose(1, 2).bmm(grad)
+    return out
+
+
+BMM = OpRule(
+    name="bmm",
+    targets=(torch.bmm, "bmm", aten.bmm.default),
+    reads=_product("input", "mat2"),
+    run=_bmm,
+    backward=_bmm_backward,
+    autocast="lower",
+)
+
+
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    return torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha)
+
+
+def _addmm_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """``beta * input + alpha * (mat1: (m, k)) @ (mat2: (k, n))``; ``input`` broadcasts."""
+    out: Grads = {}
+    alpha, beta = call.args["alpha"], call.args["beta"]
+    if "input" in call.needs:
+        out["input"] = _scaled(grad, beta).sum_to_size(call.shapes["input"])
+    if "mat1" in call.needs:
+        columns = _column_major(call.shapes["mat1"], call.strides["mat1"])
+        out["mat1"] = _scaled(_left(grad, saved["mat2"], columns), alpha)
+    if "mat2" in call.needs:
+        columns = _column_major(call.shapes["mat2"], call.strides["mat2"])
+        out["mat2"] = _scaled(_right(grad, saved["mat1"], columns), alpha)
+    return out
+
+
+ADDMM = OpRule(  # also Hugging Face's Conv1D
+    name="addmm",
+    targets=(torch.addmm, "addmm", aten.addmm.default),
+    reads=_product("mat1", "mat2"),
+    run=_addmm,
+    backward=_addmm_backward,
+    autocast="lower",
+)
+
+
+def _baddbmm(
+    input: Tensor, batch1: Tensor, batch2: Tensor, beta: Any = 1, alpha: Any = 1
+) -> Tensor:
+    return torch.baddbmm(input, batch1, batch2, beta=beta, alpha=alpha)
+
+
+def _baddbmm_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """``beta * input + alpha * (batch1: (b, m, k)) @ (batch2: (b, k, n))``."""
+    out: Grads = {}
+    alpha, beta = call.args["alpha"], call.args["beta"]
+    if "input" in call.needs:
+        out["input"] = _scaled(grad, beta).sum_to_size(call.shapes["input"])
+    if "batch1" in call.needs:
+        out["batch1"] = _scaled(grad.bmm(saved["batch2"].transpose(1, 2)), alpha)
+    if "batch2" in call.needs:
+        out["batch2"] = _scaled(saved["batch1"].transpose(1, 2).bmm(grad), alpha)
+    return out
+
+
+BADDBMM = OpRule(
+    name="baddbmm",
+    targets=(torch.baddbmm, "baddbmm", aten.baddbmm.default),
+    reads=_product("batch1", "batch2"),
+    run=_baddbmm,
+    backward=_baddbmm_backward,
+    autocast="lower",
+)
+
+
+ROWS = (LINEAR, MATMUL, MM, BMM, ADDMM, BADDBMM)

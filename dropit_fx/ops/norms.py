@@ -1,0 +1,345 @@
+"""Normalisations: the statistics are made once, from the exact input, and kept as they are.
+
+The backward is ATen's own, on what is unpacked of the input and on those statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dropit_fx.ops.backwards import (
+    Call,
+    Grads,
+    Saved,
+)
+from dropit_fx.ops.rule import INSIDE, OpRule, Read, Use
+from dropit_fx.private import (
+    batch_norm_impl_index,
+    cudnn_reserve_nbytes,
+    suggest_memory_format,
+)
+
+aten = torch.ops.aten
+
+
+def _norm(*statistics: str, by_channel: bool = False) -> tuple[Read, ...]:
+    """The reads of a normalisation: its input, and what was computed from the exact input."""
+    both = ("input", "weight")
+    exact = [
+        Read(operand=s, use=Use.REDUCE, needed_by=both, lossy=False, exact=True) for s in statistics
+    ]
+    return (
+        Read(operand="input", use=Use.REDUCE, needed_by=both, by_channel=by_channel),
+        Read(operand="weight", use=Use.REDUCE, needed_by=("input",), lossy=False),
+        *exact,
+    )
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    return F.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def _layer_norm_saving(
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    out, mean, rstd = torch.native_layer_norm(input, list(normalized_shape), weight, bias, eps)
+    return out, {"mean": mean, "rstd": rstd}
+
+
+def _layer_norm_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """ATen's own, with the statistics of the exact input."""
+    names = ("input", "weight", "bias")
+    grads = aten.native_layer_norm_backward(
+        grad.contiguous(),
+        saved["input"],
+        list(call.args["normalized_shape"]),
+        saved["mean"],
+        saved["rstd"],
+        saved["weight"] if "weight" in call.shapes else None,
+        saved["bias"] if "bias" in call.shapes else None,
+        [n in call.needs for n in names],
+    )
+    return dict(zip(names, grads, strict=True))
+
+
+def _layer_norm_again(
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
+) -> Tensor:
+    """From statistics that are kept: one pass over ``input``, no sums."""
+    if mean is None or rstd is None:
+        return _layer_norm(input, normalized_shape, weight, bias, eps)
+    out = (input - mean).mul_(rstd)  # in place from here on: one tensor is alive, not four
+    out = out if weight is None else out.mul_(weight)
+    out = out if bias is None else out.add_(bias)
+    return out.to(input.dtype)
+
+
+LAYER_NORM = OpRule(
+    name="layer_norm",
+    targets=(F.layer_norm, torch.layer_norm, aten.layer_norm.default),
+    orders=dict.fromkeys(
+        (torch.layer_norm, aten.layer_norm.default),
+        ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable"),
+    ),
+    reads=(
+        *_norm("mean", "rstd"),
+        Read(operand="bias", use=Use.SHAPE, needed_by=("input", "weight")),
+    ),
+    run=_layer_norm,
+    run_saving=_layer_norm_saving,
+    backward=_layer_norm_backward,
+    derive=_layer_norm_again,
+)
+
+
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    return F.group_norm(input, num_groups, weight, bias, eps)
+
+
+def _group_format(x: Tensor) -> torch.memory_format:
+    """The layout that PyTorch computes a group norm in: on a CPU, channels may come last."""
+    return suggest_memory_format(x) if x.device.type == "cpu" else torch.contiguous_format
+
+
+def _cells(shape: Any) -> Any:
+    """Elements of one channel."""
+    count = 1
+    for size in shape[2:]:
+        count = count * size
+    return count
+
+
+def _group_norm_saving(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    n, channels = input.shape[:2]
+    x = input.contiguous(memory_format=_group_format(input))
+    out, mean, rstd = torch.native_group_norm(
+        x, weight, bias, n, channels, _cells(input.shape), num_groups, eps
+    )
+    return out, {"mean": mean, "rstd": rstd}
+
+
+def _group_norm_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """ATen's own, with the statistics of the exact input."""
+    names = ("input", "weight", "bias")
+    shape, x = call.shapes["input"], saved["input"]
+    layout = _group_format(x)
+    grads = aten.native_group_norm_backward(
+        grad.contiguous(memory_format=layout),
+        x.contiguous(memory_format=layout),
+        saved["mean"],
+        saved["rstd"],
+        saved["weight"] if "weight" in call.shapes else None,
+        shape[0],
+        shape[1],
+        _cells(shape),
+        call.args["num_groups"],
+        [n in call.needs for n in names],
+    )
+    return dict(zip(names, grads, strict=True))
+
+
+GROUP_NORM = OpRule(
+    name="group_norm",
+    targets=(F.group_norm, torch.group_norm, aten.group_norm.default),
+    orders=dict.fromkeys(
+        (torch.group_norm, aten.group_norm.default),
+        ("input", "num_groups", "weight", "bias", "eps", "cudnn_enabled"),
+    ),
+    reads=_norm("mean", "rstd", by_channel=True),
+    run=_group_norm,
+    run_saving=_group_norm_saving,
+    backward=_group_norm_backward,
+    derive=_group_norm,
+)
+
+
+def _rms_norm(
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    return F.rms_norm(input, list(normalized_shape), weight, eps)
+
+
+RMS_NORM = OpRule(  # PyTorch computes it from simpler ops, whose saved tensors are made again
+    name="rms_norm",
+    targets=(F.rms_norm, torch.rms_norm, aten.rms_norm.default),
+    reads=(
+        Read(operand="input", use=Use.REDUCE, needed_by=("input", "weight")),
+        Read(operand="weight", use=Use.REDUCE, needed_by=("input",), lossy=False),
+        Read(operand=INSIDE, use=Use.SHAPE, needed_by=("input", "weight")),
+    ),
+    run=_rms_norm,
+    derive=_rms_norm,
+)
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _batch_norm_saving(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    # what F.batch_norm itself calls: on CUDA it takes cuDNN's kernel or the native one
+    out, mean, invstd, reserve, _ = batch_norm_impl_index(
+        input, weight, bias, running_mean, running_var, training, momentum, eps, _cudnn_enabled()
+    )
+    return out, {"mean": mean, "invstd": invstd, "reserve": reserve}
+
+
+def _cudnn_enabled() -> bool:
+    return bool(torch.backends.cudnn.enabled)
+
+
+def _reserve_nbytes(args: Mapping[str, Any]) -> int:
+    """Bytes of what cuDNN's batch norm hands to its backward, which a fake tensor leaves out."""
+    x = args["input"]
+    return cudnn_reserve_nbytes(x) if x.is_cuda and args["training"] else 0
+
+
+def _batch_norm_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """ATen's own, with the statistics of the exact input; the running ones in eval mode.
+
+    On CUDA, in training and with weight and bias, it asks for the kernel as the forward did.
+    """
+    names = ("input", "weight", "bias")
+    training = bool(call.args["training"])
+    x = saved["input"]
+    asks = x.is_cuda and training and {"weight", "bias"} <= call.shapes.keys()
+    with_stats = asks or not training
+    arguments = [
+        grad,
+        x,
+        saved["weight"] if "weight" in call.shapes else None,
+        saved["running_mean"] if "running_mean" in call.shapes and with_stats else None,
+        saved["running_var"] if "running_var" in call.shapes and with_stats else None,
+        saved["mean"],
+        saved["invstd"],
+        training,
+        call.args["eps"],
+        [n in call.needs for n in names],
+    ]
+    if asks:
+        layout = suggest_memory_format(x)
+        arguments[:2] = [t.contiguous(memory_format=layout) for t in (grad, x)]
+        # a copy: cuDNN may write into it, and the backward works twice
+        grads = aten.batch_norm_backward(*arguments, saved["reserve"].clone())
+    else:
+        grads = aten.native_batch_norm_backward(*arguments)
+    return dict(zip(names, grads, strict=True))
+
+
+def _batch_norm_again(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    mean: Tensor | None = None,
+    invstd: Tensor | None = None,
+) -> Tensor:
+    """From the statistics of the batch, which is not counted into the running ones again."""
+    if not training:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    if mean is None or invstd is None:
+        return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
+    scale = invstd if weight is None else invstd * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    across = [1, -1] + [1] * (input.dim() - 2)
+    return (input * scale.view(across)).add_(shift.view(across)).to(input.dtype)
+
+
+BATCH_NORM = OpRule(
+    name="batch_norm",
+    targets=(F.batch_norm, torch.batch_norm, aten.batch_norm.default),
+    orders=dict.fromkeys(
+        (torch.batch_norm, aten.batch_norm.default),
+        (
+            "input",
+            "weight",
+            "bias",
+            "running_mean",
+            "running_var",
+            "training",
+            "momentum",
+            "eps",
+            "cudnn_enabled",
+        ),
+    ),
+    reads=(
+        *_norm("mean", "invstd", by_channel=True),
+        Read(
+            operand="reserve",
+            use=Use.REDUCE,
+            needed_by=("input", "weight"),
+            lossy=False,
+            exact=True,
+            nbytes=_reserve_nbytes,
+        ),
+        # of the statistics, only eval mode reads values
+        Read(operand="running_mean", use=Use.REDUCE, needed_by=("input", "weight"), lossy=False),
+        Read(operand="running_var", use=Use.REDUCE, needed_by=("input", "weight"), lossy=False),
+    ),
+    run=_batch_norm,
+    run_saving=_batch_norm_saving,
+    backward=_batch_norm_backward,
+    derive=_batch_norm_again,
+    obstacle=lambda args: "" if args["input"].numel() else "its batch is empty",
+)
+
+
+ROWS = (LAYER_NORM, GROUP_NORM, RMS_NORM, BATCH_NORM)

@@ -1,0 +1,185 @@
+"""Smooth pointwise functions ``y = f(x)``: ``dX = dY * f'(x)``, from the input or the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dropit_fx.ops.backwards import Call, Grads, Saved, pointwise
+from dropit_fx.ops.rule import INSIDE, OpRule, Read, Use
+
+aten = torch.ops.aten
+
+
+def _smooth(
+    name: str,
+    targets: tuple[Any, ...],
+    run: Callable[..., Tensor],
+    *,
+    operand: str = "input",
+    function: Callable[[Mapping[str, Any]], str] | None = None,
+    inside: bool = False,
+    **row: Any,
+) -> OpRule:
+    """A row of a smooth pointwise function: what is read gives the slope, element by element."""
+    read = Read(operand=operand, use=Use.SLOPE, needed_by=("input",), function=function)
+    reads = (read, Read(operand=INSIDE, use=Use.SHAPE, needed_by=("input",)))[: 1 + inside]
+    return OpRule(name=name, targets=targets, reads=reads, run=run, derive=run, **row)
+
+
+def _table(name: str, **standard: Any) -> Callable[[Mapping[str, Any]], str]:
+    """The table of ``name``, where the call has its standard parameters."""
+    return lambda args: name if all(args[k] == v for k, v in standard.items()) else ""
+
+
+def _of_input(op: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def run(input: Tensor) -> Tensor:
+        return op(input)
+
+    return run
+
+
+def _in_place_or_not(op: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The same function of the values; whether a call writes in place is read for every row."""
+
+    def run(input: Tensor, inplace: bool = False) -> Tensor:
+        return op(input)
+
+    return run
+
+
+def _gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    return F.gelu(input, approximate=approximate)
+
+
+def _gelu_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """As ATen."""
+    return {"input": aten.gelu_backward(grad, saved["input"], approximate=call.args["approximate"])}
+
+
+GELU = _smooth(
+    "gelu",
+    (F.gelu, aten.gelu.default),
+    _gelu,
+    function=lambda args: "gelu_tanh" if args["approximate"] == "tanh" else "gelu",
+    backward=_gelu_backward,
+)
+
+# no parameters, and written in place where the call says so
+SILU, MISH, HARDSWISH, HARDSIGMOID = (
+    _smooth(
+        name,
+        (getattr(F, name), getattr(aten, name).default, getattr(aten, f"{name}_").default),
+        _in_place_or_not(getattr(F, name)),
+        function=_table(name),
+        backward=pointwise(getattr(aten, f"{name}_backward")),
+    )
+    for name in ("silu", "mish", "hardswish", "hardsigmoid")
+)
+
+
+def _elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    return F.elu(input, alpha)
+
+
+def _elu_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """As ATen, from the input."""
+    alpha = call.args["alpha"]
+    return {"input": aten.elu_backward(grad, alpha, 1.0, 1.0, False, saved["input"])}
+
+
+ELU = _smooth(
+    "elu",
+    (F.elu, F.elu_, aten.elu.default, aten.elu_.default),
+    _elu,
+    function=_table("elu", alpha=1.0),
+    backward=_elu_backward,
+)
+
+SELU = _smooth(
+    "selu",
+    (F.selu, torch.selu, torch.selu_, aten.selu.default, aten.selu_.default),
+    _in_place_or_not(F.selu),
+    function=_table("selu"),
+)
+
+
+def _celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    return F.celu(input, alpha)
+
+
+CELU = _smooth(
+    "celu",
+    (F.celu, torch.celu, torch.celu_, aten.celu.default, aten.celu_.default),
+    _celu,
+    function=_table("celu", alpha=1.0),
+)
+
+
+def _softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    return F.softplus(input, beta, threshold)
+
+
+SOFTPLUS = _smooth(
+    "softplus",
+    (F.softplus, aten.softplus.default),
+    _softplus,
+    function=_table("softplus", beta=1, threshold=20),
+    backward=pointwise(aten.softplus_backward, "beta", "threshold"),
+)
+
+LOGSIGMOID = _smooth(
+    "logsigmoid",
+    (F.logsigmoid, aten.log_sigmoid.default),
+    _of_input(F.logsigmoid),
+    function=_table("logsigmoid"),
+    inside=True,
+)
+
+SOFTSIGN = _smooth(
+    "softsign", (F.softsign,), _of_input(F.softsign), function=_table("softsign"), inside=True
+)
+
+SIGMOID, TANH = (
+    _smooth(
+        name,
+        (getattr(torch, name), getattr(F, name), name, getattr(aten, name).default),
+        _of_input(getattr(torch, name)),
+        operand="result",
+        function=_table(f"{name} of result"),
+        backward=pointwise(getattr(aten, f"{name}_backward"), operand="result"),
+    )
+    for name in ("sigmoid", "tanh")
+)
+
+
+def _exp_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    """``dX = dY * y``."""
+    return {"input": grad * saved["result"]}
+
+
+EXP = _smooth(
+    "exp",
+    (torch.exp, "exp", aten.exp.default),
+    _of_input(torch.exp),
+    operand="result",
+    backward=_exp_backward,
+)
+
+SIN, COS = (
+    _smooth(
+        name,
+        (getattr(torch, name), name, getattr(aten, name).default),
+        _of_input(getattr(torch, name)),
+    )
+    for name in ("sin", "cos")
+)
+
+ROWS = (
+    *(GELU, SILU, MISH, ELU, SELU, CELU, SOFTPLUS, HARDSWISH, HARDSIGMOID, LOGSIGMOID, SOFTSIGN),
+    *(SIGMOID, TANH, EXP, SIN, COS),
+)
