@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -144,7 +144,7 @@ def _compile(
     if compiler is _inductor:
         channels_last(gm, _patches(mode, options))
     record = rewrite_dynamo_graph(gm, example_inputs, config)
-    return compiler(gm, example_inputs, mode, options, record)
+    return compiler(_Job(gm, example_inputs, mode, options, record))
 
 
 def _check_inductor_options(options: Mapping[str, Any]) -> None:
@@ -174,8 +174,7 @@ def rewrite_dynamo_graph(
         return None
     try:
         check_rules_matched((plan,), config)
-    except ConfigError as error:
-        # a model may be compiled in several graphs: no error for one of them
+    except ConfigError as error:  # no error of one graph: a model may be compiled in several
         log.warning("%s", error)
     record = CompiledGraph(Report(tuple(rows(plan))))
     _compiled.append(record)
@@ -193,38 +192,38 @@ def rewrite_dynamo_graph(
 
 _OURS = {"pack": pack, "derived": derived, "stand_in": stand_in}
 
-Inner = Callable[
-    [fx.GraphModule, list[Any], str | None, dict[str, Any], CompiledGraph | None], Compiled
-]
+
+class _Job(NamedTuple):
+    """What an inner backend compiles."""
+
+    graph_module: fx.GraphModule
+    inputs: list[Any]
+    mode: str | None
+    options: dict[str, Any]
+    record: CompiledGraph | None
+
+    def guard(self, base: Callable[..., Any] | None) -> KeepPacked:
+        """The partitioner guard, which reads what is saved into the record."""
+        if self.record is None:
+            return KeepPacked(base)
+        return KeepPacked(base, self.record.partitions.append, self.record.report.dense_bytes)
 
 
-def _inner(name: str) -> Inner:
+def _inner(name: str) -> Callable[[_Job], Compiled]:
     if name in _INNER:
         return _INNER[name]
     known = (*_INNER, *torch.compiler.list_backends(exclude_tags=()))
     if name in ("dropit", "dropit_eager") or name not in known:
         raise ConfigError(f"no inner backend {name!r}.{did_you_mean(name, known)}")
 
-    def foreign(
-        gm: fx.GraphModule,
-        example_inputs: list[Any],
-        mode: str | None,
-        options: dict[str, Any],
-        record: CompiledGraph | None,
-    ) -> Compiled:
+    def foreign(job: _Job) -> Compiled:
         log.warning(
             "inner backend %r partitions by itself: packed tensors may not be what it saves",
             name,
         )
-        return lookup_backend(name)(gm, example_inputs)
+        return lookup_backend(name)(job.graph_module, job.inputs)
 
     return foreign
-
-
-def _guard(base: Callable[..., Any] | None, record: CompiledGraph | None) -> KeepPacked:
-    if record is None:
-        return KeepPacked(base)
-    return KeepPacked(base, record.partitions.append, record.report.dense_bytes)
 
 
 def _patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,17 +234,11 @@ def _patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
     return patches | {k.replace("-", "_"): v for k, v in options.items()}
 
 
-def _inductor(
-    gm: fx.GraphModule,
-    example_inputs: list[Any],
-    mode: str | None,
-    options: dict[str, Any],
-    record: CompiledGraph | None,
-) -> Compiled:
+def _inductor(job: _Job) -> Compiled:
     from dropit_fx.private import compile_fx
 
-    patches = _patches(mode, options)
-    patches[PARTITIONER] = _guard(patches.get(PARTITIONER), record)
+    patches = _patches(job.mode, job.options)
+    patches[PARTITIONER] = job.guard(patches.get(PARTITIONER))
     if inductor_has(POST_PASS):
         patches[POST_PASS] = in_turn(patches.get(POST_PASS), ReturnInputsAsTheyAre())
     # our functions are safe to cache under a version that changes with the formulas and kernels
@@ -255,18 +248,12 @@ def _inductor(
     }
     if inductor_has(CACHEABLE):
         patches[CACHEABLE] = names | dict(patches.get(CACHEABLE) or {})
-    compiled: Compiled = compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[assignment]
+    compiled: Compiled = compile_fx(job.graph_module, job.inputs, config_patches=patches)  # type: ignore[assignment]
     return compiled
 
 
-def _aot(decompose: bool) -> Inner:
-    def compile_aot(
-        gm: fx.GraphModule,
-        example_inputs: list[Any],
-        mode: str | None,
-        options: dict[str, Any],
-        record: CompiledGraph | None,
-    ) -> Compiled:
+def _aot(decompose: bool) -> Callable[[_Job], Compiled]:
+    def compile_aot(job: _Job) -> Compiled:
         from dropit_fx.private import (
             aot_autograd,
             make_boxed_func,
@@ -289,26 +276,20 @@ def _aot(decompose: bool) -> Inner:
         return aot_autograd(
             fw_compiler=nop,
             bw_compiler=nop,
-            partition_fn=_guard(base, record),
+            partition_fn=job.guard(base),
             keep_inference_input_mutations=True,
             **extra,
-        )(gm, example_inputs)
+        )(job.graph_module, job.inputs)
 
     return compile_aot
 
 
-def _eager(
-    gm: fx.GraphModule,
-    example_inputs: list[Any],
-    mode: str | None,
-    options: dict[str, Any],
-    record: CompiledGraph | None,
-) -> Compiled:
-    run_regions(gm)
-    return gm.forward
+def _eager(job: _Job) -> Compiled:
+    run_regions(job.graph_module)
+    return job.graph_module.forward
 
 
-_INNER: dict[str, Inner] = {
+_INNER: dict[str, Callable[[_Job], Compiled]] = {
     "inductor": _inductor,
     "aot_eager": _aot(decompose=False),
     "aot_eager_decomp_partition": _aot(decompose=True),
