@@ -169,7 +169,6 @@ class KeepPacked(CustomPartitionerFn):
                         reader.meta[PLACE] = IN_BACKWARD  # nothing else reads a packed tensor
         out.args = ((*flat[:count], *packed, *flat[count:]),)
         out.meta[OUTPUTS] = described[:count] + [None] * len(packed) + described[count:]
-        static = kwargs.get("static_lifetime_input_indices") or ()
 
         def cut(budget: float) -> tuple[Graphs, Partition]:
             fixed = count + len(packed)
@@ -180,7 +179,7 @@ class KeepPacked(CustomPartitionerFn):
                     graphs = self.base(gm, joint_inputs, num_fwd_outputs=fixed, **kwargs)
             _drop_outputs(graphs[0], slice(count, count + len(packed)))
             _read_what_was_packed(graphs[0])
-            return graphs, read_partition(*graphs, count, static)
+            return graphs, read_partition(*graphs, count)
 
         budget = memory_budget()
         if drawn:
@@ -365,10 +364,7 @@ class ReturnInputsAsTheyAre(CustomGraphPass):
 
 
 def read_partition(
-    forward: fx.GraphModule,
-    backward: fx.GraphModule,
-    num_fwd_outputs: int,
-    static: Sequence[int] = (),
+    forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outputs: int
 ) -> Partition:
     """Reads what a partition saves. Graph inputs (parameters among them) are not counted."""
     placeholders = set(forward.graph.find_nodes(op="placeholder"))
