@@ -30,7 +30,7 @@ from dropit_fx.logs import shown
 from dropit_fx.report.rows import Report, as_text, mib
 
 if TYPE_CHECKING:
-    from dropit_fx.compile.partition import Partition
+    from dropit_fx.compile.saved import Partition
 
 # What the user can mend. A missing module: the extras, and what a factory imports.
 USER_ERRORS = (CaptureError, ConfigError, SpecError, OSError, ModuleNotFoundError)

@@ -18,7 +18,9 @@ from torch import fx
 from dropit_fx.capture.expand import expand, opaque_nodes
 from dropit_fx.capture.fake import concrete_fakes, propagate
 from dropit_fx.compile.channels_last import channels_last
-from dropit_fx.compile.partition import KeepPacked, Partition, ReturnInputsAsTheyAre, in_turn
+from dropit_fx.compile.partition import KeepPacked
+from dropit_fx.compile.returned import ReturnInputsAsTheyAre, in_turn
+from dropit_fx.compile.saved import Partition
 from dropit_fx.config import Config, ConfigError, make_config
 from dropit_fx.passes import run_pipeline
 from dropit_fx.passes.choose_codecs import check_rules_matched
