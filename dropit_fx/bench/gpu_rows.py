@@ -11,7 +11,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from dropit_fx.bench.device import allocated, peak_of, seconds, synchronize
 from dropit_fx.bench.gpu_models import MODELS
 from dropit_fx.bench.pareto import Variant
 from dropit_fx.bench.step import Task
+from dropit_fx.check.compare import losses
 from dropit_fx.codecs import CODEC
 from dropit_fx.config import load_config, presets
 from dropit_fx.runtime import packed_call
@@ -171,24 +172,15 @@ def compare(parameters: Sequence[Tensor], reference: Gradients) -> Row:
 
     One parameter at a time: no second copy of all of them is on the device.
     """
-    sums = torch.zeros(4, dtype=torch.float64)  # mine * theirs, mine^2, theirs^2, (mine - theirs)^2
-    for parameter, host in zip(parameters, reference, strict=True):
-        mine = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        theirs = torch.zeros_like(mine) if host is None else host.to(mine.device)
-        mine, theirs = mine.double(), theirs.double()
-        apart = mine - theirs
-        sums += torch.stack(
-            [
-                (a * b).sum()
-                for a, b in ((mine, theirs), (mine, mine), (theirs, theirs), (apart, apart))
-            ]
-        ).cpu()
-    product, mine2, theirs2, apart2 = sums.tolist()
-    lengths = math.sqrt(mine2 * theirs2)
-    return {
-        "cosine": product / lengths if lengths else None,
-        "error": math.sqrt(apart2 / theirs2) if theirs2 else None,
-    }
+
+    def pairs() -> Iterator[tuple[str, Tensor, Tensor]]:
+        for i, (parameter, host) in enumerate(zip(parameters, reference, strict=True)):
+            mine = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            yield str(i), torch.zeros_like(mine) if host is None else host.to(mine.device), mine
+
+    whole, _ = losses(pairs())
+    found = {"cosine": whole.cosine, "error": whole.relative}
+    return {what: None if math.isnan(value) else value for what, value in found.items()}
 
 
 # One row of a kernel ------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from dropit_fx import measure
 from dropit_fx.api import transform
 from dropit_fx.capture.untouched import untouched
-from dropit_fx.check.compare import differing, equal, finite, losses, unlike
+from dropit_fx.check.compare import differing, equal, finite, losses, paired, unlike
 from dropit_fx.check.found import Check, Finding
 from dropit_fx.check.step import Seen, Task, take_step
 from dropit_fx.codecs import CODEC
@@ -201,7 +201,7 @@ class Checker:
         self.say("bytes", predicted == measured, text)
 
     def _gradients(self, dense: Seen, seen: Seen) -> None:
-        whole, each = losses(dense.gradients, seen.gradients)
+        whole, each = losses(paired(dense.gradients, seen.gradients))
         self.numbers |= {
             "relative_error": whole.relative,
             "cosine": whole.cosine,

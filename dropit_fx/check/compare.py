@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -68,18 +68,27 @@ def finite(seen: Seen) -> bool:
     return math.isfinite(seen.loss) and all(bool(t.isfinite().all()) for t in tensors)
 
 
-def losses(dense: Tensors, other: Tensors) -> tuple[GradientError, list[GradientError]]:
-    """Of all parameters together, and of each, the worst first."""
-    dots = {
-        n: (
-            float(a.double().norm()),
-            float((b.double() - a.double()).norm()),
-            _dot(a, b),
-            _dot(b, b),
+def paired(dense: Tensors, other: Tensors) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """What both have, in the same shape."""
+    for name, a in dense.items():
+        b = other.get(name)
+        if a is not None and b is not None and a.shape == b.shape:
+            yield name, a, b
+
+
+def losses(
+    pairs: Iterable[tuple[str, Tensor, Tensor]],
+) -> tuple[GradientError, list[GradientError]]:
+    """Of all gradients as one vector, and of each, the worst first; names, dense ones, others."""
+    dots = {}
+    for name, a, b in pairs:
+        exact, found = a.double(), b.double()
+        dots[name] = (
+            float(exact.norm()),
+            float((found - exact).norm()),
+            float((exact * found).sum()),
+            float((found * found).sum()),
         )
-        for n, a in dense.items()
-        if a is not None and (b := other.get(n)) is not None and a.shape == b.shape
-    }
     largest = max((size for size, *_ in dots.values()), default=0.0)
     each = [
         GradientError(
@@ -100,7 +109,3 @@ def losses(dense: Tensors, other: Tensors) -> tuple[GradientError, list[Gradient
     return whole, sorted(
         each, key=lambda e: -e.relative if math.isfinite(e.relative) else -math.inf
     )
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    return float((a.double() * b.double()).sum())
