@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -282,8 +283,7 @@ def _write(text: str, path: str) -> None:
     if path == "-":
         sys.stdout.write(text)
         return
-    with open(path, "w") as file:
-        file.write(text)
+    Path(path).write_text(text)
 
 
 if __name__ == "__main__":

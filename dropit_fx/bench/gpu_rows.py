@@ -235,8 +235,9 @@ def kernels() -> dict[str, Kernel]:
         lambda x: (ops.pack_between(x.flatten(), 0.0, None),),
         lambda parts, x: ops.apply_mask(parts[0], x.flatten(), 0.0),
     )
-    six = {"bits": 6, "block": 256, "range": "uniform", "rounding": "nearest"}
-    found["quant(bits=6), by channel"] = Kernel(_MAPS, _by_channel(six), _unpack_channels(six))
+    found["quant(bits=6), by channel"] = _by_channel(
+        bits=6, block=256, range="uniform", rounding="nearest"
+    )
     return found
 
 
@@ -248,23 +249,22 @@ def _of_codec(codec: str, options: dict[str, Any]) -> Kernel:
     )
 
 
-def _by_channel(options: dict[str, Any]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+def _by_channel(**options: Any) -> Kernel:
+    """Of maps, as the passes pack them: each channel with a scale of its own."""
+    options["by_channel"] = True
+
     def pack(x: Tensor) -> tuple[Tensor, ...]:
         reader = torch.empty(0, requires_grad=True)
         with torch.enable_grad():
-            packed = packed_call.pack(x, (reader,), "quant", options | {"by_channel": True})
+            packed = packed_call.pack(x, (reader,), "quant", options)
         assert packed is not None
         return packed.parts
 
-    return pack
-
-
-def _unpack_channels(options: dict[str, Any]) -> Callable[[tuple[Tensor, ...], Tensor], Tensor]:
     def unpack(parts: tuple[Tensor, ...], x: Tensor) -> Tensor:
-        said = tuple((options | {"by_channel": True}).items())
-        return packed_call.unpack(packed_call.Packed(parts, "quant", said, x.dtype), x)
+        said = packed_call.Packed(parts, "quant", tuple(options.items()), x.dtype)
+        return packed_call.unpack(said, x)
 
-    return unpack
+    return Kernel(_MAPS, pack, unpack)
 
 
 def kernel_row(name: str, device: torch.device, rehearse: bool = False) -> Row:

@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,9 +97,8 @@ def bench_kernels(
     for name, rows in result.items():
         Console().print(_table(f"{name}, {title}", rows))
     if json_path is not None:
-        with open(json_path, "w") as file:
-            about = {"shape": list(shape), "threads": used, "device": device}
-            json.dump(about | {"dtypes": result}, file, indent=2)
+        about = {"shape": list(shape), "threads": used, "device": device}
+        Path(json_path).write_text(json.dumps(about | {"dtypes": result}, indent=2))
     return result
 
 

@@ -155,8 +155,7 @@ def bench_pareto(
     for line in (*left_out(result), *verdict(result)):
         console.print(line, highlight=False, soft_wrap=True)
     if json_path is not None:
-        with open(json_path, "w") as file:
-            json.dump(result, file, indent=2)
+        Path(json_path).write_text(json.dumps(result, indent=2))
     if plot_path is not None:
         draw(result, plot_path)
     return result

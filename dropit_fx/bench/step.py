@@ -11,6 +11,7 @@ import functools
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -146,9 +147,8 @@ def bench_step(
     result = take_turns(task, runs, rounds, lambda name: name.split(",")[0] + ", dense")
     Console().print(table(task.title, result))
     if json_path is not None:
-        with open(json_path, "w") as file:
-            about = {"model": model, "batch": batch, "device": device, **sugar}
-            json.dump(about | {"variants": result}, file, indent=2)
+        about = {"model": model, "batch": batch, "device": device, **sugar}
+        Path(json_path).write_text(json.dumps(about | {"variants": result}, indent=2))
     return result
 
 

@@ -14,6 +14,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -106,9 +107,7 @@ class Tracer(fx.Tracer):
         """Batch norm's check of the number of dimensions is left out: proxies have none."""
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)  # another thread trains meanwhile
-        if not isinstance(m, BatchNorm):
-            return super().call_module(m, forward, args, kwargs)
-        with unchecked_dimensions(m):
+        with unchecked_dimensions(m) if isinstance(m, BatchNorm) else nullcontext():
             return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:

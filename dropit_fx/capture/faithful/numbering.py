@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dropit_fx.capture.provenance import OURS
+from dropit_fx.capture.provenance import is_users
 from dropit_fx.private import (
     FakeTensor,
     OpOverload,
@@ -67,8 +67,7 @@ class Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         line = module = ""
         while frame is not None and (not line or not module):
             code = frame.f_code
-            theirs = "/torch/" not in code.co_filename and not code.co_filename.startswith(OURS)
-            if not line and theirs and "<" not in code.co_filename:
+            if not line and is_users(code.co_filename) and "<" not in code.co_filename:
                 line = f"{code.co_filename}:{frame.f_lineno}"
             owner = frame.f_locals.get("self") if code.co_argcount else None
             if not module and owner is not None and id(owner) in self.names:
