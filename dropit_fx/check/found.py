@@ -90,7 +90,8 @@ class Check:
         for name in ("checked", "", "found"):
             table.add_column(name, overflow="fold")
         for f in self.findings:
-            table.add_row(f.name, _WORDS[f.passed], f.text, style="red" if _fails(f) else "")
+            style = "red" if f.passed is False else ""
+            table.add_row(f.name, _WORDS[f.passed], f.text, style=style)
         return table
 
     def __str__(self) -> str:
@@ -105,7 +106,3 @@ class Check:
             for f in self.findings
         )
         return f"<table>{rows}</table><p><b>{html.escape(self.verdict)}</b></p>"
-
-
-def _fails(finding: Finding) -> bool:
-    return finding.passed is False

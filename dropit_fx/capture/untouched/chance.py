@@ -37,12 +37,11 @@ def sources(living: bool) -> Iterator[Source]:
             )
     numpy: Any = sys.modules.get("numpy")
     kinds: tuple[type, ...] = (random.Random,)
-    if numpy is not None:
-        yield Source("NumPy's random", numpy.random.get_state, numpy.random.set_state)
-        kinds += (numpy.random.Generator, numpy.random.RandomState)
-    own: set[int] = {id(getattr(random.random, "__self__", None))}
+    own = {id(getattr(random.random, "__self__", None))}
     if numpy is not None:
         own.add(id(getattr(numpy.random.random, "__self__", None)))
+        yield Source("NumPy's random", numpy.random.get_state, numpy.random.set_state)
+        kinds += (numpy.random.Generator, numpy.random.RandomState)
     for found in _living(kinds) if living else ():
         if id(found) in own or isinstance(found, random.SystemRandom):
             continue
