@@ -28,7 +28,8 @@ from typing import Any
 CHUNK = 100  # programs of one task, drawn by Hypothesis in one go
 DRAWS = 3  # as many at most for each of them: some are drawn again and again
 COUNTED = 4  # bytes are counted for one program in so many: that takes as long as the rest
-LONGEST = {"inductor": 300}  # seconds for one program; 60 for other ways
+LONGEST = {"inductor": 300}  # seconds of processor for one program; 60 for other ways
+WAITING = 10  # times as long by the clock: what waits for ever ends, what is given little time not
 SHRINKING = 90  # seconds for one failure
 CONFIGS = {
     "aot": ("formulas",),
@@ -393,13 +394,19 @@ def _no_longer_than(seconds: int) -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise TimeoutError(f"took more than {seconds} seconds")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    timers = {
+        signal.SIGPROF: (signal.ITIMER_PROF, seconds),
+        signal.SIGALRM: (signal.ITIMER_REAL, WAITING * seconds),
+    }
+    before = {number: signal.signal(number, stop) for number in timers}
     try:
+        for timer, longest in timers.values():
+            signal.setitimer(timer, longest)
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        for number, (timer, _) in timers.items():
+            signal.setitimer(timer, 0)
+            signal.signal(number, before[number])
 
 
 if __name__ == "__main__":
