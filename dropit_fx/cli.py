@@ -10,8 +10,9 @@ import importlib.util
 import json
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +21,8 @@ from rich.table import Table
 from torch import nn
 
 import dropit_fx
-from dropit_fx.bench import commands as bench
 from dropit_fx.bench import model_spec
+from dropit_fx.bench.commands import PRESET_OPTIONS, add_benches, add_model
 from dropit_fx.bench.model_spec import SpecError
 from dropit_fx.capture.trace import CaptureError
 from dropit_fx.check import BACKENDS
@@ -30,13 +31,8 @@ from dropit_fx.logs import shown
 from dropit_fx.report.rows import Report, as_text, mib
 
 if TYPE_CHECKING:
-    from dropit_fx.compile.partition import Partition
+    from dropit_fx.compile.saved import Partition
 
-PRESET_OPTIONS: tuple[tuple[str, type, str], ...] = (
-    ("preset", str, f"its rules come after the config's own (default: {DEFAULT_PRESET})"),
-    ("gamma", float, "dropping rate in [0, 1), for all rules of the preset that have one"),
-    ("bits", int, "bits of a kept value, 1 to 8, for all rules of the preset that have them"),
-)
 # What the user can mend. A missing module: the extras, and what a factory imports.
 USER_ERRORS = (CaptureError, ConfigError, SpecError, OSError, ModuleNotFoundError)
 
@@ -73,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         " take memory.",
         epilog="example: dropit-fx report --model timm:deit_tiny_patch16_224 --batch 16",
     )
-    _add_model(report)
+    add_model(report)
     _add_config(report)
     report.add_argument(
         "--summary", action="store_true", help="one line for each op, not for each tensor"
@@ -106,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         " then what the gradient loses. Exit code 1 where something is not as it must be.",
         epilog="example: dropit-fx check --model timm:resnet18 --batch 4 --backend dropit_eager",
     )
-    _add_model(check)
+    add_model(check)
     _add_config(check)
     check.add_argument(
         "--backend",
@@ -124,92 +120,13 @@ def _parser() -> argparse.ArgumentParser:
         " nothing from the network.",
         epilog="example: dropit-fx demo --batch 64 --preset max --out max.html",
     )
-    _add_model(demo, default=_demo_model())
+    add_model(demo, default=_demo_model())
     for name, default in (("preset", DEFAULT_PRESET), ("out", "report.html")):
         demo.add_argument(f"--{name}", default=default, help="default: %(default)s")
     demo.set_defaults(run=_demo)
 
-    _add_benches(commands.add_parser("bench", help="what packing costs on this machine"))
+    add_benches(commands.add_parser("bench", help="what packing costs on this machine"))
     return parser
-
-
-def _add_benches(parser: argparse.ArgumentParser) -> None:
-    benches = parser.add_subparsers(required=True, metavar="WHAT")
-    step = benches.add_parser(
-        "step",
-        help="a training step: dense, packed, and the algorithm as published",
-        description="Times the training steps of a model in turn and counts what each saves:"
-        " dense, packed, and DropIT as published; dense and packed compiled as well.",
-    )
-    _add_model(step)
-    for name, kind, text in PRESET_OPTIONS:
-        step.add_argument(f"--{name}", type=kind, help=text)
-    step.add_argument("--rounds", type=_positive, default=7, help="timed steps (default: 7)")
-    step.add_argument("--no-compile", action="store_true", help="eager only, much quicker")
-    bench.add_device(step)
-    step.add_argument("--json", metavar="FILE", help="write the figures to FILE too")
-    step.set_defaults(run=_bench_step)
-
-    pareto = benches.add_parser(
-        "pareto",
-        help="memory against time: presets, checkpointing and memory budgets",
-        description="Measures compiled training steps in turn: dense, with its blocks checkpointed,"
-        " at memory budgets of PyTorch's own partitioner, and packed by every preset. Says where a"
-        " rival that loses nothing takes less memory and less time than a packed step.",
-        epilog="example: dropit-fx bench pareto --model timm:resnet18 --variants 'bal*' 'budget*'",
-    )
-    _add_model(pareto)
-    pareto.add_argument(
-        "--variants",
-        nargs="+",
-        default=(),
-        metavar="GLOB",
-        help="which of dense, checkpoint, budget=0.5, PRESET, balanced+budget=0.5 and so on"
-        " (default: all; dense is always there)",
-    )
-    inner = ("inductor", "aot_eager", "aot_eager_decomp_partition")
-    pareto.add_argument("--inner", choices=inner, default="inductor", help="what compiles them")
-    pareto.add_argument("--rounds", type=_positive, default=7, help="timed steps (default: 7)")
-    bench.add_device(pareto)
-    pareto.add_argument("--json", metavar="FILE", help="write the figures to FILE too")
-    pareto.add_argument("--plot", metavar="FILE", help="draw it as .png, .svg or .pdf")
-    pareto.set_defaults(run=_bench_pareto)
-
-    kernels = benches.add_parser("kernels", help="time of packing and unpacking")
-    bench.add_kernels_arguments(kernels)
-    kernels.set_defaults(run=lambda options: _bench(bench.kernels, options))
-
-    gpu = benches.add_parser(
-        "gpu",
-        help="everything about this machine's GPU, in nine minutes",
-        description="Measures training steps of models and the kernels, the most wanted first,"
-        " until the time is up. A second run goes on where the first stopped.",
-    )
-    bench.add_gpu_arguments(gpu)
-    gpu.set_defaults(run=lambda options: _bench(bench.gpu, options))
-
-    formats = benches.add_parser("formats", help="bits and gradient error of every format")
-    bench.add_formats_arguments(formats)
-    formats.set_defaults(run=lambda options: _bench(bench.formats, options))
-
-    gradients = benches.add_parser("gradients", help="the gradient of a whole model, per preset")
-    bench.add_gradients_arguments(gradients)
-    gradients.set_defaults(run=lambda options: _bench(bench.gradients, options))
-
-
-def _add_model(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    parser.add_argument(
-        "--model",
-        required=default is None,
-        default=default,
-        metavar="SPEC",
-        help="timm:NAME, torchvision:NAME, or pkg.module:factory (called without arguments;"
-        " returns a module, or (module, example_args))" + (f"; default: {default}" * bool(default)),
-    )
-    parser.add_argument("--batch", type=_positive, default=16, help="batch size (default: 16)")
-    parser.add_argument(
-        "--size", type=_positive, metavar="PX", help="image side (default: what the model tells)"
-    )
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -223,13 +140,6 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     )
     for name, kind, text in PRESET_OPTIONS:
         group.add_argument(f"--{name}", type=kind, help=text)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -369,52 +279,11 @@ def _compiled_text(compiled: Partitions, summary: bool) -> str:
     return "\n" + as_text(table) + note
 
 
-def _bench_step(options: argparse.Namespace) -> int:
-    from dropit_fx.bench.step import bench_step
-
-    bench_step(
-        model=options.model,
-        batch=options.batch,
-        size=options.size,
-        presets=(options.preset,) if options.preset else ("balanced", "dropit"),
-        gamma=options.gamma,
-        bits=options.bits,
-        rounds=options.rounds,
-        compiled=not options.no_compile,
-        device=options.device,
-        json_path=options.json,
-    )
-    return 0
-
-
-def _bench_pareto(options: argparse.Namespace) -> int:
-    from dropit_fx.bench.pareto import bench_pareto
-
-    bench_pareto(
-        model=options.model,
-        batch=options.batch,
-        size=options.size,
-        only=options.variants,
-        inner=options.inner,
-        rounds=options.rounds,
-        device=options.device,
-        json_path=options.json,
-        plot_path=options.plot,
-    )
-    return 0
-
-
-def _bench(run: Callable[..., object], options: argparse.Namespace) -> int:
-    run(**{name: value for name, value in vars(options).items() if name != "run"})
-    return 0
-
-
 def _write(text: str, path: str) -> None:
     if path == "-":
         sys.stdout.write(text)
         return
-    with open(path, "w") as file:
-        file.write(text)
+    Path(path).write_text(text)
 
 
 if __name__ == "__main__":

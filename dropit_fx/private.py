@@ -29,7 +29,7 @@ from torch.autograd.graph import Node
 
 from dropit_fx.private_names import RUN, TABLE, Name, look_up
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the names to import, with their types
     import torch._inductor.lowering as lowering
     import torch.utils._pytree as pytree
     from functorch.compile import make_boxed_func
@@ -79,55 +79,6 @@ if TYPE_CHECKING:
     embedding_bag: Any
     to_copy: Any
     unsafe_view: Any
-
-__all__ = [
-    "SYMPY_INTERP",
-    "BatchNorm",
-    "ConvNd",
-    "CustomGraphPass",
-    "CustomPartitionerFn",
-    "DimDynamic",
-    "FakeTensor",
-    "FakeTensorMode",
-    "NormBase",
-    "OpOverload",
-    "PythonPrinter",
-    "ShapeEnv",
-    "StatelessSymbolicContext",
-    "TorchDispatchMode",
-    "aot_autograd",
-    "batch_norm_impl_index",
-    "compile_fx",
-    "compiling_state_context",
-    "disable_current_modes",
-    "dont_skip_tracing",
-    "embedding_bag",
-    "get_hash_for_files",
-    "get_qualified_name",
-    "has_any_global_hook",
-    "list_mode_options",
-    "list_options",
-    "log_softmax_backward_data",
-    "lookup_backend",
-    "lowering",
-    "make_boxed_func",
-    "make_fx",
-    "min_cut_rematerialization_partition",
-    "must_recompute",
-    "native_batch_norm_legit",
-    "peek_interpreter_stack",
-    "pytree",
-    "reparametrize_module",
-    "select_decomp_table",
-    "set_hooks_tracing",
-    "softmax_backward_data",
-    "suggest_memory_format",
-    "tag_activation_checkpoint",
-    "to_copy",
-    "tracing",
-    "unsafe_preserve_version_counter",
-    "unsafe_view",
-]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -381,15 +332,12 @@ def raw_saved(node: Node) -> Iterator[tuple[str, Any]]:
     """
     if not shows_saved():
         raise MissingName(_sentence(_BY_NAME["torch.autograd.graph.Node._raw_saved_*"]))
-    for attribute in dir(node):
-        if attribute.startswith("_raw_saved_"):
-            # how Python functions call all of them
-            name = (
-                "" if attribute == "_raw_saved_tensors" else attribute.removeprefix("_raw_saved_")
-            )
-            saved = getattr(node, attribute)
-            for one in saved if isinstance(saved, tuple | list) else (saved,):
-                yield name, one.data
+    for attribute in (a for a in dir(node) if a.startswith("_raw_saved_")):
+        name = attribute.removeprefix("_raw_saved_")
+        name = "" if name == "tensors" else name  # so Python functions call all of them
+        saved = getattr(node, attribute)
+        for one in saved if isinstance(saved, tuple | list) else (saved,):
+            yield name, one.data
 
 
 def closed_over(node: Node) -> Iterator[Any]:
@@ -469,9 +417,6 @@ def guards_made_by(make: Callable[..., Any]) -> Iterator[None]:
         yield
 
 
-_CHECKPOINT = "torch.utils.checkpoint"
-
-
 @contextmanager
 def checkpoints_run_by(
     around: Callable[[dict[str, Any], Callable[[], Iterator[None]]], Iterator[None]],
@@ -481,10 +426,9 @@ def checkpoints_run_by(
     It yields once, for the region to run; options are those that are not the defaults, and
     ``usual()`` does what PyTorch does.
     """
-    name, thread = "_checkpoint_without_reentrant_generator", threading.get_ident()
-    if has(f"{_CHECKPOINT}.{name}_impl"):
-        name += "_impl"
-    original = look_up(f"{_CHECKPOINT}.{name}")
+    name = "torch.utils.checkpoint._checkpoint_without_reentrant_generator"
+    name += "_impl" if has(f"{name}_impl") else ""
+    original, thread = look_up(name), threading.get_ident()
     signature = inspect.signature(original)
     defaults = {n: p.default for n, p in signature.parameters.items() if p.default is not p.empty}
 
@@ -495,7 +439,7 @@ def checkpoints_run_by(
         options = {n: given[n] for n, d in defaults.items() if n in given and given[n] != d}
         return around(options, functools.partial(original, *args, **kwargs))
 
-    with mock.patch(f"{_CHECKPOINT}.{name}", make):
+    with mock.patch(name, make):
         yield
 
 

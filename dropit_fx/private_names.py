@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any, Literal
 
@@ -94,10 +95,6 @@ def look_up(name: str) -> Any:
     return found
 
 
-def _module() -> nn.Module:
-    return nn.Module()
-
-
 def _node() -> Any:
     return torch.ones(1, requires_grad=True).exp().grad_fn
 
@@ -132,9 +129,24 @@ def _lack(text: str, part: str = "import dropit_fx") -> Lack:
     return Lack(part, text)
 
 
+_VIEWS = _lack("what linear returns for inputs of three dimensions cannot be written in place")
+_COPIES = _lack("channels-last copies of weights may be saved", "backend='dropit'")
+_VARIANTS = _lack(
+    "bench pareto may run its later variants uncompiled, and says so", "backend='dropit'"
+)
+
+
+def _of(
+    owner: str, lack: Lack, used: str, *names: str, on: Callable[[], object] | None = None
+) -> tuple[Name, ...]:
+    """Names of one owner that are used for one thing; ``on`` makes an object that has them."""
+    probes = {name: partial(lambda n: getattr(on(), n), name) for name in names} if on else {}
+    return tuple(Name(f"{owner}.{n}", lack, used, probe=probes.get(n)) for n in names)
+
+
 TABLE: tuple[Name, ...] = (
     # graphs, arguments, fake tensors
-    Name("torch.utils._pytree", _IMPORT, "arguments of any nesting", alias="pytree"),
+    Name("torch.utils._pytree", _IMPORT, "arguments of any nesting"),
     Name("torch._subclasses.fake_tensor.FakeTensor", _IMPORT, "telling fakes from real tensors"),
     Name("torch._subclasses.fake_tensor.FakeTensorMode", _IMPORT, "running graphs at no cost"),
     Name(
@@ -183,17 +195,8 @@ TABLE: tuple[Name, ...] = (
     ),
     Name("torch.UntypedStorage._cdata", _SEEN, "telling storages apart"),
     Name("torch.Tensor._version", _SEEN, "telling values apart that were written in place"),
-    Name(
-        "torch.Tensor._is_view",
-        _lack("what linear returns for inputs of three dimensions cannot be written in place"),
-        "telling results that are views of temporary tensors",
-    ),
-    Name(
-        "torch.ops.aten._unsafe_view",
-        _lack("what linear returns for inputs of three dimensions cannot be written in place"),
-        "results that autograd does not take for views",
-        alias="unsafe_view",
-    ),
+    Name("torch.Tensor._is_view", _VIEWS, "telling results that are views of temporary tensors"),
+    Name("torch.ops.aten._unsafe_view", _VIEWS, "results that autograd does not take for views"),
     Name(
         "torch._C._autograd._saved_tensors_hooks_set_tracing",
         _lack("graphs that torch.compile splits for DistributedDataParallel are not packed"),
@@ -210,29 +213,11 @@ TABLE: tuple[Name, ...] = (
         "left out while tracing: proxies have no dimensions",
     ),
     Name("torch.nn.modules.conv._ConvNd", _IMPORT, "guessing inputs from a first layer"),
-    Name(
-        "torch.nn.Module._parameters",
-        _CAPTURE,
-        "the order of parameters",
-        probe=lambda: _module()._parameters,
-    ),
-    Name(
-        "torch.nn.Module._buffers",
-        _CAPTURE,
-        "the order of buffers; putting them back",
-        probe=lambda: _module()._buffers,
-    ),
-    Name(
-        "torch.nn.Module._modules",
-        _CAPTURE,
-        "the order of submodules",
-        probe=lambda: _module()._modules,
-    ),
-    Name(
-        "torch.nn.Module._non_persistent_buffers_set",
-        _CAPTURE,
-        "constants of a trace, which are no part of the state dict",
-        probe=lambda: _module()._non_persistent_buffers_set,
+    *_of(
+        "torch.nn.Module",
+        *(_CAPTURE, "the order of parameters, buffers and submodules; constants of a trace"),
+        *("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"),
+        on=nn.Module,
     ),
     Name(
         "torch.fx.Graph._codegen",
@@ -253,12 +238,10 @@ TABLE: tuple[Name, ...] = (
         "torch.fx.experimental.proxy_tensor.make_fx", _OPAQUE, "looking into nn.MultiheadAttention"
     ),
     Name("torch._guards.tracing", _OPAQUE, "looking into it in fake tensors' own mode"),
-    Name("torch.fx.experimental.symbolic_shapes.DimDynamic", _OPAQUE, "its batch and sequence"),
-    Name("torch.fx.experimental.symbolic_shapes.ShapeEnv", _OPAQUE, "its batch and sequence"),
-    Name(
-        "torch.fx.experimental.symbolic_shapes.StatelessSymbolicContext",
-        _OPAQUE,
-        "its batch and sequence",
+    *_of(
+        "torch.fx.experimental.symbolic_shapes",
+        *(_OPAQUE, "its batch and sequence"),
+        *("DimDynamic", "ShapeEnv", "StatelessSymbolicContext"),
     ),
     Name(
         "torch.utils._sympy.printers.PythonPrinter",
@@ -304,17 +287,17 @@ TABLE: tuple[Name, ...] = (
         _lack("packed models fail in forward mode"),
         "telling that forward-mode differentiation is on",
     ),
-    Name(
-        "torch._C._dynamo.eval_frame.set_code_exec_strategy",
-        _SECOND,
-        "keeping Dynamo from compiling backwards by themselves",
+    *_of(
+        "torch._C._dynamo.eval_frame",
+        *(_SECOND, "keeping Dynamo from compiling backwards by themselves"),
+        *("set_code_exec_strategy", "_FrameAction", "_FrameExecStrategy"),
     ),
-    Name("torch._C._dynamo.eval_frame._FrameAction", _SECOND, "the same"),
-    Name("torch._C._dynamo.eval_frame._FrameExecStrategy", _SECOND, "the same"),
     # ops
-    Name("torch._C._nn.pad", _SPELLING, "F.pad in Dynamo's graphs"),
-    Name("torch._C._nn.adaptive_avg_pool2d", _SPELLING, "the same of pooling"),
-    Name("torch._C._nn.adaptive_avg_pool3d", _SPELLING, "the same of pooling"),
+    *_of(
+        "torch._C._nn",
+        *(_SPELLING, "F.pad and pooling in Dynamo's graphs"),
+        *("pad", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
+    ),
     Name(
         "torch.ops.higher_order.tag_activation_checkpoint",
         _lack("checkpointed regions stay as they are"),
@@ -377,12 +360,7 @@ TABLE: tuple[Name, ...] = (
         "the layout in which it is computed on a CPU",
     ),
     # measuring
-    Name(
-        "torch.autograd.graph.Node._sequence_nr",
-        _MEASURE,
-        "telling a step's nodes",
-        probe=lambda: _node()._sequence_nr,
-    ),
+    *_of("torch.autograd.graph.Node", _MEASURE, "telling a step's nodes", "_sequence_nr", on=_node),
     Name(
         "torch.autograd.graph.Node._raw_saved_*",
         _MEASURE,
@@ -395,8 +373,7 @@ TABLE: tuple[Name, ...] = (
         "putting buffers back unnoticed",
         instead=lambda tensors: nullcontext(),
     ),
-    Name("torch.Tensor._indices", _MEASURE, "bytes of sparse tensors"),
-    Name("torch.Tensor._values", _MEASURE, "bytes of sparse tensors"),
+    *_of("torch.Tensor", _MEASURE, "bytes of sparse tensors", "_indices", "_values"),
     Name(
         "torch.profiler.profile.profiler.kineto_results",
         _lack("dropit_fx.measure.peak_memory fails on CPUs"),
@@ -417,26 +394,19 @@ TABLE: tuple[Name, ...] = (
     ),
     Name("meta['example_value']", _PLUGIN, "the fake value of a node of Dynamo's", probe=False),
     Name("torch._dynamo.lookup_backend", _INNER, "inner backends by name"),
-    Name(
-        "torch._dynamo.config.recompile_limit",
-        _lack(
-            "bench pareto may run its later variants uncompiled, and says so", "backend='dropit'"
-        ),
-        "compiling one model in many ways",
-    ),
-    Name(
-        "torch._dynamo.config.accumulated_recompile_limit",
-        _lack(
-            "bench pareto may run its later variants uncompiled, and says so", "backend='dropit'"
-        ),
-        "compiling one model in many ways",
+    *_of(
+        "torch._dynamo.config",
+        *(_VARIANTS, "compiling one model in many ways"),
+        *("recompile_limit", "accumulated_recompile_limit"),
     ),
     Name("torch._inductor.list_options", _PLUGIN, "telling options of inductor's from slips"),
     Name("torch._inductor.list_mode_options", _PLUGIN, "torch.compile(mode=...)"),
     Name("torch._inductor.compile_fx.compile_fx", _PLUGIN, "compiling the rewritten graph"),
-    Name("torch._inductor.custom_graph_pass.CustomGraphPass", _GUARD, "the pass behind the cut"),
-    Name("torch._inductor.custom_graph_pass.CustomPartitionerFn", _GUARD, "the partitioner guard"),
-    Name("torch._inductor.custom_graph_pass.get_hash_for_files", _GUARD, "their cache keys"),
+    *_of(
+        "torch._inductor.custom_graph_pass",
+        *(_GUARD, "the partitioner guard, the pass behind the cut, and their cache keys"),
+        *("CustomGraphPass", "CustomPartitionerFn", "get_hash_for_files"),
+    ),
     Name(
         "torch._inductor.custom_graph_pass.get_custom_graph_passes",
         _lack("several passes are handed over as one, without is_inference", "backend='dropit'"),
@@ -453,7 +423,7 @@ TABLE: tuple[Name, ...] = (
     Name("torch._inductor.config.custom_partitioner_fn", _PLUGIN, "handing over the guard"),
     Name(
         "torch._inductor.config.post_grad_custom_post_pass",
-        _lack("channels-last copies of weights may be saved", "backend='dropit'"),
+        _COPIES,
         "handing over the pass behind the cut",
     ),
     Name(
@@ -482,16 +452,11 @@ TABLE: tuple[Name, ...] = (
     ),
     Name(
         "meta['user_visible_output_idxs']",
-        _lack("channels-last copies of weights may be saved", "backend='dropit'"),
+        _COPIES,
         "outputs that are returned in their own layout",
         probe=False,
     ),
-    Name(
-        "meta['original_output_strides']",
-        _lack("channels-last copies of weights may be saved", "backend='dropit'"),
-        "that layout",
-        probe=False,
-    ),
+    Name("meta['original_output_strides']", _COPIES, "that layout", probe=False),
     Name("torch._dynamo.backends.common.aot_autograd", _INNER, "backends without inductor"),
     Name("functorch.compile.make_boxed_func", _INNER, "backends without inductor"),
     Name("torch._inductor.lowering", _INNER, "loaded for the decomposition of max_pool2d"),

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from dropit_fx.codecs import CODEC
+from dropit_fx.codecs import CODEC, DERIVED
 from dropit_fx.ops.rule import INSIDE, OpRule, Use
 from dropit_fx.ops.table import CHECKPOINT, DERIVABLE, RULES, bind
 from dropit_fx.passes.derive_values import whole_values

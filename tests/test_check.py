@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 import dropit_fx
 from dropit_fx import Check, check, measure
+from dropit_fx.check import checker
+from dropit_fx.check.step import SEED
 from dropit_fx.cli import main
 from dropit_fx.codecs import CODEC
 from dropit_fx.compile import backend
 from dropit_fx.config import ConfigError
 from dropit_fx.ops.table import DERIVABLE, RULES
-
-check_module: Any = sys.modules["dropit_fx.check"]
 
 
 def net() -> nn.Module:
@@ -196,11 +196,11 @@ def break_chance(patch: pytest.MonkeyPatch) -> None:
             self.made = made
 
         def forward(self, *args: Any) -> Any:
-            torch.manual_seed(check_module.SEED)
+            torch.manual_seed(SEED)
             return self.made(*args)
 
     transform = dropit_fx.transform
-    patch.setattr(check_module, "transform", lambda *a, **k: Frozen(transform(*a, **k)))
+    patch.setattr(checker, "transform", lambda *a, **k: Frozen(transform(*a, **k)))
 
 
 def break_unpacking(patch: pytest.MonkeyPatch) -> None:

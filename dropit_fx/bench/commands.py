@@ -1,60 +1,135 @@
-"""``dropit-fx bench kernels``, ``formats``, ``gradients`` and ``gpu``: their arguments.
+"""``dropit-fx bench`` and ``python -m dropit_fx.bench.commands``: the benches and their options.
 
-Also ``python -m dropit_fx.bench.commands kernels``, and so on.
+The options of ``bench WHAT`` are the parameters of ``bench_WHAT`` in the module of that name.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from dropit_fx.bench.formats import LOSSES, bench_formats
-from dropit_fx.bench.gradients import bench_gradients
-from dropit_fx.bench.kernels import bench_kernels
+from dropit_fx.bench.formats import LOSSES
+from dropit_fx.config import DEFAULT_PRESET, ConfigError
+
+PRESET_OPTIONS: tuple[tuple[str, type, str], ...] = (
+    ("preset", str, f"its rules come after the config's own (default: {DEFAULT_PRESET})"),
+    ("gamma", float, "dropping rate in [0, 1), for all rules of the preset that have one"),
+    ("bits", int, "bits of a kept value, 1 to 8, for all rules of the preset that have them"),
+)
 
 
-def kernels(**options: Any) -> dict[str, Any]:
-    """``dropit_fx.bench.kernels.bench_kernels``."""
-    return bench_kernels(**options)
+def add_benches(parser: argparse.ArgumentParser) -> None:
+    """Adds every bench as a command."""
+    benches = parser.add_subparsers(required=True, metavar="WHAT")
 
+    def bench(name: str, text: str, **more: Any) -> argparse.ArgumentParser:
+        one = benches.add_parser(name, help=text, **more)
+        one.set_defaults(run=functools.partial(_run, name))
+        return one
 
-def formats(**options: Any) -> list[dict[str, Any]]:
-    """``dropit_fx.bench.formats.bench_formats``."""
-    return bench_formats(**options)
+    step = bench(
+        "step",
+        "a training step: dense, packed, and the algorithm as published",
+        description="Times the training steps of a model in turn and counts what each saves:"
+        " dense, packed, and DropIT as published; dense and packed compiled as well.",
+    )
+    add_model(step)
+    step.add_argument(
+        "--preset",
+        dest="presets",
+        type=lambda name: (name,),
+        default=("balanced", "dropit"),
+        metavar="PRESET",
+        help="default: balanced and dropit",
+    )
+    for name, kind, text in PRESET_OPTIONS[1:]:
+        step.add_argument(f"--{name}", type=kind, help=text)
+    _add_rounds(step)
+    step.add_argument(
+        "--no-compile", dest="compiled", action="store_false", help="eager only, much quicker"
+    )
 
+    pareto = bench(
+        "pareto",
+        "memory against time: presets, checkpointing and memory budgets",
+        description="Measures compiled training steps in turn: dense, with its blocks checkpointed,"
+        " at memory budgets of PyTorch's own partitioner, and packed by every preset. Says where a"
+        " rival that loses nothing takes less memory and less time than a packed step.",
+        epilog="example: dropit-fx bench pareto --model timm:resnet18 --variants 'bal*' 'budget*'",
+    )
+    add_model(pareto)
+    pareto.add_argument(
+        "--variants",
+        dest="only",
+        nargs="+",
+        default=(),
+        metavar="GLOB",
+        help="which of dense, checkpoint, budget=0.5, PRESET, balanced+budget=0.5 and so on"
+        " (default: all; dense is always there)",
+    )
+    inner = ("inductor", "aot_eager", "aot_eager_decomp_partition")
+    pareto.add_argument("--inner", choices=inner, default="inductor", help="what compiles them")
+    _add_rounds(pareto)
 
-def gradients(**options: Any) -> list[dict[str, Any]]:
-    """``dropit_fx.bench.gradients.bench_gradients``."""
-    return bench_gradients(**options)
+    kernels = bench("kernels", "time of packing and unpacking")
+    kernels.add_argument("--shape", type=int, nargs="+", default=(16, 197, 768), metavar="N")
+    kernels.add_argument("--dtypes", nargs="+", default=("float32", "bfloat16"), metavar="DTYPE")
+    kernels.add_argument("--threads", type=int, metavar="N", help="default: as torch is set")
+    kernels.add_argument("--rounds", type=int, default=15, help="timed rounds (default: 15)")
 
+    _add_gpu_options(
+        bench(
+            "gpu",
+            "everything about this machine's GPU, in nine minutes",
+            description="Measures training steps of models and the kernels, the most wanted first,"
+            " until the time is up. A second run goes on where the first stopped.",
+        )
+    )
 
-def gpu(**options: Any) -> dict[str, Any]:
-    """``dropit_fx.bench.gpu.bench_gpu``."""
-    from dropit_fx.bench.gpu import bench_gpu  # which imports inductor: seconds
-
-    return bench_gpu(**options)
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--device``, which ``model_spec.find_device`` reads."""
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-
-
-def add_gradients_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of ``bench gradients``; their names are the parameters of ``gradients``."""
-    parser.add_argument(
+    formats = bench("formats", "bits and gradient error of every format")
+    gradients = bench("gradients", "the gradient of a whole model, per preset")
+    gradients.add_argument(
         "configs", nargs="*", metavar="PRESET|FILE", help="what to compare (default: every preset)"
     )
-    parser.add_argument("--loss", choices=LOSSES, default="mlm", help="default: mlm")
+    for one in (formats, gradients):
+        one.add_argument("--loss", choices=LOSSES, default="mlm", help="default: mlm")
+    for one in (step, pareto, kernels):
+        one.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    for one in (step, pareto, kernels, formats, gradients):
+        one.add_argument(
+            "--json", dest="json_path", metavar="FILE", help="write the figures to FILE too"
+        )
+    for one in (pareto, formats):
+        one.add_argument(
+            "--plot", dest="plot_path", metavar="FILE", help="draw it as .png, .svg or .pdf"
+        )
+
+
+def add_model(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Adds what ``model_spec.build`` takes: a model, the batch, the side of images."""
     parser.add_argument(
-        "--json", dest="json_path", metavar="FILE", help="write the figures to FILE"
+        "--model",
+        required=default is None,
+        default=default,
+        metavar="SPEC",
+        help="timm:NAME, torchvision:NAME, or pkg.module:factory (called without arguments;"
+        " returns a module, or (module, example_args))" + (f"; default: {default}" * bool(default)),
+    )
+    parser.add_argument("--batch", type=_positive, default=16, help="batch size (default: 16)")
+    parser.add_argument(
+        "--size", type=_positive, metavar="PX", help="image side (default: what the model tells)"
     )
 
 
-def add_gpu_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of ``bench gpu``; their names are the parameters of ``gpu``."""
+def _add_rounds(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=_positive, default=7, help="timed steps (default: 7)")
+
+
+def _add_gpu_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE", help="default: examples/figures/gpu_<card>.json")
     parser.add_argument("--minutes", type=float, default=9, help="for everything (default: 9)")
     parser.add_argument(
@@ -70,43 +145,30 @@ def add_gpu_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tests", metavar="DIR", help="tests to run first")
 
 
-def add_kernels_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of ``bench kernels``; their names are the parameters of ``kernels``."""
-    parser.add_argument("--shape", type=int, nargs="+", default=(16, 197, 768), metavar="N")
-    parser.add_argument("--dtypes", nargs="+", default=("float32", "bfloat16"), metavar="DTYPE")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: as torch is set")
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default: 15)")
-    add_device(parser)
-    parser.add_argument(
-        "--json", dest="json_path", metavar="FILE", help="write the figures to FILE"
-    )
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
 
 
-def add_formats_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of ``bench formats``; their names are the parameters of ``formats``."""
-    parser.add_argument("--loss", choices=LOSSES, default="mlm", help="default: mlm")
-    parser.add_argument(
-        "--json", dest="json_path", metavar="FILE", help="write the figures to FILE"
-    )
-    parser.add_argument("--plot", dest="plot_path", metavar="FILE", help="draw them into FILE")
+def _run(name: str, options: argparse.Namespace) -> int:
+    module = importlib.import_module(f"dropit_fx.bench.{name}")  # some import inductor: seconds
+    given = {option: value for option, value in vars(options).items() if option != "run"}
+    getattr(module, f"bench_{name}")(**given)
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one of the benches."""
+    """Runs one of the benches, on machines where the package's scripts are not on the path."""
     parser = argparse.ArgumentParser(prog="python -m dropit_fx.bench.commands")
-    benches = parser.add_subparsers(required=True, metavar="WHAT")
-    one = benches.add_parser("kernels", help="time of packing and unpacking")
-    add_kernels_arguments(one)
-    one.set_defaults(run=kernels)
-    other = benches.add_parser("formats", help="bits and gradient error of every format")
-    add_formats_arguments(other)
-    other.set_defaults(run=formats)
-    third = benches.add_parser("gradients", help="the gradient of a whole model, per preset")
-    add_gradients_arguments(third)
-    third.set_defaults(run=gradients)
-    options = vars(parser.parse_args(arguments))
-    options.pop("run")(**options)
-    return 0
+    add_benches(parser)
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (ConfigError, OSError, ValueError) as error:
+        print(f"dropit-fx: error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

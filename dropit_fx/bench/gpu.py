@@ -8,7 +8,6 @@ second run measures what the first had no time for, and again what an older tree
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.metadata
 import json
@@ -26,13 +25,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from dropit_fx.bench import commands as bench
-from dropit_fx.bench import gpu_rows
+from dropit_fx.bench import commands, gpu_rows
+from dropit_fx.bench.device import find_device
 from dropit_fx.bench.gpu_models import MODELS
 from dropit_fx.bench.gpu_rows import Row
 from dropit_fx.bench.gpu_tables import key, label, line_of_tests, said, tables
 from dropit_fx.bench.gpu_worker import Worker, run_tests
-from dropit_fx.bench.model_spec import find_device
 from dropit_fx.config import ConfigError
 from dropit_fx.words import did_you_mean
 
@@ -320,17 +318,5 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """As a program, for machines where the package's scripts are not on the path."""
-    parser = argparse.ArgumentParser(prog="python -m dropit_fx.bench.gpu", description=__doc__)
-    bench.add_gpu_arguments(parser)
-    try:
-        bench_gpu(**vars(parser.parse_args(arguments)))
-    except (ConfigError, OSError, ValueError) as error:
-        print(f"dropit-fx: error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commands.main(["gpu", *sys.argv[1:]]))

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +20,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dropit_fx import measure
+from dropit_fx.bench.device import allocated, peak_of, seconds, synchronize
 from dropit_fx.bench.gpu_models import MODELS
 from dropit_fx.bench.pareto import Variant
 from dropit_fx.bench.step import Task
+from dropit_fx.check.compare import losses
 from dropit_fx.codecs import CODEC
 from dropit_fx.config import load_config, presets
 from dropit_fx.runtime import copies, packed_call
@@ -36,7 +37,6 @@ Gradients = list[Tensor | None]  # of each parameter, on the CPU
 PRESETS = ("balanced", "lossless", "max", "dropit")
 BUDGETS = (0.5, 0.2)
 DENSE, CHECKPOINT, OFFLOAD = "dense", "checkpoint", "save_on_cpu"
-PINNED = 24 * 2**30  # bytes of pinned memory with which a process is replaced
 MODES: dict[str, tuple[str, ...]] = {
     "eager": (DENSE, *PRESETS, CHECKPOINT, OFFLOAD),
     "compiled": (DENSE, *PRESETS, CHECKPOINT, *(f"budget={b}" for b in BUDGETS)),
@@ -109,7 +109,7 @@ def model_row(
     start = time.perf_counter()
     first = loss()
     torch.autograd.backward(first)
-    _synchronize(device)
+    synchronize(device)
     row: Row = {
         "cold_seconds": time.perf_counter() - start,
         "loss": first.item(),
@@ -122,11 +122,11 @@ def model_row(
     row["saved_bytes"] = measure.saved_bytes(loss)
     gc.collect()
 
-    level = _allocated(device, reset=True)
+    level = allocated(device, reset=True)
     value = loss()
-    held, forward_peak = _allocated(device), _peak(device)
+    held, forward_peak = allocated(device), peak_of(device)
     torch.autograd.backward(value)
-    peak = _peak(device)
+    peak = peak_of(device)
     del value
     if device.type == "cpu":
         level, peak = 0, measure.peak_memory(loss)
@@ -172,24 +172,15 @@ def compare(parameters: Sequence[Tensor], reference: Gradients) -> Row:
 
     One parameter at a time: no second copy of all of them is on the device.
     """
-    sums = torch.zeros(4, dtype=torch.float64)  # mine * theirs, mine^2, theirs^2, (mine - theirs)^2
-    for parameter, host in zip(parameters, reference, strict=True):
-        mine = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        theirs = torch.zeros_like(mine) if host is None else host.to(mine.device)
-        mine, theirs = mine.double(), theirs.double()
-        apart = mine - theirs
-        sums += torch.stack(
-            [
-                (a * b).sum()
-                for a, b in ((mine, theirs), (mine, mine), (theirs, theirs), (apart, apart))
-            ]
-        ).cpu()
-    product, mine2, theirs2, apart2 = sums.tolist()
-    lengths = math.sqrt(mine2 * theirs2)
-    return {
-        "cosine": product / lengths if lengths else None,
-        "error": math.sqrt(apart2 / theirs2) if theirs2 else None,
-    }
+
+    def pairs() -> Iterator[tuple[str, Tensor, Tensor]]:
+        for i, (parameter, host) in enumerate(zip(parameters, reference, strict=True)):
+            mine = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            yield str(i), torch.zeros_like(mine) if host is None else host.to(mine.device), mine
+
+    whole, _ = losses(pairs())
+    found = {"cosine": whole.cosine, "error": whole.relative}
+    return {what: None if math.isnan(value) else value for what, value in found.items()}
 
 
 # One row of a kernel ------------------------------------------------------------------------------
@@ -244,8 +235,9 @@ def kernels() -> dict[str, Kernel]:
         lambda x: (ops.pack_between(x.flatten(), 0.0, None),),
         lambda parts, x: ops.apply_mask(parts[0], x.flatten(), 0.0),
     )
-    six = {"bits": 6, "block": 256, "range": "uniform", "rounding": "nearest"}
-    found["quant(bits=6), by channel"] = Kernel(_MAPS, _by_channel(six), _unpack_channels(six))
+    found["quant(bits=6), by channel"] = _by_channel(
+        bits=6, block=256, range="uniform", rounding="nearest"
+    )
     return found
 
 
@@ -257,23 +249,22 @@ def _of_codec(codec: str, options: dict[str, Any]) -> Kernel:
     )
 
 
-def _by_channel(options: dict[str, Any]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+def _by_channel(**options: Any) -> Kernel:
+    """Of maps, as the passes pack them: each channel with a scale of its own."""
+    options["by_channel"] = True
+
     def pack(x: Tensor) -> tuple[Tensor, ...]:
         reader = torch.empty(0, requires_grad=True)
         with torch.enable_grad():
-            packed = packed_call.pack(x, (reader,), "quant", options | {"by_channel": True})
+            packed = packed_call.pack(x, (reader,), "quant", options)
         assert packed is not None
         return packed.parts
 
-    return pack
-
-
-def _unpack_channels(options: dict[str, Any]) -> Callable[[tuple[Tensor, ...], Tensor], Tensor]:
     def unpack(parts: tuple[Tensor, ...], x: Tensor) -> Tensor:
-        said = tuple((options | {"by_channel": True}).items())
-        return copies.unpack(copies.Packed(parts, "quant", said, x.dtype), x)
+        said = copies.Packed(parts, "quant", tuple(options.items()), x.dtype)
+        return copies.unpack(said, x)
 
-    return unpack
+    return Kernel(_MAPS, pack, unpack)
 
 
 def kernel_row(name: str, device: torch.device, rehearse: bool = False) -> Row:
@@ -319,89 +310,18 @@ def kernel_row(name: str, device: torch.device, rehearse: bool = False) -> Row:
 
 
 def _transient(run: Callable[[], Any], device: torch.device, numel: int) -> float | None:
-    level = _allocated(device, reset=True)
+    level = allocated(device, reset=True)
     out = run()
-    held, peak = _allocated(device), _peak(device)
+    held, peak = allocated(device), peak_of(device)
     del out
     return None if peak is None or held is None or level is None else (peak - held) / numel
 
 
 def _host_seconds(run: Callable[[], Any], device: torch.device, rounds: int = 10) -> float:
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(rounds):
         run()
     elapsed = (time.perf_counter() - start) / rounds
-    _synchronize(device)
+    synchronize(device)
     return elapsed
-
-
-# The device ---------------------------------------------------------------------------------------
-
-
-def seconds(run: Callable[[], Any], device: torch.device, warm: int, rounds: int) -> list[float]:
-    """Seconds of each call after ``warm`` others: between events on CUDA, by the clock elsewhere.
-
-    On CUDA the calls are put into the stream one after another, as in training: what the host needs
-    to launch them counts where the device has to wait for it.
-    """
-    for _ in range(warm):
-        run()
-    if device.type != "cuda":
-        times = [time.perf_counter()]
-        for _ in range(rounds):
-            run()
-            times.append(time.perf_counter())
-        return [b - a for a, b in itertools.pairwise(times)]
-    event_class: Any = torch.cuda.Event
-    events = [event_class(enable_timing=True) for _ in range(rounds + 1)]
-    torch.cuda.synchronize(device)
-    events[0].record()
-    for event in events[1:]:
-        run()
-        event.record()
-    torch.cuda.synchronize(device)
-    return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _allocated(device: torch.device, reset: bool = False) -> int | None:
-    """Bytes that the allocator has given out; ``reset``: its peak starts anew from here."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    if reset:
-        torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
-
-
-def _peak(device: torch.device) -> int | None:
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
-
-
-def clean_up(device: torch.device) -> Row:
-    """Frees what a row left on the device.
-
-    Returns:
-        ``left_bytes``, and ``broken``: why the process is to be replaced. After an illegal access
-        every call fails; and pinned memory, which is cached in powers of two, is not given back.
-    """
-    torch.compiler.reset()
-    gc.collect()
-    if device.type != "cuda":
-        return {}
-    try:
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-    except RuntimeError as error:  # after an illegal access every call fails
-        return {"broken": str(error).splitlines()[0]}
-    row: Row = {"left_bytes": torch.cuda.memory_allocated(device)}
-    pinned = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
-    return row | ({"broken": f"{pinned >> 30} GiB are pinned"} if pinned > PINNED else {})

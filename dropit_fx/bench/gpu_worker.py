@@ -21,8 +21,8 @@ from xml.etree import ElementTree
 import torch
 
 from dropit_fx.bench import gpu_rows
+from dropit_fx.bench.device import clean_up, find_device
 from dropit_fx.bench.gpu_rows import Row
-from dropit_fx.bench.model_spec import find_device
 
 
 def _work(pipe: Connection, device_name: str, inner: str, rehearse: bool) -> None:
@@ -41,7 +41,7 @@ def _work(pipe: Connection, device_name: str, inner: str, rehearse: bool) -> Non
             return
         start = time.monotonic()
         row = _measured(job, device, references, inner, rehearse)
-        row |= gpu_rows.clean_up(device)  # the frames of an error are gone by now
+        row |= clean_up(device)  # the frames of an error are gone by now
         pipe.send(row | {"seconds": time.monotonic() - start})
 
 

@@ -22,17 +22,9 @@ from torch import Tensor, nn
 
 from dropit_fx.api import transform
 from dropit_fx.bench import formats as bench_formats
+from dropit_fx.check.compare import losses, paired
 from dropit_fx.config import Config, load_config, presets
 from dropit_fx.report.rows import report
-
-
-def gradient(model: nn.Module, parameters: Sequence[Tensor], loss: Any) -> Tensor:
-    """All gradients as one vector; what no gradient reaches counts as 0."""
-    grads: Sequence[Tensor | None] = torch.autograd.grad(loss(model), parameters, allow_unused=True)
-    pairs = zip(grads, parameters, strict=True)
-    return torch.cat(
-        [(torch.zeros_like(p) if g is None else g).flatten().double() for g, p in pairs]
-    )
 
 
 def bench_gradients(
@@ -57,24 +49,26 @@ def bench_gradients(
     model, ids, mask_id = bench_formats.encoder(sequences, length)
     embedding: Tensor = model.get_input_embeddings().weight.detach()  # type: ignore[operator]
 
-    def loss_of(run: nn.Module) -> Tensor:
-        return bench_formats.loss_of(loss, run, ids, mask_id, embedding)
+    parameters = dict(model.named_parameters())
 
-    parameters = list(model.parameters())
-    exact = gradient(model, parameters, loss_of)
+    def gradients(run: nn.Module) -> dict[str, Tensor | None]:
+        value = bench_formats.loss_of(loss, run, ids, mask_id, embedding)
+        grads = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+        return dict(zip(parameters, grads, strict=True))
+
+    exact = gradients(model)
     example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     found = []
     for name in track(configs or presets(), "gradients", console=Console(stderr=True)):
         torch.manual_seed(0)
         packed = transform(model, _config(name), example_kwargs=example)
-        got = gradient(packed, parameters, loss_of)
-        bytes_of = report(packed)
+        whole, _ = losses(paired(exact, gradients(packed)))
         found.append(
             {
                 "name": name,
-                "saved": bytes_of.kept_bytes / bytes_of.dense_bytes,
-                "error": float((got - exact).norm() / exact.norm()),
-                "cosine": float(torch.cosine_similarity(got, exact, dim=0)),
+                "saved": report(packed).ratio,
+                "error": whole.relative,
+                "cosine": whole.cosine,
             }
         )
     table = Table(title=f"gradients of {bench_formats.MODEL}, {loss}", box=None)

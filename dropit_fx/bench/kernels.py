@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from dropit_fx.bench.model_spec import find_device
+from dropit_fx.bench.device import find_device, timed
 from dropit_fx.bench.published import scatter, select
 from dropit_fx.kernels import AFFINE, FULL, UNIFORM, Format
 
@@ -84,7 +84,7 @@ def bench_kernels(
                 for number in range(rounds + 2):
                     progress.update(task, description=name, advance=1)
                     for job, run in jobs.items():
-                        elapsed = _timed(run, x.device)
+                        elapsed = timed(run, x.device)
                         if number >= 2:
                             times[job].append(elapsed)
                 result[name] = _summary(times, x)
@@ -95,9 +95,8 @@ def bench_kernels(
     for name, rows in result.items():
         Console().print(_table(f"{name}, {title}", rows))
     if json_path is not None:
-        with open(json_path, "w") as file:
-            about = {"shape": list(shape), "threads": used, "device": device}
-            json.dump(about | {"dtypes": result}, file, indent=2)
+        about = {"shape": list(shape), "threads": used, "device": device}
+        Path(json_path).write_text(json.dumps(about | {"dtypes": result}, indent=2))
     return result
 
 
@@ -121,18 +120,6 @@ def _jobs(x: Tensor) -> dict[str, Callable[[], object]]:
             torch.ops.dropit.decode_steps, codes, levels, bits, x.numel(), x.dtype
         )
     return jobs
-
-
-def _timed(run: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    result = run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elapsed = time.perf_counter() - start
-    del result  # freeing is no part of it
-    return elapsed
 
 
 def _summary(times: dict[str, list[float]], x: Tensor) -> dict[str, Any]:

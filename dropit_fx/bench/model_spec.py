@@ -21,30 +21,6 @@ class SpecError(ValueError):
     """A spec of a model or device that names nothing; the message says what there is instead."""
 
 
-def find_device(name: str) -> torch.device:
-    """The device of that name, with its index.
-
-    Raises:
-        SpecError: It is no device, or this machine has none of that kind or number.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise SpecError(f"--device {name}: write cpu, cuda, or cuda:1 for the second") from error
-    if device.type != "cuda":
-        return device
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not count:
-        raise SpecError(
-            f"--device {name}: PyTorch {torch.__version__} sees no CUDA device on this machine;"
-            " leave --device out to run on the CPU"
-        )
-    index = torch.cuda.current_device() if device == torch.device("cuda") else device.index
-    if index >= count:
-        raise SpecError(f"--device {name}: the devices here are cuda:0 to cuda:{count - 1}")
-    return torch.device("cuda", index)
-
-
 def build(spec: str, batch: int, size: int | None = None) -> tuple[nn.Module, tuple[Any, ...]]:
     """Makes a model with random weights, in training mode, and inputs for it.
 

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from torch import fx, nn
 
+from dropit_fx.bench.plot import label_points
 from dropit_fx.bench.step import Rows, Runs, Task, table, take_turns
 from dropit_fx.compile import backend
 from dropit_fx.config import ConfigError, presets
@@ -30,7 +31,6 @@ from dropit_fx.words import did_you_mean
 
 BUDGETS = (0.5, 0.3, 0.1)
 MEMORY = ("saved", "peak")
-_HEIGHTS = (-3, 7, -13, 18, -24, 29, -35, 40, -46)  # of a label over its point, in points
 CHECKPOINTING = ("set_grad_checkpointing", "gradient_checkpointing_enable")  # timm, transformers
 
 
@@ -155,8 +155,7 @@ def bench_pareto(
     for line in (*left_out(result), *verdict(result)):
         console.print(line, highlight=False, soft_wrap=True)
     if json_path is not None:
-        with open(json_path, "w") as file:
-            json.dump(result, file, indent=2)
+        Path(json_path).write_text(json.dumps(result, indent=2))
     if plot_path is not None:
         draw(result, plot_path)
     return result
@@ -265,41 +264,9 @@ def draw(result: dict[str, Any], path: str | PathLike[str]) -> None:
         axes.grid(color="#eceef0")
         axes.set_axisbelow(True)
         axes.margins(0.16)
-        _label(axes, places)
+        label_points(axes, places)
     axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 1.02))
     figure.suptitle(
         f"{result['model']}, batch {result['batch']}, compiled by {result['inner']}", color=INK
     )
     figure.savefig(path, dpi=110)
-
-
-def _label(axes: Any, places: dict[str, tuple[float, float]]) -> None:
-    """Names the points, each inside the axes where it covers no other name and no point."""
-    axes.figure.draw_without_rendering()  # settles the scales
-    points = 72 / axes.figure.dpi
-    at = {name: axes.transData.transform(place) * points for name, place in places.items()}
-    left, right = axes.bbox.x0 * points, axes.bbox.x1 * points
-    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in at.values()]
-    for name, (x, y) in sorted(at.items(), key=lambda item: -item[1][1]):
-        width, height = 5.6 * len(name), 10.0
-        spots = [(side, dy) for dy in _HEIGHTS for side in (8.0, -8 - width)]
-        boxes = [(x + dx, y + dy, x + dx + width, y + dy + height) for dx, dy in spots]
-        free = [
-            left <= box[0] and box[2] <= right and not any(_meet(box, other) for other in taken)
-            for box in boxes
-        ]
-        chosen = free.index(True) if any(free) else 0
-        taken.append(boxes[chosen])
-        axes.annotate(
-            name,
-            places[name],
-            xytext=spots[chosen],
-            textcoords="offset points",
-            fontsize=9,
-            color=INK,
-            arrowprops={"arrowstyle": "-", "color": "#b4bac1", "linewidth": 0.7},
-        ).set_in_layout(False)
-
-
-def _meet(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]

@@ -10,6 +10,8 @@ from typing import Any
 from dropit_fx.report.palette import SERIES, blend
 from dropit_fx.report.plot import INK, MIB, figure_class, finish
 
+_HEIGHTS = (-3, 7, -13, 18, -24, 29, -35, 40, -46)  # of a label over its point, in points
+
 
 def demo_picture(results: Mapping[str, Any], path: str | PathLike[str]) -> None:
     """Draws what the scripts in ``examples/`` found: loss and accuracy, and costs against dense.
@@ -139,7 +141,6 @@ def gpu_picture(result: Mapping[str, Any], path: str | PathLike[str]) -> None:
         ValueError: No step of a model has been measured, or matplotlib does not know the suffix.
     """
     from dropit_fx.bench.gpu_models import MODELS
-    from dropit_fx.bench.pareto import _label
 
     steps = [r for r in result["rows"] if r["kind"] == "model" and r.get("peak_bytes")]
     if not steps:
@@ -167,7 +168,7 @@ def gpu_picture(result: Mapping[str, Any], path: str | PathLike[str]) -> None:
         axes.margins(0.2)
         axes.set_ylim(0, 1.15 * max(peak for _, peak in places.values()))
         legend |= {text: dot for dot, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-        _label(axes, places)
+        label_points(axes, places)
     figure.legend(legend.values(), legend.keys(), loc="outside upper right", frameon=False)
     figure.suptitle(f"forward and backward on {result['card']}, bf16 autocast", color=INK)
     figure.savefig(path, dpi=110)
@@ -178,3 +179,35 @@ def _legend_below(axes: Any, depth: float, columns: int = 4) -> None:
     axes.legend(
         frameon=False, fontsize=9, ncols=columns, handlelength=1.2, columnspacing=1.2, **place
     )
+
+
+def label_points(axes: Any, places: dict[str, tuple[float, float]]) -> None:
+    """Names the points, each inside the axes where it covers no other name and no point."""
+    axes.figure.draw_without_rendering()  # settles the scales
+    points = 72 / axes.figure.dpi
+    at = {name: axes.transData.transform(place) * points for name, place in places.items()}
+    left, right = axes.bbox.x0 * points, axes.bbox.x1 * points
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in at.values()]
+    for name, (x, y) in sorted(at.items(), key=lambda item: -item[1][1]):
+        width, height = 5.6 * len(name), 10.0
+        spots = [(side, dy) for dy in _HEIGHTS for side in (8.0, -8 - width)]
+        boxes = [(x + dx, y + dy, x + dx + width, y + dy + height) for dx, dy in spots]
+        free = [
+            left <= box[0] and box[2] <= right and not any(_meet(box, other) for other in taken)
+            for box in boxes
+        ]
+        chosen = free.index(True) if any(free) else 0
+        taken.append(boxes[chosen])
+        axes.annotate(
+            name,
+            places[name],
+            xytext=spots[chosen],
+            textcoords="offset points",
+            fontsize=9,
+            color=INK,
+            arrowprops={"arrowstyle": "-", "color": "#b4bac1", "linewidth": 0.7},
+        ).set_in_layout(False)
+
+
+def _meet(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]

@@ -10,8 +10,8 @@ import copy
 import functools
 import json
 import statistics
-import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from dropit_fx import measure
 from dropit_fx.api import transform
-from dropit_fx.bench.model_spec import build, find_device
+from dropit_fx.bench.device import find_device, timed
+from dropit_fx.bench.model_spec import build
 from dropit_fx.bench.published import to_published
 
 Step = Callable[[], Tensor]
@@ -73,17 +74,6 @@ class Task:
         kind = self.x.device.type
         with torch.autocast(kind, self.autocast, enabled=self.autocast is not None):
             return F.cross_entropy(_logits(run(self.x)).flatten(0, -2), self.labels)
-
-    def timed(self, step: Step) -> float:
-        """Seconds of a step, with all that it leaves for the device to do."""
-        cuda = self.x.is_cuda
-        if cuda:
-            torch.cuda.synchronize(self.x.device)
-        start = time.perf_counter()
-        step()
-        if cuda:
-            torch.cuda.synchronize(self.x.device)
-        return time.perf_counter() - start
 
     def step(self, model: nn.Module, run: Callable[..., Any]) -> tuple[Step, torch.optim.Optimizer]:
         """Forward, loss, backward and one update by SGD with momentum; and what updates."""
@@ -157,9 +147,8 @@ def bench_step(
     result = take_turns(task, runs, rounds, lambda name: name.split(",")[0] + ", dense")
     Console().print(table(task.title, result))
     if json_path is not None:
-        with open(json_path, "w") as file:
-            about = {"model": model, "batch": batch, "device": device, **sugar}
-            json.dump(about | {"variants": result}, file, indent=2)
+        about = {"model": model, "batch": batch, "device": device, **sugar}
+        Path(json_path).write_text(json.dumps(about | {"variants": result}, indent=2))
     return result
 
 
@@ -194,7 +183,7 @@ def take_turns(task: Task, runs: Runs, rounds: int, base: Callable[[str], str]) 
         for number in range(rounds):
             for name, step in steps.items():
                 progress.update(bar, description=f"round {number + 1}: {name}")
-                times[name].append(task.timed(step))
+                times[name].append(timed(step, task.x.device))
                 progress.advance(bar)
     for name, row in result.items():
         dense = base(name)

@@ -147,7 +147,7 @@ def _open_function(graph_module: fx.GraphModule, node: fx.Node, values: dict[str
 
     The first size of each activation is symbolic; the others are the example's, and what the
     function has decided by either is checked in each call. The ops are shown to do what the
-    function does (``faithful.py``); where it draws in Python, or is another one in eval mode in
+    function does (``faithful/``); where it draws in Python, or is another one in eval mode in
     more than a flag, it stays whole.
     """
     graph, function = graph_module.graph, node.target

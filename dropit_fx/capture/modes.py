@@ -157,13 +157,9 @@ def _share_buffers(mine: fx.GraphModule, other: fx.GraphModule) -> None:
     for name, buffer in other.named_buffers():
         if name not in own:
             path, _, leaf = name.rpartition(".")
-            if path and not _has(mine, path):
+            if path not in dict(mine.named_modules()):
                 mine.add_submodule(path, nn.Module())
             mine.get_submodule(path).register_buffer(leaf, buffer)
-
-
-def _has(module: nn.Module, path: str) -> bool:
-    return path in dict(module.named_modules())
 
 
 def _level(mine: fx.Graph, other: fx.Graph) -> None:

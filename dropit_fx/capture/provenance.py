@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import fx
 
 from dropit_fx.private import MODULES, TRACE
@@ -15,16 +16,20 @@ OURS = str(Path(__file__).parent.parent)  # where no line of the user stands
 
 def node_where(node: fx.Node) -> str:
     """``file:line`` of the user's code that made the node, ``""`` where the tracer did not say."""
-    trace = node.meta.get(TRACE) or node.stack_trace or ""
-    best = ""
-    for line in trace.splitlines():
-        line = line.strip()
-        if line.startswith("File "):
-            name, _, rest = line.removeprefix("File ").partition(", line ")
-            name, number = name.strip('"'), rest.split(",")[0]
-            if "/torch/" not in name and not name.startswith(OURS):
-                best = f"{name}:{number}"
-    return best
+    *_, last = ["", *_users_lines(node.meta.get(TRACE) or node.stack_trace or "")]
+    return last
+
+
+def is_users(file: str) -> bool:
+    """Whether code is the user's: neither PyTorch's nor ours."""
+    return "/torch/" not in file and not file.startswith(OURS)
+
+
+def _users_lines(traceback: str) -> Iterator[str]:
+    """``file:line`` of each line of a printed traceback that is the user's."""
+    for file, number in re.findall(r'^\s*File "?(.*?)"?, line (\d+)', traceback, re.MULTILINE):
+        if is_users(file):
+            yield f"{file}:{number}"
 
 
 def node_module(node: fx.Node) -> str:
@@ -51,14 +56,10 @@ def first_line(error: BaseException) -> str:
 
 def error_line(error: BaseException) -> str:
     """``file:line: code`` of the innermost frame that is the user's: not of torch, not ours."""
+    for line in _users_lines(str(error)):  # torch.export tells the user's line in its message
+        return line
     frames = traceback.extract_tb(error.__traceback__)
-    ours = (torch.__path__[0], OURS)
-    theirs = [f for f in frames if not f.filename.startswith(ours) and "<" not in f.filename]
-    for line in str(error).splitlines():  # torch.export tells the user's line in its message
-        line = line.strip()
-        if line.startswith("File ") and not any(o in line for o in ours):
-            name, _, rest = line.removeprefix("File ").partition(", line ")
-            return f"{name.strip(chr(34))}:{rest.split(',')[0].split()[0]}"
+    theirs = [f for f in frames if is_users(f.filename) and "<" not in f.filename]
     if not theirs:
         return "no line of the model"
     frame = theirs[-1]

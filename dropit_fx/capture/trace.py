@@ -2,7 +2,7 @@
 
 A model is traced in training and in eval mode, and the two graphs are made one (``modes.py``).
 Modules whose graphs differ in more than constants (BatchNorm counts its batches) stay whole, as
-leaves. No graph is believed before it is shown to do what the model does (``faithful.py``); what
+leaves. No graph is believed before it is shown to do what the model does (``faithful/``); what
 no graph can do is refused before anything is traced.
 """
 
@@ -14,6 +14,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ from torch import Tensor, fx, nn
 from torch.fx.traceback import preserve_node_meta
 
 from dropit_fx.capture.bounded import TooLong, sympy_bounded
-from dropit_fx.capture.faithful import (
+from dropit_fx.capture.faithful import Study
+from dropit_fx.capture.faithful.hooks import (
     NotCarried,
-    Study,
     own_hooks,
     refuse_hooks,
     torchs_hooks_inside,
@@ -106,9 +107,7 @@ class Tracer(fx.Tracer):
         """Batch norm's check of the number of dimensions is left out: proxies have none."""
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)  # another thread trains meanwhile
-        if not isinstance(m, BatchNorm):
-            return super().call_module(m, forward, args, kwargs)
-        with unchecked_dimensions(m):
+        with unchecked_dimensions(m) if isinstance(m, BatchNorm) else nullcontext():
             return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:

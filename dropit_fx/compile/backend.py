@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -18,7 +18,9 @@ from torch import fx
 from dropit_fx.capture.expand import expand, opaque_nodes
 from dropit_fx.capture.fake import concrete_fakes, propagate
 from dropit_fx.compile.channels_last import channels_last
-from dropit_fx.compile.partition import KeepPacked, Partition, ReturnInputsAsTheyAre, in_turn
+from dropit_fx.compile.partition import KeepPacked
+from dropit_fx.compile.returned import ReturnInputsAsTheyAre, in_turn
+from dropit_fx.compile.saved import Partition
 from dropit_fx.config import Config, ConfigError, make_config
 from dropit_fx.passes import run_pipeline
 from dropit_fx.passes.choose_codecs import check_rules_matched
@@ -166,8 +168,7 @@ def rewrite_dynamo_graph(
         return None
     try:
         check_rules_matched((plan,), config)
-    except ConfigError as error:
-        # a model may be compiled in several graphs: no error for one of them
+    except ConfigError as error:  # no error of one graph: a model may be compiled in several
         log.warning("%s", error)
     record = CompiledGraph(Report(tuple(rows(plan))))
     _compiled.append(record)
@@ -186,26 +187,23 @@ def rewrite_dynamo_graph(
 _OURS = {"pack": pack, "derived": derived, "stand_in": stand_in}
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A graph for an inner backend to compile."""
+class _Job(NamedTuple):
+    """What an inner backend compiles."""
 
-    graph: fx.GraphModule
+    graph_module: fx.GraphModule
     inputs: list[Any]
-    mode: str | None  # of inductor's
+    mode: str | None
     options: dict[str, Any]
-    record: CompiledGraph | None  # None: nothing in it is packed
+    record: CompiledGraph | None
 
     def guard(self, base: Callable[..., Any] | None) -> KeepPacked:
+        """The partitioner guard, which reads what is saved into the record."""
         if self.record is None:
             return KeepPacked(base)
         return KeepPacked(base, self.record.partitions.append, self.record.report.dense_bytes)
 
 
-Inner = Callable[[_Job], Compiled]
-
-
-def _inner(name: str) -> Inner:
+def _inner(name: str) -> Callable[[_Job], Compiled]:
     if name in _INNER:
         return _INNER[name]
     known = (*_INNER, *torch.compiler.list_backends(exclude_tags=()))
@@ -217,7 +215,7 @@ def _inner(name: str) -> Inner:
             "inner backend %r partitions by itself: packed tensors may not be what it saves",
             name,
         )
-        return lookup_backend(name)(job.graph, job.inputs)
+        return lookup_backend(name)(job.graph_module, job.inputs)
 
     return foreign
 
@@ -244,11 +242,11 @@ def _inductor(job: _Job) -> Compiled:
     }
     if inductor_has(CACHEABLE):
         patches[CACHEABLE] = names | dict(patches.get(CACHEABLE) or {})
-    compiled: Compiled = compile_fx(job.graph, job.inputs, config_patches=patches)  # type: ignore[assignment]
+    compiled: Compiled = compile_fx(job.graph_module, job.inputs, config_patches=patches)  # type: ignore[assignment]
     return compiled
 
 
-def _aot(decompose: bool) -> Inner:
+def _aot(decompose: bool) -> Callable[[_Job], Compiled]:
     def compile_aot(job: _Job) -> Compiled:
         from dropit_fx.private import (
             aot_autograd,
@@ -275,17 +273,17 @@ def _aot(decompose: bool) -> Inner:
             partition_fn=job.guard(base),
             keep_inference_input_mutations=True,
             **extra,
-        )(job.graph, job.inputs)
+        )(job.graph_module, job.inputs)
 
     return compile_aot
 
 
 def _eager(job: _Job) -> Compiled:
-    run_regions(job.graph)
-    return job.graph.forward
+    run_regions(job.graph_module)
+    return job.graph_module.forward
 
 
-_INNER: dict[str, Inner] = {
+_INNER: dict[str, Callable[[_Job], Compiled]] = {
     "inductor": _inductor,
     "aot_eager": _aot(decompose=False),
     "aot_eager_decomp_partition": _aot(decompose=True),

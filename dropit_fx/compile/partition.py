@@ -1,4 +1,4 @@
-"""Saved means saved: the partitioner guard for compiled models, and the reading of what it made.
+"""Saved means saved: the partitioner guard for compiled models.
 
 AOTAutograd traces forward and backward into one joint graph and cuts it where the least has to be
 saved. To that cut, packing and unpacking are ordinary ops: it may save the dense tensor and pack it
@@ -15,41 +15,33 @@ but in checkpointed regions.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from dropit_fx.compile.saved import Partition, nbytes_of, packs, read_partition, storage
 from dropit_fx.private import (
-    BACKWARD,
-    CUSTOM,
     IN_BACKWARD,
     OUTPUT_TRACES,
     OUTPUTS,
     PLACE,
     POLICY,
-    STRIDES,
     VALUE,
-    VISIBLE,
-    CustomGraphPass,
     CustomPartitionerFn,
     OpOverload,
     at_memory_budget,
     get_hash_for_files,
-    hint,
     memory_budget,
     min_cut_rematerialization_partition,
     must_recompute,
     schema,
-    storage_id,
-    takes_several_passes,
 )
-from dropit_fx.runtime.copies import PACKING
 
 log = logging.getLogger(__name__)
 
@@ -74,41 +66,6 @@ TRIES = 3  # cuts at a memory budget
 LEAST = 1e-9  # of a budget: at 0 functorch saves the model's inputs, whatever must be saved
 SLACK = 1.05  # a budget is met within 5 %, as functorch meets its own
 Graphs = tuple[fx.GraphModule, fx.GraphModule]  # forward and backward
-
-
-@dataclass(frozen=True, kw_only=True)
-class SavedValue:
-    """One tensor that the compiled forward hands to the backward."""
-
-    name: str
-    nbytes: int  # of its whole storage
-    packed: bool  # made by a pack op
-    source: str  # the op that made it
-
-
-@dataclass(frozen=True, kw_only=True)
-class Partition:
-    """What a partition saves, as read from its two graphs.
-
-    Attributes:
-        saved: Every saved storage but parameters and inputs.
-        packs_in_backward: Pack ops that ended up in the backward: their dense input was saved.
-        unpacks_in_forward: Unpack ops that ended up in the forward: their dense result was saved.
-    """
-
-    saved: tuple[SavedValue, ...]
-    packs_in_backward: tuple[str, ...]
-    unpacks_in_forward: tuple[str, ...]
-
-    @property
-    def saved_bytes(self) -> int:
-        """Bytes between forward and backward."""
-        return sum(v.nbytes for v in self.saved)
-
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of the packed tensors among them."""
-        return sum(v.nbytes for v in self.saved if v.packed)
 
 
 class KeepPacked(CustomPartitionerFn):
@@ -140,7 +97,7 @@ class KeepPacked(CustomPartitionerFn):
     def uuid(self) -> Any:
         """Part of the compile caches' keys."""
         inner = self.base.uuid() if isinstance(self.base, CustomPartitionerFn) else ""
-        return get_hash_for_files((__file__,)), inner, self.dense_bytes
+        return get_hash_for_files((__file__, inspect.getfile(Partition))), inner, self.dense_bytes
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Graphs:
         """Partitions ``gm``, a joint graph, into forward and backward."""
@@ -155,11 +112,11 @@ class KeepPacked(CustomPartitionerFn):
             if _draws(gm, node) and not must_recompute(node):
                 node.meta[POLICY] = CheckpointPolicy.MUST_SAVE
                 drawn = True
-            if not _packs(node) or must_recompute(node):
+            if not packs(node) or must_recompute(node):
                 continue  # (a checkpointed region is recomputed whole, packing included)
-            sources |= {_storage(n): n for n in node.all_input_nodes if not _packs(n)}
-            readers = [u for u in node.users if not _packs(u)]
-            if readers and node not in flat and _storage(node) not in sources | {-1: node}:
+            sources |= {storage(n): n for n in node.all_input_nodes if not packs(n)}
+            readers = [u for u in node.users if not packs(u)]
+            if readers and node not in flat and storage(node) not in sources | {-1: node}:
                 maker = node.args[0] if node.target is operator.getitem else node
                 for kept in (node, maker):
                     kept.meta[POLICY] = CheckpointPolicy.MUST_SAVE  # whatever the budget
@@ -169,7 +126,6 @@ class KeepPacked(CustomPartitionerFn):
                         reader.meta[PLACE] = IN_BACKWARD  # nothing else reads a packed tensor
         out.args = ((*flat[:count], *packed, *flat[count:]),)
         out.meta[OUTPUTS] = described[:count] + [None] * len(packed) + described[count:]
-        static = kwargs.get("static_lifetime_input_indices") or ()
 
         def cut(budget: float) -> tuple[Graphs, Partition]:
             fixed = count + len(packed)
@@ -180,7 +136,7 @@ class KeepPacked(CustomPartitionerFn):
                     graphs = self.base(gm, joint_inputs, num_fwd_outputs=fixed, **kwargs)
             _drop_outputs(graphs[0], slice(count, count + len(packed)))
             _read_what_was_packed(graphs[0])
-            return graphs, read_partition(*graphs, count, static)
+            return graphs, read_partition(*graphs, count)
 
         budget = memory_budget()
         if drawn:
@@ -204,7 +160,7 @@ class KeepPacked(CustomPartitionerFn):
         packed, saved = partition.packed_bytes, partition.saved_bytes
         dense = self.dense_bytes
         if dense is None:
-            dense = saved - packed + sum(_nbytes(n) for n in sources)
+            dense = saved - packed + sum(nbytes_of(n) for n in sources)
         asked = budget * dense
         if saved <= SLACK * asked:
             return graphs, partition
@@ -235,8 +191,8 @@ def _saved_and_overwritten(forward: fx.GraphModule, fixed: int) -> set[str]:
     if not written:
         return set()
     out = forward.graph.find_nodes(op="output")[0]
-    saved = {_storage(n) for n in out.args[0][fixed:] if isinstance(n, fx.Node)} - {-1}
-    return {n.name for n in written if _storage(n) in saved}  # itself, or a view of it
+    saved = {storage(n) for n in out.args[0][fixed:] if isinstance(n, fx.Node)} - {-1}
+    return {n.name for n in written if storage(n) in saved}  # itself, or a view of it
 
 
 def _copy_before_they_are_overwritten(joint: fx.GraphModule, names: Collection[str]) -> None:
@@ -309,123 +265,3 @@ def _read_what_was_packed(forward: fx.GraphModule) -> None:
                 node.replace_all_uses_with(made.args[0])
     forward.graph.eliminate_dead_code()
     forward.recompile()
-
-
-class _InTurn(CustomGraphPass):
-    """Several passes as one, where inductor takes no list."""
-
-    def __init__(self, passes: tuple[Callable[[fx.Graph], None], ...]) -> None:
-        self.passes = passes
-
-    def uuid(self) -> Any:
-        """Part of the compile caches' keys; None where one of the passes has none."""
-        keys = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.passes]
-        return keys if all(keys) else None
-
-    def __call__(self, graph: fx.Graph) -> None:
-        """Runs them."""
-        for one in self.passes:
-            one(graph)
-
-
-def in_turn(given: Any, last: CustomGraphPass) -> Any:
-    """Inductor's option for a pass over its graphs: what is given (one, several, None), then ours.
-
-    Inductor takes a list from 2.13 on.
-    """
-    before = tuple(given) if isinstance(given, list | tuple) else (given,) if given else ()
-    if takes_several_passes():
-        return [*before, last]
-    return _InTurn((*before, last)) if before else last
-
-
-class ReturnInputsAsTheyAre(CustomGraphPass):
-    """Keeps inductor from saving channels-last copies of weights.
-
-    Inductor lays out every ancestor of a convolution channels-last, saved weights and inputs among
-    them: the backward is then handed a copy of each, which stays in memory beside the original.
-    Marked as outputs that the user sees, they are returned as they are; the forward's own copy is
-    freed when it is done.
-    """
-
-    def uuid(self) -> Any:
-        """Part of the compile caches' keys."""
-        return get_hash_for_files((__file__,))
-
-    def __call__(self, graph: fx.Graph) -> None:
-        """Marks the outputs of ``graph`` that are its inputs."""
-        out = graph.find_nodes(op="output")[0]
-        visible = out.meta.get(VISIBLE)
-        if visible is None or STRIDES not in out.meta:
-            return
-        inputs = [
-            i for i, n in enumerate(out.args[0]) if isinstance(n, fx.Node) and n.op == "placeholder"
-        ]
-        out.meta[VISIBLE] = sorted({*visible, *inputs})
-
-
-def read_partition(
-    forward: fx.GraphModule,
-    backward: fx.GraphModule,
-    num_fwd_outputs: int,
-    static: Sequence[int] = (),
-) -> Partition:
-    """Reads what a partition saves. Graph inputs (parameters among them) are not counted."""
-    placeholders = set(forward.graph.find_nodes(op="placeholder"))
-    free = {_storage(n) for n in placeholders}
-    saved: dict[int, SavedValue] = {}
-    for node in forward.graph.find_nodes(op="output")[0].args[0][num_fwd_outputs:]:
-        value = node.meta.get(VALUE) if isinstance(node, fx.Node) else None
-        if not isinstance(value, Tensor) or node in placeholders or _storage(node) in free:
-            continue
-        origin = node.args[0] if node.target.__name__ == "getitem" else node
-        saved[_storage(node)] = SavedValue(
-            name=node.name,
-            nbytes=_nbytes(node),
-            packed=_packs(node),
-            source=str(origin.target),
-        )
-    return Partition(
-        saved=tuple(saved.values()),
-        packs_in_backward=tuple(
-            n.name
-            for n in backward.graph.nodes
-            if n.op != "placeholder" and _packs(n) and not must_recompute(n)
-        ),
-        unpacks_in_forward=tuple(n.name for n in forward.graph.nodes if _unpacks(n)),
-    )
-
-
-def _packs(node: fx.Node) -> bool:
-    """Whether a codec's ``pack`` made the node.
-
-    From the forward's nodes, marks are copied to nodes of the backward with the same number.
-    """
-    marked = (node.meta.get(CUSTOM) or {}).items() >= PACKING.items()
-    return marked and node.meta.get(PLACE) not in BACKWARD
-
-
-def _unpacks(node: fx.Node) -> bool:
-    """Whether a node of a forward reads a packed tensor."""
-    if node.op == "output" or _packs(node):
-        return False
-    own = {_storage(n) for n in node.all_input_nodes if _packs(n)} - {-1}
-    return bool(own - {_storage(s) for n in node.all_input_nodes for s in _sources(n)})
-
-
-def _sources(node: fx.Node) -> list[fx.Node]:
-    """What a pack reads."""
-    if not _packs(node):
-        return [node]
-    return [s for n in node.all_input_nodes for s in _sources(n)]
-
-
-def _storage(node: fx.Node) -> int:
-    value = node.meta.get(VALUE)
-    return storage_id(value) if isinstance(value, Tensor) else -1
-
-
-def _nbytes(node: fx.Node) -> int:
-    """Bytes of the whole storage; 0 for what is no tensor."""
-    value = node.meta.get(VALUE)
-    return hint(value.untyped_storage().nbytes()) if isinstance(value, Tensor) else 0

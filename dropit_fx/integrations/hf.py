@@ -114,17 +114,13 @@ class DropITCallback(TrainerCallback):
                 part.loss_function = part.loss_function  # which would cut the graph in two
         model.compile(backend=self._compile)
 
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Logs the saved bytes, once, where a step is several batches."""
-        self._log(state)
-
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Logs the saved bytes, once."""
         self._log(state)
+
+    on_substep_end = on_step_end  # where a step is several batches
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, groupby
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -96,14 +97,9 @@ def _name_places(axes: Any, rows: Sequence[Row]) -> None:
 
 def _groups(rows: Sequence[Row], depth: int) -> list[tuple[str, int, int]]:
     """Runs of rows whose modules share their first ``depth`` names: (name, start, end)."""
-    groups: list[tuple[str, int, int]] = []
-    for i, row in enumerate(rows):
-        name = ".".join(row.module.split(".")[:depth])
-        if groups and groups[-1][0] == name:
-            groups[-1] = (name, groups[-1][1], i + 1)
-        else:
-            groups.append((name, i, i + 1))
-    return groups
+    names = [".".join(row.module.split(".")[:depth]) for row in rows]
+    runs = [[*run] for _, run in groupby(range(len(rows)), key=names.__getitem__)]
+    return [(names[run[0]], run[0], run[-1] + 1) for run in runs]
 
 
 def _draw_sum(axes: Any, rows: Sequence[Row]) -> None:
@@ -113,15 +109,7 @@ def _draw_sum(axes: Any, rows: Sequence[Row]) -> None:
     axes.fill_between(places, kept, step="post", color=KEPT)
     axes.step(places, dense, where="post", color=INK, linewidth=1)
     for curve, text in ((dense, "dense"), (kept, "kept")):
-        axes.annotate(
-            f"{curve[-1]:.0f}\n{text}",
-            (len(rows), curve[-1]),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=10,
-            color=INK,
-        )
+        _note(axes, f"{curve[-1]:.0f}\n{text}", (len(rows), curve[-1]), 10)
     finish(axes, "held at once, as the forward goes on", "MiB")
     axes.set_xlim(0, len(rows) * 1.07)
     axes.set_ylim(0, dense[-1] * 1.08)
@@ -129,11 +117,7 @@ def _draw_sum(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def _running(sizes: Iterable[int]) -> list[float]:
-    total, sums = 0.0, [0.0]
-    for size in sizes:
-        total += size / MIB
-        sums.append(total)
-    return sums
+    return [total / MIB for total in accumulate(sizes, initial=0)]
 
 
 def _draw_ops(axes: Any, rows: Sequence[Row], colours: Mapping[str, str]) -> None:
@@ -150,19 +134,18 @@ def _draw_ops(axes: Any, rows: Sequence[Row], colours: Mapping[str, str]) -> Non
         for name, size in sorted(kept[op].items(), key=lambda item: list(colours).index(item[0])):
             axes.barh(i, size, left=left, color=colours[name])
             left += size
-        axes.annotate(
-            f"{dense[op]:.1f} → {left:.1f}" if left != dense[op] else f"{left:.1f}",
-            (dense[op], i),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-            color=INK,
-        )
+        sizes = f"{dense[op]:.1f} → {left:.1f}" if left != dense[op] else f"{left:.1f}"
+        _note(axes, sizes, (dense[op], i), 8)
     axes.set_yticks(range(len(ops)), [_wrapped(op) for op in ops], fontsize=8)
     axes.set_xlim(0, max(dense.values()) * 1.32)
     finish(axes, "by the ops that read it, MiB", "")
     axes.tick_params(axis="y", length=0)
+
+
+def _note(axes: Any, text: str, place: tuple[float, float], size: int) -> None:
+    """Writes to the right of a place."""
+    beside = {"xytext": (size // 2, 0), "textcoords": "offset points", "va": "center"}
+    axes.annotate(text, place, fontsize=size, color=INK, **beside)
 
 
 def _wrapped(op: str) -> str:

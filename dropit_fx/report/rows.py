@@ -129,9 +129,10 @@ class Report:
         for name in ("tensors", "dense", "kept"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("codec", overflow="fold")
-        for (op, codec), rows in sorted(groups.items(), key=lambda g: -sum(_dense(g[1]))):
-            sizes = mib(sum(_dense(rows))), mib(sum(r.kept_bytes for r in rows))
-            table.add_row(op, str(len(rows)), *sizes, codec)
+        dense = {key: sum(r.dense_bytes for r in rows) for key, rows in groups.items()}
+        for (op, codec), rows in sorted(groups.items(), key=lambda group: -dense[group[0]]):
+            kept = sum(r.kept_bytes for r in rows)
+            table.add_row(op, str(len(rows)), mib(dense[op, codec]), mib(kept), codec)
         table.add_section()
         table.add_row("total", str(sum(map(len, groups.values()))), *self._totals())
         return table
@@ -170,10 +171,6 @@ def as_text(table: Table) -> str:
     out = StringIO()
     Console(file=out, width=10_000, color_system=None).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
-
-
-def _dense(rows: list[Row]) -> list[int]:
-    return [r.dense_bytes for r in rows]
 
 
 def mib(count: int) -> str:

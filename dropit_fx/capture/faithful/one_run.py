@@ -1,0 +1,205 @@
+"""What one run computes: forward and backward on fake tensors, all values numbered."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from dropit_fx.capture.faithful.numbering import WORD, Numbers, constant, frozen
+from dropit_fx.capture.fake import fake_mode_of, fake_state, fakes_of
+from dropit_fx.private import checkpoints_run_by, pytree
+
+_OVERWRITTEN = "modified by an inplace operation"
+_HOOKS = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meaning:
+    """What one run computed, in numbers: equal for equal computations.
+
+    Attributes:
+        outputs: For each leaf of the result: a number and whether it requires a gradient, or the
+            plain value.
+        grads: Name of a parameter or input -> number of its gradient, None where there is none.
+        written: Name of a parameter, buffer, input or constant -> number of what it is afterwards,
+            where that is not what it was.
+        where: Number of each value -> the module and the line that made it, in order.
+        hooks: Lines at which a tensor was given a hook.
+        functions: Names of the custom ``autograd.Function`` s in the backward.
+        checkpoints: How many regions are checkpointed.
+    """
+
+    outputs: tuple[Any, ...]
+    grads: Mapping[str, int | None]
+    written: Mapping[str, int]
+    where: Mapping[int, str]
+    hooks: tuple[str, ...] = ()
+    functions: tuple[str, ...] = ()
+    checkpoints: int = 0
+
+
+def meaning(
+    module: nn.Module,
+    run: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    names: Collection[str] | None = None,
+) -> Meaning:
+    """Runs ``run(*args, **kwargs)`` and its backward on fake tensors, and numbers what comes out.
+
+    The caller puts back what the run leaves in ``module`` and in random states.
+
+    Args:
+        module: Whose parameters and buffers are read.
+        run: Its forward.
+        args: Its inputs; only shapes and dtypes are read.
+        kwargs: Its keyword inputs.
+        names: Of the model's parameters and buffers; what else a graph holds are constants. None:
+            all of them are.
+    """
+    constants = {
+        n: constant(b) for n, b in module.named_buffers() if names is not None and n not in names
+    }
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    fakes = fakes_of(leaves)
+    mode = fake_mode_of(fakes)
+    numbers = Numbers(module)
+    watch = _TensorHooks(numbers.here)
+    with (
+        torch.random.fork_rng(devices=()),
+        warnings.catch_warnings(),
+        mode,
+        torch.enable_grad(),
+        fake_state(module, mode),
+    ):
+        warnings.simplefilter("ignore")
+        torch.clear_autocast_cache()  # an earlier run's copies of weights have no number here
+        torch.default_generator.manual_seed(0)
+        state = _state(module)
+        inputs = {f"input {i}": t for i, t in enumerate(fakes) if isinstance(t, Tensor)}
+        for name, tensor in (*state.items(), *inputs.items()):
+            numbers.name(tensor, name, constants.get(name))
+        before = {n: numbers.of(t) for n, t in (*state.items(), *inputs.items())}
+        given_args, given_kwargs = pytree.tree_unflatten(list(fakes), spec)
+        with numbers:
+            with watch, _counting_checkpoints() as checkpoints:
+                result = run(*given_args, **given_kwargs)
+            outputs = pytree.tree_leaves(result)
+            grads, functions = _backward(outputs, state | inputs, numbers)
+        after = {n: numbers.of(t) for n, t in (*_state(module).items(), *inputs.items())}
+        written = {n: number for n, number in after.items() if before.get(n) != number}
+        grads = {n: g for n, g in grads.items() if n not in constants}
+        return Meaning(
+            outputs=tuple(
+                (numbers.of(t), t.requires_grad) if isinstance(t, Tensor) else frozen(t)
+                for t in outputs
+            ),
+            grads=grads,
+            written=written | numbers.written_constants(),
+            where=numbers.where,
+            hooks=tuple(watch.found),
+            functions=functions,
+            checkpoints=len(checkpoints),
+        )
+
+
+@contextmanager
+def _counting_checkpoints() -> Iterator[list[object]]:
+    """Yields a list with an item for each checkpointed region that runs."""
+    found: list[object] = []
+
+    def around(options: object, usual: Callable[[], Iterator[None]]) -> Iterator[None]:
+        found.append(options)
+        yield from usual()
+
+    with checkpoints_run_by(around):
+        yield found
+
+
+def named(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers under every name that they have."""
+    return [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, those that are tied under the first of their names."""
+    first: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in sorted(named(module), key=lambda pair: pair[0]):
+        first.setdefault(id(tensor), (name, tensor))
+    return dict(first.values())
+
+
+def _backward(
+    outputs: list[Any], leaves: dict[str, Tensor], numbers: Numbers
+) -> tuple[dict[str, int | None], tuple[str, ...]]:
+    """Numbers of the gradients, and the custom functions on their way."""
+    differentiated = [
+        t for t in outputs if isinstance(t, Tensor) and t.requires_grad and t.grad_fn is not None
+    ]
+    wanted = {n: t for n, t in leaves.items() if t.requires_grad and t.is_leaf}
+    if not differentiated or not wanted:
+        return dict.fromkeys(wanted), ()
+    functions = _custom_functions(differentiated)
+    absent = not torch.cuda.is_available()
+    if absent and any(t.device.type == "cuda" for t in differentiated):
+        return {}, functions  # fake tensors of a GPU that is not there: no backward runs
+    cotangents = []
+    for i, t in enumerate(differentiated):
+        cotangents.append(torch.empty_like(t, requires_grad=False))
+        numbers.name(cotangents[-1], f"cotangent {i}")
+    grads: dict[str, int | None] = dict.fromkeys(wanted)
+
+    def arrives(name: str, grad: Tensor) -> None:
+        grads[name] = ((grads[name] or 0) + numbers.of(grad)) & WORD
+
+    for name, tensor in wanted.items():  # whether .grad is a copy depends on who else holds it
+        tensor.register_hook(functools.partial(arrives, name))  # type: ignore[no-untyped-call]
+    try:  # grad() stops at reentrant checkpoints
+        torch.autograd.backward(differentiated, cotangents)
+    except RuntimeError as error:
+        if _OVERWRITTEN not in str(error):
+            raise
+        return {_OVERWRITTEN: 1}, functions  # the same is due in the graph
+    return grads, functions
+
+
+def _custom_functions(outputs: list[Tensor]) -> tuple[str, ...]:
+    stack: list[Any] = [t.grad_fn for t in outputs]
+    seen, found = set[Any](), dict[str, None]()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            found[type(node).__name__.removesuffix("Backward")] = None
+        stack.extend(following for following, _ in node.next_functions)
+    return tuple(found)
+
+
+class _TensorHooks(TorchFunctionMode):
+    """Notes where a tensor is given a hook."""
+
+    def __init__(self, here: Callable[[], str]) -> None:
+        super().__init__()
+        self.here = here
+        self.found: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _HOOKS and getattr(Tensor, func.__name__) == func:
+            self.found.append(self.here())
+            return RemovableHandle(OrderedDict()) if func.__name__ != "retain_grad" else None
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,129 @@
+"""What a model does in both modes: what no graph can do is refused, the rest is compared."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from dropit_fx.capture.faithful.comparison import difference
+from dropit_fx.capture.faithful.hooks import INSIDE, NotCarried, called, is_torchs, place_of
+from dropit_fx.capture.faithful.one_run import Meaning, meaning, named
+from dropit_fx.capture.provenance import error_line, first_line
+from dropit_fx.capture.untouched import Change, untouched
+from dropit_fx.private import HOOK_DICTS, FakeTensor, compiling_state_context
+
+log = logging.getLogger(__name__)
+_MODES = ("eval", "training")
+
+
+class Study:
+    """What a model does in both modes, against which its graphs are held.
+
+    Args:
+        model: As the user has it; it is left so.
+        args: Example inputs.
+        kwargs: Example keyword inputs.
+
+    Raises:
+        NotCarried: In its own mode it does what no graph does: assigns attributes, draws in Python
+            or NumPy, gives a tensor a hook.
+    """
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs, self.training = args, kwargs, model.training
+        self._of = model
+        self._names = frozenset(n for n, _ in named(model))
+        self._model: dict[bool, Meaning | str] = {}
+        for training in (self.training, not self.training):
+            with _in_mode(model, training):
+                self._model[training] = self._look(model, training)
+
+    def _look(self, model: nn.Module, training: bool) -> Meaning | str:
+        """What it does in one mode, or why that is not known."""
+        found: Meaning | None = None
+        failed: Exception | None = None
+        with untouched(model, generators=training == self.training) as seen:
+            try:
+                found = meaning(model, called(model), self.args, self.kwargs)
+            except Exception as error:  # the user's code ran: anything can be raised
+                failed = error
+        changes = [c for c in seen.changes if not _is_benign(model, c)]
+        reason = ""
+        if found is not None and found.hooks:
+            reason = f"a tensor is given a hook in {found.hooks[0]}"
+        elif seen.chance:
+            reason = f"it draws from {seen.chance[0]}, in {place_of(type(model).forward)}"
+        elif changes:
+            reason = _assigned(model, changes[0])
+        if reason and training == self.training:
+            raise NotCarried(reason) from failed
+        if reason and found is not None:
+            log.warning("in %s mode, %s: the graph leaves that out", _MODES[training], reason)
+        if found is not None:
+            return found
+        assert failed is not None
+        return (
+            "cannot be shown to be so, since the model does not run on fake tensors of the"
+            f" example's shapes: {error_line(failed)}: {first_line(failed)}"
+        )
+
+    def difference(self, graph: nn.Module, training: bool, exported: bool = False) -> str:
+        """What ``graph`` does otherwise than the model in this mode; ``""`` for nothing.
+
+        Args:
+            graph: A graph module with the model's parameters.
+            training: The mode to look at.
+            exported: It comes from ``torch.export``. A model's code may ask whether it is exported,
+                and do the same by other ops then: what it does when told so counts as well.
+        """
+        model = self._model[training]
+        if isinstance(model, str):
+            return model
+        with _in_mode(graph, training):
+            found = meaning(graph, graph.forward, self.args, self.kwargs, self._names)
+        wrong = difference(model, found)
+        if not wrong or not exported:
+            return wrong
+        with _in_mode(self._of, training), untouched(self._of), compiling_state_context():
+            told = meaning(self._of, self._of.forward, self.args, self.kwargs)
+        return "" if not difference(told, found) else wrong
+
+
+@contextmanager
+def _in_mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """Puts a module in training or eval mode for a while, if it is not."""
+    if module.training == training:
+        yield
+        return
+    with untouched(module):  # train() and eval() may be the user's own
+        module.train(training)
+        yield
+
+
+def _assigned(model: nn.Module, change: Change) -> str:
+    """Says which attribute, of which module, is assigned where."""
+    owner, name = model.get_submodule(change.module), change.module
+    whose = f"module '{name}' ({type(owner).__name__})" if name else "the model itself"
+    found = f"{whose} changes {change.attribute!r} while it runs"
+    return f"{found}, in {place_of(type(owner).forward)} (a cache: call the model once)"
+
+
+def _is_benign(model: nn.Module, change: Change) -> bool:
+    """A memory of results, PyTorch's own bookkeeping, or what its hooks make of parameters."""
+    if hasattr(change.new, "cache_info"):
+        return True
+    if change.attribute.endswith(".grad"):  # of parameters that are fake already: our own backward
+        return True
+    if isinstance(change.new, FakeTensor) and change.old is change.new:
+        return True  # fake already, and written: the proof compares what is written
+    owner, attribute = model.get_submodule(change.module), change.attribute
+    if type(owner).__module__.startswith("torch.nn.") and attribute.startswith("_flat_weight"):
+        return True  # of recurrent layers
+    parameters = dict(owner.named_parameters(recurse=False))
+    made = any(f"{attribute}_{end}" in parameters for end in ("orig", "g"))
+    moved = vars(type(owner)).get(INSIDE, ())
+    return made and any(map(is_torchs, (*moved, *vars(owner)[HOOK_DICTS[0]].values())))

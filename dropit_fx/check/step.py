@@ -1,0 +1,110 @@
+"""One step: two calls from one seed, the first with its backward, and what they leave."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dropit_fx.private import pytree
+
+SEED = 20_230_202
+
+
+@dataclass
+class Task:
+    """What is run: the model, its inputs, and the loss."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    loss: Callable[[Any], Tensor]
+
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Copies: a model may write into what it is given."""
+
+        def copied(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            return x.detach().clone().requires_grad_(x.requires_grad)
+
+        given: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(
+            copied, (self.args, self.kwargs)
+        )
+        return given
+
+
+@dataclass
+class Seen:
+    """What two calls and a backward leave."""
+
+    outputs: list[dict[str, Tensor]] = field(default_factory=list)
+    loss: float = math.nan
+    gradients: dict[str, Tensor | None] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+
+
+def default_loss(output: Any) -> Tensor:
+    """The output's own loss, or a fixed random projection of all that has a gradient."""
+    own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(own, Tensor) and own.numel() == 1:
+        return own
+    tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+    if not tensors:
+        raise ValueError("no tensor that the model returns has a gradient")
+    generator = torch.Generator().manual_seed(SEED)
+    parts = []
+    for tensor in tensors:
+        flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        weights = torch.randn(flat.shape, generator=generator).to(flat.device)
+        parts.append((flat.float() * weights).sum() / math.sqrt(max(flat.numel(), 1)))
+    return torch.stack([p.to(parts[0].device) for p in parts]).sum()
+
+
+def _seed() -> None:
+    torch.manual_seed(SEED)
+    random.seed(SEED)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(SEED)
+
+
+def take_step(task: Task, runs: Callable[..., Any], owner: nn.Module) -> Seen:
+    """Two calls from one seed, the first with its backward; leaves all in the model.
+
+    Args:
+        task: Of which the model holds the parameters.
+        runs: What is called.
+        owner: The module that holds the buffers.
+    """
+    seen = Seen()
+    args, kwargs = task.inputs()
+    task.model.zero_grad(set_to_none=True)
+    _seed()
+    output = runs(*args, **kwargs)
+    seen.outputs.append(_named(output))
+    value = task.loss(output)
+    if value.numel() != 1:
+        raise ValueError(f"the loss has {value.numel()} elements: it must be a scalar")
+    seen.loss = float(value.detach())
+    torch.autograd.backward([value])
+    del output, value
+    seen.gradients = {n: p.grad for n, p in task.model.named_parameters() if p.requires_grad}
+    for name, leaf in _named((args, kwargs), detached=False).items():
+        if leaf.requires_grad:
+            seen.gradients[f"input {name}"] = leaf.grad
+    seen.outputs.append(_named(runs(*task.inputs()[0], **task.inputs()[1])))
+    buffers = dict(task.model.named_buffers()) | dict(owner.named_buffers())
+    seen.buffers = {n: b.detach().clone() for n, b in buffers.items()}
+    task.model.zero_grad(set_to_none=True)
+    return seen
+
+
+def _named(tree: Any, detached: bool = True) -> dict[str, Tensor]:
+    leaves = [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+    return {str(i): t.detach().clone() if detached else t for i, t in enumerate(leaves)}
