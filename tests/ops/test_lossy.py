@@ -29,7 +29,7 @@ from dropit_fx.config import serves
 from dropit_fx.ops import step_tables
 from dropit_fx.ops.rule import Read, Use
 from dropit_fx.ops.table import RULES, bind
-from dropit_fx.runtime.packed_call import flatten, memory_order, unflatten
+from dropit_fx.runtime.tensor_spec import flatten, memory_order, unflatten
 
 BIG = {name: record.big for name, record in RECORDS.items() if record.big}
 
