@@ -22,7 +22,7 @@ from dropit_fx.passes.choose_codecs import check_rules_matched
 from dropit_fx.passes.find_saved import FakeRunError
 from dropit_fx.passes.plan import Plan
 from dropit_fx.report.rows import attach
-from dropit_fx.runtime.packed_call import run_regions
+from dropit_fx.runtime.regions import run_regions
 
 
 def transform(
@@ -67,11 +67,11 @@ def transform(
         CaptureError: No tracer takes the model, or shapes are needed and cannot be guessed.
         ConfigError: The config cannot mean anything, or a rule of it matches nothing.
     """
-    settled = make_config(config, preset=preset, strategy=strategy, gamma=gamma, bits=bits)
+    resolved = make_config(config, preset=preset, strategy=strategy, gamma=gamma, bits=bits)
     if modules is not None:
         whole: fx.GraphModule = _transform_submodules(
             model,
-            settled,
+            resolved,
             (modules,) if isinstance(modules, str) else tuple(modules),
             example_args,
             example_kwargs,
@@ -80,8 +80,8 @@ def transform(
     with LOCK, untouched(model, generators=True):
         args, kwargs = example_inputs.resolve(model, example_args, example_kwargs)
         graph_module = capture(model, args, kwargs)
-        plan = rewrite(graph_module, settled, args, kwargs)
-    check_rules_matched((plan,), settled)
+        plan = rewrite(graph_module, resolved, args, kwargs)
+    check_rules_matched((plan,), resolved)
     attach(graph_module, plan)
     return graph_module
 

@@ -102,10 +102,10 @@ def saved_tensors(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Sav
         TypeError: `fn` cannot be called.
     """
     _check_callable(fn, "saved_tensors")
-    held: list[weakref.ref[_Held]] = []
+    held: list[weakref.ref[Box]] = []
 
-    def pack(tensor: Tensor) -> _Held:
-        box = _Held(tensor.detach())
+    def pack(tensor: Tensor) -> Box:
+        box = Box(tensor.detach())
         held.append(weakref.ref(box))
         return box
 
@@ -117,7 +117,7 @@ def saved_tensors(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Sav
         with saved_tensors_hooks(pack, lambda box: box.tensor):
             result = fn(*args, **kwargs)
 
-    nodes = _nodes_behind(result, start)
+    nodes = nodes_behind(result, start)
     leaves = [node.variable for node in nodes if hasattr(node, "variable")]
     excluded = {storage_id(part) for leaf in leaves for part in _plain(leaf)} | before.keys()
 
@@ -249,7 +249,7 @@ def _run_step(
     ]
     if not tensors:
         return devices
-    nodes = _nodes_behind(tensors, start)
+    nodes = nodes_behind(tensors, start)
     leaves = [n.variable for n in nodes if hasattr(n, "variable")]
     leaves += [t for t in tensors if t.is_leaf]
     grads = [leaf.grad for leaf in leaves]
@@ -316,7 +316,7 @@ def _peak_on_cpu(step: Callable[[], object]) -> int:
 # Finding what is kept -----------------------------------------------------------------------------
 
 
-class _Held:
+class Box:
     """What autograd holds in a tensor's place; lives as long as the graph that saved the tensor."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -371,7 +371,7 @@ def _next_sequence_number() -> int:
     return sequence_number(node) + 1
 
 
-def _nodes_behind(result: Any, start: int) -> list[Node]:
+def nodes_behind(result: Any, start: int) -> list[Node]:
     """The autograd nodes that lead to the tensors in `result` and are not older than `start`."""
     stack = [t.grad_fn for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.grad_fn]
     found: dict[Node, None] = {}
@@ -389,13 +389,19 @@ def _kept_by(node: Node) -> Iterator[tuple[str, Tensor]]:
     for name, saved in raw_saved(node):
         full = f"{node.name()}.{name}" if name else node.name()
         yield from ((full, tensor) for tensor in _tensors_in(saved))
-    # `ctx.x = x` of a Python function escapes every hook; compiled functions keep some tensors this
-    # way.
-    for value in (*getattr(node, "__dict__", {}).values(), *closed_over(node)):
+    for value in attributes_of(node):
         yield from ((node.name(), tensor) for tensor in _tensors_in(value))
 
 
+def attributes_of(node: Node) -> list[Any]:
+    """``ctx.x = x`` of a Python function escapes every hook, as does what its backward closes over.
+
+    Compiled functions keep some tensors this way.
+    """
+    return [*getattr(node, "__dict__", {}).values(), *closed_over(node)]
+
+
 def _tensors_in(value: Any) -> list[Tensor]:
-    if isinstance(value, _Held):
+    if isinstance(value, Box):
         return [value.tensor]
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]

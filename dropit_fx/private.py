@@ -422,8 +422,8 @@ def memory_events(profiler: torch.profiler.profile) -> list[tuple[int, int]]:
 
 def forward_mode_level() -> int:
     """How many levels of forward-mode differentiation there are, less one."""
-    name = "torch.autograd.forward_ad._current_level"
-    return int(look_up(name)) if has(name) else -1
+    # read in every packed call: not looked up by name
+    return getattr(torch.autograd.forward_ad, "_current_level", -1)
 
 
 def dynamo_skips(function: Callable[..., Any]) -> None:

@@ -1,8 +1,8 @@
 """Pass 2: what becomes of each read - a codec with its options, or ``keep`` with the reason.
 
 Requires: ``plan.sites``. Ensures: one decision for each read, and no storage of which some reads
-    are packed
-and others kept: a tensor that one reader keeps whole is not freed by packing it for another.
+are packed and others kept: a tensor that one reader keeps whole is not freed by packing it for
+another.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dropit_fx.config import Config, ConfigError
 from dropit_fx.kernels.dtypes import FLOATS
 from dropit_fx.ops.rule import Use
 from dropit_fx.passes.plan import Decision, Plan, SavedRead, Site
-from dropit_fx.runtime.packed_call import channel_nbytes
+from dropit_fx.runtime.copies import channel_nbytes
 
 _STATISTICS = ("mean", "rstd", "invstd")  # of a norm: one each for so many values
 _EXACT = {
@@ -68,7 +68,7 @@ def check_rules_matched(plans: tuple[Plan, ...], config: Config) -> None:
         if rule.preset:
             continue
         if not any(r.read and rule.matches(r.module, r.op, r.read) for r in reads):
-            seen = sorted({f"{r.module or '<root>'} ({r.op})" for r in reads if r.rule})
+            seen = sorted({f"{r.module or '<root>'} ({r.op})" for r in reads if r.row})
             shown = ", ".join(seen[:12]) + (", ..." if len(seen) > 12 else "")
             raise ConfigError(
                 f"rule {rule} matched no saved tensor."
@@ -82,10 +82,10 @@ def _choose(read: SavedRead, config: Config) -> Decision:
 
     if read.obstacle:
         return kept(read.obstacle)
-    if read.rule is None:
+    if read.row is None:
         return kept(f"no row for {read.op} in the op table")
     if read.read is None:
-        return kept(f"{read.rule.name} keeps it inside, its row does not know it")
+        return kept(f"{read.row.name} keeps it inside, its row does not know it")
     rule = config.rule_for(read.module, read.op, read.read)
     if rule is None:
         return kept("no rule of the config names it")
@@ -100,7 +100,7 @@ def _choose(read: SavedRead, config: Config) -> Decision:
     if read.between is not None:
         options |= dict(zip(("low", "high"), read.between, strict=True))
     if codec.slope and not read.function:
-        return kept(f"no table of slopes for these arguments of {read.rule.name}")
+        return kept(f"no table of slopes for these arguments of {read.row.name}")
     if codec.slope:
         options["function"] = read.function
     if not read.lossy and not codec.lossless(options):
@@ -122,8 +122,8 @@ def whole_or_none(site: Site, decisions: list[Decision], config: Config) -> list
     if not packed or config.force:
         return decisions
     keeper = next((d for d in decisions if not d.packed), None)
-    if site.alive:
-        reason = f"stays in memory anyway: '{site.name}' is {site.alive}"
+    if site.kept_by:
+        reason = f"stays in memory anyway: '{site.name}' is {site.kept_by}"
     elif keeper is not None:
         reason = f"'{site.name}' is also kept whole by {keeper.read.label} ({keeper.reason})"
     else:

@@ -24,7 +24,7 @@ from torch import fx
 
 from dropit_fx.codecs import CODEC, DERIVED
 from dropit_fx.ops.table import CHECKPOINT
-from dropit_fx.passes.plan import Decision, Elements, Plan, Site
+from dropit_fx.passes.plan import Copy, Decision, Elements, Keeper, Plan, Site
 from dropit_fx.passes.share_packed import by_site, packed_bytes, swapped_nodes
 
 FAITHFUL_BITS = 4  # the fewest that the codecs call faithful
@@ -60,7 +60,7 @@ def _in_fewest_bytes(plan: Plan) -> Plan:
         for old, new in zip(plan.decisions, finer.decisions, strict=True)
     ]
     finer = replace(finer, decisions=tuple(back))
-    fewer = packed_bytes(list(finer.decisions)) < packed_bytes(list(asked.decisions))
+    fewer = packed_bytes(finer.decisions) < packed_bytes(asked.decisions)
     return finer if fewer else _saying_what_is_lost(asked, finer)
 
 
@@ -105,7 +105,7 @@ def _derive(plan: Plan) -> Plan:
                         codec=DERIVED,
                         options={},
                         nbytes=0,
-                        copy=f"derived {source}",
+                        copy=Copy(source),
                         derived=source,
                     )
             decisions.append(decision)
@@ -117,8 +117,8 @@ def _may_change(decision: Decision, site: Site) -> bool:
 
     What a checkpointed region reads has to be in its forward what it is, to the last bit.
     """
-    derivable = _by_value(decision) and decision.read.rule is not CHECKPOINT
-    return derivable and not decision.own and not site.alive
+    derivable = _by_value(decision) and decision.read.row is not CHECKPOINT
+    return derivable and not decision.own and not site.kept_by
 
 
 def _by_value(decision: Decision) -> bool:
@@ -178,7 +178,7 @@ def recipe(name: str, plan: Plan, bases: Bases) -> dict[str, Decision | str] | N
     found: dict[str, Decision | str] = {}
     for operand, value in call.operands.items():
         if not isinstance(value, fx.Node) or (value.name not in values.shapes):
-            if isinstance(value, fx.Node) and values.alive.get(value.name) != "a number":
+            if isinstance(value, fx.Node) and values.alive.get(value.name) is not Keeper.NUMBER:
                 return None
             continue
         elements = values.seen[name, value.name]
@@ -204,23 +204,23 @@ def _has_form_of(copy: Decision, value: str, maker: str | None, plan: Plan) -> b
     return shapes[value] == shapes.get(maker) == copy.read.view
 
 
-def copies(name: str, plan: Plan, bases: Bases) -> set[str] | None:
+def copies(name: str, plan: Plan, bases: Bases) -> set[Copy] | None:
     """The packed copies that are unpacked to make a node's result again; None: it cannot be."""
     found = recipe(name, plan, bases)
     if found is None:
         return None
-    names: set[str] = set()
+    used: set[Copy] = set()
     for how in found.values():
-        if isinstance(how, Decision):
-            names.add(str(how.copy))
-        else:
-            names |= copies(how, plan, bases) or set()
-    return names
+        if isinstance(how, str):
+            used |= copies(how, plan, bases) or set()
+        elif how.copy is not None:
+            used.add(how.copy)
+    return used
 
 
-def unpacked(plan: Plan) -> set[str]:
+def unpacked(plan: Plan) -> set[Copy]:
     """The packed copies that all derived values of a plan are made from."""
-    bases, found = bases_of(plan), set[str]()
+    bases, found = bases_of(plan), set[Copy]()
     for d in plan.decisions:
         found |= (copies(d.derived, plan, bases) or set()) if d.derived else set()
     return found

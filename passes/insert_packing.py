@@ -2,8 +2,8 @@
 
 ``packed=`` of a call names every read of its row: a copy, a codec with its options, or ``keep``.
 
-Requires: decisions whose pack keys are settled. Ensures: every packed decision stands in the graph,
-and nothing else changed; in-place ops that are packed run out of place, with later readers
+Requires: decisions that say which copies they share. Ensures: every packed decision stands in the
+graph, and nothing else changed; in-place ops that are packed run out of place, with later readers
 redirected.
 """
 
@@ -17,16 +17,15 @@ from typing import Any
 from torch import fx
 from torch.fx.node import map_arg
 
-from dropit_fx.codecs import CAST, UNREAD
 from dropit_fx.ops.rule import OpRule, Use
-from dropit_fx.ops.table import CHECKPOINT, inputs_of, is_inplace
+from dropit_fx.ops.table import CHECKPOINT, is_inplace
 from dropit_fx.passes.derive_values import bases_of, recipe
-from dropit_fx.passes.plan import Decision, Plan
+from dropit_fx.passes.plan import Copy, Decision, Plan
+from dropit_fx.passes.share_packed import is_in_graph
 from dropit_fx.private import ORIGIN
-from dropit_fx.runtime.packed_call import PACKED_OPS, derived, pack, stand_in
-
-KEEP: tuple[str, dict[str, Any]] = ("keep", {})
-DROP: tuple[str, dict[str, Any]] = ("drop", {})
+from dropit_fx.runtime.copies import DROP, KEEP
+from dropit_fx.runtime.packed_call import PACKED_OPS, derived, pack
+from dropit_fx.runtime.regions import place_of, stand_in
 
 
 def insert_packing(plan: Plan) -> Plan:
@@ -49,24 +48,23 @@ class _Writer:
         self.plan = plan
         self.graph = plan.module.graph
         self.by_node: dict[str, list[Decision]] = defaultdict(list)
-        self.by_key: dict[str, list[Decision]] = defaultdict(list)
+        self.by_copy: dict[Copy, list[Decision]] = defaultdict(list)
         for decision in plan.decisions:
             named = decision.read.read is not None  # else made inside the op, and let go
-            if named and decision.packed and decision.codec not in (CAST, UNREAD):
+            if named and is_in_graph(decision):
                 self.by_node[decision.read.node].append(decision)
                 if decision.copy is not None:
-                    self.by_key[decision.copy].append(decision)
+                    self.by_copy[decision.copy].append(decision)
         if self.by_node:
             self._hoist_attributes()
         self.order = {n: i for i, n in enumerate(self.graph.nodes)}
-        self.copies: dict[str, fx.Node] = {}  # pack key -> the node that makes it
+        self.copies: dict[Copy, fx.Node] = {}  # and the node that makes each
         # the calls of rows as they stand in the graph, which changes
         self.calls = {name: dict(call.operands) for name, call in plan.calls.items()}
-        self.results: dict[str, fx.Node] = {}
         # before anything changes: what each derived value is made from
         self.sources: dict[str, dict[str, Decision | str]] = {}
         self.statistics: dict[str, tuple[str, ...]] = {}
-        self.given: set[str] = set()  # keys of copies that derived values read
+        self.read_by_derived: set[Copy] = set()
         self.nodes = {n.name: n for n in self.graph.nodes}  # by name: the value as it is now
         self.bases = bases_of(plan)
         for decision in plan.decisions:
@@ -85,14 +83,13 @@ class _Writer:
         rule = self.plan.calls[name].rule
         sources = recipe(name, self.plan, self.bases)
         assert sources is not None
-        self.results[name] = self.nodes[name]
         self.sources[name] = sources
         if name in self.by_node and rule.derive is not None:
             wanted = inspect.signature(rule.derive).parameters.keys() - self.calls[name].keys()
             self.statistics[name] = tuple(sorted(wanted))
         for source in sources.values():
             if isinstance(source, Decision):
-                self.given.add(str(source.copy))
+                self.read_by_derived |= {source.copy} if source.copy else set()
             elif source not in self.sources:
                 self._learn(source)
 
@@ -101,11 +98,13 @@ class _Writer:
         decisions = self.by_node[node.name]
         rule, bound = self.plan.calls[node.name].rule, self.calls[node.name]
         packed: dict[str, Any] = {}
-        gives = {name: f"{node.name}.{name}" for name in self.statistics.get(node.name, ())}
+        gives = {s: Copy(node.name, operand=s) for s in self.statistics.get(node.name, ())}
         for d in decisions:
             if d.copy is None or (d.read.operand == "result" and not d.derived):
                 packed[d.read.operand] = (d.codec, dict(d.options))
-                if d.copy is not None and (len(self.by_key[d.copy]) > 1 or d.copy in self.given):
+                if d.copy is not None and (
+                    len(self.by_copy[d.copy]) > 1 or d.copy in self.read_by_derived
+                ):
                     gives["result"] = d.copy
             else:
                 packed[d.read.operand] = self._copy(d, node)
@@ -127,8 +126,8 @@ class _Writer:
         if gives:
             result = self._item(call, 0, at)
             result.meta = dict(node.meta)
-            for i, key in enumerate(gives.values()):
-                self.copies[key] = self._item(call, i + 1, at)
+            for i, copy in enumerate(gives.values()):
+                self.copies[copy] = self._item(call, i + 1, at)
         written = next(iter(bound.values())) if is_inplace(node, bound) else None
         self._replace(node, result, list(node.users))
         if isinstance(written, fx.Node) and written.name in self.plan.values.shapes:
@@ -138,8 +137,6 @@ class _Writer:
         self.graph.erase_node(node)
         call.name = node.name  # decisions and reports go by name
         self.nodes[node.name] = result
-        if node.name in self.results:
-            self.results[node.name] = result
 
     def _replace(self, old: fx.Node, new: fx.Node, users: list[fx.Node]) -> None:
         """Lets ``users`` read ``new``, in the graph and in what is known of their arguments."""
@@ -157,27 +154,28 @@ class _Writer:
 
     def _copy(self, decision: Decision, reader: fx.Node) -> fx.Node:
         """The node that makes the packed copy; inserted before its first reader."""
-        key = str(decision.copy)
-        if key not in self.copies:
+        copy = decision.copy
+        assert copy is not None
+        if copy not in self.copies:
             with self.graph.inserting_before(reader):
                 if decision.derived:
-                    self.copies[key] = self._derived(decision.derived, reader)
+                    self.copies[copy] = self._derived(decision.derived, reader)
                 else:
-                    self.copies[key] = self._pack(key, decision, reader)
+                    self.copies[copy] = self._pack(copy, decision, reader)
         if decision.derived:
-            self._need(self.copies[key], [decision])
-        return self.copies[key]
+            self._need(self.copies[copy], [decision])
+        return self.copies[copy]
 
-    def _pack(self, key: str, lead: Decision, reader: fx.Node) -> fx.Node:
-        rule = lead.read.rule
+    def _pack(self, copy: Copy, lead: Decision, reader: fx.Node) -> fx.Node:
+        row = lead.read.row
         node = self.graph.call_function(
             pack,
             (self._source(lead, reader), (), lead.codec, dict(lead.options)),
-            {"autocast": rule is not None and rule.autocast == "lower"},
+            {"autocast": row is not None and row.autocast == "lower"},
         )
         node.meta = _origin(reader)
         self.order[node] = self.order[reader]  # behind an in-place op, its source is redirected too
-        self._need(node, self.by_key[key])
+        self._need(node, self.by_copy[copy])
         return node
 
     def _source(self, lead: Decision, reader: fx.Node) -> fx.Node:
@@ -211,15 +209,15 @@ class _Writer:
         packs: dict[str, fx.Node] = {}
         for operand, source in self.sources[name].items():
             if isinstance(source, str):
-                key = f"derived {source}"
-                if key not in self.copies:
-                    self.copies[key] = self._derived(source, reader)
-                packs[operand] = self.copies[key]
+                copy = Copy(source)
+                if copy not in self.copies:
+                    self.copies[copy] = self._derived(source, reader)
+                packs[operand] = self.copies[copy]
             else:
                 packs[operand] = self._copy(source, reader)
         for statistic in self.statistics.get(name, ()):
-            packs[statistic] = self.copies[f"{name}.{statistic}"]
-        like = self.results[name]
+            packs[statistic] = self.copies[Copy(name, operand=statistic)]
+        like = self.nodes[name]
         if like is reader:  # its own result: pointwise, so the operand has the same layout
             like = next(v for v in bound.values() if isinstance(v, fx.Node))
         args = (rule.name, tuple(bound.values()), packs, like)
@@ -235,7 +233,7 @@ def _take_packed(body: Plan, operands: tuple[str, ...]) -> None:
     inputs = graph.find_nodes(op="placeholder")
     last = inputs[-1]
     for operand in operands:
-        x = inputs[int(operand.rpartition(".")[2])]
+        x = inputs[place_of(operand)]
         with graph.inserting_after(last):
             last = graph.placeholder(f"packed_{x.name}")
         with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
@@ -251,7 +249,7 @@ def _others(rule: OpRule, bound: dict[str, Any], packed: dict[str, Any]) -> dict
         read.operand: DROP if read.use is Use.SHAPE else KEEP
         for read in rule.reads
         if read.operand not in packed
-        and (read.operand not in inputs_of(rule) or isinstance(bound[read.operand], fx.Node))
+        and (read.operand not in rule.inputs or isinstance(bound[read.operand], fx.Node))
     }
 
 

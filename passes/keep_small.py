@@ -61,7 +61,7 @@ def _are_derived(plan: Plan) -> bool:
 
 
 def _small(plan: Plan, pairs: list[tuple[Site, list[Decision]]]) -> set[str]:
-    lossy = [(s, mine) for s, mine in pairs if not s.alive and any(map(_is_lossy, mine))]
+    lossy = [(s, mine) for s, mine in pairs if not s.kept_by and any(map(_is_lossy, mine))]
     if not lossy:
         return set()
     sizes = sorted(s.nbytes for s, _ in lossy)

@@ -7,6 +7,7 @@ carries them from pass to pass.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +22,38 @@ if TYPE_CHECKING:
     from dropit_fx.config import Config
 
 
+class Keeper(enum.StrEnum):
+    """What keeps a value in memory, whatever is packed: as reports print it."""
+
+    PARAMETER = "a parameter"
+    BUFFER = "a buffer"
+    INPUT = "a model input"
+    CONSTANT = "a constant of the graph"
+    OUTPUT = "a model output"
+    NUMBER = "a number"
+
+
+class Copy(NamedTuple):
+    """A packed form that readers share: of a node's result, or of what its call made inside.
+
+    Attributes:
+        node: The node.
+        number: Of the copy among those that pack nodes make; None where nothing is packed for it.
+        operand: What the call made inside and hands out (a norm's mean), or ``""``: the result,
+            which is then made again where there is no number.
+    """
+
+    node: str
+    number: int | None = None
+    operand: str = ""
+
+    def __str__(self) -> str:
+        """As plans print it: ``x#3``, ``ln.mean``, ``derived ln``."""
+        if self.operand:
+            return f"{self.node}.{self.operand}"
+        return f"derived {self.node}" if self.number is None else f"{self.node}#{self.number}"
+
+
 class Elements(NamedTuple):
     """Elements in memory as they were at one time: what makes two values the same.
 
@@ -28,8 +61,8 @@ class Elements(NamedTuple):
         storage: Identifies the storage.
         offset: Of the first element.
         numel: How many elements there are.
-        layout: None where they fill memory without gaps (then their order in memory is the same for
-            every view of all of them), else shape and strides.
+        strided: None where they fill memory without gaps (then their order in memory is the same
+            for every view of all of them), else shape and strides.
         dtype: What a view of other width would read otherwise.
         version: How often the storage had been written to.
     """
@@ -37,7 +70,7 @@ class Elements(NamedTuple):
     storage: int
     offset: int
     numel: int
-    layout: tuple[Any, ...] | None
+    strided: tuple[Any, ...] | None
     dtype: torch.dtype
     version: int
 
@@ -50,7 +83,7 @@ class SavedRead:
         node: Name of the fx node that saves it.
         op: The row's name, or the target as printed where no row knows it.
         operand: As in :class:`Read`; ``"?"`` for a tensor inside an op without a row.
-        rule: The row, or None.
+        row: The row, or None.
         read: The row's read, or None.
         module: Qualified name of the module that the node belongs to (``""``: the root).
         where: The user's ``file:line``, or ``""``.
@@ -73,12 +106,13 @@ class SavedRead:
             the op again in its backward.
         written: Whether it is written to later in the graph. What autograd lets go must then not be
             kept whole.
+        number: Whether it is a number, which autograd keeps where no hook sees it.
     """
 
     node: str
     op: str
     operand: str
-    rule: OpRule | None
+    row: OpRule | None
     read: Read | None
     module: str
     where: str
@@ -97,6 +131,7 @@ class SavedRead:
     wanted: bool = True
     dense: bool = True
     written: bool = False
+    number: bool = False
 
     @property
     def label(self) -> str:
@@ -109,7 +144,7 @@ class Values:
     """What ``find_saved`` knows of the values in a graph, by the names of their nodes.
 
     Attributes:
-        alive: Values that stay whatever is packed, each with the reason; numbers among them.
+        alive: Values that stay whatever is packed, and what keeps them; numbers among them.
         shapes: The shape of each.
         seen: ``(reader, value)`` -> the value's elements as they were when the reader ran.
         makers: Elements -> the node that made them: not a view of them, and the writer where they
@@ -120,7 +155,7 @@ class Values:
         differentiable: Values that require a gradient.
     """
 
-    alive: Mapping[str, str] = field(default_factory=dict)
+    alive: Mapping[str, Keeper] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     seen: Mapping[tuple[str, str], Elements] = field(default_factory=dict)
     makers: Mapping[Elements, str] = field(default_factory=dict)
@@ -141,7 +176,7 @@ class Site:
         name: The node that made it (``node.operand`` for tensors made inside an op).
         nbytes: Bytes of the whole storage.
         reads: Every read of it, in graph order.
-        alive: Why it stays in memory whatever is packed (``"a model input"``), or ``""``.
+        kept_by: What keeps it whatever is packed, or None.
         dense: False where autograd would not keep it: a packed call does, that makes more again in
             its backward (the mask of attention).
     """
@@ -149,7 +184,7 @@ class Site:
     name: str
     nbytes: int
     reads: tuple[SavedRead, ...]
-    alive: str = ""
+    kept_by: Keeper | None = None
     dense: bool = True
 
 
@@ -162,7 +197,7 @@ class Decision:
     options: Options = field(default_factory=dict)
     nbytes: int = 0  # of the packed parts; readers that share one copy count it once
     reason: str = ""  # why it is kept
-    copy: str | None = None  # the key of the packed copy that it shares with others
+    copy: Copy | None = None  # which it may share with others
     own: bool = False  # chosen by a rule of the user's own, not by a preset's
     derived: str = ""  # the node whose result is made again from what is packed of its operands
     note: str = ""  # in what it differs from what was asked for, and why
@@ -231,7 +266,7 @@ def _lines(site: Site, decisions: Iterator[Decision]) -> Iterator[tuple[str, ...
         decision = next(decisions, None)
         dense = f"{site.nbytes:,} B" if number == 0 else ""
         if decision is None:
-            codec, size, why = "", "", site.alive or read.obstacle
+            codec, size, why = "", "", site.kept_by or read.obstacle
         else:
             copy = f"copy {decision.copy}" if decision.copy else ""
             derived = f"from {decision.derived}" if decision.derived else ""

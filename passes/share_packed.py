@@ -8,7 +8,7 @@ nothing wrote to them in between.
 A packed call keeps whole what it reads and nobody packs. Where autograd would have let that go, the
 call has to free more than it keeps, or the node stays as it is.
 
-Requires: ``plan.decisions``. Ensures: decisions with the same ``pack`` key have the same codec and
+Requires: ``plan.decisions``. Ensures: decisions with the same ``copy`` have the same codec and
 options, no site's packed bytes reach its dense bytes, and the kept ones are those that the
 rewritten graph keeps.
 """
@@ -16,18 +16,19 @@ rewritten graph keeps.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from dropit_fx.codecs import CAST, CODEC, UNREAD
 from dropit_fx.ops.rule import Use
 from dropit_fx.passes.choose_codecs import keep, whole_or_none
-from dropit_fx.passes.plan import Decision, Plan, Site
+from dropit_fx.passes.plan import Copy, Decision, Plan, Site
 
 LET_GO = (CAST, UNREAD, "drop")  # nothing is made of the tensor: the packed call has no use for it
 
 
 def share_packed(plan: Plan) -> Plan:
-    """Gives each packed operand its ``pack`` key, and drops packings that do not pay."""
+    """Says which reads share a copy, and drops packings that do not pay."""
     shared = list(plan.decisions)
     groups: dict[object, list[int]] = {}
     for i, decision in enumerate(shared):
@@ -44,11 +45,11 @@ def share_packed(plan: Plan) -> Plan:
                     codec=chosen.codec,
                     options=chosen.options,
                     nbytes=chosen.nbytes,
-                    copy=f"{group[0].read.source}#{number}",
+                    copy=Copy(str(group[0].read.source), number),
                 )
             number += 1
     bodies = {name: share_packed(body) for name, body in plan.bodies.items()}
-    return replace(plan, decisions=_settle(plan, shared), bodies=bodies)
+    return replace(plan, decisions=_leave_what_does_not_pay(plan, shared), bodies=bodies)
 
 
 def _of_one_form(group: list[Decision], indices: list[int]) -> list[list[int]]:
@@ -72,8 +73,8 @@ def _most_accurate(group: list[Decision]) -> Decision:
     return max(able or group, key=lambda d: d.nbytes)
 
 
-def _settle(plan: Plan, shared: list[Decision]) -> tuple[Decision, ...]:
-    """Leaves alone the nodes whose packed call would not pay; then says what the others keep."""
+def _leave_what_does_not_pay(plan: Plan, shared: list[Decision]) -> tuple[Decision, ...]:
+    """Without packed calls that do not pay; then says what the others keep."""
     decisions = _never_larger(plan, shared)
     while reasons := _dense_nodes(plan, decisions):
         again: list[Decision] = []
@@ -87,9 +88,14 @@ def _settle(plan: Plan, shared: list[Decision]) -> tuple[Decision, ...]:
     return _let_go(plan, decisions)
 
 
-def swapped_nodes(decisions: list[Decision] | tuple[Decision, ...]) -> set[str]:
+def is_in_graph(decision: Decision) -> bool:
+    """Whether the decision makes a packed call of its node."""
+    return decision.packed and decision.codec not in (CAST, UNREAD)
+
+
+def swapped_nodes(decisions: Iterable[Decision]) -> set[str]:
     """The nodes that run as packed calls."""
-    return {d.read.node for d in decisions if d.packed and d.codec not in (CAST, UNREAD)}
+    return {d.read.node for d in decisions if is_in_graph(d)}
 
 
 def _dense_nodes(plan: Plan, decisions: tuple[Decision, ...]) -> dict[str, str]:
@@ -97,7 +103,7 @@ def _dense_nodes(plan: Plan, decisions: tuple[Decision, ...]) -> dict[str, str]:
     swapped = swapped_nodes(decisions)
     reasons: dict[str, str] = {}
     freed: dict[str, float] = defaultdict(float)
-    extra: dict[str, int] = defaultdict(int)
+    added: dict[str, int] = defaultdict(int)  # what a packed call keeps and autograd does not
     for site, mine in by_site(plan.sites, decisions):
         kept = [d for d in mine if not d.packed and d.read.read is not None]
         for d in kept:
@@ -110,25 +116,25 @@ def _dense_nodes(plan: Plan, decisions: tuple[Decision, ...]) -> dict[str, str]:
             elif not d.read.dense and d.read.written:
                 reasons[d.read.node] = f"{name}, which is written to later"
             elif not d.read.dense and d.read.wanted and not site.dense:
-                extra[d.read.node] += site.nbytes
+                added[d.read.node] += site.nbytes
                 reasons.setdefault(d.read.node, f"{name}, which autograd lets go")
         nodes = {d.read.node for d in mine}
-        held = [d for d in kept if d.read.node not in swapped or not _is_inside(d)]
-        if site.dense and not held:
+        stays = any(d.read.node not in swapped or not _is_inside(d) for d in kept)
+        if site.dense and not stays:
             share = (site.nbytes - packed_bytes(mine)) / len(nodes)
             for node in nodes:
                 freed[node] += share
     return {
         node: reason
         for node, reason in reasons.items()
-        if node not in extra or extra[node] >= freed[node]
+        if node not in added or added[node] >= freed[node]
     }
 
 
 def _is_inside(decision: Decision) -> bool:
     """Whether a packed call lets it go: made inside the op, or read for its shape alone."""
     read = decision.read
-    return (read.read is None and read.rule is not None) or _of_shape(decision)
+    return (read.read is None and read.row is not None) or _of_shape(decision)
 
 
 def _of_shape(decision: Decision) -> bool:
@@ -177,9 +183,7 @@ def value_of(decision: Decision) -> tuple[object, ...]:
     return (read.identity, read.dtype, slopes, form)
 
 
-def _never_larger(
-    plan: Plan, decisions: list[Decision] | tuple[Decision, ...]
-) -> tuple[Decision, ...]:
+def _never_larger(plan: Plan, decisions: Sequence[Decision]) -> tuple[Decision, ...]:
     """Nothing is larger packed than dense: the check ``never_larger``."""
     if plan.config.force:
         return tuple(decisions)
@@ -194,7 +198,7 @@ def _never_larger(
 
 
 def by_site(
-    sites: tuple[Site, ...], decisions: list[Decision] | tuple[Decision, ...]
+    sites: tuple[Site, ...], decisions: Sequence[Decision]
 ) -> list[tuple[Site, list[Decision]]]:
     """Each site with the decisions for its reads."""
     pairs, at = [], 0
@@ -204,12 +208,15 @@ def by_site(
     return pairs
 
 
-def packed_bytes(decisions: list[Decision]) -> int:
-    """Bytes of what the decisions keep packed, a shared copy counted once."""
-    seen: set[str] = set()
+def packed_bytes(decisions: Iterable[Decision], counted: set[Copy] | None = None) -> int:
+    """Bytes of what the decisions keep packed, a shared copy once; ``counted`` ones are nothing.
+
+    Those that were not are added to ``counted``.
+    """
+    counted = set() if counted is None else counted
     total = 0
     for decision in decisions:
-        if decision.packed and (decision.copy is None or decision.copy not in seen):
+        if decision.packed and (decision.copy is None or decision.copy not in counted):
             total += decision.nbytes
-            seen |= {decision.copy} if decision.copy else set()
+            counted |= {decision.copy} if decision.copy else set()
     return total

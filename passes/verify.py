@@ -13,16 +13,15 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from dropit_fx.codecs import CAST, CODEC, UNREAD
+from dropit_fx.codecs import CODEC, DERIVED
 from dropit_fx.ops.rule import INSIDE, OpRule, Use
-from dropit_fx.ops.table import CHECKPOINT, DERIVABLE, RULES, bind, inputs_of
+from dropit_fx.ops.table import CHECKPOINT, DERIVABLE, RULES, bind
 from dropit_fx.passes.derive_values import whole_values
-from dropit_fx.passes.plan import Plan
-from dropit_fx.passes.share_packed import LET_GO, by_site, packed_bytes, value_of
-from dropit_fx.runtime.packed_call import PACKED_OPS, derived, pack, stand_in
-
-KEEP: tuple[str, dict[str, Any]] = ("keep", {})
-DROP: tuple[str, dict[str, Any]] = ("drop", {})
+from dropit_fx.passes.plan import Keeper, Plan
+from dropit_fx.passes.share_packed import LET_GO, by_site, is_in_graph, packed_bytes, value_of
+from dropit_fx.runtime.copies import DROP, KEEP
+from dropit_fx.runtime.packed_call import PACKED_OPS, derived, pack
+from dropit_fx.runtime.regions import stand_in
 
 
 class VerifyError(AssertionError):
@@ -44,25 +43,22 @@ def verify(plan: Plan, done: Collection[str] | None = None) -> None:
         verify(body, done)
 
 
-class _PackedRead(NamedTuple):
-    """One entry of a packed call's ``packed=``."""
-
-    call: fx.Node
-    rule: OpRule
-    operand: str
-    how: Any  # the pack node, or the name of a codec
-
-
-def _packed_reads(plan: Plan) -> Iterator[_PackedRead]:
+def _calls(plan: Plan) -> Iterator[tuple[fx.Node, OpRule, dict[str, Any], dict[str, Any]]]:
+    """Each packed call: its row, its arguments by name, and what it keeps."""
     rules: dict[Any, OpRule] = {op: RULES[name] for name, op in PACKED_OPS.items()}
     for n in plan.module.graph.nodes:
         if n.target in rules:
-            for operand, how in n.kwargs["packed"].items():
-                yield _PackedRead(n, rules[n.target], operand, how)
+            kwargs: dict[str, Any] = dict(n.kwargs)
+            packed, _ = kwargs.pop("packed"), kwargs.pop("gives", None)
+            yield n, rules[n.target], bind(rules[n.target], n.args, kwargs) or {}, packed
 
 
-def _packs(plan: Plan) -> list[fx.Node]:
-    return [n for n in plan.module.graph.nodes if n.target is pack]
+def _derivations(plan: Plan) -> Iterator[tuple[fx.Node, str, dict[str, Any], dict[str, fx.Node]]]:
+    """Each node that derives a value: of which row, its arguments by name, the copies it reads."""
+    for n in plan.module.graph.find_nodes(op="call_function", target=derived):
+        rule_name, args, copies, _ = _arguments(n)
+        row = DERIVABLE.get(rule_name)
+        yield n, rule_name, (bind(row, args, {}) if row is not None else None) or {}, copies
 
 
 def well_formed(plan: Plan) -> Iterator[str]:
@@ -114,8 +110,8 @@ def whole_or_none(plan: Plan) -> Iterator[str]:
         kept = [d.read.label for d in decisions if not d.packed]
         if packed and kept:
             yield f"'{site.name}' is packed for {packed[0]} and kept for {kept[0]}"
-        if packed and site.alive:
-            yield f"'{site.name}' is packed, but it is {site.alive}"
+        if packed and site.kept_by:
+            yield f"'{site.name}' is packed, but it is {site.kept_by}"
 
 
 def never_larger(plan: Plan) -> Iterator[str]:
@@ -132,13 +128,13 @@ def one_copy(plan: Plan) -> Iterator[str]:
     """One value, one packed copy, in one format."""
     formats: dict[str, set[str]] = defaultdict(set)
     values: dict[str, set[object]] = defaultdict(set)
-    copies: dict[object, set[str]] = defaultdict(set)
+    copies: dict[object, set[str]] = defaultdict(set)  # by name
     for d in plan.decisions:
         if d.copy is not None and not d.derived:
-            value = value_of(d)
-            formats[d.copy].add(f"{d.codec} {d.options}")
-            values[d.copy].add(value)
-            copies[value].add(d.copy)
+            name, value = str(d.copy), value_of(d)
+            formats[name].add(f"{d.codec} {d.options}")
+            values[name].add(value)
+            copies[value].add(name)
     for key, found in formats.items():
         if len(found) > 1:
             yield f"copy '{key}' has {len(found)} formats: {sorted(found)}"
@@ -153,20 +149,16 @@ def one_copy(plan: Plan) -> Iterator[str]:
 def derived_from_what_is_there(plan: Plan) -> Iterator[str]:
     """A derived value comes, call by call, from what the backward has whatever happens to it."""
     values, whole = plan.values, whole_values(plan)
-    for n in plan.module.graph.nodes:
-        if n.target is not derived:
-            continue
-        rule_name, args, packs, _ = _arguments(n)
+    for n, rule_name, bound, copies in _derivations(plan):
         if rule_name not in DERIVABLE:
             yield f"'{n.name}' derives {rule_name}, whose row does not say how"
-            continue
-        for name, value in (bind(DERIVABLE[rule_name], args, {}) or {}).items():
-            if not isinstance(value, fx.Node) or name in packs:
+        for name, value in bound.items():
+            if not isinstance(value, fx.Node) or name in copies:
                 continue
             if value.target is stand_in:
                 value = value.args[0]
-            if value.name in values.alive and value.name not in values.shapes:
-                continue  # a number
+            if values.alive.get(value.name) is Keeper.NUMBER:
+                continue
             seen = {e for (_, v), e in values.seen.items() if v == value.name}
             if value.name not in values.alive and not seen & whole:
                 yield f"'{n.name}' keeps '{value}' whole, which nobody else does"
@@ -177,17 +169,14 @@ def derived_from_what_is_there(plan: Plan) -> Iterator[str]:
 def packs_are_read(plan: Plan) -> Iterator[str]:
     """A pack node feeds packed calls with what they read, derived values, and nothing else."""
     operands = defaultdict(set)
-    for call, rule, operand, how in _packed_reads(plan):
-        if isinstance(how, fx.Node):
-            operands[how].add((bind(rule, call.args, _plain(call)) or {}).get(operand))
-    for n in plan.module.graph.nodes:
-        if n.target is derived:
-            rule_name, args, packs, _ = _arguments(n)
-            row = DERIVABLE.get(rule_name)
-            bound = (bind(row, args, {}) if row is not None else None) or {}
-            for operand, how in packs.items():
+    for _, _, bound, packed in _calls(plan):
+        for operand, how in packed.items():
+            if isinstance(how, fx.Node):
                 operands[how].add(bound.get(operand))
-    for n in _packs(plan):
+    for _, _, bound, copies in _derivations(plan):
+        for operand, copy in copies.items():
+            operands[copy].add(bound.get(operand))
+    for n in plan.module.graph.find_nodes(op="call_function", target=pack):
         source, needed, codec, options = _arguments(n)
         if not n.users:
             yield f"'{n.name}' packs for nobody"
@@ -216,68 +205,60 @@ def _is_copy(how: Any) -> bool:
 
 def calls_know_their_reads(plan: Plan) -> Iterator[str]:
     """A packed call gives its own row's reads: operands a copy, what it makes a codec."""
-    for call, rule, operand, how in _packed_reads(plan):
-        read = rule.read(operand)
-        if read is None and operand != INSIDE:
-            yield f"'{call.name}': {rule.name} has no read {operand!r}"
-        elif how in (KEEP, DROP):
-            continue
-        elif read is None or read.bits is not None or read.use is Use.SHAPE:
-            if isinstance(how, fx.Node) or how[0] not in CODEC:
-                yield f"'{call.name}': {operand!r} is packed as {how}, which is no codec"
-        elif not _is_copy(how) and (isinstance(how, fx.Node) or operand in inputs_of(rule)):
-            yield f"'{call.name}': {operand!r} is packed as {how}, which is no pack node"
+    for call, rule, _, packed in _calls(plan):
+        for operand, how in packed.items():
+            read = rule.read(operand)
+            if read is None and operand != INSIDE:
+                yield f"'{call.name}': {rule.name} has no read {operand!r}"
+            elif how in (KEEP, DROP):
+                continue
+            elif read is None or read.bits is not None or read.use is Use.SHAPE:
+                if isinstance(how, fx.Node) or how[0] not in CODEC:
+                    yield f"'{call.name}': {operand!r} is packed as {how}, which is no codec"
+            elif not _is_copy(how) and (isinstance(how, fx.Node) or operand in rule.inputs):
+                yield f"'{call.name}': {operand!r} is packed as {how}, which is no pack node"
 
 
 def says_all_that_is_kept(plan: Plan) -> Iterator[str]:
     """``packed=`` names every read of a row, and what it keeps whole is alive or was counted."""
     values = plan.values
     decided = {d.read.label: d for d in plan.decisions}
-    rules: dict[Any, OpRule] = {op: RULES[name] for name, op in PACKED_OPS.items()}
-    for call in plan.module.graph.nodes:
-        rule = rules.get(call.target)
-        if rule is None or rule is CHECKPOINT:  # its other inputs are arguments of the region
-            continue
-        bound, packed = bind(rule, call.args, _plain(call)) or {}, call.kwargs["packed"]
-        for read in rule.reads:
+    for call, rule, bound, packed in _calls(plan):
+        # a region's other inputs are its arguments
+        for read in rule.reads if rule is not CHECKPOINT else ():
             value, decision = bound.get(read.operand), decided.get(f"{call.name}.{read.operand}")
             how = packed.get(read.operand)
-            is_there = read.operand not in inputs_of(rule) or isinstance(value, fx.Node)
+            is_there = read.operand not in rule.inputs or isinstance(value, fx.Node)
             if how is None and is_there:
                 yield f"'{call.name}' does not say how {read.operand!r} is kept"
             if how == DROP and read.use is not Use.SHAPE:
                 yield f"'{call.name}' lets {read.operand!r} go, whose values its backward reads"
-            if how != KEEP or read.operand not in inputs_of(rule):
+            if how != KEEP or read.operand not in rule.inputs:
                 continue
             needing = [bound.get(n) for n in read.needed_by]
-            wanted = any(isinstance(v, fx.Node) and _requires_grad(v, plan) for v in needing)
+            wanted = any(
+                isinstance(v, fx.Node) and v.name in values.differentiable for v in needing
+            )
             counted = decision is not None and (not decision.packed or decision.codec in LET_GO)
             is_made = isinstance(value, fx.Node) and value.name not in values.alive
             if wanted and is_made and not counted:
                 yield f"'{call.name}' keeps {read.operand!r}, which nobody has counted"
 
 
-def _requires_grad(value: fx.Node, plan: Plan) -> bool:
-    return value.name in plan.values.differentiable
-
-
 def graph_follows_decisions(plan: Plan) -> Iterator[str]:
     """The graph packs what the decisions say, as they say it, and nothing else."""
-    wanted = {
-        d.read.label: d
-        for d in plan.decisions
-        if d.packed and d.codec not in (CAST, UNREAD) and d.read.read is not None
-    }
+    wanted = {d.read.label: d for d in plan.decisions if is_in_graph(d) and d.read.read is not None}
     found = {
-        f"{r.call.name}.{r.operand}": r.how
-        for r in _packed_reads(plan)
-        if r.how not in (KEEP, DROP) or f"{r.call.name}.{r.operand}" in wanted
+        f"{call.name}.{operand}": how
+        for call, _, _, packed in _calls(plan)
+        for operand, how in packed.items()
+        if how not in (KEEP, DROP) or f"{call.name}.{operand}" in wanted
     }
     for label in sorted(wanted.keys() - found.keys()):
         yield f"{label} was to be packed and is not"
     for label in sorted(found.keys() - wanted.keys()):
         yield f"{label} is packed and no decision says so"
-    made: dict[str, set[fx.Node]] = defaultdict(set)
+    made: dict[object, set[fx.Node]] = defaultdict(set)  # by copy
     for label in sorted(wanted.keys() & found.keys()):
         decision, how = wanted[label], found[label]
         asked, got = f"{decision.codec} {decision.options}", f"{how}"
@@ -285,7 +266,7 @@ def graph_follows_decisions(plan: Plan) -> Iterator[str]:
             _, _, codec, options = _arguments(how)
             got = f"{codec} {options}"
         elif _is_copy(how):
-            got = "derived {}" if how.target is derived else asked
+            got = f"{DERIVED} {{}}" if how.target is derived else asked
         elif not isinstance(how, fx.Node):
             got = f"{how[0]} {how[1]}"
         if isinstance(how, fx.Node) and decision.copy is not None:
@@ -297,10 +278,6 @@ def graph_follows_decisions(plan: Plan) -> Iterator[str]:
             yield f"copy '{key}' is made {len(nodes)} times"
     if len(set().union(*made.values())) < len(made):
         yield f"{len(made)} values share fewer pack nodes"
-
-
-def _plain(call: fx.Node) -> dict[str, Any]:
-    return {k: v for k, v in call.kwargs.items() if k not in ("packed", "gives")}
 
 
 def _arguments(node: fx.Node) -> tuple[Any, ...]:

@@ -261,7 +261,7 @@ def test_nothing_is_packed_where_no_gradients_are_wanted(
         raise AssertionError("packed something")
 
     monkeypatch.setattr(dropit_fx.runtime.packed_call.PackedFunction, "apply", refuse)
-    monkeypatch.setattr(dropit_fx.runtime.packed_call, "flatten", refuse)
+    monkeypatch.setattr(dropit_fx.runtime.copies, "in_order", refuse)
     with mode():
         assert_same(packed(x), model(x))
     with pytest.raises(AssertionError, match="packed something"):
@@ -674,14 +674,14 @@ def test_autocast_packs_the_lower_precision(monkeypatch: pytest.MonkeyPatch) -> 
     model = mlp()
     packed = dropit_fx.transform(model, MINK, example_args=(x,))
     dtypes: list[torch.dtype] = []
-    real = dropit_fx.runtime.packed_call._in_order
+    real = dropit_fx.runtime.copies.in_order
 
     def note(x: Tensor, order: list[int] | None) -> Tensor:
         if x.is_floating_point():
             dtypes.append(x.dtype)
         return real(x, order)
 
-    monkeypatch.setattr(dropit_fx.runtime.packed_call, "_in_order", note)
+    monkeypatch.setattr(dropit_fx.runtime.copies, "in_order", note)
 
     def packed_bytes() -> int:
         # what is packed is flat, weights are not

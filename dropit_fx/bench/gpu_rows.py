@@ -26,7 +26,7 @@ from dropit_fx.bench.pareto import Variant
 from dropit_fx.bench.step import Task
 from dropit_fx.codecs import CODEC
 from dropit_fx.config import load_config, presets
-from dropit_fx.runtime import packed_call
+from dropit_fx.runtime import copies, packed_call
 
 Row = dict[str, Any]
 Gradients = list[Tensor | None]  # of each parameter, on the CPU
@@ -271,7 +271,7 @@ def _by_channel(options: dict[str, Any]) -> Callable[[Tensor], tuple[Tensor, ...
 def _unpack_channels(options: dict[str, Any]) -> Callable[[tuple[Tensor, ...], Tensor], Tensor]:
     def unpack(parts: tuple[Tensor, ...], x: Tensor) -> Tensor:
         said = tuple((options | {"by_channel": True}).items())
-        return packed_call.unpack(packed_call.Packed(parts, "quant", said, x.dtype), x)
+        return copies.unpack(copies.Packed(parts, "quant", said, x.dtype), x)
 
     return unpack
 

@@ -26,7 +26,7 @@ from dropit_fx.private import (
     checkpoints_run_by,
     tag_activation_checkpoint,
 )
-from dropit_fx.runtime.packed_call import run_regions
+from dropit_fx.runtime.regions import run_regions
 
 REGION = "dropit_region"  # in the metadata of a node: the regions that it is in, outermost first
 

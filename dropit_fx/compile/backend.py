@@ -33,15 +33,8 @@ from dropit_fx.private import (
     lookup_backend,
 )
 from dropit_fx.report.rows import Report, mib, rows
-from dropit_fx.runtime.packed_call import (
-    CACHE_VERSION,
-    PACKED_OPS,
-    VERSIONS,
-    derived,
-    pack,
-    run_regions,
-    stand_in,
-)
+from dropit_fx.runtime.packed_call import CACHE_VERSION, PACKED_OPS, VERSIONS, derived, pack
+from dropit_fx.runtime.regions import run_regions, stand_in
 from dropit_fx.words import closest, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -134,9 +127,8 @@ def _compile(
     given = {k: options.pop(k) for k in OPTIONS if k in options}
     ours |= {k: v for k, v in given.items() if v is not None}
     if "config" in given and "preset" not in given:
-        ours["preset"] = (
-            None  # a config says its own preset: the environment's is for callers without one
-        )
+        # a config says its own preset: the environment's is for callers without one
+        ours["preset"] = None
     inner = ours.pop("inner") or inner
     _check_inductor_options(options)
     config = make_config(ours.pop("config"), **ours)  # type: ignore[arg-type]
@@ -144,7 +136,7 @@ def _compile(
     if compiler is _inductor:
         channels_last(gm, _patches(mode, options))
     record = rewrite_dynamo_graph(gm, example_inputs, config)
-    return compiler(gm, example_inputs, mode, options, record)
+    return compiler(_Job(gm, example_inputs, mode, options, record))
 
 
 def _check_inductor_options(options: Mapping[str, Any]) -> None:
@@ -193,9 +185,24 @@ def rewrite_dynamo_graph(
 
 _OURS = {"pack": pack, "derived": derived, "stand_in": stand_in}
 
-Inner = Callable[
-    [fx.GraphModule, list[Any], str | None, dict[str, Any], CompiledGraph | None], Compiled
-]
+
+@dataclass(frozen=True)
+class _Job:
+    """A graph for an inner backend to compile."""
+
+    graph: fx.GraphModule
+    inputs: list[Any]
+    mode: str | None  # of inductor's
+    options: dict[str, Any]
+    record: CompiledGraph | None  # None: nothing in it is packed
+
+    def guard(self, base: Callable[..., Any] | None) -> KeepPacked:
+        if self.record is None:
+            return KeepPacked(base)
+        return KeepPacked(base, self.record.partitions.append, self.record.report.dense_bytes)
+
+
+Inner = Callable[[_Job], Compiled]
 
 
 def _inner(name: str) -> Inner:
@@ -205,26 +212,14 @@ def _inner(name: str) -> Inner:
     if name in ("dropit", "dropit_eager") or name not in known:
         raise ConfigError(f"no inner backend {name!r}.{did_you_mean(name, known)}")
 
-    def foreign(
-        gm: fx.GraphModule,
-        example_inputs: list[Any],
-        mode: str | None,
-        options: dict[str, Any],
-        record: CompiledGraph | None,
-    ) -> Compiled:
+    def foreign(job: _Job) -> Compiled:
         log.warning(
             "inner backend %r partitions by itself: packed tensors may not be what it saves",
             name,
         )
-        return lookup_backend(name)(gm, example_inputs)
+        return lookup_backend(name)(job.graph, job.inputs)
 
     return foreign
-
-
-def _guard(base: Callable[..., Any] | None, record: CompiledGraph | None) -> KeepPacked:
-    if record is None:
-        return KeepPacked(base)
-    return KeepPacked(base, record.partitions.append, record.report.dense_bytes)
 
 
 def _patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,17 +230,11 @@ def _patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
     return patches | {k.replace("-", "_"): v for k, v in options.items()}
 
 
-def _inductor(
-    gm: fx.GraphModule,
-    example_inputs: list[Any],
-    mode: str | None,
-    options: dict[str, Any],
-    record: CompiledGraph | None,
-) -> Compiled:
+def _inductor(job: _Job) -> Compiled:
     from dropit_fx.private import compile_fx
 
-    patches = _patches(mode, options)
-    patches[PARTITIONER] = _guard(patches.get(PARTITIONER), record)
+    patches = _patches(job.mode, job.options)
+    patches[PARTITIONER] = job.guard(patches.get(PARTITIONER))
     if inductor_has(POST_PASS):
         patches[POST_PASS] = in_turn(patches.get(POST_PASS), ReturnInputsAsTheyAre())
     # our functions are safe to cache under a version that changes with the formulas and kernels
@@ -255,18 +244,12 @@ def _inductor(
     }
     if inductor_has(CACHEABLE):
         patches[CACHEABLE] = names | dict(patches.get(CACHEABLE) or {})
-    compiled: Compiled = compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[assignment]
+    compiled: Compiled = compile_fx(job.graph, job.inputs, config_patches=patches)  # type: ignore[assignment]
     return compiled
 
 
 def _aot(decompose: bool) -> Inner:
-    def compile_aot(
-        gm: fx.GraphModule,
-        example_inputs: list[Any],
-        mode: str | None,
-        options: dict[str, Any],
-        record: CompiledGraph | None,
-    ) -> Compiled:
+    def compile_aot(job: _Job) -> Compiled:
         from dropit_fx.private import (
             aot_autograd,
             make_boxed_func,
@@ -289,23 +272,17 @@ def _aot(decompose: bool) -> Inner:
         return aot_autograd(
             fw_compiler=nop,
             bw_compiler=nop,
-            partition_fn=_guard(base, record),
+            partition_fn=job.guard(base),
             keep_inference_input_mutations=True,
             **extra,
-        )(gm, example_inputs)
+        )(job.graph, job.inputs)
 
     return compile_aot
 
 
-def _eager(
-    gm: fx.GraphModule,
-    example_inputs: list[Any],
-    mode: str | None,
-    options: dict[str, Any],
-    record: CompiledGraph | None,
-) -> Compiled:
-    run_regions(gm)
-    return gm.forward
+def _eager(job: _Job) -> Compiled:
+    run_regions(job.graph)
+    return job.graph.forward
 
 
 _INNER: dict[str, Inner] = {

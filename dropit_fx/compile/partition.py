@@ -49,7 +49,7 @@ from dropit_fx.private import (
     storage_id,
     takes_several_passes,
 )
-from dropit_fx.runtime.packed_call import PACKING
+from dropit_fx.runtime.copies import PACKING
 
 log = logging.getLogger(__name__)
 
@@ -120,8 +120,8 @@ class KeepPacked(CustomPartitionerFn):
     Args:
         base: The partitioner to wrap.
         note: Called with each :class:`Partition`.
-        dense_bytes: What the dense model saves, in bytes (``report(rewritten).dense_bytes``): of
-            this a memory budget is a share. None: estimated from the tensors that are packed,
+        dense_bytes: What the dense model saves, in bytes (``report(rewritten).dense_bytes``): a
+            memory budget is a fraction of this. None: estimated from the tensors that are packed,
             which leaves out those that are derived, so that more is recomputed than need be.
     """
 

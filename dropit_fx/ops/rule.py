@@ -96,6 +96,7 @@ class OpRule:
             of the operands. None where that costs more.
         obstacle: From the arguments of a call, and its ``result`` where the row reads nothing, to
             why the row does not cover it (dropout in eval mode), or ``""``.
+        inputs: Names of the arguments of ``run``, in order.
     """
 
     name: str
@@ -109,6 +110,11 @@ class OpRule:
     autocast: str = ""
     derive: Callable[..., Tensor] | None = None
     obstacle: Callable[[Mapping[str, Any]], str] = lambda args: ""
+    inputs: tuple[str, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        inputs = tuple(n for n in self.run.__annotations__ if n != "return")
+        object.__setattr__(self, "inputs", inputs)
 
     def read(self, operand: str) -> Read | None:
         """The row's read of ``operand`` (``inputs`` for ``inputs.0``), or None."""

@@ -146,11 +146,6 @@ def reads_of(rule: OpRule, operands: Mapping[str, Any]) -> tuple[Read, ...]:
     return tuple(found)
 
 
-def inputs_of(rule: OpRule) -> tuple[str, ...]:
-    """Names of the arguments of a row, in order."""
-    return tuple(n for n in rule.run.__annotations__ if n != "return")
-
-
 def is_inplace(node: fx.Node, args: Mapping[str, Any]) -> bool:
     """Whether the call writes into its input."""
     return bool(args.get("inplace")) or _writes(node.target)

@@ -14,9 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch import fx, nn
 
-from dropit_fx.passes.find_saved import NUMBER
-from dropit_fx.passes.plan import Decision, Plan
-from dropit_fx.passes.share_packed import by_site
+from dropit_fx.passes.plan import Copy, Plan
+from dropit_fx.passes.share_packed import by_site, packed_bytes
 from dropit_fx.private import uncompiled
 
 _META = "dropit_report"
@@ -212,7 +211,7 @@ def attach(graph_module: fx.GraphModule, plan: Plan, prefix: str = "") -> None:
 
 def rows(plan: Plan, prefix: str = "", region: str = "") -> Iterator[Row]:
     """The rows of a finished plan."""
-    counted: set[str] = set()
+    counted: set[Copy] = set()
     swapped = {d.read.node for d in plan.decisions if d.packed}
     for site, decisions in by_site(plan.sites, plan.decisions):
         if not site.dense and not any(d.read.node in swapped for d in decisions):
@@ -220,7 +219,7 @@ def rows(plan: Plan, prefix: str = "", region: str = "") -> Iterator[Row]:
         first = decisions[0].read
         packed = [d for d in decisions if d.packed]
         kept = [d for d in decisions if not d.packed]
-        size = site.nbytes if kept else _fresh_bytes(packed, counted)
+        size = site.nbytes if kept else packed_bytes(packed, counted)
         yield Row(
             name=site.name,
             module=".".join(p for p in (prefix, first.module) if p),
@@ -233,18 +232,8 @@ def rows(plan: Plan, prefix: str = "", region: str = "") -> Iterator[Row]:
             codec="keep" if kept else "+".join(dict.fromkeys(d.spelled for d in packed)),
             reason=kept[0].reason if kept else "",
             # a checkpoint keeps what hooks do not see: numbers are not made again
-            region="" if first.obstacle == NUMBER else region,
+            region="" if first.number else region,
             note=next((d.note for d in decisions if d.note), ""),
         )
     for name, body in plan.bodies.items():
         yield from rows(body, prefix, region=name)
-
-
-def _fresh_bytes(packed: list[Decision], counted: set[str]) -> int:
-    """Bytes of the packed parts that no earlier row has counted."""
-    total = 0
-    for d in packed:
-        if d.copy is None or d.copy not in counted:
-            total += d.nbytes
-            counted |= {d.copy} if d.copy else set()
-    return total

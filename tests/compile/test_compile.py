@@ -429,10 +429,10 @@ def test_a_compiler_computes_the_statistics_of_a_batch_norm_and_of_its_packing_o
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    from dropit_fx.runtime import packed_call
+    from dropit_fx.runtime import copies
 
     def statistics_and_norm(x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        _, mean, inverse = packed_call._standardise(x)
+        _, mean, inverse = copies.standardise(x)
         return mean, inverse, torch.nn.functional.batch_norm(x, None, None, scale, scale, True)
 
     x, scale = torch.randn(4, 8, 5, 5, dtype=torch.bfloat16), torch.ones(8)

@@ -51,7 +51,8 @@ from dropit_fx.ops.rule import INSIDE, Read, Use
 from dropit_fx.ops.table import OP_RULES, RULES, bind
 from dropit_fx.passes.find_saved import NUMBER
 from dropit_fx.passes.plan import Plan
-from dropit_fx.runtime.packed_call import PACKED_OPS, flatten, memory_order, unflatten
+from dropit_fx.runtime.packed_call import PACKED_OPS
+from dropit_fx.runtime.tensor_spec import flatten, memory_order, unflatten
 
 ALL_CASES = [(name, c) for name, cases in CASES.items() for c in cases]
 

@@ -12,7 +12,7 @@ import dropit_fx
 from dropit_fx import cli, logs
 from dropit_fx.config import make_config
 from dropit_fx.passes import PIPELINE
-from dropit_fx.passes.plan import Plan
+from dropit_fx.passes.plan import Copy, Keeper, Plan
 
 X = torch.randn(32, 64)
 
@@ -103,3 +103,16 @@ def test_the_command_line_prints_passes(capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main(["report", *small, "--passes", "--summary"]) == 0
     out = capsys.readouterr().out
     assert out.index("after find_saved") < out.index("after insert_packing") < out.index("total")
+
+
+def test_a_copy_says_of_what_it_is() -> None:
+    copies = (Copy("x", 3), Copy("ln"), Copy("ln", operand="mean"))
+    assert [*map(str, copies)] == ["x#3", "derived ln", "ln.mean"]
+    assert f"'{Copy('x', 0)}'" == "'x#0'"
+
+
+def test_what_keeps_a_value_is_printed_as_reports_say_it() -> None:
+    module = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(64, 8), nn.Tanh()))
+    plan = PIPELINE[0](Plan(module=module, inputs=(X,), config=make_config(None)))
+    assert {site.name: site.kept_by for site in plan.sites}["_1"] is Keeper.OUTPUT
+    assert f"it is {Keeper.OUTPUT}" == "it is a model output"

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import (
 )
 
 import dropit_fx
+from dropit_fx.codecs import CODEC
 from dropit_fx.compile import backend
 from dropit_fx.measure import peak_memory, saved_bytes
 from dropit_fx.ops import table as op_table
@@ -55,7 +56,7 @@ class RecomputedFromCopy(Region):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x)
-        options = tuple(packed_call.CODEC["quant"].defaults().items())
+        options = tuple(CODEC["quant"].defaults().items())
         chosen = dict(options) | {k: v for k, v in ROUGH.items() if k in dict(options)}
         packed = packed_call.pack(h, (h,), "quant", chosen)
         assert packed is not None

@@ -1,0 +1,193 @@
+"""A packed copy of a tensor: how it is made, what it is, and how it is read back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx.traceback import annotate
+
+from dropit_fx.codecs import CODEC, DERIVED
+from dropit_fx.codecs.codec import Codec
+from dropit_fx.ops.table import DERIVABLE
+from dropit_fx.private import native_batch_norm_legit
+from dropit_fx.runtime.tensor_spec import (
+    TensorSpec,
+    flatten,
+    in_order,
+    memory_order,
+    spec_of,
+    unflatten,
+)
+
+PACKING = {"dropit": "pack"}  # marks the nodes of a joint graph for ``partition.KeepPacked``
+
+
+KEEP: tuple[str, dict[str, Any]] = ("keep", {})  # in ``packed=`` of a call: the tensor as it is
+DROP: tuple[str, dict[str, Any]] = ("drop", {})  # and: its shape alone
+Settings = tuple[tuple[str, Any], ...]  # options of a codec, in plain values for Dynamo's sake
+
+
+class Packed(NamedTuple):
+    """One packed tensor: what the codec kept, and how to read it back."""
+
+    parts: tuple[Tensor, ...]
+    codec: str
+    options: Settings
+    dtype: torch.dtype
+
+
+class Kept(NamedTuple):
+    """How an operand is kept between forward and backward."""
+
+    operand: str
+    codec: str  # of CODEC, or DERIVED; "keep": the dense tensor
+    options: Settings = ()
+    dtype: torch.dtype | None = None  # of what is read back; None: not packed yet
+    tensors: int = 1  # that hold it; 0: an argument or the result, as it is
+
+
+class Recipe(NamedTuple):
+    """How the result of a call is made again, from what is kept of its arguments."""
+
+    rule_name: str
+    plain: tuple[Any, ...]  # all arguments, None in the place of tensors
+    kept: tuple[Kept, ...]  # the tensors,
+    specs: tuple[TensorSpec, ...]  # and what each is when it is read back
+    spec: TensorSpec  # of the result
+
+
+def kept_as(operand: str, packed: Packed) -> Kept:
+    """How ``operand`` is kept, of which there is a packed copy."""
+    return Kept(operand, packed.codec, packed.options, packed.dtype, len(packed.parts))
+
+
+def shared_out(
+    kept: Sequence[Kept], tensors: Sequence[Tensor]
+) -> list[tuple[Kept, tuple[Tensor, ...]]]:
+    """Each of ``kept`` with the tensors that hold it, which lie one behind the other."""
+    found, at = [], 0
+    for one in kept:
+        found.append((one, tuple(tensors[at : at + one.tensors])))
+        at += one.tensors
+    return found
+
+
+def channel_nbytes(shape: Sequence[int]) -> int:
+    """Bytes of the mean and the deviation of each channel."""
+    return 2 * 4 * int(shape[1])
+
+
+_TINY = torch.finfo(torch.float32).tiny  # in the place of a norm's epsilon
+
+
+def standardise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each channel around 0, in units of its deviation; and mean and inverse deviation, (C,).
+
+    In a block of elements of several channels, all of them then have the same say. The kernel of
+    batch norm does it in half the time of ``torch.std_mean``.
+    """
+    norm = native_batch_norm_legit.no_stats
+    out, mean, inverse = norm(x.float(), None, None, True, 0.0, _TINY)
+    if memory_order(out) != memory_order(x):
+        out = torch.empty_like(x).copy_(out)
+    return out.to(x.dtype), mean, inverse
+
+
+def _pack_by_channel(
+    x: Tensor, codec: Codec, options: dict[str, Any]
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """The parts of standardised ``x``, and mean and deviation of each channel, ``(1, C, 1, ...)``.
+
+    On CUDA what is standardised never lies in memory: in eager mode batch norm's own kernel reads
+    the statistics, for a compiler they are those that it computes for the norm behind.
+    """
+    if not x.is_cuda or codec.pack_channels is None:
+        standard, mean, inverse = standardise(x)
+        with annotate(PACKING):
+            parts = codec.pack(flatten(standard), options)
+    else:
+        plain = type(x) is Tensor and not torch.compiler.is_compiling()
+        found = torch.batch_norm_stats(x, _TINY) if plain else standardise(x)[1:]
+        mean, inverse = (t.float() for t in found)  # of float64, the kernel's are float64
+        order = memory_order(x)
+        with annotate(PACKING):
+            parts = codec.pack_channels(flatten(x), mean, inverse, _run(x.shape, order), options)
+    shape = [-1 if d == 1 else 1 for d in range(x.dim())]
+    return parts, mean.view(shape), inverse.reciprocal().view(shape)
+
+
+def _run(shape: Sequence[int], order: list[int] | None) -> Any:
+    """How many elements of one channel (dimension 1) follow each other, in memory order."""
+    order = list(range(len(shape))) if order is None else order
+    inner = 1
+    for d in order[order.index(1) + 1 :]:
+        inner = inner * shape[d]
+    return inner
+
+
+def buffers_of(codec: str, options: Settings) -> int:
+    """How many tensors a packed operand is: the statistics of its channels may be two of them."""
+    return CODEC[codec].buffers + 2 * bool(dict(options).get("by_channel"))
+
+
+def parts_of(
+    x: Tensor, order: list[int] | None, codec: str, options: dict[str, Any]
+) -> tuple[Tensor, ...]:
+    """What a codec keeps of ``x``, whose elements are taken in ``order``."""
+    if not options.get("by_channel"):
+        with annotate(PACKING):
+            return CODEC[codec].pack(in_order(x, order), options)
+    parts, *statistics = _pack_by_channel(x, CODEC[codec], options)
+    return (*parts, *statistics)
+
+
+def read_back(kept: Kept, parts: tuple[Tensor, ...], spec: TensorSpec) -> Tensor:
+    """The dense tensor (or the slopes) that ``parts`` stand for, laid out as ``spec`` says."""
+    shape, order, dtype = spec.shape, spec.order, kept.dtype
+    assert dtype is not None
+    if kept.codec == "keep":
+        return parts[0].to(dtype)
+    if kept.codec == DERIVED:
+        return unflatten(_derive(_recipe(kept), parts).to(dtype), shape, order)
+    numel = 1
+    for size in shape:
+        numel = numel * size
+    options, codec = dict(kept.options), CODEC[kept.codec]
+    if not options.get("by_channel"):
+        return unflatten(codec.unpack(parts, options, numel, dtype), shape, order)
+    *codes, mean, deviation = parts
+    if parts[0].is_cuda and codec.unpack_channels is not None:
+        given = tuple(codes), mean.view(-1), deviation.view(-1), _run(shape, order)
+        return unflatten(codec.unpack_channels(*given, options, numel, dtype), shape, order)
+    value = unflatten(codec.unpack(tuple(codes), options, numel, dtype), shape, order)
+    return value.mul_(deviation).add_(mean)
+
+
+def unpack(packed: Packed, like: Tensor) -> Tensor:
+    """What was packed, read back in the shape and the memory order of ``like``."""
+    return read_back(kept_as("x", packed), packed.parts, spec_of(like))
+
+
+def _recipe(kept: Kept) -> Recipe:
+    recipe: Recipe = dict(kept.options)["recipe"]
+    return recipe
+
+
+def _derive(recipe: Recipe, parts: tuple[Tensor, ...]) -> Tensor:
+    """Makes a derived value again: 1-D, in the memory order of the tensor that it stands for."""
+    rule = DERIVABLE[recipe.rule_name]
+    assert rule.derive is not None
+    values = dict(zip(rule.inputs, recipe.plain, strict=True))
+    for (kept, own), spec in zip(shared_out(recipe.kept, parts), recipe.specs, strict=True):
+        values[kept.operand] = read_back(kept, own, spec)
+    return in_order(rule.derive(**values), recipe.spec.order)
+
+
+def is_rounded(kept: Kept) -> bool:
+    """Whether the value that is read back may differ from the one that was packed."""
+    if kept.codec == DERIVED:
+        return any(map(is_rounded, _recipe(kept).kept))
+    return not CODEC[kept.codec].lossless(dict(kept.options))

@@ -1,0 +1,222 @@
+"""The autograd function that runs every row: packed tensors between forward and backward."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropit_fx.codecs import CODEC, DERIVED
+from dropit_fx.ops import backwards
+from dropit_fx.ops.autocasting import autocast_on
+from dropit_fx.ops.rule import OpRule
+from dropit_fx.ops.table import RULES
+from dropit_fx.private import dynamo_skips, is_view, storage_id, unsafe_view
+from dropit_fx.runtime.copies import Kept, is_rounded, parts_of, read_back, shared_out
+from dropit_fx.runtime.tensor_spec import in_order, memory_order, spec_of, unflatten
+
+
+class _SavedTensors(backwards.Saved):
+    """Operand -> dense tensor, unpacked when read; operands that nobody saved are blank memory."""
+
+    def __init__(self, ctx: Any) -> None:
+        slots = shared_out(ctx.kept, ctx.saved_tensors)
+        self._slots = {kept.operand: (kept, parts) for kept, parts in slots}
+        self._specs = ctx.specs
+
+    def __getitem__(self, operand: str) -> Tensor:
+        spec = self._specs[operand]
+        if operand in self._slots:
+            value = read_back(*self._slots[operand], spec)
+            # what other readers share may be packed before autocast lowers it for this one
+            return value.to(spec.dtype) if value.is_floating_point() else value
+        # a formula asks for its shape only: the gradients that read its values are not wanted
+        return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=spec.device)
+
+    def masked(self, operand: str, grad: Tensor, off: float = 0.0) -> Tensor:
+        """As the base class says."""
+        spec, (_, parts) = self._specs[operand], self._slots[operand]
+        out = torch.ops.dropit.apply_mask(parts[0], in_order(grad, spec.order), off)
+        return unflatten(out, spec.shape, spec.order)
+
+    def rounded(self, operand: str) -> bool:
+        """As the base class says."""
+        return operand in self._slots and is_rounded(self._slots[operand][0])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slots)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+
+class PackedFunction(torch.autograd.Function):
+    """Runs a row: its own forward, its formula in the backward, packed tensors in between.
+
+    ``apply(rule, needs, to_keep, packed, *args, *parts)``: ``to_keep`` says how each operand is
+    kept that the call keeps by itself, ``packed`` to which operands the trailing ``parts`` belong.
+    """
+
+    @staticmethod
+    def forward(
+        rule_name: str,
+        needs: tuple[str, ...],
+        to_keep: tuple[Kept, ...],
+        packed: tuple[Kept, ...],
+        *flat: Any,
+    ) -> Any:
+        """Runs the row; what it makes itself is packed here and returned behind the result."""
+        rule = RULES[rule_name]
+        args = flat[: len(flat) - sum(k.tensors for k in packed)]
+        out, inside = rule.run_saving(*args) if rule.run_saving else (rule.run(*args), {})
+        operands = dict(zip(rule.inputs, args, strict=True)) | {"result": out} | inside
+        parts: list[Tensor] = []
+        for kept in to_keep:
+            if kept.tensors and kept.codec == "keep":
+                parts.append(operands[kept.operand])
+            elif kept.tensors:
+                order = memory_order(_shaped_like(rule, kept.operand, args, out))
+                parts += parts_of(operands[kept.operand], order, kept.codec, dict(kept.options))
+        return (_no_view(out, args), *parts)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Saves packed parts, and whole what is named so."""
+        rule_name, needs, to_keep, packed, *flat = inputs
+        rule = RULES[rule_name]
+        count = sum(k.tensors for k in packed)
+        args, saved = flat[: len(flat) - count], flat[len(flat) - count :]
+        out, *parts = output
+        ctx.mark_non_differentiable(*parts)
+        ctx.set_materialize_grads(False)
+        named = dict(zip(rule.inputs, args, strict=True))
+        tensors = {n: a for n, a in named.items() if isinstance(a, Tensor)}
+        all_kept = list(packed)
+        specs = {"result": spec_of(out)} | {n: spec_of(a) for n, a in tensors.items()}
+        for kept, own in shared_out(to_keep, parts):
+            operand = kept.operand
+            if not own:
+                tensor = out if operand == "result" else tensors[operand]
+                all_kept.append(Kept(operand, "keep", dtype=tensor.dtype))
+                saved.append(tensor)
+                continue
+            like = own[0] if kept.codec == "keep" else _shaped_like(rule, operand, args, out)
+            specs[operand] = spec_of(like)
+            if is_wanted(rule, operand, needs):  # it may be made for others alone
+                all_kept.append(Kept(operand, kept.codec, kept.options, like.dtype, len(own)))
+                saved += own
+        ctx.save_for_backward(*saved)
+        ctx.rule_name, ctx.needs, ctx.kept, ctx.specs = rule_name, needs, all_kept, specs
+        device = out.device.type  # a row that runs as it is does so in the backward too
+        ctx.autocast = torch.get_autocast_dtype(device) if autocast_on(device) else None
+        ctx.plain = {n: None if n in tensors else a for n, a in named.items()}
+        ctx.parts = count
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> Any:
+        """Runs the row's formula, which unpacks what it reads."""
+        if grad is not None:
+            _refuse_second_derivatives(grad, ctx.rule_name)
+        rule = RULES[ctx.rule_name]
+        grads: backwards.Grads = {}
+        if grad is not None:
+            tensors = {n: spec for n, spec in ctx.specs.items() if n in ctx.plain}
+            call = backwards.Call(
+                rule,
+                ctx.plain,
+                {n: spec.shape for n, spec in tensors.items()},
+                {n: spec.stride for n, spec in tensors.items()},
+                {n: spec.dtype for n, spec in tensors.items()},
+                frozenset(ctx.needs),
+            )
+            formula = rule.backward or backwards.vjp
+            if any(k.codec != DERIVED and CODEC[k.codec].slope for k in ctx.kept):
+                formula = backwards.slopes
+            with _autocast_as(ctx.autocast, grad.device.type):
+                grads = formula(grad, _SavedTensors(ctx), call)
+        by_argument = [grads.get(n) if n in ctx.needs else None for n in ctx.plain]
+        return (None, None, None, None, *by_argument, *[None] * ctx.parts)
+
+
+# `apply` binds its arguments to it in every call, and would make it anew
+PackedFunction.forward.__signature__ = inspect.signature(PackedFunction.forward)  # type: ignore[attr-defined]
+
+
+def _autocast_as(dtype: torch.dtype | None, device: str) -> AbstractContextManager[Any]:
+    """Autocast with ``dtype``, or none; to enter a context takes time."""
+    if dtype is None and not autocast_on(device):
+        return nullcontext()
+    return torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=False)
+
+
+def _refuse_second_derivatives(grad: Tensor, rule_name: str) -> None:
+    """Raises where the gradient is to be differentiated again; a compiler is not asked."""
+    if torch.is_grad_enabled() and type(grad) is Tensor and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"packed_{rule_name}: double backward (create_graph=True) is not supported,"
+            " since the packed tensors are constants to autograd. Where a loss differentiates a"
+            " gradient, call the original, dense model, which shares its parameters with the"
+            " packed one (of what torch.compile returns, the model that it was given)."
+        )
+
+
+class _Once(torch.autograd.Function):
+    """``apply(x, rule_name)``: ``x``, whose gradient is not to be differentiated again."""
+
+    @staticmethod
+    def forward(x: Tensor, rule_name: str) -> Tensor:
+        out: Tensor = unsafe_view(x, x.shape)  # no view to autograd: it may be written in place
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.rule_name = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        _refuse_second_derivatives(grad, ctx.rule_name)
+        return grad, None
+
+
+# What Dynamo inlines runs without gradients, whoever asks for them: behind it, this op in its graph
+# is told. Where AOTAutograd traces the graph, nothing is left of it.
+_LIBRARY: Any = torch.library.Library("dropit", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("once(Tensor x, str rule_name) -> Tensor")
+_LIBRARY.impl("once", _Once.apply, "CompositeImplicitAutograd")
+
+
+# Called inside of a compiled function, it would be compiled as a piece of code of its own: for that
+# nobody asks which mode it runs in.
+dynamo_skips(PackedFunction.backward)
+dynamo_skips(_Once.backward)
+
+
+def is_wanted(rule: OpRule, operand: str, needs: tuple[str, ...]) -> bool:
+    """Whether a gradient that is asked for reads an operand of a row."""
+    read = rule.read(operand)
+    return read is not None and read.use != "shape" and any(n in needs for n in read.needed_by)
+
+
+def _no_view(out: Tensor, args: Sequence[Any]) -> Tensor:
+    """``out`` as a tensor that may be written in place, where it is a view of a temporary one.
+
+    Autograd forbids that for views made inside a custom function.
+    """
+    if torch.compiler.is_dynamo_compiling() or not is_view(out):
+        return out
+    if any(isinstance(a, Tensor) and storage_id(a) == storage_id(out) for a in args):
+        return out
+    again: Tensor = unsafe_view(out, out.shape)
+    return again if again.stride() == out.stride() else out
+
+
+def _shaped_like(rule: OpRule, operand: str, args: Sequence[Any], out: Tensor) -> Tensor:
+    """The argument or result that has the shape of what the op makes under the name ``operand``."""
+    read = rule.read(operand)
+    assert read is not None
+    like: Tensor = out if read.like == "result" else args[rule.inputs.index(read.like)]
+    return like

@@ -1,0 +1,40 @@
+"""Where a call runs as PyTorch does: someone else has a say in what its ops do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from dropit_fx.private import constant_to_dynamo, forward_mode_level, peek_interpreter_stack
+
+
+@constant_to_dynamo
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` is at work, or forward-mode differentiation.
+
+    They differentiate, or batch, what is computed op by op: packed tensors are constants to them.
+    """
+    return peek_interpreter_stack() is not None or forward_mode_level() >= 0
+
+
+def has_own_ops(values: Sequence[Any]) -> bool:
+    """Whether a subclass of tensors has a say of its own in what ops do (no mode, no proxy)."""
+    return any(
+        isinstance(v, Tensor)
+        and not isinstance(v, nn.Parameter)
+        and type(v) is not Tensor
+        and hasattr(type(v).__torch_function__, "__func__")
+        for v in values
+    )
+
+
+def on_meta(values: Sequence[Any]) -> bool:
+    """Whether one of ``values`` has no memory to pack."""
+    return any(isinstance(v, Tensor) and v.device.type == "meta" for v in values)
+
+
+def is_complex(values: Sequence[Any]) -> bool:
+    """Whether there is a complex tensor among ``values``: formulas and codecs are for real ones."""
+    return any(isinstance(v, Tensor) and v.is_complex() for v in values)

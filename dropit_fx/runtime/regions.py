@@ -1,0 +1,179 @@
+"""Checkpointed regions of a graph that runs: made again from packed inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils.checkpoint import checkpoint
+
+from dropit_fx.ops.table import CHECKPOINT, is_inplace
+from dropit_fx.private import CHECKPOINT_CONTEXT, OpOverload
+from dropit_fx.runtime.copies import Kept, Packed, kept_as, read_back, shared_out
+from dropit_fx.runtime.tensor_spec import TensorSpec, spec_of
+
+
+def stand_in(x: Tensor, packed: Packed | None) -> Tensor:
+    """What a checkpointed region reads for its input ``x``: ``x`` made again from ``packed``.
+
+    The partitioner puts ``x`` itself in its place in the forward (``partition.KeepPacked``). The
+    gradient goes to ``x``.
+    """
+    if packed is None:
+        return x
+    again: Tensor = _StandIn.apply(x, kept_as("x", packed), *packed.parts)
+    return again
+
+
+class _StandIn(torch.autograd.Function):
+    """``apply(x, kept, *parts)``: the value of ``parts``, with the gradient of ``x``."""
+
+    @staticmethod
+    def forward(x: Tensor, kept: Kept, *parts: Tensor) -> Tensor:
+        return read_back(kept, parts, spec_of(x)).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.parts = len(inputs) - 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return (grad, None, *[None] * ctx.parts)
+
+
+def packed_checkpoint(
+    body: fx.GraphModule, *inputs: Any, packed: Mapping[str, Packed | None], **options: Any
+) -> Any:
+    """A checkpointed region that is made again from packed inputs, for a compiler to partition.
+
+    Args:
+        body: The region; behind its own inputs it takes those in ``packed``, as a ``stand_in``.
+        inputs: Its inputs.
+        packed: ``inputs.<index>`` -> its packed form.
+        options: Of ``torch.utils.checkpoint.checkpoint``.
+    """
+    return CHECKPOINT.run(body, *inputs, *packed.values(), **options)
+
+
+def checkpointed(
+    body: fx.GraphModule,
+    *inputs: Any,
+    packed: Mapping[str, Packed | None] | None = None,
+    once: bool = True,
+    **options: Any,
+) -> Any:
+    """As ``packed_checkpoint``, for graphs that run as they are.
+
+    The region is made again with the random numbers of its forward; PyTorch's own op for it draws
+    new ones unless AOTAutograd traces it.
+
+    Args:
+        body: As for ``packed_checkpoint``, which has the next two as well.
+        inputs: Its inputs.
+        packed: The packed forms of some.
+        once: What it writes into is written by the forward alone, as in compiled code; in eager
+            mode a norm in a checkpointed region counts its batch twice.
+        options: Of ``torch.utils.checkpoint.checkpoint``.
+    """
+    if torch.compiler.is_dynamo_compiling():  # made again from what it was given, packed or not
+        no_copies = [None] * len(packed or {})
+        return checkpoint(body, *inputs, *no_copies, **options | {"use_reentrant": False})
+    if CHECKPOINT_CONTEXT in body.meta:
+        options["context_fn"] = body.meta[CHECKPOINT_CONTEXT]
+    handed_on: list[Any] = list(inputs)  # what the region is made again from
+    in_forward: dict[int, Tensor] = {}  # and what its forward reads in its place
+    copies: dict[int, tuple[Kept, TensorSpec]] = {}
+    parts: list[Tensor] = []
+    for operand, copy in (packed or {}).items():
+        if copy is not None:
+            at = place_of(operand)
+            in_forward[at], handed_on[at] = inputs[at], None
+            copies[at] = kept_as(operand, copy), spec_of(inputs[at])
+            parts += copy.parts
+    # what the region writes into (a norm's statistics, an average) is written once, and read again
+    # as it was
+    before = {
+        at: inputs[at].detach().clone() if once else inputs[at]
+        for at in written_inputs(body)
+        if isinstance(inputs[at], Tensor) and not inputs[at].requires_grad
+    }
+    for at in before:
+        in_forward[at], handed_on[at] = inputs[at], None
+    no_stand_ins = [None] * len(packed or {})
+    count = len(inputs)  # the region outlives the forward: it must not hold the inputs themselves
+
+    def region(*given: Any) -> Any:
+        values = list(given[:count])
+        if in_forward:
+            for at, value in in_forward.items():
+                values[at] = value
+            return body(*values, *no_stand_ins)
+        for at, buffer in before.items():
+            values[at] = buffer.clone() if once else buffer
+        held = shared_out([kept for kept, _ in copies.values()], given[count:])
+        for (at, (_, spec)), (kept, own) in zip(copies.items(), held, strict=True):
+            with torch.no_grad():
+                values[at] = read_back(kept, own, spec).to(spec.dtype)
+            values[at].requires_grad_()
+        return body(*values, *no_stand_ins)
+
+    try:
+        return checkpoint(region, *handed_on, *parts, **options | {"use_reentrant": False})
+    finally:
+        in_forward.clear()
+
+
+def place_of(operand: str) -> int:
+    """The place of a region's input among all of them: 2 for ``inputs.2``."""
+    return int(operand.rpartition(".")[2])
+
+
+def run_regions(graph_module: fx.GraphModule) -> None:
+    """Has the checkpoints of a graph run as they are: see :func:`checkpointed`."""
+    for part in graph_module.modules():
+        if isinstance(part, fx.GraphModule):
+            for node in part.graph.nodes:
+                if node.target in (*CHECKPOINT.targets, packed_checkpoint):
+                    node.target = checkpointed
+            part.recompile()
+
+
+_NORMS = ("batch_norm", "instance_norm")  # which write into their statistics
+_VIEWS = (
+    *("getitem", "view", "reshape", "flatten", "unflatten", "t", "transpose", "permute"),
+    *("squeeze", "unsqueeze", "select", "narrow", "expand", "detach", "contiguous", "chunk"),
+    "split",
+)
+
+
+def name_of(node: fx.Node) -> str:
+    """The name of what a node calls, without the overload."""
+    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+
+
+def _writes(node: fx.Node) -> bool:
+    return name_of(node) == "setitem" or is_inplace(node, node.kwargs)
+
+
+def written_inputs(body: fx.GraphModule) -> tuple[int, ...]:
+    """The inputs of a region that it writes into, by their place."""
+    inputs = body.graph.find_nodes(op="placeholder")
+    written: dict[fx.Node, None] = {}
+    for node in body.graph.nodes:
+        into: list[Any] = []
+        if name_of(node).removeprefix("packed_") in _NORMS:
+            statistics = slice(3, 5) if isinstance(node.target, OpOverload) else slice(1, 3)
+            into = [
+                *node.args[statistics],
+                *(node.kwargs.get(f"running_{n}") for n in ("mean", "var")),
+            ]
+        elif _writes(node):
+            into = [*node.args[:1], node.kwargs.get("input")]
+        for value in into:
+            while isinstance(value, fx.Node):
+                written[value] = None
+                same_memory = _writes(value) or name_of(value) in _VIEWS
+                value = value.args[0] if same_memory and value.args else None
+    return tuple(i for i, n in enumerate(inputs) if n in written)

@@ -1,0 +1,53 @@
+"""What a tensor is beside its values, and its elements in the order of memory."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TensorSpec(NamedTuple):
+    """What a tensor is beside its values. Sizes may be symbolic."""
+
+    shape: tuple[Any, ...]
+    stride: tuple[Any, ...]
+    order: list[int] | None  # see ``memory_order``
+    dtype: torch.dtype
+    device: torch.device
+
+
+def spec_of(x: Tensor) -> TensorSpec:
+    """The spec of ``x``."""
+    return TensorSpec(tuple(x.shape), tuple(x.stride()), memory_order(x), x.dtype, x.device)
+
+
+def memory_order(x: Tensor) -> list[int] | None:
+    """The permutation of dimensions that makes ``x`` contiguous, None where there is none.
+
+    Packing in memory order costs no copy for channels_last and transposed tensors.
+    """
+    if x.is_contiguous():
+        return list(range(x.dim()))
+    strides = x.stride()
+    order = sorted(range(x.dim()), key=lambda d: (-strides[d], d))
+    return order if x.permute(order).is_contiguous() else None
+
+
+def flatten(x: Tensor) -> Tensor:
+    """The elements of ``x`` as a 1-D contiguous tensor, in memory order where ``x`` is dense."""
+    return in_order(x, memory_order(x))
+
+
+def in_order(x: Tensor, order: list[int] | None) -> Tensor:
+    """As :func:`flatten`, in an order that is known; None: as ``reshape`` has them."""
+    return x.reshape(-1) if order is None else x.permute(order).reshape(-1)
+
+
+def unflatten(flat: Tensor, shape: Any, order: list[int] | None) -> Tensor:
+    """The inverse of :func:`flatten` for a tensor of ``shape`` and ``order``."""
+    if order is None:
+        return flat.reshape(shape)
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return flat.reshape([shape[d] for d in order]).permute(inverse)

@@ -1,0 +1,144 @@
+"""The values of a graph that runs: what keeps their storages, what made them, which are alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from dropit_fx.capture.provenance import node_where
+from dropit_fx.passes.plan import Elements, Keeper, Values
+from dropit_fx.private import EXAMPLE_VALUE, pytree, storage_id, version
+from dropit_fx.runtime.tensor_spec import memory_order
+
+FREE = (Keeper.PARAMETER, Keeper.BUFFER, Keeper.INPUT)  # the caller's, and no part of a step
+_ALIVE = (*FREE, Keeper.CONSTANT)  # before and after
+
+
+@dataclass
+class Storage:
+    """All that is known of one storage while the graph runs."""
+
+    owner: str
+    nodes: list[fx.Node] = field(default_factory=list)  # whose outputs live in it
+    kept_by: Keeper | None = None
+
+
+class Storages:
+    """Follows the values of one graph: ``enter`` before each node runs, ``leave`` behind it.
+
+    Args:
+        state: Storage -> what it is, for parameters and buffers.
+
+    Attributes:
+        unseen: Storages that are written to where nobody sees it -> where that is.
+    """
+
+    def __init__(self, state: Mapping[int, str]) -> None:
+        self._known = {s: Storage(owner=kind, kept_by=Keeper(kind)) for s, kind in state.items()}
+        self.unseen: dict[int, str] = {}
+        self._before: dict[int, int] = {}  # versions of a node's operands, before it runs,
+        self._watched: dict[int, int] = {}  # and of their storages
+        self._alive: dict[str, Keeper] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._seen: dict[tuple[str, str], Elements] = {}
+        self._makers: dict[Elements, str] = {}
+        self._last: dict[int, Tensor] = {}  # seen of each storage: it counts the versions
+        self._first: dict[int, tuple[Tensor, list[str]]] = {}  # of each storage, and all its nodes
+        self._differentiable: set[str] = set()
+
+    def of(self, tensor: Tensor, owner: str = "") -> Storage:
+        """What is known of a tensor's storage; of a new one, whose it is."""
+        return self._known.setdefault(storage_id(tensor), Storage(owner=owner))
+
+    def keeper(self, tensor: Tensor) -> Keeper | None:
+        """What keeps a tensor's storage, if that is known and anything does."""
+        known = self._known.get(storage_id(tensor))
+        return None if known is None else known.kept_by
+
+    def is_free(self, tensor: Tensor) -> bool:
+        """Whether a tensor is the caller's: a parameter, a buffer or an input."""
+        return self.keeper(tensor) in FREE
+
+    def enter(self, n: fx.Node, env: Mapping[fx.Node, Any], operands: list[Tensor]) -> None:
+        """Notes what a node is given."""
+        self._before = {id(t): version(t) for t in operands}
+        for operand in n.all_input_nodes:
+            value = env[operand]
+            if isinstance(value, Tensor):
+                self._seen[n.name, operand.name] = elements(value, version(value))
+        self._watched = self._versions_of(operands)
+
+    def before(self, x: Tensor) -> Elements:
+        """An operand of the node as it was before the node ran."""
+        return elements(x, self._before.get(id(x), version(x)))
+
+    def leave(self, n: fx.Node, operands: list[Tensor], result: Any) -> None:
+        """Notes what a node has made, and what it has written."""
+        now = self._versions_of(operands)
+        for t in operands:  # a write through `.data` is not counted: autograd reads what it finds
+            storage = storage_id(t)
+            unseen = now.get(storage) == self._watched.get(storage, -1)
+            if version(t) > self._before[id(t)] and unseen:
+                self.unseen.setdefault(storage, node_where(n) or n.name)
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                home = self.of(tensor, n.name)
+                home.nodes.append(n)
+                home.kept_by = home.kept_by or _keeper(n, tensor)
+        self._describe(n, result)
+
+    def _versions_of(self, tensors: list[Tensor]) -> dict[int, int]:
+        """Of the storages of some tensors, as whoever holds what was first seen of them knows."""
+        known = {storage_id(t) for t in tensors} & self._first.keys()
+        return {storage: version(self._first[storage][0]) for storage in known}
+
+    def _describe(self, n: fx.Node, result: Any) -> None:
+        """What later passes ask of a value: does it stay, what made it, is it the same value?"""
+        if not isinstance(result, Tensor):
+            if not pytree.tree_any(lambda leaf: isinstance(leaf, Tensor), result):
+                self._alive[n.name] = Keeper.NUMBER
+            return
+        self._shapes[n.name] = tuple(result.shape)
+        self._last[storage_id(result)] = result.detach()  # counts on with the tensor
+        self._first.setdefault(storage_id(result), (result.detach(), []))[1].append(n.name)
+        if result.requires_grad:
+            self._differentiable.add(n.name)
+        keeper = self.of(result).kept_by
+        if keeper in _ALIVE:
+            self._alive[n.name] = keeper
+        made = elements(result, version(result))
+        if not any(self._seen.get((n.name, m.name)) == made for m in n.all_input_nodes):
+            self._makers.setdefault(made, n.name)  # else a view of what another has made
+
+    def values(self, lost: set[str]) -> Values:
+        """What was found, when the graph has run; ``lost``: values that no row makes again."""
+        versions = {storage: version(t) for storage, t in self._last.items()}
+        for storage in self.unseen:  # nothing shows that it is what it was
+            versions[storage] = -1
+            lost = lost | set(self._first[storage][1])
+        return Values(
+            alive=self._alive,
+            shapes=self._shapes,
+            seen=self._seen,
+            makers=self._makers,
+            versions=versions,
+            lost=frozenset(lost),
+            differentiable=frozenset(self._differentiable),
+        )
+
+
+def elements(x: Tensor, written: int) -> Elements:
+    """What ``x`` shows, at a version of its storage."""
+    strided = None if memory_order(x) is not None else (tuple(x.shape), tuple(x.stride()))
+    return Elements(storage_id(x), int(x.storage_offset()), x.numel(), strided, x.dtype, written)
+
+
+def _keeper(n: fx.Node, tensor: Tensor) -> Keeper | None:
+    """What keeps a storage in which a node's result lives."""
+    if n.op == "placeholder" and tensor.is_leaf:
+        is_parameter = isinstance(n.meta.get(EXAMPLE_VALUE, tensor), nn.Parameter)
+        return Keeper.PARAMETER if is_parameter else Keeper.INPUT
+    return {"get_attr": Keeper.CONSTANT, "output": Keeper.OUTPUT}.get(n.op)
