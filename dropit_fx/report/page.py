@@ -43,7 +43,7 @@ def write_page(
     template = (resources.files("dropit_fx.report") / "page.html").read_text(encoding="utf-8")
     codecs = palette(name for row in report.rows for name in row.codecs)
     colours = {"ink": INK, "free": FREE} | {f"codec-{n}": c for n, c in codecs.items()}
-    for scheme in Colour._fields:
+    for scheme in ("light", "dark"):
         template = template.replace("{{" + scheme + "}}", css(colours, scheme))
     told = {name: str(value) for name, value in (about or {}).items() if value is not None}
     text = json.dumps({"about": told} | page_data(report)).translate(_ESCAPES)
