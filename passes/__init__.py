@@ -11,6 +11,7 @@ if __name__ == "passes":
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from dropit_fx.passes.choose_codecs import choose_codecs
 from dropit_fx.passes.derive_values import derive_values
@@ -41,13 +42,19 @@ def run_pipeline(plan: Plan) -> Plan:
     """
     done: list[str] = []
     for step in PIPELINE:
-        plan = step(plan)
+        plan = _run(step, plan)
         done.append(step.__name__)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("after %s\n%s\n", step.__name__, plan)
         verify(plan, done)
     log.debug("the graph\n%s\n", plan.module.graph)
     return plan
+
+
+def _run(step: Callable[[Plan], Plan], plan: Plan) -> Plan:
+    """One pass over a plan, behind those of its nested graphs, which the first pass finds."""
+    bodies = {name: _run(step, body) for name, body in plan.bodies.items()}
+    return step(replace(plan, bodies=bodies))
 
 
 __all__ = ["PIPELINE", "VerifyError", "run_pipeline", "verify"]

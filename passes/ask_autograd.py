@@ -14,13 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dropit_fx.measure import Box, attributes_of, nodes_behind
 from dropit_fx.passes.plan import SavedRead
-from dropit_fx.private import (
-    pytree,
-    raw_saved,
-    sequence_number,
-    set_hooks_tracing,
-    shows_saved,
-)
+from dropit_fx.private import pytree, raw_saved, sequence_number, set_hooks_tracing, shows_saved
 
 _MARK = "dropit_fx"  # in the metadata of the autograd nodes of each result
 

@@ -32,8 +32,7 @@ def choose_codecs(plan: Plan) -> Plan:
         chosen = [_choose(r, plan.config) for r in site.reads]
         chosen = [_exact_for_few(d, few) for d in chosen]
         decisions += whole_or_none(site, chosen, plan.config)
-    bodies = {name: choose_codecs(body) for name, body in plan.bodies.items()}
-    return replace(plan, decisions=tuple(decisions), bodies=bodies)
+    return replace(plan, decisions=tuple(decisions))
 
 
 def _few_values(plan: Plan) -> dict[str, int]:

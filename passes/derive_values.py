@@ -38,8 +38,6 @@ COPIES = 2  # the factors of a gated product, the summands behind a downsampling
 
 def derive_values(plan: Plan) -> Plan:
     """Replaces packed copies by recipes, where the config asks for it."""
-    bodies = {name: derive_values(body) for name, body in plan.bodies.items()}
-    plan = replace(plan, bodies=bodies)
     return _in_fewest_bytes(plan) if plan.config.derive else plan
 
 

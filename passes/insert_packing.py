@@ -29,9 +29,7 @@ from dropit_fx.runtime.regions import place_of, stand_in
 
 
 def insert_packing(plan: Plan) -> Plan:
-    """Rewrites ``plan.module`` (and the nested graphs) in place."""
-    for body in plan.bodies.values():
-        insert_packing(body)
+    """Rewrites ``plan.module`` in place, and lets its regions read packed inputs."""
     writer = _Writer(plan)
     for node in list(plan.module.graph.nodes):
         if node.name in writer.by_node:

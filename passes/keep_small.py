@@ -29,7 +29,6 @@ BESIDE = "its op packs nothing, and keeps it: another input of it is small"
 
 def keep_small(plan: Plan) -> Plan:
     """Keeps small storages whole, where the config asks for it."""
-    bodies = {name: keep_small(body) for name, body in plan.bodies.items()}
     pairs = by_site(plan.sites, plan.decisions)
     small = _small(plan, pairs) if plan.config.keep_small and not plan.config.force else set()
     kept = _keeping(small, plan, pairs)
@@ -37,7 +36,7 @@ def keep_small(plan: Plan) -> Plan:
         used = unpacked(plan)
         small -= {s.name for s, mine in pairs if any(d.copy in used for d in mine)}
         kept = _keeping(small, plan, pairs)
-    return replace(kept, bodies=bodies)
+    return kept
 
 
 def _keeping(small: set[str], plan: Plan, pairs: list[tuple[Site, list[Decision]]]) -> Plan:

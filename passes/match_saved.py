@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -21,48 +21,40 @@ def match_saved(
     """
     found: list[Read | None] = [None] * len(tensors)
     taken: set[str] = set()
-    ways = [_is_operand, _is_copy, _is_made_inside, _has_its_shape, _has_its_last_dimension]
-    if any(r.operand == INSIDE for r in reads):
-        ways.remove(_is_copy)  # what is computed inside may look like an operand
-    for fits in ways:
+    for fits in _WAYS:
+        if fits is _is_copy and any(r.operand == INSIDE for r in reads):
+            continue  # what is computed inside may look like an operand
         for i, tensor in enumerate(tensors):
-            open_reads = [r for r in reads if r.operand not in taken]
-            if operands and found[i] is None:
-                read = next((r for r in open_reads if fits(tensor, r.operand, operands)), None)
-                found[i] = read
-                taken |= {read.operand} - {INSIDE} if read is not None else set()
+            if not operands or found[i] is not None:
+                continue
+            for read in reads:
+                x = operands.get(read.operand, _MADE_INSIDE)
+                if read.operand not in taken and fits(tensor, x):
+                    found[i] = read
+                    taken |= {read.operand} - {INSIDE}
+                    break
     return found
 
 
-def _is_operand(tensor: Tensor, operand: str, operands: Mapping[str, Any]) -> bool:
-    value = operands.get(operand)
-    return isinstance(value, Tensor) and storage_id(value) == storage_id(tensor)
+_MADE_INSIDE = object()  # in the place of an operand
 
 
-def _is_copy(tensor: Tensor, operand: str, operands: Mapping[str, Any]) -> bool:
+def _is_copy(tensor: Tensor, x: Any) -> bool:
     """A contiguous one, as cuDNN's batch norm makes of its input."""
-    x = operands.get(operand)
     if not isinstance(x, Tensor) or x.is_contiguous():
         return False
     return x.dtype == tensor.dtype and x.shape == tensor.shape
 
 
-def _is_made_inside(tensor: Tensor, operand: str, operands: Mapping[str, Any]) -> bool:
-    return operand not in operands
-
-
-def _has_its_shape(tensor: Tensor, operand: str, operands: Mapping[str, Any]) -> bool:
-    value = operands[operand]
-    return isinstance(value, Tensor) and sorted(value.shape) == sorted(tensor.shape)
-
-
-def _has_its_last_dimension(tensor: Tensor, operand: str, operands: Mapping[str, Any]) -> bool:
-    value = operands[operand]
-    return (
-        isinstance(value, Tensor)
-        and value.numel() == tensor.numel()
-        and value.shape[-1:] == tensor.shape[-1:]
-    )
+_WAYS: tuple[Callable[[Tensor, Any], bool], ...] = (  # the surest first
+    lambda tensor, x: isinstance(x, Tensor) and storage_id(x) == storage_id(tensor),
+    _is_copy,
+    lambda tensor, x: x is _MADE_INSIDE,
+    lambda tensor, x: isinstance(x, Tensor) and sorted(x.shape) == sorted(tensor.shape),
+    lambda tensor, x: (
+        isinstance(x, Tensor) and x.numel() == tensor.numel() and x.shape[-1:] == tensor.shape[-1:]
+    ),
+)
 
 
 def is_copy_of(tensor: Tensor, read: Read | None, operands: Mapping[str, Any]) -> bool:

@@ -48,8 +48,7 @@ def share_packed(plan: Plan) -> Plan:
                     copy=Copy(str(group[0].read.source), number),
                 )
             number += 1
-    bodies = {name: share_packed(body) for name, body in plan.bodies.items()}
-    return replace(plan, decisions=_leave_what_does_not_pay(plan, shared), bodies=bodies)
+    return replace(plan, decisions=_leave_what_does_not_pay(plan, shared))
 
 
 def _of_one_form(group: list[Decision], indices: list[int]) -> list[list[int]]:
