@@ -89,7 +89,7 @@ class PackedFunction(torch.autograd.Function):
         rule_name, needs, to_keep, packed, *flat = inputs
         rule = RULES[rule_name]
         count = sum(k.tensors for k in packed)
-        args, saved = flat[: len(flat) - count], flat[len(flat) - count :]
+        args, saved = flat[: len(flat) - count], list(flat[len(flat) - count :])  # tuples in Dynamo
         out, *parts = output
         ctx.mark_non_differentiable(*parts)
         ctx.set_materialize_grads(False)
