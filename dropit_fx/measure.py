@@ -80,8 +80,9 @@ def saved_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 
     Returns:
         Bytes, 0 where nothing requires a gradient. Counted by storage. Not counted: whatever
-        existed before the call, leaf tensors that require a gradient, and what is freed before `fn`
-        returns.
+        existed before the call, leaf tensors that require a gradient, what is freed before `fn`
+        returns, and what autograd does not know of: a mask that the function of a checkpointed
+        region closes over.
 
     Raises:
         TypeError: `fn` cannot be called.

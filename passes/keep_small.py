@@ -16,6 +16,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 from dropit_fx.codecs import CODEC
+from dropit_fx.ops.table import CHECKPOINT
 from dropit_fx.passes.choose_codecs import keep
 from dropit_fx.passes.derive_values import bases_of, recipe, unpacked
 from dropit_fx.passes.plan import Decision, Plan, Site
@@ -48,7 +49,11 @@ def _keeping(small: set[str], plan: Plan, pairs: list[tuple[Site, list[Decision]
     swapped = swapped_nodes([d for _, mine in kept for d in mine])
     decisions: list[Decision] = []
     for _, mine in kept:
-        stays = any(d.codec in LET_GO and d.read.node not in swapped for d in mine)
+        stays = any(
+            # a region that keeps nothing is not made again
+            d.codec in LET_GO and d.read.node not in swapped and d.read.row is not CHECKPOINT
+            for d in mine
+        )
         decisions += [keep(d, BESIDE) for d in mine] if stays else mine
     return replace(plan, decisions=tuple(decisions))
 

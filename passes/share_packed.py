@@ -21,6 +21,7 @@ from dataclasses import replace
 
 from dropit_fx.codecs import CAST, CODEC, UNREAD
 from dropit_fx.ops.rule import Use
+from dropit_fx.ops.table import CHECKPOINT
 from dropit_fx.passes.choose_codecs import keep, whole_or_none
 from dropit_fx.passes.plan import Copy, Decision, Plan, Site
 
@@ -144,8 +145,16 @@ def _let_go(plan: Plan, decisions: tuple[Decision, ...]) -> tuple[Decision, ...]
     """Packed calls keep nothing that they make inside or read for its shape alone.
 
     They keep parameters and cast them again, so that autocast's copies go, where no other node
-    keeps them; and nothing for gradients that nobody asks for.
+    keeps them; and nothing for gradients that nobody asks for. Nor does a region keep its inputs
+    that has nothing left to make again.
     """
+    idle = _idle_regions(plan, decisions)
+    decisions = tuple(
+        replace(d, codec=UNREAD, options={}, nbytes=0, reason="", copy=None)
+        if d.read.node in idle
+        else d
+        for d in decisions
+    )
     swapped, out = swapped_nodes(decisions), []
     for _, mine in by_site(plan.sites, decisions):
         mine = [
@@ -162,6 +171,13 @@ def _let_go(plan: Plan, decisions: tuple[Decision, ...]) -> tuple[Decision, ...]
         ]
         out += going if all(d.packed for d in going) else mine
     return tuple(out)
+
+
+def _idle_regions(plan: Plan, decisions: Iterable[Decision]) -> set[str]:
+    """The checkpointed regions of whose ops none keeps anything, by their calls."""
+    calls = {d.read.node: plan.calls[d.read.node] for d in decisions if d.read.row is CHECKPOINT}
+    bodies = {node: plan.bodies[str(call.operands["body"])] for node, call in calls.items()}
+    return {node for node, body in bodies.items() if all(d.codec in LET_GO for d in body.decisions)}
 
 
 def is_copy(decision: Decision) -> bool:

@@ -147,8 +147,9 @@ NUMBER, WHOLE = 8, 4 * 16 * 64
         (BODIES, NUMBER),
         ((within,), WHOLE),
         ((lambda h: nn.functional.linear(h, torch.ones(8, 64)),), WHOLE),  # only its shape is read
+        ((lambda h: nn.functional.avg_pool1d(h, 2),), WHOLE),  # and its packed call keeps no shape
     ],
-    ids=["none", "an inner region", "a constant"],
+    ids=["none", "an inner region", "a constant", "an op of a row"],
 )
 def test_a_region_whose_backward_reads_nothing_keeps_nothing(bodies: Any, dense: int) -> None:
     class Keeps(Region):
@@ -161,6 +162,9 @@ def test_a_region_whose_backward_reads_nothing_keeps_nothing(bodies: Any, dense:
     kept = saved_bytes(run, x)
     told = backend.compiled_graphs()[-1].report
     assert (told.dense_bytes, told.kept_bytes) == (dense, kept)
+    if len(bodies) == 1:  # that of `h` itself is no region of a graph
+        traced = dropit_fx.transform(model, preset="balanced", example_args=(x,))
+        assert dropit_fx.report(traced).kept_bytes == saved_bytes(traced, x)
 
 
 def test_a_region_whose_result_is_not_used_keeps_nothing() -> None:
