@@ -42,25 +42,9 @@ from dropit_fx.private import (
     must_recompute,
     schema,
 )
+from dropit_fx.runtime.regions import STANDS_FOR
 
 log = logging.getLogger(__name__)
-
-_dropit = torch.ops.dropit
-PACK_OPS = (
-    _dropit.sparsify.default,
-    _dropit.sparsify_channels.default,
-    _dropit.sample.default,
-    _dropit.pack_uint.default,
-    _dropit.encode_steps.default,
-    _dropit.pack_between.default,
-)
-UNPACK_OPS = (
-    _dropit.unsparsify.default,
-    _dropit.unsparsify_channels.default,
-    _dropit.unpack_uint.default,
-    _dropit.decode_steps.default,
-    _dropit.apply_mask.default,
-)
 
 TRIES = 3  # cuts at a memory budget
 LEAST = 1e-9  # of a budget: at 0 functorch saves the model's inputs, whatever must be saved
@@ -102,6 +86,7 @@ class KeepPacked(CustomPartitionerFn):
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Graphs:
         """Partitions ``gm``, a joint graph, into forward and backward."""
         count = kwargs.pop("num_fwd_outputs")
+        originals = _take_stand_ins_out(gm)
         out = gm.graph.find_nodes(op="output")[0]
         flat = list(out.args[0])
         described = list(out.meta.get(OUTPUTS, [None] * len(flat)))
@@ -135,7 +120,7 @@ class KeepPacked(CustomPartitionerFn):
                     _copy_before_they_are_overwritten(gm, lost)
                     graphs = self.base(gm, joint_inputs, num_fwd_outputs=fixed, **kwargs)
             _drop_outputs(graphs[0], slice(count, count + len(packed)))
-            _read_what_was_packed(graphs[0])
+            _read_originals(graphs[0], originals)
             return graphs, read_partition(*graphs, count)
 
         budget = memory_budget()
@@ -255,13 +240,22 @@ def _drop_outputs(forward: fx.GraphModule, extra: slice) -> None:
     forward.recompile()
 
 
-def _read_what_was_packed(forward: fx.GraphModule) -> None:
+def _take_stand_ins_out(joint: fx.GraphModule) -> dict[str, str]:
+    """Takes the ops away that say what a stand-in stands for; the names of both, of each."""
+    found: dict[str, str] = {}
+    for node in joint.graph.find_nodes(op="call_function", target=STANDS_FOR):
+        value, original = node.args
+        found[value.name] = original.name
+        node.replace_all_uses_with(value)
+        joint.graph.erase_node(node)
+    return found
+
+
+def _read_originals(forward: fx.GraphModule, originals: dict[str, str]) -> None:
     """Lets checkpointed regions read their inputs, not what the backward will make of them."""
-    for node in forward.graph.nodes:
-        if node.target in UNPACK_OPS and must_recompute(node):
-            part = node.args[0]
-            made = part if part.target in PACK_OPS else part.args[0]
-            if made.target in PACK_OPS:
-                node.replace_all_uses_with(made.args[0])
+    nodes = {n.name: n for n in forward.graph.nodes}
+    for value, original in originals.items():
+        if value in nodes and must_recompute(nodes[value]):
+            nodes[value].replace_all_uses_with(nodes[original])
     forward.graph.eliminate_dead_code()
     forward.recompile()

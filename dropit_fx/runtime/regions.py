@@ -14,12 +14,17 @@ from dropit_fx.private import CHECKPOINT_CONTEXT, OpOverload
 from dropit_fx.runtime.copies import Kept, Packed, kept_as, read_back, shared_out
 from dropit_fx.runtime.tensor_spec import TensorSpec, spec_of
 
+_LIBRARY: Any = torch.library.Library("dropit", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("stands_for(Tensor value, Tensor x) -> Tensor")
+_LIBRARY.impl("stands_for", lambda value, x: value.clone(), "CompositeExplicitAutograd")
+STANDS_FOR = torch.ops.dropit.stands_for.default
+
 
 def stand_in(x: Tensor, packed: Packed | None) -> Tensor:
     """What a checkpointed region reads for its input ``x``: ``x`` made again from ``packed``.
 
-    The partitioner puts ``x`` itself in its place in the forward (``partition.KeepPacked``). The
-    gradient goes to ``x``.
+    The partitioner puts ``x`` itself in its place in the forward (``partition.KeepPacked``), for
+    which a joint graph says what it stands for. The gradient goes to ``x``.
     """
     if packed is None:
         return x
@@ -32,7 +37,8 @@ class _StandIn(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, kept: Kept, *parts: Tensor) -> Tensor:
-        return read_back(kept, parts, spec_of(x)).to(x.dtype)
+        value: Tensor = STANDS_FOR(read_back(kept, parts, spec_of(x)).to(x.dtype), x)
+        return value
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -23,9 +23,11 @@ from torch.utils.checkpoint import (
 
 import dropit_fx
 from dropit_fx.codecs import CODEC
+from dropit_fx.codecs.codec import Codec
 from dropit_fx.compile import backend
 from dropit_fx.measure import peak_memory, saved_bytes
 from dropit_fx.ops import table as op_table
+from dropit_fx.ops.rule import Use
 from dropit_fx.report.rows import Row
 from dropit_fx.runtime import packed_call
 
@@ -294,6 +296,50 @@ def test_another_reader_shares_the_copy() -> None:
         assert [is_packed(r) for r in rows if r.op == "checkpoint+layer_norm"] == [True]
         for a, b in zip(ours, dense, strict=True):
             torch.testing.assert_close(a, b, rtol=0.1, atol=0.1 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("inner", INNERS[:2])  # the third computes in other ops
+def test_a_codec_of_plain_ops_leaves_the_forward_exact(
+    monkeypatch: pytest.MonkeyPatch, inner: str
+) -> None:
+    """What packs and unpacks has no name of its own in a joint graph."""
+    shorter = Codec(
+        name="shorter",
+        serves=frozenset({Use.REDUCE}),
+        pack=lambda flat, options: (flat.to(torch.bfloat16),),
+        unpack=lambda parts, options, numel, dtype: parts[0].to(dtype),
+        nbytes=lambda numel, dtype, options: 2 * numel,
+    )
+    monkeypatch.setitem(CODEC, "shorter", shorter)
+    x, model = torch.randn(16, 32), Region(p=0.0)
+    exact, dense = step(model, model, x)
+    run = compiled(model, inner, {"op": "checkpoint", "codec": "shorter"})
+    found, ours = step(run, model, x)
+    assert torch.equal(found, exact)
+    assert [r.codecs for r in regions_inputs()] == [("shorter",)]
+    assert not all(torch.equal(a, b) for a, b in zip(ours, dense, strict=True))
+    for a, b in zip(ours, dense, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.01, atol=0.01 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("inner", INNERS[:2])  # the third computes in other ops
+def test_a_copy_by_channel_leaves_the_forward_exact(inner: str) -> None:
+    class Maps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            inside = checkpoint(lambda h: torch.tanh(h) * h, h, use_reentrant=False)
+            return inside + self.norm(h)
+
+    x, model = torch.randn(8, 3, 16, 16), Maps()
+    exact, _ = step(model, model, x)
+    found, _ = step(compiled(model, inner, preset="balanced"), model, x)
+    assert torch.equal(found, exact)
+    rows = backend.compiled_graphs()[-1].report.rows
+    assert [is_packed(r) for r in rows if "checkpoint" in r.op] == [True]
 
 
 class Nested(Region):
