@@ -328,7 +328,7 @@ def test_batch_norm_runs_the_kernel_of_dense_and_its_backward(
             _, made = norm.run_saving(**arguments)
         assert saving.ran == dense.ran == [kernel]
         tensors = {n: a for n, a in arguments.items() if isinstance(a, Tensor)}
-        call = backwards.Call(
+        call = backwards.Called(
             norm,
             {n: None if n in tensors else a for n, a in (arguments | {"eps": 1e-5}).items()},
             *[{n: f(t) for n, t in tensors.items()} for f in (shape_of, stride_of, dtype_of)],

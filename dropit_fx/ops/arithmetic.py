@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dropit_fx.ops.backwards import (
-    Call,
+    Called,
     Grads,
     Saved,
 )
@@ -45,7 +45,7 @@ def _mul(input: Any, other: Any, inplace: bool = False) -> Tensor:
     return _arithmetic(torch.mul, input, other, inplace)
 
 
-def _mul_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+def _mul_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """``dA = dY * B``, ``dB = dY * A``, summed over what was broadcast."""
     out: Grads = {}
     for name, factor in (("input", "other"), ("other", "input")):

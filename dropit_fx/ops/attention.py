@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dropit_fx.kernels import attention as attention_kernel
 from dropit_fx.ops.backwards import (
-    Call,
+    Called,
     Grads,
     Saved,
     vjp,
@@ -39,7 +39,7 @@ def _scaled_dot_product_attention(
     )
 
 
-def _attention_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+def _attention_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """From the packed query, key and value alone, since nothing else fits them once rounded.
 
     In float32 on a CPU one kernel does it; elsewhere the forward is run again.

@@ -10,6 +10,7 @@ codec every gradient has the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,33 +21,16 @@ from dropit_fx.ops.rule import OpRule
 Grads = dict[str, Tensor | None]
 
 
-class Call:
-    """The arguments of one call that are not saved tensors, and which gradients are asked for.
+@dataclass(slots=True)
+class Called:
+    """The arguments of one call that are not saved tensors, and which gradients are asked for."""
 
-    Attributes:
-        rule: The row.
-        args: Argument name -> value, with None in the place of each tensor.
-        shapes: Argument name -> shape, for tensor arguments.
-        strides: Argument name -> strides, for tensor arguments.
-        dtypes: Argument name -> dtype, for tensor arguments.
-        needs: The arguments whose gradients are wanted.
-    """
-
-    def __init__(
-        self,
-        rule: OpRule,
-        args: dict[str, Any],
-        shapes: dict[str, Any],
-        strides: dict[str, Any],
-        dtypes: dict[str, torch.dtype],
-        needs: frozenset[str],
-    ) -> None:
-        self.rule = rule
-        self.args = args
-        self.shapes = shapes
-        self.strides = strides
-        self.dtypes = dtypes
-        self.needs = needs
+    rule: OpRule
+    args: dict[str, Any]  # by name, None in the place of each tensor
+    shapes: dict[str, Any]  # of tensor arguments, as the next two
+    strides: dict[str, Any]
+    dtypes: dict[str, torch.dtype]
+    needs: frozenset[str]  # the arguments whose gradients are wanted
 
 
 class Saved(Mapping[str, Tensor]):
@@ -61,10 +45,10 @@ class Saved(Mapping[str, Tensor]):
         raise NotImplementedError
 
 
-Formula = Callable[[Tensor, Saved, Call], Grads]
+Formula = Callable[[Tensor, Saved, Called], Grads]
 
 
-def vjp(grad: Tensor, saved: Saved, call: Call) -> Grads:
+def vjp(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """The generic backward: ``torch.func.vjp`` of the row's ``run``. It repeats the forward."""
     wanted = tuple(n for n in call.shapes if n in call.needs)
     fixed = {n: call.args[n] for n in call.args if n not in call.shapes}
@@ -87,13 +71,13 @@ def per_dimension(value: Any, dims: int) -> list[int]:
 def masked(operand: str) -> Formula:
     """The gradient where the bit of ``operand`` is set (relu sets it for NaN), 0 elsewhere."""
 
-    def backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    def backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
         return {"input": saved.masked(operand, grad)}
 
     return backward
 
 
-def slopes(grad: Tensor, saved: Saved, call: Call) -> Grads:
+def slopes(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """``dX = dY * f'(x)`` where what is kept gives ``f'(x)`` itself (codec ``few_bit``)."""
     (operand,) = saved
     return {"input": grad * saved[operand]}
@@ -102,7 +86,7 @@ def slopes(grad: Tensor, saved: Saved, call: Call) -> Grads:
 def pointwise(op: Callable[..., Tensor], *names: str, operand: str = "input") -> Formula:
     """``dX = op(grad, x, *args)``: one of ATen's own backward functions."""
 
-    def backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    def backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
         return {"input": op(grad, saved[operand], *[call.args[n] for n in names])}
 
     return backward

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dropit_fx.ops.backwards import (
-    Call,
+    Called,
     Grads,
     Saved,
     per_dimension,
@@ -61,13 +61,13 @@ def _conv_transpose(dims: int) -> Callable[..., Tensor]:
     return conv_transpose
 
 
-def _convolution_backward(dims: int, transposed: bool) -> Callable[[Tensor, Saved, Call], Grads]:
+def _convolution_backward(dims: int, transposed: bool) -> Callable[[Tensor, Saved, Called], Grads]:
     """The backward of ``conv{dims}d``: ``input: (b, in, *)``, ``weight: (out, in / groups, *)``."""
 
     def ints(value: Any) -> list[int]:
         return per_dimension(value, dims)
 
-    def backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    def backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
         args = call.args
         if isinstance(args["padding"], str) or grad.dim() != dims + 2:
             return vjp(grad, saved, call)

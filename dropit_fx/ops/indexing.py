@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dropit_fx.kernels.format import index_bits
 from dropit_fx.ops.backwards import (
-    Call,
+    Called,
     Grads,
     Saved,
 )
@@ -40,7 +40,7 @@ def _embedding(
     return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
 
 
-def _embedding_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+def _embedding_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """The rows of ``grad`` are added to those of ``dW`` that were looked up."""
     padding, rows = call.args["padding_idx"], call.shapes["weight"][0]
     padding = -1 if padding is None else padding
@@ -75,7 +75,7 @@ def _index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
     return torch.index_select(input, dim, index)
 
 
-def _index_select_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+def _index_select_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """Added to what was selected."""
     out = grad.new_zeros(call.shapes["input"])
     return {"input": out.index_add(call.args["dim"], saved["index"], grad)}
@@ -94,7 +94,7 @@ def _gather(input: Tensor, dim: int, index: Tensor, sparse_grad: bool = False) -
     return torch.gather(input, dim, index, sparse_grad=sparse_grad)
 
 
-def _gather_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+def _gather_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """Added to what was gathered; the tensor given for its shape is blank memory."""
     args = call.args["dim"], saved["index"], call.args["sparse_grad"]
     return {"input": aten.gather_backward(grad, saved["input"], *args)}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dropit_fx.ops.backwards import (
-    Call,
+    Called,
     Formula,
     Grads,
     Saved,
@@ -38,7 +38,7 @@ def _softmax_backward(log: bool) -> Formula:
     """``dX = y (dY - sum(dY y))``, and ``dY - exp(y) sum(dY)`` of the logarithm."""
     op = log_softmax_backward_data if log else softmax_backward_data
 
-    def backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    def backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
         dtype = call.dtypes["input"]
         return {"input": op(grad, saved["result"], call.args["dim"], dtype)}
 
@@ -142,7 +142,7 @@ def _cross_entropy_saving(
     return out, {"log_probs": log_probs}
 
 
-def _cross_entropy_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+def _cross_entropy_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """``dX = (softmax(x) - onehot(target)) * dY``, from the packed ``log softmax(x)``."""
     # in the layout in which log_softmax makes it, whatever that of its input
     log_probs, target = saved["log_probs"].contiguous(), saved["target"]

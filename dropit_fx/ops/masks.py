@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dropit_fx.ops.backwards import (
-    Call,
+    Called,
     Grads,
     Saved,
 )
@@ -34,7 +34,7 @@ def _dropout_saving(
     return out, {"mask": mask}
 
 
-def _dropout_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+def _dropout_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """``dX = dY * mask / (1 - p)``."""
     p = call.args["p"]
     scale = 0.0 if p == 1 else 1 / (1 - p)
@@ -70,7 +70,7 @@ def _where(condition: Tensor, input: Any, other: Any) -> Tensor:
     return torch.where(condition, input, other)
 
 
-def _where_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+def _where_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """The gradient goes to ``input`` where the condition holds, else to ``other``."""
     holds, out = saved["condition"], Grads()
     if "input" in call.needs:
@@ -109,7 +109,7 @@ def _masked_fill(input: Tensor, mask: Tensor, value: Any) -> Tensor:
     return torch.masked_fill(input, mask, value)
 
 
-def _masked_fill_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+def _masked_fill_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """No gradient where it was filled."""
     return {"input": grad.masked_fill(saved["mask"], 0).sum_to_size(call.shapes["input"])}
 

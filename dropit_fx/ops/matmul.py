@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dropit_fx.ops.backwards import (
-    Call,
+    Called,
     Grads,
     Saved,
     vjp,
@@ -82,7 +82,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return F.linear(input, weight, bias)
 
 
-def _linear_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+def _linear_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """``input: (*, in)``, ``weight: (out, in)``, ``bias: (out,)``, ``grad: (*, out)``."""
     if grad.dim() < 2 or len(call.shapes["weight"]) != 2:
         return vjp(grad, saved, call)
@@ -120,7 +120,7 @@ def _matmul(input: Tensor, other: Tensor) -> Tensor:
     return torch.matmul(input, other)
 
 
-def _matmul_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+def _matmul_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """``input: (*, m, k)``, ``other: (*, k, n)`` or ``(k, n)``.
 
     As ``torch.matmul`` does it: folded into one ``mm`` where ``other`` is a matrix, else one
@@ -177,7 +177,7 @@ def _mm(input: Tensor, mat2: Tensor) -> Tensor:
     return torch.mm(input, mat2)
 
 
-def _mm_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+def _mm_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """``input: (m, k)``, ``mat2: (k, n)``."""
     out: Grads = {}
     if "input" in call.needs:
@@ -203,7 +203,7 @@ def _bmm(input: Tensor, mat2: Tensor) -> Tensor:
     return torch.bmm(input, mat2)
 
 
-def _bmm_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+def _bmm_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """``input: (b, m, k)``, ``mat2: (b, k, n)``."""
     out: Grads = {}
     if "input" in call.needs:
@@ -227,7 +227,7 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, beta: Any = 1, alpha: Any 
     return torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha)
 
 
-def _addmm_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+def _addmm_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """``beta * input + alpha * (mat1: (m, k)) @ (mat2: (k, n))``; ``input`` broadcasts."""
     out: Grads = {}
     alpha, beta = call.args["alpha"], call.args["beta"]
@@ -258,7 +258,7 @@ def _baddbmm(
     return torch.baddbmm(input, batch1, batch2, beta=beta, alpha=alpha)
 
 
-def _baddbmm_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+def _baddbmm_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """``beta * input + alpha * (batch1: (b, m, k)) @ (batch2: (b, k, n))``."""
     out: Grads = {}
     alpha, beta = call.args["alpha"], call.args["beta"]

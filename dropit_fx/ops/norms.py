@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dropit_fx.ops.backwards import (
-    Call,
+    Called,
     Grads,
     Saved,
 )
@@ -61,7 +61,7 @@ def _layer_norm_saving(
     return out, {"mean": mean, "rstd": rstd}
 
 
-def _layer_norm_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+def _layer_norm_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """ATen's own, with the statistics of the exact input."""
     names = ("input", "weight", "bias")
     grads = aten.native_layer_norm_backward(
@@ -151,7 +151,7 @@ def _group_norm_saving(
     return out, {"mean": mean, "rstd": rstd}
 
 
-def _group_norm_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+def _group_norm_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """ATen's own, with the statistics of the exact input."""
     names = ("input", "weight", "bias")
     shape, x = call.shapes["input"], saved["input"]
@@ -248,7 +248,7 @@ def _reserve_nbytes(args: Mapping[str, Any]) -> int:
     return cudnn_reserve_nbytes(x) if x.is_cuda and args["training"] else 0
 
 
-def _batch_norm_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+def _batch_norm_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """ATen's own, with the statistics of the exact input; the running ones in eval mode.
 
     On CUDA, in training and with weight and bias, it asks for the kernel as the forward did.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dropit_fx.ops.backwards import (
-    Call,
+    Called,
     Grads,
     Saved,
     masked,
@@ -114,7 +114,7 @@ def _leaky_relu_saving(
     return F.leaky_relu(input, negative_slope), {"input": input > 0}
 
 
-def _leaky_relu_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+def _leaky_relu_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """The gradient where the bit is set, ``negative_slope`` times it elsewhere."""
     slope = call.args["negative_slope"]
     return {"input": torch.where(saved["input"], grad, grad * slope)}

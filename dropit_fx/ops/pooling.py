@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dropit_fx.kernels.windows import decode_window_reference, encode_window_reference
 from dropit_fx.ops.backwards import (
-    Call,
+    Called,
     Grads,
     Saved,
     per_dimension,
@@ -141,10 +141,10 @@ def _max_pool_saving(dims: int) -> Callable[..., tuple[Tensor, dict[str, Tensor]
     return run
 
 
-def _max_pool_backward(dims: int) -> Callable[[Tensor, Saved, Call], Grads]:
+def _max_pool_backward(dims: int) -> Callable[[Tensor, Saved, Called], Grads]:
     """``dX`` is ``grad`` at the maxima; the input's values are not read."""
 
-    def backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+    def backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
         window = Window(dims, call.args)
         # not saved: saved["input"] is uninitialised memory of the right shape
         x, codes = saved["input"], saved["indices"]
@@ -226,7 +226,7 @@ def _avg_pool(dims: int) -> Callable[..., Tensor]:
     return avg_pool
 
 
-def _avg_pool2d_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+def _avg_pool2d_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """Reads only the shape of the input: the tensor given here is blank memory."""
     a = call.args
     kernel = per_dimension(a["kernel_size"], 2)

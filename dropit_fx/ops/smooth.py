@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dropit_fx.ops.backwards import Call, Grads, Saved, pointwise
+from dropit_fx.ops.backwards import Called, Grads, Saved, pointwise
 from dropit_fx.ops.rule import INSIDE, OpRule, Read, Use
 
 aten = torch.ops.aten
@@ -56,7 +56,7 @@ def _gelu(input: Tensor, approximate: str = "none") -> Tensor:
     return F.gelu(input, approximate=approximate)
 
 
-def _gelu_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+def _gelu_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """As ATen."""
     return {"input": aten.gelu_backward(grad, saved["input"], approximate=call.args["approximate"])}
 
@@ -86,7 +86,7 @@ def _elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     return F.elu(input, alpha)
 
 
-def _elu_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+def _elu_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """As ATen, from the input."""
     alpha = call.args["alpha"]
     return {"input": aten.elu_backward(grad, alpha, 1.0, 1.0, False, saved["input"])}
@@ -157,7 +157,7 @@ SIGMOID, TANH = (
 )
 
 
-def _exp_backward(grad: Tensor, saved: Saved, call: Call) -> Grads:
+def _exp_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """``dX = dY * y``."""
     return {"input": grad * saved["result"]}
 

@@ -125,7 +125,7 @@ class PackedFunction(torch.autograd.Function):
         grads: backwards.Grads = {}
         if grad is not None:
             tensors = {n: spec for n, spec in ctx.specs.items() if n in ctx.plain}
-            call = backwards.Call(
+            call = backwards.Called(
                 rule,
                 ctx.plain,
                 {n: spec.shape for n, spec in tensors.items()},
