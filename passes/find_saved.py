@@ -34,7 +34,7 @@ from dropit_fx.passes.plan import Elements, Keeper, Plan, SavedRead, Site
 from dropit_fx.passes.storages import FREE, Storages, elements
 from dropit_fx.private import EXAMPLE_VALUE, pytree, storage_id, version
 from dropit_fx.runtime.overrides import is_complex
-from dropit_fx.runtime.regions import name_of, written_inputs
+from dropit_fx.runtime.regions import WRITTEN, name_of, written_unseen
 
 NUMBER = "a Python number, which autograd keeps as a tensor"
 UNKNOWN = "?"  # the operand of a read that no row knows
@@ -83,6 +83,7 @@ class _Probe(fx.Interpreter):
         self._lost: set[str] = set()
         self._whole: list[tuple[str, Elements]] = []  # free ones that a packed call would hold
         self._order = {n: i for i, n in enumerate(plan.module.graph.nodes)}
+        self._written: set[int] = set()  # storages, where no version tells of it
 
     def run_node(self, n: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -107,6 +108,8 @@ class _Probe(fx.Interpreter):
             failed.node = n
             raise failed from error
         self.storages.leave(n, operands, result)
+        written = pytree.tree_leaves(map_arg(written_unseen(n), self.env.__getitem__))
+        self._written |= {storage_id(t) for t in written if isinstance(t, Tensor)}
         self.autograd.mark_result(n, result)
         if life is not None:
             # recomputed: between forward and backward only the inputs stay
@@ -169,13 +172,22 @@ class _Probe(fx.Interpreter):
         PyTorch lets its inputs go with the last tensor that it would have saved: at once where its
         backward reads nothing.
         """
-        body = args[0]
+        body, given = args[0], args[1:]
+        tensors = {at: t for at, t in enumerate(given) if isinstance(t, Tensor)}
+        before = {at: version(t) for at, t in tensors.items()}
         # without its inputs: they hold the graph behind them, which may go before the region does
         plan = Plan(module=body, inputs=(), config=self.plan.config)
         with fake_state(body, fake_mode_of(args)) as state:
             probe = _Probe(plan, state)
-            result = probe.run(*args[1:])
+            result = probe.run(*given)
             self.bodies[str(n.args[0].target)] = probe.result(result)  # type: ignore[union-attr]
+        self._written |= probe._written
+        written = {
+            at
+            for at, t in tensors.items()
+            if version(t) != before[at] or storage_id(t) in probe._written
+        }
+        body.meta[WRITTEN] = tuple(sorted(written.union(body.meta.get(WRITTEN, ()))))
         lives = probe.autograd.lives
         return result, lambda: next((life for life in lives if life()), None)
 
@@ -237,7 +249,7 @@ class _Probe(fx.Interpreter):
         if [r.target for r in regions].count(n.args[0].target) > 1:  # type: ignore[union-attr]
             return "its region is called more than once"
         body: Any = self.module.get_submodule(str(n.args[0].target))  # type: ignore[union-attr]
-        if not n.kwargs.get("once", True) and written_inputs(body):
+        if not n.kwargs.get("once", True) and body.meta[WRITTEN]:
             return "its region writes into a buffer again when it is made again"
         goes = any(
             storage_id(t) == storage_id(tensor) and t.requires_grad

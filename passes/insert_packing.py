@@ -119,7 +119,7 @@ class _Writer:
         call.meta = dict(node.meta)
         self.order[call] = at = self.order[node]
         if rule is CHECKPOINT:
-            _take_packed(self.plan.bodies[str(node.args[0])], tuple(packed))
+            _take_packed(self.plan.bodies[str(bound["body"].target)], tuple(packed))
         result = call
         if gives:
             result = self._item(call, 0, at)

@@ -176,7 +176,7 @@ def _let_go(plan: Plan, decisions: tuple[Decision, ...]) -> tuple[Decision, ...]
 def _idle_regions(plan: Plan, decisions: Iterable[Decision]) -> set[str]:
     """The checkpointed regions of whose ops none keeps anything, by their calls."""
     calls = {d.read.node: plan.calls[d.read.node] for d in decisions if d.read.row is CHECKPOINT}
-    bodies = {node: plan.bodies[str(call.operands["body"])] for node, call in calls.items()}
+    bodies = {node: plan.bodies[str(call.operands["body"].target)] for node, call in calls.items()}
     return {node for node, body in bodies.items() if all(d.codec in LET_GO for d in body.decisions)}
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
-from dropit_fx.ops.table import CHECKPOINT, is_inplace
+from dropit_fx.ops.table import CHECKPOINT
 from dropit_fx.private import CHECKPOINT_CONTEXT, OpOverload
 from dropit_fx.runtime.copies import Kept, Packed, kept_as, read_back, shared_out
 from dropit_fx.runtime.tensor_spec import TensorSpec, spec_of
@@ -102,7 +102,7 @@ def checkpointed(
     # as it was
     before = {
         at: inputs[at].detach().clone() if once else inputs[at]
-        for at in written_inputs(body)
+        for at in body.meta.get(WRITTEN, range(len(inputs)))  # not known yet: any of them
         if isinstance(inputs[at], Tensor) and not inputs[at].requires_grad
     }
     for at in before:
@@ -146,40 +146,20 @@ def run_regions(graph_module: fx.GraphModule) -> None:
             part.recompile()
 
 
-_NORMS = ("batch_norm", "instance_norm")  # which write into their statistics
-_VIEWS = (
-    *("getitem", "view", "reshape", "flatten", "unflatten", "t", "transpose", "permute"),
-    *("squeeze", "unsqueeze", "select", "narrow", "expand", "detach", "contiguous", "chunk"),
-    "split",
-)
-
-
 def name_of(node: fx.Node) -> str:
     """The name of what a node calls, without the overload."""
     return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
 
 
-def _writes(node: fx.Node) -> bool:
-    return name_of(node) == "setitem" or is_inplace(node, node.kwargs)
+def written_unseen(node: fx.Node) -> list[Any]:
+    """What a node writes into though no version tells of it: statistics, and lists of tensors."""
+    name = name_of(node).removeprefix("packed_")
+    if name.startswith("_foreach_") and name.endswith("_"):
+        return list(node.args[:1])
+    if name not in ("batch_norm", "instance_norm"):
+        return []
+    places = slice(3, 5) if isinstance(node.target, OpOverload) else slice(1, 3)
+    return [*node.args[places], *(node.kwargs.get(f"running_{n}") for n in ("mean", "var"))]
 
 
-def written_inputs(body: fx.GraphModule) -> tuple[int, ...]:
-    """The inputs of a region that it writes into, by their place."""
-    inputs = body.graph.find_nodes(op="placeholder")
-    written: dict[fx.Node, None] = {}
-    for node in body.graph.nodes:
-        into: list[Any] = []
-        if name_of(node).removeprefix("packed_") in _NORMS:
-            statistics = slice(3, 5) if isinstance(node.target, OpOverload) else slice(1, 3)
-            into = [
-                *node.args[statistics],
-                *(node.kwargs.get(f"running_{n}") for n in ("mean", "var")),
-            ]
-        elif _writes(node):
-            into = [*node.args[:1], node.kwargs.get("input")]
-        for value in into:
-            while isinstance(value, fx.Node):
-                written[value] = None
-                same_memory = _writes(value) or name_of(value) in _VIEWS
-                value = value.args[0] if same_memory and value.args else None
-    return tuple(i for i, n in enumerate(inputs) if n in written)
+WRITTEN = "dropit_written"  # in a region's meta: the inputs that it writes into, by their place
