@@ -32,7 +32,7 @@ LONGEST = {"inductor": 300}  # seconds of processor for one program; 60 for othe
 WAITING = 10  # times as long by the clock: what waits for ever ends, what is given little time not
 SHRINKING = 90  # seconds for one failure
 CONFIGS = {
-    "aot": ("formulas",),
+    "aot": ("formulas", "balanced"),
     "inductor": ("balanced",),
     "transform": ("formulas", "exact", "balanced"),
     "dropit_eager": ("exact", "balanced"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
 from dropit_fx.ops.table import CHECKPOINT
-from dropit_fx.private import CHECKPOINT_CONTEXT, OpOverload
+from dropit_fx.private import CHECKPOINT_CONTEXT, OpOverload, storage_id
 from dropit_fx.runtime.copies import Kept, Packed, kept_as, read_back, shared_out
 from dropit_fx.runtime.tensor_spec import TensorSpec, spec_of
 
@@ -101,10 +102,12 @@ def checkpointed(
     # what the region writes into (a norm's statistics, an average) is written once, and read again
     # as it was
     before = {
-        at: inputs[at].detach().clone() if once else inputs[at]
+        at: inputs[at]
         for at in body.meta.get(WRITTEN, range(len(inputs)))  # not known yet: any of them
         if isinstance(inputs[at], Tensor) and not inputs[at].requires_grad
     }
+    copied = _copies if once else dict
+    before = copied(before)
     for at in before:
         in_forward[at], handed_on[at] = inputs[at], None
     no_stand_ins = [None] * len(packed or {})
@@ -116,8 +119,8 @@ def checkpointed(
             for at, value in in_forward.items():
                 values[at] = value
             return body(*values, *no_stand_ins)
-        for at, buffer in before.items():
-            values[at] = buffer.clone() if once else buffer
+        for at, buffer in copied(before).items():
+            values[at] = buffer
         held = shared_out([kept for kept, _ in copies.values()], given[count:])
         for (at, (_, spec)), (kept, own) in zip(copies.items(), held, strict=True):
             with torch.no_grad():
@@ -129,6 +132,23 @@ def checkpointed(
         return checkpoint(region, *handed_on, *parts, **options | {"use_reentrant": False})
     finally:
         in_forward.clear()
+
+
+def _copies(tensors: dict[int, Tensor]) -> dict[int, Tensor]:
+    """A copy of each; those that share memory are views of one copy, as they are of one tensor."""
+    sharing = Counter(map(storage_id, tensors.values()))
+    storages: dict[int, torch.UntypedStorage] = {}
+    made: dict[int, Tensor] = {}
+    for at, x in tensors.items():
+        shared = storage_id(x)
+        if sharing[shared] == 1:
+            made[at] = x.detach().clone()
+            continue
+        if shared not in storages:
+            storages[shared] = x.untyped_storage().clone()  # type: ignore[no-untyped-call]
+        place = storages[shared], x.storage_offset(), x.shape, x.stride()
+        made[at] = torch.empty(0, dtype=x.dtype, device=x.device).set_(*place)
+    return made
 
 
 def place_of(operand: str) -> int:
