@@ -83,7 +83,7 @@ class _Probe(fx.Interpreter):
         self._lost: set[str] = set()
         self._whole: list[tuple[str, Elements]] = []  # free ones that a packed call would hold
         self._order = {n: i for i, n in enumerate(plan.module.graph.nodes)}
-        self._written: set[int] = set()  # storages, where no version tells of it
+        self.written: set[int] = set()  # storages, where no version tells of it
 
     def run_node(self, n: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -109,7 +109,7 @@ class _Probe(fx.Interpreter):
             raise failed from error
         self.storages.leave(n, operands, result)
         written = pytree.tree_leaves(map_arg(written_unseen(n), self.env.__getitem__))
-        self._written |= {storage_id(t) for t in written if isinstance(t, Tensor)}
+        self.written |= {storage_id(t) for t in written if isinstance(t, Tensor)}
         self.autograd.mark_result(n, result)
         if life is not None:
             # recomputed: between forward and backward only the inputs stay
@@ -181,11 +181,11 @@ class _Probe(fx.Interpreter):
             probe = _Probe(plan, state)
             result = probe.run(*given)
             self.bodies[str(n.args[0].target)] = probe.result(result)  # type: ignore[union-attr]
-        self._written |= probe._written
+        self.written |= probe.written
         written = {
             at
             for at, t in tensors.items()
-            if version(t) != before[at] or storage_id(t) in probe._written
+            if version(t) != before[at] or storage_id(t) in probe.written
         }
         body.meta[WRITTEN] = tuple(sorted(written.union(body.meta.get(WRITTEN, ()))))
         lives = probe.autograd.lives
