@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 _MODES = ("eval", "training")
 
 
+LOOKS = 3  # at what seems to draw: another thread may have drawn meanwhile
+
+
 class Study:
     """What a model does in both modes, against which its graphs are held.
 
@@ -44,13 +47,16 @@ class Study:
 
     def _look(self, model: nn.Module, training: bool) -> Meaning | str:
         """What it does in one mode, or why that is not known."""
-        found: Meaning | None = None
-        failed: Exception | None = None
-        with untouched(model, generators=training == self.training) as seen:
-            try:
-                found = meaning(model, called(model), self.args, self.kwargs)
-            except Exception as error:  # the user's code ran: anything can be raised
-                failed = error
+        for _ in range(LOOKS):
+            found: Meaning | None = None
+            failed: Exception | None = None
+            with untouched(model, generators=training == self.training) as seen:
+                try:
+                    found = meaning(model, called(model), self.args, self.kwargs)
+                except Exception as error:  # the user's code ran: anything can be raised
+                    failed = error
+            if not seen.chance:
+                break
         changes = [c for c in seen.changes if not _is_benign(model, c)]
         reason = ""
         if found is not None and found.hooks:
