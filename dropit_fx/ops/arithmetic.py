@@ -13,15 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropit_fx.ops.backwards import (
-    Called,
-    Grads,
-    Saved,
-)
+from dropit_fx.ops.backwards import Called, Grads, Saved
 from dropit_fx.ops.rule import OpRule, Read, Use
-from dropit_fx.private import (
-    to_copy,
-)
+from dropit_fx.private import to_copy
 
 aten = torch.ops.aten
 
@@ -192,7 +186,6 @@ TO = OpRule(
     derive=_to,
     obstacle=_no_cast,
 )
-
 
 ROWS = (MUL, DIV, POW)
 

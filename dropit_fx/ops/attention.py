@@ -10,12 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dropit_fx.kernels import attention as attention_kernel
-from dropit_fx.ops.backwards import (
-    Called,
-    Grads,
-    Saved,
-    vjp,
-)
+from dropit_fx.ops.backwards import Called, Grads, Saved, vjp
 from dropit_fx.ops.rule import INSIDE, OpRule, Read, Use
 
 aten = torch.ops.aten
@@ -90,6 +85,5 @@ ATTENTION = OpRule(
     autocast="lower",
     obstacle=_no_attention_dropout,
 )
-
 
 ROWS = (ATTENTION,)

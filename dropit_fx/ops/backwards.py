@@ -63,6 +63,20 @@ def vjp(grad: Tensor, saved: Saved, call: Called) -> Grads:
     return dict(zip(wanted, pull(grad), strict=True))
 
 
+def optional(saved: Saved, call: Called, operand: str) -> Tensor | None:
+    """A saved tensor, or None where the call was given none."""
+    return saved[operand] if operand in call.shapes else None
+
+
+_OF_LAYER = ("input", "weight", "bias")
+
+
+def of_layer(op: Callable[..., Any], call: Called, *args: Any) -> Grads:
+    """ATen's own backward of a layer, which is told last whose gradients are asked for."""
+    grads = op(*args, [n in call.needs for n in _OF_LAYER])
+    return dict(zip(_OF_LAYER, grads, strict=True))
+
+
 def per_dimension(value: Any, dims: int) -> list[int]:
     """``3`` or ``(3,)`` or ``(3, 3)`` as one int for each dimension."""
     return [value] * dims if isinstance(value, int) else list(value) * (dims // len(value))

@@ -13,13 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dropit_fx.ops.backwards import (
-    Called,
-    Grads,
-    Saved,
-    per_dimension,
-    vjp,
-)
+from dropit_fx.ops.backwards import Called, Grads, Saved, of_layer, per_dimension, vjp
 from dropit_fx.ops.matmul import LAYER
 from dropit_fx.ops.rule import OpRule
 
@@ -72,8 +66,9 @@ def _convolution_backward(dims: int, transposed: bool) -> Callable[[Tensor, Save
         if isinstance(args["padding"], str) or grad.dim() != dims + 2:
             return vjp(grad, saved, call)
         bias = call.shapes.get("bias")
-        names = ("input", "weight", "bias")
-        grads = aten.convolution_backward(
+        return of_layer(
+            aten.convolution_backward,
+            call,
             grad,
             saved["input"],
             saved["weight"],
@@ -84,9 +79,7 @@ def _convolution_backward(dims: int, transposed: bool) -> Callable[[Tensor, Save
             transposed,
             ints(args["output_padding"]) if transposed else [0] * dims,
             args["groups"],
-            [n in call.needs for n in names],
         )
-        return dict(zip(names, grads, strict=True))
 
     return backward
 
@@ -124,6 +117,5 @@ CONV_TRANSPOSE = tuple(
     )
     for d in (1, 2, 3)
 )
-
 
 ROWS = (*CONV, *CONV_TRANSPOSE)

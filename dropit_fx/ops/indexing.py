@@ -10,11 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dropit_fx.kernels.format import index_bits
-from dropit_fx.ops.backwards import (
-    Called,
-    Grads,
-    Saved,
-)
+from dropit_fx.ops.backwards import Called, Grads, Saved
 from dropit_fx.ops.rule import OpRule, Read, Use
 
 aten = torch.ops.aten

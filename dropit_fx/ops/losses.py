@@ -10,18 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dropit_fx.ops.backwards import (
-    Called,
-    Formula,
-    Grads,
-    Saved,
-)
+from dropit_fx.ops.backwards import Called, Formula, Grads, Saved
 from dropit_fx.ops.rule import INSIDE, OpRule, Read, Use
-from dropit_fx.private import (
-    STACKLEVEL,
-    log_softmax_backward_data,
-    softmax_backward_data,
-)
+from dropit_fx.private import STACKLEVEL, log_softmax_backward_data, softmax_backward_data
 
 aten = torch.ops.aten
 
@@ -187,6 +178,5 @@ CROSS_ENTROPY = OpRule(
     backward=_cross_entropy_backward,
     obstacle=_plain_cross_entropy,
 )
-
 
 ROWS = (*SOFTMAX, NLL_LOSS, CROSS_ENTROPY)

@@ -9,11 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dropit_fx.ops.backwards import (
-    Called,
-    Grads,
-    Saved,
-)
+from dropit_fx.ops.backwards import Called, Grads, Saved
 from dropit_fx.ops.rule import OpRule, Read, Use, one_bit
 
 aten = torch.ops.aten
@@ -129,6 +125,5 @@ MASKED_FILL = OpRule(
     derive=_masked_fill,
     obstacle=lambda args: "its value is a tensor" if isinstance(args["value"], Tensor) else "",
 )
-
 
 ROWS = (DROPOUT, WHERE, MASKED_FILL)

@@ -14,12 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dropit_fx.ops.backwards import (
-    Called,
-    Grads,
-    Saved,
-    vjp,
-)
+from dropit_fx.ops.backwards import Called, Formula, Grads, Saved, vjp
 from dropit_fx.ops.rule import OpRule, Read, Use
 
 aten = torch.ops.aten
@@ -173,20 +168,45 @@ MATMUL = OpRule(
 )
 
 
+def _of_matrices(left: str, right: str) -> Formula:
+    """Of ``beta * input + alpha * (left: (m, k)) @ (right: (k, n))``; ``input`` broadcasts."""
+
+    def backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
+        out, alpha = _of_addend(grad, call, left), call.args.get("alpha", 1)
+        if left in call.needs:
+            columns = _column_major(call.shapes[left], call.strides[left])
+            out[left] = _scaled(_left(grad, saved[right], columns), alpha)
+        if right in call.needs:
+            columns = _column_major(call.shapes[right], call.strides[right])
+            out[right] = _scaled(_right(grad, saved[left], columns), alpha)
+        return out
+
+    return backward
+
+
+def _of_batches(left: str, right: str) -> Formula:
+    """Of ``beta * input + alpha * (left: (b, m, k)) @ (right: (b, k, n))``."""
+
+    def backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
+        out, alpha = _of_addend(grad, call, left), call.args.get("alpha", 1)
+        if left in call.needs:
+            out[left] = _scaled(grad.bmm(saved[right].transpose(1, 2)), alpha)
+        if right in call.needs:
+            out[right] = _scaled(saved[left].transpose(1, 2).bmm(grad), alpha)
+        return out
+
+    return backward
+
+
+def _of_addend(grad: Tensor, call: Called, left: str) -> Grads:
+    """The gradient of what is added to a product, where ``input`` is no factor of it."""
+    if left == "input" or "input" not in call.needs:
+        return {}
+    return {"input": _scaled(grad, call.args["beta"]).sum_to_size(call.shapes["input"])}
+
+
 def _mm(input: Tensor, mat2: Tensor) -> Tensor:
     return torch.mm(input, mat2)
-
-
-def _mm_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
-    """``input: (m, k)``, ``mat2: (k, n)``."""
-    out: Grads = {}
-    if "input" in call.needs:
-        columns = _column_major(call.shapes["input"], call.strides["input"])
-        out["input"] = _left(grad, saved["mat2"], columns)
-    if "mat2" in call.needs:
-        columns = _column_major(call.shapes["mat2"], call.strides["mat2"])
-        out["mat2"] = _right(grad, saved["input"], columns)
-    return out
 
 
 MM = OpRule(
@@ -194,7 +214,7 @@ MM = OpRule(
     targets=(torch.mm, "mm", aten.mm.default),
     reads=_product("input", "mat2"),
     run=_mm,
-    backward=_mm_backward,
+    backward=_of_matrices("input", "mat2"),
     autocast="lower",
 )
 
@@ -203,22 +223,12 @@ def _bmm(input: Tensor, mat2: Tensor) -> Tensor:
     return torch.bmm(input, mat2)
 
 
-def _bmm_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
-    """``input: (b, m, k)``, ``mat2: (b, k, n)``."""
-    out: Grads = {}
-    if "input" in call.needs:
-        out["input"] = grad.bmm(saved["mat2"].transpose(1, 2))
-    if "mat2" in call.needs:
-        out["mat2"] = saved["input"].transpose(1, 2).bmm(grad)
-    return out
-
-
 BMM = OpRule(
     name="bmm",
     targets=(torch.bmm, "bmm", aten.bmm.default),
     reads=_product("input", "mat2"),
     run=_bmm,
-    backward=_bmm_backward,
+    backward=_of_batches("input", "mat2"),
     autocast="lower",
 )
 
@@ -227,27 +237,12 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, beta: Any = 1, alpha: Any 
     return torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha)
 
 
-def _addmm_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
-    """``beta * input + alpha * (mat1: (m, k)) @ (mat2: (k, n))``; ``input`` broadcasts."""
-    out: Grads = {}
-    alpha, beta = call.args["alpha"], call.args["beta"]
-    if "input" in call.needs:
-        out["input"] = _scaled(grad, beta).sum_to_size(call.shapes["input"])
-    if "mat1" in call.needs:
-        columns = _column_major(call.shapes["mat1"], call.strides["mat1"])
-        out["mat1"] = _scaled(_left(grad, saved["mat2"], columns), alpha)
-    if "mat2" in call.needs:
-        columns = _column_major(call.shapes["mat2"], call.strides["mat2"])
-        out["mat2"] = _scaled(_right(grad, saved["mat1"], columns), alpha)
-    return out
-
-
 ADDMM = OpRule(  # also Hugging Face's Conv1D
     name="addmm",
     targets=(torch.addmm, "addmm", aten.addmm.default),
     reads=_product("mat1", "mat2"),
     run=_addmm,
-    backward=_addmm_backward,
+    backward=_of_matrices("mat1", "mat2"),
     autocast="lower",
 )
 
@@ -258,27 +253,13 @@ def _baddbmm(
     return torch.baddbmm(input, batch1, batch2, beta=beta, alpha=alpha)
 
 
-def _baddbmm_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
-    """``beta * input + alpha * (batch1: (b, m, k)) @ (batch2: (b, k, n))``."""
-    out: Grads = {}
-    alpha, beta = call.args["alpha"], call.args["beta"]
-    if "input" in call.needs:
-        out["input"] = _scaled(grad, beta).sum_to_size(call.shapes["input"])
-    if "batch1" in call.needs:
-        out["batch1"] = _scaled(grad.bmm(saved["batch2"].transpose(1, 2)), alpha)
-    if "batch2" in call.needs:
-        out["batch2"] = _scaled(saved["batch1"].transpose(1, 2).bmm(grad), alpha)
-    return out
-
-
 BADDBMM = OpRule(
     name="baddbmm",
     targets=(torch.baddbmm, "baddbmm", aten.baddbmm.default),
     reads=_product("batch1", "batch2"),
     run=_baddbmm,
-    backward=_baddbmm_backward,
+    backward=_of_batches("batch1", "batch2"),
     autocast="lower",
 )
-
 
 ROWS = (LINEAR, MATMUL, MM, BMM, ADDMM, BADDBMM)

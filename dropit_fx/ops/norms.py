@@ -12,17 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dropit_fx.ops.backwards import (
-    Called,
-    Grads,
-    Saved,
-)
+from dropit_fx.ops.backwards import Called, Grads, Saved, of_layer, optional
 from dropit_fx.ops.rule import INSIDE, OpRule, Read, Use
-from dropit_fx.private import (
-    batch_norm_impl_index,
-    cudnn_reserve_nbytes,
-    suggest_memory_format,
-)
+from dropit_fx.private import batch_norm_impl_index, cudnn_reserve_nbytes, suggest_memory_format
 
 aten = torch.ops.aten
 
@@ -63,18 +55,17 @@ def _layer_norm_saving(
 
 def _layer_norm_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """ATen's own, with the statistics of the exact input."""
-    names = ("input", "weight", "bias")
-    grads = aten.native_layer_norm_backward(
+    return of_layer(
+        aten.native_layer_norm_backward,
+        call,
         grad.contiguous(),
         saved["input"],
         list(call.args["normalized_shape"]),
         saved["mean"],
         saved["rstd"],
-        saved["weight"] if "weight" in call.shapes else None,
-        saved["bias"] if "bias" in call.shapes else None,
-        [n in call.needs for n in names],
+        optional(saved, call, "weight"),
+        optional(saved, call, "bias"),
     )
-    return dict(zip(names, grads, strict=True))
 
 
 def _layer_norm_again(
@@ -153,22 +144,21 @@ def _group_norm_saving(
 
 def _group_norm_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """ATen's own, with the statistics of the exact input."""
-    names = ("input", "weight", "bias")
     shape, x = call.shapes["input"], saved["input"]
     layout = _group_format(x)
-    grads = aten.native_group_norm_backward(
+    return of_layer(
+        aten.native_group_norm_backward,
+        call,
         grad.contiguous(memory_format=layout),
         x.contiguous(memory_format=layout),
         saved["mean"],
         saved["rstd"],
-        saved["weight"] if "weight" in call.shapes else None,
+        optional(saved, call, "weight"),
         shape[0],
         shape[1],
         _cells(shape),
         call.args["num_groups"],
-        [n in call.needs for n in names],
     )
-    return dict(zip(names, grads, strict=True))
 
 
 GROUP_NORM = OpRule(
@@ -253,31 +243,25 @@ def _batch_norm_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
 
     On CUDA, in training and with weight and bias, it asks for the kernel as the forward did.
     """
-    names = ("input", "weight", "bias")
     training = bool(call.args["training"])
     x = saved["input"]
     asks = x.is_cuda and training and {"weight", "bias"} <= call.shapes.keys()
-    with_stats = asks or not training
-    arguments = [
-        grad,
-        x,
-        saved["weight"] if "weight" in call.shapes else None,
-        saved["running_mean"] if "running_mean" in call.shapes and with_stats else None,
-        saved["running_var"] if "running_var" in call.shapes and with_stats else None,
-        saved["mean"],
-        saved["invstd"],
-        training,
-        call.args["eps"],
-        [n in call.needs for n in names],
+    running = [
+        optional(saved, call, n) if asks or not training else None
+        for n in ("running_mean", "running_var")
     ]
-    if asks:
-        layout = suggest_memory_format(x)
-        arguments[:2] = [t.contiguous(memory_format=layout) for t in (grad, x)]
+    tensors = [optional(saved, call, "weight"), *running, saved["mean"], saved["invstd"]]
+    settings = training, call.args["eps"]
+    if not asks:
+        return of_layer(aten.native_batch_norm_backward, call, grad, x, *tensors, *settings)
+
+    def as_in_forward(*args: Any) -> Any:
         # a copy: cuDNN may write into it, and the backward works twice
-        grads = aten.batch_norm_backward(*arguments, saved["reserve"].clone())
-    else:
-        grads = aten.native_batch_norm_backward(*arguments)
-    return dict(zip(names, grads, strict=True))
+        return aten.batch_norm_backward(*args, saved["reserve"].clone())
+
+    layout = suggest_memory_format(x)
+    both = [t.contiguous(memory_format=layout) for t in (grad, x)]
+    return of_layer(as_in_forward, call, *both, *tensors, *settings)
 
 
 def _batch_norm_again(
@@ -340,6 +324,5 @@ BATCH_NORM = OpRule(
     derive=_batch_norm_again,
     obstacle=lambda args: "" if args["input"].numel() else "its batch is empty",
 )
-
 
 ROWS = (LAYER_NORM, GROUP_NORM, RMS_NORM, BATCH_NORM)

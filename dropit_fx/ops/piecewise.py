@@ -10,12 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dropit_fx.ops.backwards import (
-    Called,
-    Grads,
-    Saved,
-    masked,
-)
+from dropit_fx.ops.backwards import Called, Grads, Saved, masked
 from dropit_fx.ops.rule import OpRule, Read, Use, one_bit
 
 aten = torch.ops.aten
@@ -186,6 +181,5 @@ CLAMP = OpRule(
         else ""
     ),
 )
-
 
 ROWS = (RELU, RELU6, HARDTANH, LEAKY_RELU, CLAMP)

@@ -16,16 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dropit_fx.kernels.windows import decode_window_reference, encode_window_reference
-from dropit_fx.ops.backwards import (
-    Called,
-    Grads,
-    Saved,
-    per_dimension,
-)
+from dropit_fx.ops.backwards import Called, Grads, Saved, per_dimension
 from dropit_fx.ops.rule import OpRule, Read, Use
-from dropit_fx.private import (
-    c_nn,
-)
+from dropit_fx.private import c_nn
 
 aten = torch.ops.aten
 

@@ -10,14 +10,18 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
+from dropit_fx.kernels.dispatch import define
 from dropit_fx.ops.table import CHECKPOINT
 from dropit_fx.private import CHECKPOINT_CONTEXT, OpOverload, storage_id
 from dropit_fx.runtime.copies import Kept, Packed, kept_as, read_back, shared_out
 from dropit_fx.runtime.tensor_spec import TensorSpec, spec_of
 
-_LIBRARY: Any = torch.library.Library("dropit", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define("stands_for(Tensor value, Tensor x) -> Tensor")
-_LIBRARY.impl("stands_for", lambda value, x: value.clone(), "CompositeExplicitAutograd")
+
+def _value(value: Tensor, x: Tensor) -> Tensor:
+    return value.clone()
+
+
+define("stands_for(Tensor value, Tensor x) -> Tensor", _value, _value, triton=False)
 STANDS_FOR = torch.ops.dropit.stands_for.default
 
 
