@@ -32,15 +32,35 @@ from dropit_fx.kernels.format import (
 from dropit_fx.kernels.seeds import draw_seed, rounding_seed
 
 _log = logging.getLogger(__name__)
-_POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+
+
+class Data:
+    """An argument of a C function: the elements of a contiguous tensor; no address for None."""
+
+    @staticmethod
+    def from_param(x: Tensor | None) -> ctypes.c_void_p:
+        """As ctypes asks."""
+        return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+class Floats:
+    """An argument of a C function: an array of float32."""
+
+    @staticmethod
+    def from_param(values: Sequence[float]) -> ctypes.Array[ctypes.c_float]:
+        """As ctypes asks."""
+        return (ctypes.c_float * len(values))(*values)
+
+
+INT64, INT = ctypes.c_int64, ctypes.c_int
 _SIGNATURES: dict[str, list[Any]] = {
-    "dropit_sparsify": [_POINTER] * 5 + [_INT64] * 3 + [_INT] * 5,
-    "dropit_unsparsify": [_POINTER] * 4 + [_INT64] * 3 + [_INT] * 4,
-    "dropit_pack": [_POINTER] * 2 + [_INT64, _INT, _INT],
-    "dropit_unpack": [_POINTER] * 2 + [_INT64, _INT, _INT],
-    "dropit_encode_steps": [_POINTER] * 3 + [_INT64] + [_INT] * 4,
-    "dropit_decode_steps": [_POINTER] * 3 + [_INT64] + [_INT] * 4,
-    "dropit_level": [_INT],
+    "dropit_sparsify": [Data] * 5 + [INT64] * 3 + [INT] * 5,
+    "dropit_unsparsify": [Data] * 4 + [INT64] * 3 + [INT] * 4,
+    "dropit_pack": [Data] * 2 + [INT64, INT, INT],
+    "dropit_unpack": [Data] * 2 + [INT64, INT, INT],
+    "dropit_encode_steps": [Data, Data, Floats, INT64] + [INT] * 4,
+    "dropit_decode_steps": [Data, Data, Floats, INT64] + [INT] * 4,
+    "dropit_level": [INT],  # 0 plain C, 1 AVX2, 2 AVX-512, -1 the best; gives what is used now
 }
 
 
@@ -73,16 +93,6 @@ def load(stem: str, signatures: Mapping[str, Sequence[Any]]) -> ctypes.CDLL | No
     return lib
 
 
-def instruction_set(wanted: int = -1) -> int:
-    """Chooses 0 plain C, 1 AVX2 or 2 AVX-512; -1 and what the machine lacks: the best it has.
-
-    Returns:
-        What is used from now on.
-    """
-    lib = library()
-    return int(lib.dropit_level(wanted)) if lib else 0
-
-
 def sparsify(x: Tensor, form: Format, seed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.sparsify`."""
     lib = library()
@@ -112,19 +122,10 @@ def _sparsify(
     seed: Tensor | None,
     sampled: bool,
 ) -> None:
-    x = x.contiguous()
+    numbers = form.keep, form.block, NUMBER[x.dtype], form.bits, form.spacing
+    threads = torch.get_num_threads()
     failed = lib.dropit_sparsify(
-        x.data_ptr(),
-        *(part.data_ptr() for part in parts),
-        None if seed is None else seed.data_ptr(),
-        x.numel(),
-        form.keep,
-        form.block,
-        NUMBER[x.dtype],
-        form.bits,
-        form.spacing,
-        sampled,
-        torch.get_num_threads(),
+        x.contiguous(), *parts, seed, x.numel(), *numbers, sampled, threads
     )
     if failed:
         raise MemoryError("dropit::sparsify: no memory for its scratch space")
@@ -140,17 +141,8 @@ def unsparsify(
     check_packed((values, scale, mask), numel, form)
     out = torch.empty(numel, dtype=dtype)
     parts = [part.contiguous() for part in (values, scale, mask)]
-    failed = lib.dropit_unsparsify(
-        out.data_ptr(),
-        *(part.data_ptr() for part in parts),
-        numel,
-        form.keep,
-        form.block,
-        NUMBER[dtype],
-        form.bits,
-        form.spacing,
-        torch.get_num_threads(),
-    )
+    numbers = form.keep, form.block, NUMBER[dtype], form.bits, form.spacing
+    failed = lib.dropit_unsparsify(out, *parts, numel, *numbers, torch.get_num_threads())
     if failed:
         raise MemoryError("dropit::unsparsify: no memory for its scratch space")
     return out
@@ -173,9 +165,8 @@ def pack_uint(x: Tensor, bits: int) -> Tensor:
     if lib is None:
         return reference.pack_uint(x, bits)
     check_uint(x, bits)
-    x = x.contiguous()
     out = torch.empty(uint_nbytes(x.numel(), bits), dtype=torch.uint8)
-    lib.dropit_pack(x.data_ptr(), out.data_ptr(), x.numel(), bits, torch.get_num_threads())
+    lib.dropit_pack(x.contiguous(), out, x.numel(), bits, torch.get_num_threads())
     return out
 
 
@@ -186,9 +177,8 @@ def unpack_uint(packed: Tensor, bits: int, numel: int) -> Tensor:
         return reference.unpack_uint(packed, bits, numel)
     check_uint(packed, bits)
     check_stream(packed, bits, numel)
-    packed = packed.contiguous()
     out = torch.empty(numel, dtype=torch.uint8)
-    lib.dropit_unpack(packed.data_ptr(), out.data_ptr(), numel, bits, torch.get_num_threads())
+    lib.dropit_unpack(packed.contiguous(), out, numel, bits, torch.get_num_threads())
     return out
 
 
@@ -198,18 +188,9 @@ def encode_steps(x: Tensor, borders: Sequence[float], bits: int) -> Tensor:
     if lib is None or x.dtype not in NUMBER:
         return reference.encode_steps(x, borders, bits)
     check_borders(x.dtype, borders, bits)
-    x = x.contiguous()
     out = torch.empty(uint_nbytes(x.numel(), bits), dtype=torch.uint8)
-    lib.dropit_encode_steps(
-        x.data_ptr(),
-        out.data_ptr(),
-        (ctypes.c_float * len(borders))(*borders),
-        x.numel(),
-        len(borders),
-        NUMBER[x.dtype],
-        bits,
-        torch.get_num_threads(),
-    )
+    numbers = x.numel(), len(borders), NUMBER[x.dtype], bits, torch.get_num_threads()
+    lib.dropit_encode_steps(x.contiguous(), out, borders, *numbers)
     return out
 
 
@@ -222,16 +203,7 @@ def decode_steps(
         return reference.decode_steps(packed, levels, bits, numel, dtype)
     check_levels(packed, levels, bits, dtype)
     check_stream(packed, bits, numel)
-    packed = packed.contiguous()
     out = torch.empty(numel, dtype=dtype)
-    lib.dropit_decode_steps(
-        packed.data_ptr(),
-        out.data_ptr(),
-        (ctypes.c_float * len(levels))(*levels),
-        numel,
-        len(levels),
-        NUMBER[dtype],
-        bits,
-        torch.get_num_threads(),
-    )
+    numbers = numel, len(levels), NUMBER[dtype], bits, torch.get_num_threads()
+    lib.dropit_decode_steps(packed.contiguous(), out, levels, *numbers)
     return out

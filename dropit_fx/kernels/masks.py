@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from dropit_fx.kernels import reference
-from dropit_fx.kernels.cpu import load
+from dropit_fx.kernels.cpu import INT, INT64, Data, load
 from dropit_fx.kernels.dispatch import define
 from dropit_fx.kernels.dtypes import NUMBER
 from dropit_fx.kernels.format import uint_nbytes
 
 _DTYPES = (torch.float32, torch.bfloat16)  # that masks.c knows
-_POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_FLOAT = ctypes.c_float
 _SIGNATURES = {
-    "dropit_between": [_POINTER] * 2 + [_INT64, _INT, _FLOAT, _FLOAT, _INT],
-    "dropit_apply": [_POINTER] * 3 + [_INT64, _INT, _FLOAT, _INT],
+    "dropit_between": [Data, Data, INT64, INT, _FLOAT, _FLOAT, INT],
+    "dropit_apply": [Data, Data, Data, INT64, INT, _FLOAT, INT],
 }
 
 
@@ -55,18 +55,10 @@ def _pack_between(x: Tensor, low: float | None, high: float | None) -> Tensor:
     lib = library()
     if lib is None or x.dtype not in _DTYPES:
         return pack_between_reference(x, low, high)
-    x = x.contiguous()
     out = _fake_bits(x)
-    threads = torch.get_num_threads()
-    lib.dropit_between(
-        x.data_ptr(),
-        out.data_ptr(),
-        x.numel(),
-        NUMBER[x.dtype],
-        math.nan if low is None else low,  # nothing is less than NaN
-        math.nan if high is None else high,
-        threads,
-    )
+    low, high = (math.nan if b is None else b for b in (low, high))  # nothing is less than NaN
+    dtype, threads = NUMBER[x.dtype], torch.get_num_threads()
+    lib.dropit_between(x.contiguous(), out, x.numel(), dtype, low, high, threads)
     return out
 
 
@@ -84,16 +76,8 @@ def _apply_mask(bits: Tensor, grad: Tensor, off: float) -> Tensor:
         return apply_mask_reference(bits, grad, off)
     bits, grad = bits.contiguous(), grad.contiguous()
     out = torch.empty_like(grad)
-    threads = torch.get_num_threads()
-    lib.dropit_apply(
-        bits.data_ptr(),
-        grad.data_ptr(),
-        out.data_ptr(),
-        grad.numel(),
-        NUMBER[grad.dtype],
-        off,
-        threads,
-    )
+    dtype, threads = NUMBER[grad.dtype], torch.get_num_threads()
+    lib.dropit_apply(bits, grad, out, grad.numel(), dtype, off, threads)
     return out
 
 
