@@ -43,13 +43,9 @@ def _layer_norm(
 
 
 def _layer_norm_saving(
-    input: Tensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
+    input: Tensor, normalized_shape: Any, *affine: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    out, mean, rstd = torch.native_layer_norm(input, list(normalized_shape), weight, bias, eps)
+    out, mean, rstd = torch.native_layer_norm(input, list(normalized_shape), *affine)
     return out, {"mean": mean, "rstd": rstd}
 
 
@@ -128,17 +124,11 @@ def _cells(shape: Any) -> Any:
 
 
 def _group_norm_saving(
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
+    input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    n, channels = input.shape[:2]
     x = input.contiguous(memory_format=_group_format(input))
-    out, mean, rstd = torch.native_group_norm(
-        x, weight, bias, n, channels, _cells(input.shape), num_groups, eps
-    )
+    n, channels, cells = *input.shape[:2], _cells(input.shape)
+    out, mean, rstd = torch.native_group_norm(x, weight, bias, n, channels, cells, num_groups, eps)
     return out, {"mean": mean, "rstd": rstd}
 
 
@@ -212,24 +202,12 @@ def _batch_norm(
 
 
 def _batch_norm_saving(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
+    input: Tensor, running_mean: Any, running_var: Any, weight: Any, bias: Any, *settings: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
     # what F.batch_norm itself calls: on CUDA it takes cuDNN's kernel or the native one
-    out, mean, invstd, reserve, _ = batch_norm_impl_index(
-        input, weight, bias, running_mean, running_var, training, momentum, eps, _cudnn_enabled()
-    )
+    tensors, cudnn = (input, weight, bias, running_mean, running_var), torch.backends.cudnn.enabled
+    out, mean, invstd, reserve, _ = batch_norm_impl_index(*tensors, *settings, cudnn)
     return out, {"mean": mean, "invstd": invstd, "reserve": reserve}
-
-
-def _cudnn_enabled() -> bool:
-    return bool(torch.backends.cudnn.enabled)
 
 
 def _reserve_nbytes(args: Mapping[str, Any]) -> int:

@@ -23,6 +23,9 @@ from dropit_fx.private import c_nn
 aten = torch.ops.aten
 
 
+_WINDOW = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")  # behind the input
+
+
 class Window:
     """Kernel, stride, padding and dilation of one max-pool call, an int for each dimension.
 
@@ -104,25 +107,8 @@ def _max_pool(dims: int) -> Callable[..., Tensor]:
 def _max_pool_saving(dims: int) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
     """``max_pool{dims}d`` that also returns the window offsets of its maxima."""
 
-    def run(
-        input: Tensor,
-        kernel_size: Any,
-        stride: Any = None,
-        padding: Any = 0,
-        dilation: Any = 1,
-        ceil_mode: bool = False,
-        return_indices: bool = False,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        window = Window(
-            dims,
-            {
-                "kernel_size": kernel_size,
-                "stride": stride,
-                "padding": padding,
-                "dilation": dilation,
-                "ceil_mode": ceil_mode,
-            },
-        )
+    def run(input: Tensor, *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        window = Window(dims, dict(zip(_WINDOW, args, strict=False)))
         x = input.unsqueeze(-2) if dims == 1 else input
         op = aten.max_pool3d_with_indices if dims == 3 else aten.max_pool2d_with_indices
         out, codes = op(x, *window.arguments)
