@@ -8,8 +8,8 @@ with autocast and without, and the casts are read off. That works for CUDA on a 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -94,21 +94,8 @@ def elsewhere(function: Callable[[], R]) -> R:
 
     Modes, transforms and autocast belong to a thread: whatever the caller is in, here is nothing.
     """
-    results: list[R] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(function())
-        except BaseException as error:  # for the caller to see
-            errors.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
 
 
 def _ask(rule: OpRule, values: tuple[Any, ...], states: _States) -> Casts:
