@@ -99,7 +99,8 @@ def table(name: str, bits: int) -> StepTable:
     Raises:
         TableError: An unknown name, or bits other than 1 to 4.
     """
-    _check_bits(bits)
+    if bits not in BITS:
+        raise TableError(f"a step table has 1 to 4 bits, not {bits!r}.")
     if name in FUNCTIONS:
         return _stored()[name][bits]
     if name in _REGISTERED:
@@ -131,30 +132,16 @@ def register(name: str, f: Pointwise) -> None:
         raise TableError(f"{name!r} is registered with another function: choose another name.")
 
 
-def solve(f: Pointwise, bits: int, density: Pointwise | None = None) -> StepTable:
-    """The best table of 2**bits intervals for ``f'``.
-
-    Args:
-        f: As in :func:`register`.
-        bits: 1 to 4.
-        density: Of the input, at any scale; what lies beyond [-8, 8] is not looked at. It takes the
-            place of the normal part, the uniform part is added to it. None: the standard normal.
-
-    Raises:
-        TableError: ``f`` is not pointwise or has no finite derivative, the density is negative,
-            not finite or zero everywhere, or bits are not 1 to 4.
-    """
-    _check_bits(bits)
-    return _solve(f, density or _normal, (bits,))[bits]
-
-
 def measure(
     borders: Sequence[float],
     levels: Sequence[float],
     f: Pointwise,
     density: Pointwise | None = None,
 ) -> StepTable:
-    """These borders and levels as a table of ``f'``. Arguments as in :func:`solve`."""
+    """These borders and levels as a table of ``f'``.
+
+    ``density`` is that of the input in the place of the standard normal, at any scale.
+    """
     return _measure(borders, levels, _slope(f), _weight(density or _normal))
 
 
@@ -258,11 +245,6 @@ def _slope(f: Pointwise, name: str = "f") -> Tensor:
 
 def _close(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a.double(), b.double(), equal_nan=True)
-
-
-def _check_bits(bits: int) -> None:
-    if bits not in BITS:
-        raise TableError(f"a step table has 1 to 4 bits, not {bits!r}.")
 
 
 @cache
