@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import builtins
 import copy
-import importlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx.graph import CodeGen
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate, map_arg
 
 from dropit_fx.capture.symbolic import CustomFunction
 from dropit_fx.private import MODULE_STATE, OpOverload, codegen, get_qualified_name
+from dropit_fx.private_names import look_up
 
 
-class _Ref(NamedTuple):
+class _Ref(int):
     """Stands for the node with this index in a pickled graph."""
-
-    at: int
 
 
 class RewrittenModule(fx.GraphModule):
@@ -61,12 +59,7 @@ def _spell(node: fx.Node) -> str:
 def _resolve(name: str) -> Any:
     if "." not in name:  # getattr, of which fx says no module
         return getattr(builtins, name)
-    module, _, rest = name.partition(".")
-    found: Any = importlib.import_module(module)
-    for part in rest.split("."):
-        if not hasattr(found, part):
-            importlib.import_module(f"{found.__name__}.{part}")
-        found = getattr(found, part)
+    found = look_up(name)
     custom = isinstance(found, type) and issubclass(found, torch.autograd.Function)
     return CustomFunction(found) if custom else found
 
@@ -83,19 +76,12 @@ def _restore(
     nodes: list[fx.Node] = []
 
     def linked(value: Any) -> Any:
-        if isinstance(value, _Ref):
-            return nodes[value.at]
-        if isinstance(value, slice):
-            return slice(linked(value.start), linked(value.stop), linked(value.step))
-        if isinstance(value, tuple | list):
-            return (
-                tuple(map(linked, value)) if isinstance(value, tuple) else list(map(linked, value))
-            )
-        return {k: linked(v) for k, v in value.items()} if isinstance(value, dict) else value
+        return nodes[value] if isinstance(value, _Ref) else value
 
     for op, label, target, args, kwargs in specs:
         callee = _resolve(target) if op == "call_function" else target
-        nodes.append(graph.create_node(op, callee, linked(args), linked(kwargs), label))
+        args, kwargs = map_aggregate((args, kwargs), linked)
+        nodes.append(graph.create_node(op, callee, args, kwargs, label))
         nodes[-1].name = label
     if info is not None:
         graph.set_codegen(writer(info))  # type: ignore[call-arg]
