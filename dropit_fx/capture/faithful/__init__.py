@@ -9,8 +9,7 @@ followed storage by storage. What must agree: outputs, gradients of parameters a
 is written to parameters, buffers, inputs and constants.
 """
 
-from dropit_fx.capture.faithful.comparison import difference
-from dropit_fx.capture.faithful.one_run import meaning
+from dropit_fx.capture.faithful.one_run import difference, meaning
 from dropit_fx.capture.faithful.study import Study
 
 __all__ = ["Study", "difference", "meaning"]

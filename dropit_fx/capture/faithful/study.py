@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from dropit_fx.capture.faithful.comparison import difference
 from dropit_fx.capture.faithful.hooks import INSIDE, NotCarried, called, is_torchs, place_of
-from dropit_fx.capture.faithful.one_run import Meaning, meaning, named
+from dropit_fx.capture.faithful.one_run import Meaning, difference, meaning, named
 from dropit_fx.capture.provenance import error_line, first_line
 from dropit_fx.capture.untouched import Change, untouched
 from dropit_fx.private import HOOK_DICTS, FakeTensor, compiling_state_context
