@@ -173,10 +173,10 @@ def peak_memory(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """
     _check_callable(fn, "peak_memory")
     for leaf in pytree.tree_leaves((args, kwargs)):
-        if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+        if isinstance(leaf, Tensor) and (node := grad_fn_of(leaf)) is not None:
             raise ValueError(
                 f"peak_memory runs the backward, and an argument of shape {tuple(leaf.shape)} is "
-                f"itself the result of {leaf.grad_fn.name()}, whose graph the backward would free. "
+                f"itself the result of {node.name()}, whose graph the backward would free. "
                 "Pass `x.detach().requires_grad_()` in its place."
             )
 
@@ -372,9 +372,22 @@ def _next_sequence_number() -> int:
     return sequence_number(node) + 1
 
 
+def grad_fn_of(tensor: Tensor) -> Node | None:
+    """The autograd node of a tensor; none for a view that autograd refuses to differentiate.
+
+    Such a view was made under ``no_grad``, and what it is a view of was written to later. The
+    error comes with the first question for its node: it is the model's to ask.
+    """
+    try:
+        return tensor.grad_fn
+    except RuntimeError:
+        return None
+
+
 def nodes_behind(result: Any, start: int) -> list[Node]:
     """The autograd nodes that lead to the tensors in `result` and are not older than `start`."""
-    stack = [t.grad_fn for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.grad_fn]
+    tensors = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+    stack = [node for t in tensors if (node := grad_fn_of(t))]
     found: dict[Node, None] = {}
     while stack:
         node = stack.pop()

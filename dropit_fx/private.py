@@ -194,10 +194,10 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
-@_reads("torch.Tensor._is_view")
-def is_view(tensor: Tensor) -> bool:
-    """Whether autograd takes a tensor for a view of another."""
-    return tensor._is_view()
+@_reads("torch.Tensor._base")
+def base_of(tensor: Tensor) -> Tensor | None:
+    """What autograd takes a tensor for a view of."""
+    return tensor._base
 
 
 @_reads("torch.SymInt.node.hint")

@@ -195,7 +195,7 @@ TABLE: tuple[Name, ...] = (
     ),
     Name("torch.UntypedStorage._cdata", _SEEN, "telling storages apart"),
     Name("torch.Tensor._version", _SEEN, "telling values apart that were written in place"),
-    Name("torch.Tensor._is_view", _VIEWS, "telling results that are views of temporary tensors"),
+    Name("torch.Tensor._base", _VIEWS, "telling what is a view, and of what"),
     Name("torch.ops.aten._unsafe_view", _VIEWS, "results that autograd does not take for views"),
     Name(
         "torch._C._autograd._saved_tensors_hooks_set_tracing",

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.autograd.graph import saved_tensors_hooks
 
-from dropit_fx.measure import Box, attributes_of, nodes_behind
+from dropit_fx.measure import Box, attributes_of, grad_fn_of, nodes_behind
 from dropit_fx.passes.plan import SavedRead
 from dropit_fx.private import pytree, raw_saved, sequence_number, set_hooks_tracing, shows_saved
 
@@ -74,11 +74,12 @@ class Autograd:
         self.mark = weakref.ref(mark)
         highest = self._upto[-1][0] if self._upto else -1
         for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+            node = grad_fn_of(tensor) if isinstance(tensor, Tensor) else None
+            if node is not None:
                 # a node that made nothing here is older: an op that hands on its input
-                marks: Any = tensor.grad_fn.metadata
+                marks: Any = node.metadata
                 marks.setdefault(_MARK, []).append(mark)
-                highest = max(highest, sequence_number(tensor.grad_fn))
+                highest = max(highest, sequence_number(node))
         self._upto.append((highest, n))
 
     def unseen(self, out: Any) -> Iterator[tuple[fx.Node, Tensor, bool]]:

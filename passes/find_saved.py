@@ -84,6 +84,8 @@ class _Probe(fx.Interpreter):
         self._whole: list[tuple[str, Elements]] = []  # free ones that a packed call would hold
         self._order = {n: i for i, n in enumerate(plan.module.graph.nodes)}
         self.written: set[int] = set()  # storages, where no version tells of it
+        self._held: list[tuple[str, bool, Saved]] = []  # free ones: by whom, and packed as well
+        self._regions: dict[str, list[Callable[[], object]]] = {}  # their results' marks
 
     def run_node(self, n: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -115,7 +117,12 @@ class _Probe(fx.Interpreter):
             # recomputed: between forward and backward only the inputs stay
             saved = [Saved(t.detach(), life) for t in args[1:] if isinstance(t, Tensor)]
             self.autograd.lives += [kept.life for kept in saved]
+            self._regions.setdefault(str(n.args[0].target), []).append(self.autograd.mark)  # type: ignore[union-attr]
         ran = self._bind(n, result)
+        packed = self._holds_packed(ran)
+        self._held += [
+            (n.name, packed, kept) for kept in saved if self.storages.is_free(kept.tensor)
+        ]
         if ran.rule is not None and ran.rule.reads:
             self._explain(ran, ran.rule, saved)
         else:
@@ -125,6 +132,16 @@ class _Probe(fx.Interpreter):
 
     def _not_free(self, saved: list[Saved]) -> list[Saved]:
         return [kept for kept in saved if not self.storages.is_free(kept.tensor)]
+
+    def _holds_packed(self, ran: _Ran) -> bool:
+        """Whether a packed call of the node keeps one of the graph's own inputs or parameters."""
+        return ran.rule is not None and any(
+            isinstance(x := ran.operands.get(read.operand), Tensor)
+            and read.use is not Use.SHAPE
+            and self.storages.is_free(x)
+            and self._is_wanted(read, ran.operands)
+            for read in reads_of(ran.rule, ran.operands)
+        )
 
     def _bind(self, n: fx.Node, result: Any) -> _Ran:
         """The row of a node's call and its arguments, bound once for all passes."""
@@ -163,8 +180,18 @@ class _Probe(fx.Interpreter):
             if where is not None and not read.obstacle:
                 why = f"it is written to where autograd does not see it (.data), in {where}"
                 kept.read = replace(kept.read, obstacle=why)
-        sites = tuple(self.sites())
-        return replace(self.plan, sites=sites, values=values, calls=self.calls, bodies=self.bodies)
+        held = {name: packed for name, packed, kept in self._held if kept.life() is not None}
+        for name, marks in self._regions.items():
+            if not any(mark() for mark in marks):  # no backward makes it again
+                self.bodies[name] = replace(self.bodies[name], sites=())
+        return replace(
+            self.plan,
+            sites=tuple(self.sites()),
+            values=values,
+            calls=self.calls,
+            held=held,
+            bodies=self.bodies,
+        )
 
     def _run_body(self, n: fx.Node, args: tuple[Any, ...]) -> tuple[Any, Callable[[], object]]:
         """A region's result, and what tells whether it is to be recomputed.

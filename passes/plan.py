@@ -228,6 +228,8 @@ class Plan:
         values: From ``find_saved``.
         calls: From ``find_saved``: the calls of rows, by the name of their node. Nodes among the
             arguments are those of the graph that ``find_saved`` saw.
+        held: From ``find_saved``: the nodes for which autograd keeps a parameter or an input of the
+            graph, which are no sites, and whether a packed call of the node keeps one as well.
         decisions: From ``choose_codecs``: one for each read of each site, in the same order.
         bodies: Plans of nested graphs (checkpointed regions) by attribute name.
     """
@@ -238,6 +240,7 @@ class Plan:
     sites: tuple[Site, ...] = ()
     values: Values = Values()
     calls: Mapping[str, Call] = field(default_factory=dict)
+    held: Mapping[str, bool] = field(default_factory=dict)
     decisions: tuple[Decision, ...] = ()
     bodies: dict[str, Plan] = field(default_factory=dict)
 

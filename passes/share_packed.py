@@ -177,7 +177,14 @@ def _idle_regions(plan: Plan, decisions: Iterable[Decision]) -> set[str]:
     """The checkpointed regions of whose ops none keeps anything, by their calls."""
     calls = {d.read.node: plan.calls[d.read.node] for d in decisions if d.read.row is CHECKPOINT}
     bodies = {node: plan.bodies[str(call.operands["body"].target)] for node, call in calls.items()}
-    return {node for node, body in bodies.items() if all(d.codec in LET_GO for d in body.decisions)}
+    return {node for node, body in bodies.items() if _keeps_nothing(body)}
+
+
+def _keeps_nothing(body: Plan) -> bool:
+    """Whether the ops of a region keep neither what they make nor an input of the region."""
+    swapped = swapped_nodes(body.decisions)
+    holds = any(packed or node not in swapped for node, packed in body.held.items())
+    return not holds and all(d.codec in LET_GO for d in body.decisions)
 
 
 def is_copy(decision: Decision) -> bool:

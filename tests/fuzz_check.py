@@ -272,6 +272,7 @@ def same(a: Tensor, b: Tensor) -> bool:
     """Equal bits, where NaN equals NaN."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
+    a, b = _real(a), _real(b)
     return bool(torch.equal(a, b)) or (
         a.is_floating_point()
         and bool(torch.equal(a.isnan(), b.isnan()))
@@ -282,13 +283,18 @@ def same(a: Tensor, b: Tensor) -> bool:
 def _gap(a: Tensor, b: Tensor) -> str:
     if a.shape != b.shape or a.dtype != b.dtype:
         return f"{tuple(b.shape)} {b.dtype} for {tuple(a.shape)} {a.dtype}"
-    if not a.is_floating_point():
+    if not _real(a).is_floating_point():
         return "other integers"
     return f"relative error {relative(a, b):.2g}"
 
 
+def _real(a: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones."""
+    return torch.view_as_real(a.resolve_conj()) if a.is_complex() else a
+
+
 def relative(a: Tensor, b: Tensor) -> float:
-    a, b = a.double(), b.double()
+    a, b = _real(a).double(), _real(b).double()
     return float((a - b).norm() / a.norm().clamp(min=1e-30))
 
 
@@ -708,7 +714,8 @@ def _kind_of_rounding(yard: Yardstick, outcomes: list[Outcome], config: str) -> 
     computes from the result; what a norm reads is packed, by the plan that is "exact", around the
     mean of each channel, in units of its deviation. Where attention's operands are rounded, a
     kernel of our own has its backward; both have terms that cancel out where attention is sharp,
-    so that either is off by many units, and may be off by as many as the other.
+    so that either is off by many units, and may be off by as many as the other. So has a norm's,
+    which takes the mean of a gradient from it: the last bits of what comes to it are many of it.
     """
     source = yard.subject.program.source
     kinds: list[tuple[str, Close]] = [("last bits", _within(LAST_BITS))]
@@ -719,6 +726,8 @@ def _kind_of_rounding(yard: Yardstick, outcomes: list[Outcome], config: str) -> 
         kinds.append(("normalised", _nearly(yard)))
     if config == "exact" and _ATTENTION.search(source):
         kinds.append(("attention", yard.as_near_as_dense))
+    if config == "formulas" and _NORM.search(source):
+        kinds.append(("cancelled", yard.as_near_as_dense))
     return next((k for k, close in kinds if not _wrong(yard.dense, outcomes, close, False)), "")
 
 
@@ -728,7 +737,7 @@ def _within(bits: int, least: float = 0.0) -> Close:
     def close(name: str, a: Tensor, b: Tensor) -> bool:
         if a.shape != b.shape or a.dtype != b.dtype:
             return False
-        unit = torch.finfo(a.dtype).eps if a.is_floating_point() else 0.0
+        unit = torch.finfo(a.dtype).eps if _real(a).is_floating_point() else 0.0
         return same(a, b) or relative(a, b) < max(bits * unit, least)
 
     return close

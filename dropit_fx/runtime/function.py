@@ -15,7 +15,7 @@ from dropit_fx.ops import backwards
 from dropit_fx.ops.autocasting import autocast_on
 from dropit_fx.ops.rule import OpRule
 from dropit_fx.ops.table import RULES
-from dropit_fx.private import dynamo_skips, is_view, storage_id, unsafe_view
+from dropit_fx.private import base_of, dynamo_skips, storage_id, unsafe_view
 from dropit_fx.runtime.copies import Kept, is_rounded, parts_of, read_back, shared_out
 from dropit_fx.runtime.tensor_spec import in_order, memory_order, spec_of, unflatten
 
@@ -206,7 +206,7 @@ def _no_view(out: Tensor, args: Sequence[Any]) -> Tensor:
 
     Autograd forbids that for views made inside a custom function.
     """
-    if torch.compiler.is_dynamo_compiling() or not is_view(out):
+    if torch.compiler.is_dynamo_compiling() or base_of(out) is None:
         return out
     if any(isinstance(a, Tensor) and storage_id(a) == storage_id(out) for a in args):
         return out

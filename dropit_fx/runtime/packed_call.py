@@ -36,6 +36,7 @@ from dropit_fx.kernels.dtypes import NUMBER
 from dropit_fx.ops.autocasting import autocast_on, cast_operands, runs_as_it_is, under_autocast
 from dropit_fx.ops.rule import OpRule
 from dropit_fx.ops.table import CHECKPOINT, DERIVABLE, OP_RULES, bind
+from dropit_fx.private import base_of
 from dropit_fx.runtime.copies import (
     KEEP,
     Kept,
@@ -246,17 +247,20 @@ def _what_is_kept(
             codec, options = how[0], tuple(how[1].items())
             count = 0 if codec == "keep" and operand == "result" else buffers_of(codec, options)
             to_keep.append(Kept(operand, codec, options, tensors=count))
-        elif (
-            isinstance(uncast[operand], nn.Parameter)
-            and uncast[operand] is not value
-            and rule.autocast == "lower"
-        ):
+        elif _stays(uncast[operand]) and uncast[operand] is not value and rule.autocast == "lower":
             # a parameter stays anyway: it is kept in the place of autocast's copy
             copied.append(Kept(operand, "keep", dtype=bound[operand].dtype))
             parts.append(uncast[operand].detach())
         elif is_tensor:
             to_keep.append(Kept(operand, "keep", tensors=0))
     return tuple(to_keep), tuple(copied), parts
+
+
+def _stays(x: Any) -> bool:
+    """Whether ``x`` is a parameter, or part of one, as q, k and v of an attention often are."""
+    if isinstance(x, nn.Parameter) or torch.compiler.is_dynamo_compiling():
+        return isinstance(x, nn.Parameter)
+    return isinstance(x, Tensor) and isinstance(base_of(x), nn.Parameter)
 
 
 def _cache_version() -> str:

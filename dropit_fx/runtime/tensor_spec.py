@@ -32,7 +32,8 @@ def memory_order(x: Tensor) -> list[int] | None:
         return list(range(x.dim()))
     strides = x.stride()
     order = sorted(range(x.dim()), key=lambda d: (-strides[d], d))
-    return order if x.permute(order).is_contiguous() else None
+    with torch.no_grad():  # autograd refuses some views
+        return order if x.permute(order).is_contiguous() else None
 
 
 def flatten(x: Tensor) -> Tensor:

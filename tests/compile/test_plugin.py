@@ -221,3 +221,27 @@ def test_compile_caches_hit_in_a_second_process_and_miss_after_a_change(tmp_path
     assert run("0.9", "same") == "hits 1 misses 0"
     assert run("0.8", "same") == "hits 0 misses 1"
     assert run("0.9", "changed") == "hits 0 misses 1"
+
+
+def test_views_that_autograd_refuses_stop_nothing(fresh):
+    """Made under ``no_grad``, of what is written to later: an error only where they are used."""
+
+    class Refused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+
+        def forward(self, x):
+            h = self.first(x)
+            with torch.no_grad():
+                view = h[::2, ::2]
+                h[..., ::2] *= 2
+            h.mul_(2)
+            return h.relu(), view
+
+    model, x = Refused(), torch.randn(4, 8)
+    wanted = torch.autograd.grad(model(x)[0].sum(), [*model.parameters()])
+    run = torch.compile(model, backend="dropit_eager")
+    found = torch.autograd.grad(run(x)[0].sum(), [*model.parameters()])
+    assert all(map(torch.equal, found, wanted))
+    assert dropit_fx.measure.saved_bytes(run, x) > 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
@@ -202,6 +202,42 @@ def test_autocast_packs_the_bfloat16_tensor() -> None:
     assert [t.dtype for t in kept if t.nbytes == values] == [torch.bfloat16]
     assert mask in packed
     assert not [t for t in kept if t.shape == x.shape]
+
+
+PARTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "whole": lambda w: w,
+    "transposed": lambda w: w.t(),
+    "a chunk": lambda w: w.chunk(2)[0],
+    "a slice": lambda w: w[:32],
+    "a view of a view": lambda w: w.t()[:32],
+    "a copy": lambda w: w.t().contiguous(),
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_what_autocast_makes_of_a_part_of_a_parameter_is_made_again(
+    part: Callable[[Tensor], Tensor], frozen: bool
+) -> None:
+    class OfPart(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.weight = nn.Linear(64, 64), nn.Parameter(torch.randn(64, 64) / 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return F.linear(F.gelu(self.first(x)), part(self.weight)).relu()
+
+    torch._dynamo.reset()
+    x, model = torch.randn(512, 64, requires_grad=True), OfPart()
+    model.weight.requires_grad_(not frozen)
+    run = torch.compile(model, backend="dropit_eager")
+    kept = saved_bytes(run, x)
+    assert compiled_graphs()[-1].report.kept_bytes == kept
+    lossless = torch.compile(model, backend="dropit_eager", options={"preset": "lossless"})
+    leaves = [p for p in (x, *model.parameters()) if p.requires_grad]
+    found, wanted = (torch.autograd.grad(f(x).sum(), leaves) for f in (lossless, model))
+    assert all(map(torch.equal, found, wanted))
 
 
 def test_channels_last_and_transposed_inputs_take_the_same_bytes() -> None:

@@ -183,6 +183,57 @@ def test_a_region_whose_result_is_not_used_keeps_nothing() -> None:
     assert (told.dense_bytes, told.kept_bytes) == (saved_bytes(model, x), kept)
 
 
+class ReadsItsInput(nn.Module):
+    """A region behind values without a gradient, whose op reads the region's own input."""
+
+    def __init__(self, body: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 32))
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = checkpoint(self.body, x.relu(), self.weight, use_reentrant=False)
+        return h.relu().relu()
+
+
+TARGETS = torch.arange(16)
+READERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a product": lambda h, w: h * w,
+    "a division": lambda h, w: w / (h + 1),
+    "a matrix product": lambda h, w: h @ w.T,
+    "a loss, its targets": lambda h, w: nn.functional.nll_loss(w + h, TARGETS),
+    "a lookup, its indices": lambda h, w: w[h.long().clamp(0, 15)[:, 0]],
+    "one whose result is not read": lambda h, w: (h * w, h + w)[1],
+}
+
+
+@pytest.mark.parametrize("preset", ["balanced", "lossless"])
+@pytest.mark.parametrize("body", READERS.values(), ids=READERS)
+def test_a_region_that_reads_its_own_input_keeps_it(body: Any, preset: str) -> None:
+    x, model = torch.randn(16, 32), ReadsItsInput(body)
+    traced = dropit_fx.transform(model, example_args=(x,), preset=preset)
+    assert dropit_fx.report(traced).kept_bytes == saved_bytes(traced, x)
+    run = compiled(model, "eager", preset=preset)
+    kept = saved_bytes(run, x)
+    told = backend.compiled_graphs()[-1].report
+    assert (told.dense_bytes, told.kept_bytes) == (saved_bytes(model, x), kept)
+
+
+def test_numbers_in_a_region_that_leads_nowhere_are_not_counted() -> None:
+    class Nowhere(Region):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x).relu()
+            unused = checkpoint(lambda h: (h * 0.5).exp() / 3, h, use_reentrant=False)
+            assert unused is not None
+            return h.sin()
+
+    x, model = torch.randn(16, 32), Nowhere()
+    run = compiled(model, "eager", preset="balanced")
+    kept = saved_bytes(run, x)
+    told = backend.compiled_graphs()[-1].report
+    assert (told.dense_bytes, told.kept_bytes) == (saved_bytes(model, x), kept)
+
+
 class Chain(Region):
     """Eight regions, each of which is made again from the result of the one before."""
 
