@@ -20,7 +20,9 @@ from dropit_fx.ops.table import RULES
 from dropit_fx.words import did_you_mean
 
 DEFAULT_PRESET = "balanced"
-PRESET_KEYS = ("derive", "keep_small", "norm_values")  # that a preset sets beside its rules
+_COUNTS = {"norm_values": "values", "loss_classes": "classes"}  # settings that are numbers
+PRESET_KEYS = ("derive", "keep_small", *_COUNTS)  # that a preset sets beside its rules
+_OWN_KEYS = ("drop_logits", "force")  # that no preset sets
 PAPER_PRESET = "dropit"  # of the published call, which names a strategy or a rate
 
 
@@ -89,6 +91,10 @@ class Config:
             tensors, and three in a hundred of all bytes together.
         norm_values: Keep exactly what a norm reads whose statistics come from fewer values each;
             0: pack it whatever their number.
+        loss_classes: The logits of a linear layer with so many classes or more are never whole in
+            memory where only losses read them; 0: they are as the model has them.
+        drop_logits: That also where the model returns them: None is returned while gradients are
+            on.
         force: Pack also where that frees nothing or takes more room: for tests of the formulas.
     """
 
@@ -98,6 +104,8 @@ class Config:
     derive: bool = False
     keep_small: bool = False
     norm_values: int = 0
+    loss_classes: int = 0
+    drop_logits: bool = False
 
     def rule_for(self, module: str, op: str, read: Read) -> Rule | None:
         """The first rule that speaks of ``read``."""
@@ -130,7 +138,8 @@ def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None 
         source: Path of a YAML file, a mapping of the same shape, a Config (returned as it is), or
             None for the default preset. Keys: ``preset`` (a name, or null for none), ``rules`` (a
             list of ``{module, op, codec, <options of the codec>}``), ``derive``, ``keep_small``,
-            ``norm_values`` (these three as the preset says unless given), ``force``.
+            ``norm_values``, ``loss_classes`` (these four as the preset says unless given),
+            ``drop_logits``, ``force``.
 
     Raises:
         ConfigError: An unknown key, preset, codec, op or option, or a value out of range.
@@ -150,7 +159,7 @@ def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None 
         source = {} if loaded is None else loaded
     if not isinstance(source, Mapping):
         raise ConfigError(f"{origin}: a mapping was expected, not {type(source).__name__}")
-    _known(source, ("preset", "rules", *PRESET_KEYS, "force"), origin)
+    _known(source, ("preset", "rules", *PRESET_KEYS, *_OWN_KEYS), origin)
     rules = source.get("rules") or []
     if not isinstance(rules, list | tuple):
         raise ConfigError(f"{origin}: 'rules' is a list of rules, not {type(rules).__name__}")
@@ -158,13 +167,13 @@ def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None 
     if preset is not None and not isinstance(preset, str):
         raise ConfigError(f"{origin}: no preset {preset!r}.{did_you_mean(preset, presets())}")
     base = Config(preset=None) if preset is None else _preset(preset)
-    settings = {k: source.get(k, getattr(base, k)) for k in (*PRESET_KEYS, "force")}
+    settings = {k: source.get(k, getattr(base, k)) for k in (*PRESET_KEYS, *_OWN_KEYS)}
     for key, value in settings.items():
-        if key != "norm_values" and not isinstance(value, bool):
+        what = _COUNTS.get(key)
+        if what is None and not isinstance(value, bool):
             raise ConfigError(f"{origin}: {key!r} is true or false, not {value!r}")
-    values = settings["norm_values"]
-    if not isinstance(values, int) or isinstance(values, bool) or values < 0:
-        raise ConfigError(f"{origin}: 'norm_values' is a number of values, 0 or more: {values!r}")
+        if what and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            raise ConfigError(f"{origin}: {key!r} is a number of {what}, 0 or more: {value!r}")
     own = tuple(_rule(r, f"{origin}, rule {i + 1}") for i, r in enumerate(rules))
     return Config(rules=own + base.rules, preset=preset, **settings)
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from dropit_fx.passes.choose_codecs import choose_codecs
 from dropit_fx.passes.derive_values import derive_values
 from dropit_fx.passes.find_saved import find_saved
+from dropit_fx.passes.fuse_losses import fuse_losses
 from dropit_fx.passes.insert_packing import insert_packing
 from dropit_fx.passes.keep_small import keep_small
 from dropit_fx.passes.plan import Plan
@@ -25,6 +26,7 @@ from dropit_fx.passes.verify import VerifyError, verify
 log = logging.getLogger(__name__)
 
 PIPELINE: tuple[Callable[[Plan], Plan], ...] = (
+    fuse_losses,
     find_saved,
     choose_codecs,
     share_packed,

@@ -29,7 +29,7 @@ def choose_codecs(plan: Plan) -> Plan:
     decisions: list[Decision] = []
     few = _few_values(plan)
     for site in plan.sites:
-        chosen = [_choose(r, plan.config) for r in site.reads]
+        chosen = [_choose(r, plan.config, plan.notes.get(r.node, "")) for r in site.reads]
         chosen = [_exact_for_few(d, few) for d in chosen]
         decisions += whole_or_none(site, chosen, plan.config)
     return replace(plan, decisions=tuple(decisions))
@@ -75,14 +75,14 @@ def check_rules_matched(plans: tuple[Plan, ...], config: Config) -> None:
             )
 
 
-def _choose(read: SavedRead, config: Config) -> Decision:
+def _choose(read: SavedRead, config: Config, said: str) -> Decision:
     def kept(reason: str) -> Decision:
         return Decision(read=read, codec="keep", nbytes=0, reason=reason)
 
     if read.obstacle:
         return kept(read.obstacle)
     if read.row is None:
-        return kept(f"no row for {read.op} in the op table")
+        return kept(said or f"no row for {read.op} in the op table")
     if read.read is None:
         return kept(f"{read.row.name} keeps it inside, its row does not know it")
     rule = config.rule_for(read.module, read.op, read.read)

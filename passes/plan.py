@@ -232,6 +232,8 @@ class Plan:
             graph, which are no sites, and whether a packed call of the node keeps one as well.
         decisions: From ``choose_codecs``: one for each read of each site, in the same order.
         bodies: Plans of nested graphs (checkpointed regions) by attribute name.
+        unfused: From ``fuse_losses``: the sites of the graph as it was, where it changed that.
+        notes: From ``fuse_losses``: what is to be said of a node, by its name.
     """
 
     module: fx.GraphModule
@@ -243,6 +245,8 @@ class Plan:
     held: Mapping[str, bool] = field(default_factory=dict)
     decisions: tuple[Decision, ...] = ()
     bodies: dict[str, Plan] = field(default_factory=dict)
+    unfused: tuple[Site, ...] = ()
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     def with_bodies(self) -> tuple[Plan, ...]:
         """This plan and those of all nested graphs."""

@@ -35,6 +35,7 @@ from dropit_fx.private import (
     lookup_backend,
 )
 from dropit_fx.report.rows import Report, mib, rows
+from dropit_fx.runtime.linear_loss import LOSSES
 from dropit_fx.runtime.packed_call import CACHE_VERSION, PACKED_OPS, VERSIONS, derived, pack
 from dropit_fx.runtime.regions import run_regions, stand_in
 from dropit_fx.words import closest, did_you_mean
@@ -184,7 +185,7 @@ def rewrite_dynamo_graph(
     return record
 
 
-_OURS = {"pack": pack, "derived": derived, "stand_in": stand_in}
+_OURS = {f.__name__: f for f in (pack, derived, stand_in, *LOSSES)}
 
 
 class _Job(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import StringIO
 from os import PathLike
@@ -14,11 +14,12 @@ from rich.markup import escape
 from rich.table import Table
 from torch import fx, nn
 
-from dropit_fx.passes.plan import Copy, Plan
+from dropit_fx.passes.plan import Copy, Decision, Plan, Site
 from dropit_fx.passes.share_packed import by_site, packed_bytes
 from dropit_fx.private import uncompiled
 
 _META = "dropit_report"
+FUSED = "fused"  # in the place of a codec: the loss that kept it is computed with its layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +211,7 @@ def rows(plan: Plan, prefix: str = "", region: str = "") -> Iterator[Row]:
     """The rows of a finished plan."""
     counted: set[Copy] = set()
     swapped = {d.read.node for d in plan.decisions if d.packed}
+    dense = _Dense(plan)
     for site, decisions in by_site(plan.sites, plan.decisions):
         if not site.dense and not any(d.read.node in swapped for d in decisions):
             continue
@@ -224,13 +226,61 @@ def rows(plan: Plan, prefix: str = "", region: str = "") -> Iterator[Row]:
             where=first.where,
             shape=first.shape,
             dtype=str(first.dtype).removeprefix("torch."),
-            dense_bytes=site.nbytes if site.dense else 0,
+            dense_bytes=dense.bytes_of(site),
             kept_bytes=size,
             codec="keep" if kept else "+".join(dict.fromkeys(d.spelled for d in packed)),
             reason=kept[0].reason if kept else "",
             # a checkpoint keeps what hooks do not see: numbers are not made again
             region="" if first.number else region,
-            note=next((d.note for d in decisions if d.note), ""),
+            note=next((d.note for d in decisions if d.note), _said(plan, decisions)),
         )
+    for site in dense.left():
+        yield _gone(site, prefix)
     for name, body in plan.bodies.items():
         yield from rows(body, prefix, region=name)
+
+
+def _said(plan: Plan, decisions: Sequence[Decision]) -> str:
+    """What is to be said of a reader, where no reason says it."""
+    notes = (plan.notes.get(d.read.node, "") for d in decisions)
+    reasons = {d.reason for d in decisions}
+    return next((note for note in notes if note and note not in reasons), "")
+
+
+class _Dense:
+    """What the graph saved before losses were fused, by the names of the sites."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._before: dict[str, list[Site]] | None = {} if plan.unfused else None
+        for site in plan.unfused:
+            if self._before is not None and site.dense:
+                self._before.setdefault(site.name, []).append(site)
+
+    def bytes_of(self, site: Site) -> int:
+        """Bytes that the model untouched keeps of a storage; 0 where it has none of it."""
+        if not site.dense or self._before is None:
+            return site.nbytes if site.dense else 0
+        found = self._before.get(site.name)
+        return found.pop(0).nbytes if found else 0
+
+    def left(self) -> Iterator[Site]:
+        """The storages that only the model untouched keeps."""
+        for sites in (self._before or {}).values():
+            yield from sites
+
+
+def _gone(site: Site, prefix: str) -> Row:
+    """The row of a storage that a fused loss does without."""
+    first = site.reads[0]
+    return Row(
+        name=site.name,
+        module=".".join(p for p in (prefix, first.module) if p),
+        op="+".join(dict.fromkeys(read.op for read in site.reads)),
+        where=first.where,
+        shape=first.shape,
+        dtype=str(first.dtype).removeprefix("torch."),
+        dense_bytes=site.nbytes,
+        kept_bytes=0,
+        codec=FUSED,
+        reason="",
+    )

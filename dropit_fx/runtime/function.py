@@ -120,7 +120,7 @@ class PackedFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> Any:
         """Runs the row's formula, which unpacks what it reads."""
         if grad is not None:
-            _refuse_second_derivatives(grad, ctx.rule_name)
+            refuse_second_derivatives(grad, f"packed_{ctx.rule_name}")
         rule = RULES[ctx.rule_name]
         grads: backwards.Grads = {}
         if grad is not None:
@@ -153,11 +153,11 @@ def _autocast_as(dtype: torch.dtype | None, device: str) -> AbstractContextManag
     return torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=False)
 
 
-def _refuse_second_derivatives(grad: Tensor, rule_name: str) -> None:
+def refuse_second_derivatives(grad: Tensor, function: str) -> None:
     """Raises where the gradient is to be differentiated again; a compiler is not asked."""
     if torch.is_grad_enabled() and type(grad) is Tensor and not torch.compiler.is_compiling():
         raise RuntimeError(
-            f"packed_{rule_name}: double backward (create_graph=True) is not supported,"
+            f"{function}: double backward (create_graph=True) is not supported,"
             " since the packed tensors are constants to autograd. Where a loss differentiates a"
             " gradient, call the original, dense model, which shares its parameters with the"
             " packed one (of what torch.compile returns, the model that it was given)."
@@ -178,7 +178,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        _refuse_second_derivatives(grad, ctx.rule_name)
+        refuse_second_derivatives(grad, f"packed_{ctx.rule_name}")
         return grad, None
 
 

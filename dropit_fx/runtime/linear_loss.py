@@ -1,0 +1,268 @@
+"""Losses of a linear layer's logits that are never whole in memory: what rewritten graphs call.
+
+Each function stands for ``F.linear``, the steps between it and the loss, and the loss; see
+``kernels/logits.py`` for what is computed. From forward to backward they keep the layer's input and
+a few numbers of each row, where autograd keeps the logarithms of all probabilities (rows times
+classes). The backward makes the logits again: one product more than the three of dense. On a CPU in
+float32, 512 rows of 768 and 50257 classes: 1.07 times the processor time of dense for layer and
+loss. To compute the gradients in the forward, in chunks of 256 rows, takes 0.91 times, but keeps
+that of the weight (classes times width) until the backward: more than the logits themselves where
+there are fewer rows than the layer is wide, and it cannot do without a loss that is one number.
+
+The loss differs from the dense one by the rounding of a sum in float32, and so do its gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from dropit_fx.kernels import logits
+from dropit_fx.runtime.function import refuse_second_derivatives
+from dropit_fx.runtime.overrides import has_own_ops, is_complex, on_meta, transformed
+
+Steps = Sequence[tuple[str, float]]  # (one of logits.STEPS, its number), in order
+IGNORED = -100  # the class of which PyTorch's losses take no notice, by default
+_NONE = -(2**62)  # no class
+_SIZES = ("none", "mean", "sum")
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _, steps, numbers, dtype = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.how = steps, numbers, dtype
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    refuse_second_derivatives(grads[0], "linear_cross_entropy")
+    wanted = [bool(asked) for asked in ctx.needs_input_grad[:3]]
+    found = torch.ops.dropit.linear_rows_backward(*grads, *ctx.saved_tensors, *ctx.how, wanted)
+    return (*[g if ask else None for g, ask in zip(found, wanted, strict=True)], *[None] * 6)
+
+
+torch.library.register_autograd("dropit::linear_rows", _backward, setup_context=_setup)
+
+
+def dense_logits(x: Tensor, weight: Tensor, bias: Tensor | None, steps: Steps = ()) -> Tensor:
+    """The logits as the model makes them: ``x: (*, width)`` -> ``(*, classes)``."""
+    z = F.linear(x, weight, bias)
+    for step, number in steps:
+        z = logits.take_step(z, step, number)
+    return z
+
+
+def _rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    steps: Steps,
+    loss: Callable[[Tensor], Tensor],
+    target: Tensor | None = None,
+    factors: Tensor | None = None,
+    ignored: int = _NONE,
+) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
+    """``picked``, ``lse``, ``spread`` of each row, and the dtype of ``loss`` on dense logits."""
+    flat = x.reshape(-1, x.shape[-1])
+    if target is not None and target.numel() != flat.shape[0]:
+        raise ValueError(
+            f"Expected input batch_size ({flat.shape[0]}) to match target batch_size"
+            f" ({target.numel()})."
+        )
+    with torch.no_grad():  # autocast is asked: by no rows of one class
+        few = flat[:0], weight[:1], None if bias is None else bias[:1]
+        product = F.linear(*few)
+        dtype = loss(dense_logits(*few, steps)).dtype
+    picked, lse, spread = torch.ops.dropit.linear_rows(
+        flat.to(product.dtype),
+        weight,
+        bias,
+        target,
+        factors,
+        ignored,
+        [step for step, _ in steps],
+        [float(number) for _, number in steps],
+        product.dtype,
+    )
+    return picked, lse, spread, dtype
+
+
+def _log_softmax(z: Tensor) -> Tensor:
+    return F.log_softmax(z, -1)
+
+
+def _logsumexp(z: Tensor) -> Tensor:
+    return z.logsumexp(-1)
+
+
+def _is_plain(x: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether PyTorch's own ops are to run: the op of the rows is not told how else to."""
+    given = [t for t in (x, *tensors) if t is not None]
+    return transformed() or has_own_ops(given) or on_meta(given) or is_complex(given)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None = None,
+    *,
+    steps: Steps = (),
+    reduction: int = 1,
+    ignore_index: int = IGNORED,
+    label_smoothing: float = 0.0,
+    log_softmax: bool = False,
+) -> Tensor:
+    """``F.cross_entropy(steps(F.linear(x, weight, bias)), target, class_weight, ...)``.
+
+    Args:
+        x: (rows, width), as ``weight`` (classes, width) of float32, bfloat16, float16 or float64.
+        weight: Of the layer.
+        bias: (classes,).
+        target: (rows,), int64.
+        class_weight: (classes,).
+        steps: What is done to the logits: see ``kernels/logits.py``.
+        reduction: 0: none, 1: mean, 2: sum.
+        ignore_index: The class of which rows do not count.
+        label_smoothing: In [0, 1].
+        log_softmax: Where the model has ``F.nll_loss(F.log_softmax(...))``, to which autocast may
+            give another dtype.
+
+    Returns:
+        The loss, a number or (rows,), in the dtype that it has on dense logits.
+
+    Raises:
+        IndexError: A target is no class (on a GPU, an assertion there).
+        ValueError: There are more or fewer targets than rows.
+    """
+    tensors = (x, weight, bias, target, class_weight)
+    how: Any = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+
+    def dense(z: Tensor, target: Tensor, factors: Tensor | None, size: str) -> Tensor:
+        if log_softmax:
+            rows = F.log_softmax(z, -1)
+            return F.nll_loss(rows, target, factors, reduction=size, ignore_index=ignore_index)
+        return F.cross_entropy(z, target, factors, reduction=size, **how)
+
+    if _is_plain(x, tensors[1:]):
+        z = dense_logits(x, weight, bias, steps)
+        return dense(z, target, class_weight, _SIZES[reduction])
+    if has_torch_function(_tensors(*tensors)):
+        how |= {"steps": steps, "reduction": reduction, "log_softmax": log_softmax}
+        seen: Tensor = _handed_on(linear_cross_entropy, *tensors, **how)
+        return seen
+    classes = weight.shape[0]
+    factors = None
+    if label_smoothing:
+        factors = x.new_ones(classes) if class_weight is None else class_weight
+
+    def loss_of(z: Tensor) -> Tensor:
+        return dense(z, target[:0], None if class_weight is None else class_weight[:1], "sum")
+
+    rows = _rows(x, weight, bias, steps, loss_of, target, factors, ignore_index)
+    picked, lse, spread, dtype = rows
+    ignored = target == ignore_index
+    each = lse - picked
+    weights: Tensor | None = None
+    if class_weight is not None:
+        weights = class_weight.to(each.dtype)[target.masked_fill(ignored, 0)]
+        each = each * weights
+        weights = weights.masked_fill(ignored, 0)
+    loss = _reduced(each, ignored, weights, reduction)
+    if factors is not None:
+        smooth = _reduced(lse * factors.to(lse.dtype).sum() - spread, ignored, weights, reduction)
+        loss = (1 - label_smoothing) * loss + (label_smoothing / classes) * smooth
+    return loss.to(dtype)
+
+
+def _reduced(each: Tensor, ignored: Tensor, weights: Tensor | None, reduction: int) -> Tensor:
+    """The loss of rows that count: of each, of all, or by their weight. Of none the mean is NaN."""
+    each = each.masked_fill(ignored, 0)
+    if reduction == 0:
+        return each
+    if reduction == 2:
+        return each.sum()
+    return each.sum() / (~ignored if weights is None else weights).sum()
+
+
+def linear_log_probs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    *,
+    steps: Steps = (),
+) -> Tensor:
+    """``log_softmax(steps(F.linear(x, weight, bias)), -1).gather(-1, index)``.
+
+    Args:
+        x: (*, width).
+        weight: (classes, width).
+        bias: (classes,).
+        index: (*, 1), int64: one class for each row.
+        steps: What is done to the logits: see ``kernels/logits.py``.
+
+    Returns:
+        (*, 1), in the dtype that it has on dense logits.
+
+    Raises:
+        IndexError, ValueError: As :func:`linear_cross_entropy`.
+    """
+    tensors = (x, weight, bias, index)
+    if _is_plain(x, tensors[1:]):
+        return F.log_softmax(dense_logits(x, weight, bias, steps), -1).gather(-1, index)
+    if has_torch_function(_tensors(*tensors)):
+        seen: Tensor = _handed_on(linear_log_probs, *tensors, steps=steps)
+        return seen
+    picked, lse, _, dtype = _rows(x, weight, bias, steps, _log_softmax, index.reshape(-1))
+    return (picked - lse).reshape(index.shape).to(dtype)
+
+
+def linear_logsumexp(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    steps: Steps = (),
+    keepdim: bool = False,
+) -> Tensor:
+    """``logsumexp(steps(F.linear(x, weight, bias)), -1, keepdim)``, as ``x: (*, width)`` has rows.
+
+    An infinite logit gives NaN.
+    """
+    tensors = (x, weight, bias)
+    if _is_plain(x, tensors[1:]):
+        return dense_logits(x, weight, bias, steps).logsumexp(-1, keepdim)
+    if has_torch_function(_tensors(*tensors)):
+        seen: Tensor = _handed_on(linear_logsumexp, *tensors, steps=steps, keepdim=keepdim)
+        return seen
+    _, lse, _, dtype = _rows(x, weight, bias, steps, _logsumexp)
+    return lse.reshape(*x.shape[:-1], *[1] * keepdim).to(dtype)
+
+
+def logits_unless_training(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, steps: Steps = ()
+) -> Tensor | None:
+    """The logits as a model returns them; None while gradients are wanted (``drop_logits``)."""
+    tensors = (x, weight, bias)
+    if not transformed() and has_torch_function(_tensors(*tensors)) and not has_own_ops(tensors):
+        seen: Tensor | None = _handed_on(logits_unless_training, *tensors, steps=steps)
+        return seen
+    return None if torch.is_grad_enabled() else dense_logits(x, weight, bias, steps)
+
+
+def _tensors(*values: Any) -> tuple[Any, ...]:
+    return tuple(v for v in values if v is not None)
+
+
+def _handed_on(function: Callable[..., Tensor | None], *tensors: Any, **kwargs: Any) -> Any:
+    """A tracer's proxies, and modes: they see one call."""
+    return handle_torch_function(function, _tensors(*tensors), *tensors, **kwargs)
+
+
+LOSSES = (linear_cross_entropy, linear_log_probs, linear_logsumexp, logits_unless_training)
