@@ -61,6 +61,28 @@ def test_compiled_by_inductor_it_is_compared_to_rounding() -> None:
     assert "equal to rounding" in text(found, "output")
 
 
+@pytest.mark.parametrize("way", ["transform", "dropit_eager"])
+@pytest.mark.parametrize("preset", ["balanced", "lossless"])
+def test_a_loss_that_is_computed_with_its_layer_is_compared_to_rounding(
+    way: Any, preset: str
+) -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(16, 32), nn.Linear(32, 5000)
+
+        def forward(self, x: Tensor, target: Tensor) -> Tensor:
+            loss: Tensor = nn.functional.cross_entropy(self.head(self.first(x).tanh()), target)
+            return loss
+
+    given = torch.randn(64, 16), torch.randint(5000, (64,))
+    checked = check(Words(), given, preset=preset, backend=way)
+    assert checked, checked
+    said = {f.name: f.text for f in checked.findings}
+    assert said["gradients, exact formats"].endswith("have the same bits")
+    assert said["output"].endswith("equal to rounding")
+
+
 def test_a_models_own_loss_and_ones_own() -> None:
     class WithLoss(nn.Module):
         def __init__(self) -> None:

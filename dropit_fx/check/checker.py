@@ -19,7 +19,7 @@ from dropit_fx.check.found import Check, Finding
 from dropit_fx.check.step import Seen, Task, take_step
 from dropit_fx.codecs import CODEC
 from dropit_fx.config import Config, ConfigError, Rule
-from dropit_fx.report.rows import mib, report
+from dropit_fx.report.rows import FUSED, Report, mib, report
 
 Backend = Literal["transform", "dropit_eager", "dropit"]
 BACKENDS: tuple[Backend, ...] = ("transform", "dropit_eager", "dropit")
@@ -64,6 +64,7 @@ class Checker:
     findings: list[Finding] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
     exact: bool = True  # the dense model repeats its own bits, and inductor rounds nothing anew
+    fused: bool = False  # a loss is computed with its layer, which rounds a sum otherwise
 
     def result(self) -> Check:
         """What was found."""
@@ -90,7 +91,7 @@ class Checker:
         if not self.task.model.training:
             self.say("mode", None, "eval, as it was given: train() it to check what training does")
         for name, derive in (("exact formats", False), ("values made again", True)):
-            if derive and not self.config.derive:
+            if derive and not (self.config.derive or self.config.loss_classes):
                 continue
             config = _exact(self.config, derive)
             seen = self._try(name, functools.partial(self._packed, config))
@@ -129,8 +130,9 @@ class Checker:
         if self.backend == "transform":
             rewritten = transform(model, config, example_args=args, example_kwargs=kwargs)
             seen = take_step(self.task, rewritten, rewritten)
-            predicted = report(rewritten).kept_bytes
-            return seen, predicted, self._measured(rewritten) if measured else 0
+            told = report(rewritten)
+            self.fused = _fused(told)
+            return seen, told.kept_bytes, self._measured(rewritten) if measured else 0
         from dropit_fx.compile import backend as plug_in
 
         torch.compiler.reset()
@@ -144,6 +146,7 @@ class Checker:
         graphs = plug_in.compiled_graphs()[before:]
         if not graphs:
             raise RuntimeError("the plug-in was handed no graph that it could rewrite")
+        self.fused = any(_fused(g.report) for g in graphs)
         found = self._measured(compiled) if measured else 0
         return seen, sum(g.saved_bytes for g in graphs), found
 
@@ -171,12 +174,12 @@ class Checker:
         self._gradients(dense, seen)
 
     def _outputs(self, dense: Seen, seen: Seen) -> None:
-        wrong = []
+        wrong, exact = [], self.exact and not self.fused
         for at, (theirs, ours) in enumerate(zip(dense.outputs, seen.outputs, strict=True)):
-            wrong += [f"{n} (call {at + 1})" for n in differing(theirs, ours, self.exact)]
+            wrong += [f"{n} (call {at + 1})" for n in differing(theirs, ours, exact)]
             if len(theirs) != len(ours):
                 wrong.append(f"{len(ours)} tensors in the place of {len(theirs)} (call {at + 1})")
-        how = "the same bits as dense" if self.exact else "equal to rounding"
+        how = "the same bits as dense" if exact else "equal to rounding"
         text = f"{len(dense.outputs[0])} tensors in two calls: {how}"
         self.say("output", not wrong, f"differs: {_listed(wrong)}" if wrong else text)
 
@@ -217,7 +220,10 @@ class Checker:
 
 
 def _exact(config: Config, derive: bool) -> Config:
-    """The same rules in formats that lose nothing, also where that frees nothing."""
+    """The same rules in formats that lose nothing, also where that frees nothing.
+
+    With ``derive`` what is made again, values and logits, may be rounded otherwise.
+    """
 
     def exact(rule: Rule) -> Rule | None:
         codec = CODEC[rule.codec]
@@ -231,7 +237,13 @@ def _exact(config: Config, derive: bool) -> Config:
         )
 
     rules = tuple(r for r in map(exact, config.rules) if r is not None)
-    return replace(config, rules=rules, derive=derive, force=True)
+    classes = config.loss_classes if derive else 0
+    derive = derive and config.derive
+    return replace(config, rules=rules, derive=derive, loss_classes=classes, force=True)
+
+
+def _fused(told: Report) -> bool:
+    return any(row.codec == FUSED for row in told.rows)
 
 
 def _told(error: Exception) -> str:
