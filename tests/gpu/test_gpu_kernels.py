@@ -15,6 +15,7 @@ from dropit_fx.bench.gpu_rows import preset_codecs
 from dropit_fx.codecs import CODEC
 from dropit_fx.kernels import Format, reference
 from dropit_fx.runtime import packed_call
+from dropit_fx.runtime.linear_loss import linear_cross_entropy
 
 OPS = torch.ops.dropit
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,6 +43,7 @@ TESTED = {
     *("sparsify", "unsparsify", "sample", "pack_uint", "unpack_uint"),
     *("encode_steps", "decode_steps", "pack_between", "apply_mask"),
     *("sparsify_channels", "unsparsify_channels", "encode_window", "decode_window"),
+    *("linear_rows", "linear_rows_backward"),
 }
 
 
@@ -311,3 +313,18 @@ def test_a_tensor_of_another_device_than_the_current_one(other_device: torch.dev
     bits = OPS.pack_between(x.to(other_device), 0.0, None)
     assert torch.equal(bits.cpu(), OPS.pack_between(x, 0.0, None))
     assert torch.equal(OPS.unpack_uint(bits, 1, x.numel()).cpu(), (x > 0).to(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_losses_of_logits_are_those_of_the_cpu(dtype: torch.dtype, device: torch.device) -> None:
+    x, weight, target = torch.randn(40, 24), torch.randn(5000, 24) / 5, torch.arange(40) * 100
+    target[3] = -100
+    found: list[list[Tensor]] = []
+    for place in (torch.device("cpu"), device):
+        operands = [t.to(place, dtype).requires_grad_() for t in (x, weight)]
+        loss = linear_cross_entropy(*operands, None, target.to(place), label_smoothing=0.1)
+        loss.backward()
+        found.append([loss.detach().cpu(), *[t.grad.cpu() for t in operands if t.grad is not None]])
+    for ours, theirs in zip(*found, strict=True):
+        near = 1e-5 if dtype == torch.float32 else 2e-2
+        assert (ours - theirs).float().norm() <= near * theirs.float().norm()
