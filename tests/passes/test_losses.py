@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from typing import Any
 
@@ -155,6 +156,13 @@ def test_a_rewritten_model_compiles() -> None:
     model = Model()
     made = transform(model, LOSSLESS, example_args=(IDS,))
     assert_as_dense(torch.compile(made, backend="aot_eager", fullgraph=True), model)
+
+
+def test_a_rewritten_model_pickles() -> None:
+    made = transform(Model(), LOSSLESS, example_args=(IDS,))
+    again = pickle.loads(pickle.dumps(made))
+    assert is_fused(again)
+    assert torch.equal(again(IDS), made(IDS))
 
 
 def test_a_frozen_head_gets_no_gradient() -> None:
