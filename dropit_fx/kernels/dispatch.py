@@ -35,7 +35,8 @@ def define(
         plain: In PyTorch, for every device: the oracle of the tests.
         fake: Makes the outputs for fake tensors, without values.
         cpu: What runs on a CPU instead.
-        triton: Whether `dropit_fx.kernels.triton` has a function of this name, for CUDA.
+        triton: Whether `dropit_fx.kernels.triton` has a function of this name, for CUDA. If not, an
+            op without a kernel of its own for CPUs has `plain` there too.
         tags: Beside that of ops which follow PyTorch's rules.
     """
     name = schema.partition("(")[0]
@@ -53,6 +54,8 @@ def define(
         torch.library.impl(op, "CPU", taking_numbers(cpu))
     if triton:
         torch.library.impl(op, "CUDA", taking_numbers(on_cuda(name, plain)))
+    elif cpu is None:
+        torch.library.impl(op, "CUDA", taking_numbers(plain))
 
 
 def on_cuda(name: str, fallback: Callable[..., Any]) -> Callable[..., Any]:

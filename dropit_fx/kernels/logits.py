@@ -230,4 +230,3 @@ _OPS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
 )
 for _schema, _run, _fake in _OPS:
     define(_schema, _run, _fake, triton=False)
-    torch.library.impl(f"dropit::{_schema.partition('(')[0]}", "CUDA", _run)  # no Triton in it

@@ -22,7 +22,6 @@ def _value(value: Tensor, x: Tensor) -> Tensor:
 
 
 define("stands_for(Tensor value, Tensor x) -> Tensor", _value, _value, triton=False)
-torch.library.impl("dropit::stands_for", "CUDA", _value)  # which Triton has no part in
 STANDS_FOR = torch.ops.dropit.stands_for.default
 
 

@@ -43,7 +43,7 @@ TESTED = {
     *("sparsify", "unsparsify", "sample", "pack_uint", "unpack_uint"),
     *("encode_steps", "decode_steps", "pack_between", "apply_mask"),
     *("sparsify_channels", "unsparsify_channels", "encode_window", "decode_window"),
-    *("linear_rows", "linear_rows_backward"),
+    *("linear_rows", "linear_rows_backward", "stands_for"),
 }
 
 
@@ -328,3 +328,11 @@ def test_losses_of_logits_are_those_of_the_cpu(dtype: torch.dtype, device: torch
     for ours, theirs in zip(*found, strict=True):
         near = 1e-5 if dtype == torch.float32 else 2e-2
         assert (ours - theirs).float().norm() <= near * theirs.float().norm()
+
+
+def test_what_stands_for_a_tensor_is_a_copy_of_the_other(device: torch.device) -> None:
+    value, x = torch.randn(2, 300, device=device).unbind()
+    stands = OPS.stands_for(value, x)
+    assert torch.equal(stands, value)
+    assert stands.data_ptr() != value.data_ptr()
+    assert stands.device.type == device.type
