@@ -293,8 +293,12 @@ def _real(a: Tensor) -> Tensor:
     return torch.view_as_real(a.resolve_conj()) if a.is_complex() else a
 
 
+def _double(a: Tensor) -> Tensor:
+    return _real(a).double()
+
+
 def relative(a: Tensor, b: Tensor) -> float:
-    a, b = _real(a).double(), _real(b).double()
+    a, b = _double(a), _double(b)
     return float((a - b).norm() / a.norm().clamp(min=1e-30))
 
 
@@ -340,8 +344,7 @@ def _numbered(tensors: list[Tensor]) -> dict[str, Tensor]:
 def _near(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    if a.is_complex():
-        return _near(torch.view_as_real(a), torch.view_as_real(b))
+    a, b = _real(a), _real(b)
     if not a.is_floating_point():
         return bool(torch.equal(a, b))
     rough = a.dtype in (torch.bfloat16, torch.float16)
@@ -374,9 +377,9 @@ class Yardstick:
             return True
         if not bool(b.isfinite().all()):
             return False
-        whole = sum(float(g.double().norm()) for g in self.dense[0].grads.values() if g is not None)
-        gap = float((a.double() - b.double()).norm())
-        bound = 0.25 * float(a.double().norm()) + 0.02 * whole
+        whole = sum(float(_double(g).norm()) for g in self.dense[0].grads.values() if g is not None)
+        gap = float((_double(a) - _double(b)).norm())
+        bound = 0.25 * float(_double(a).norm()) + 0.02 * whole
         if gap <= bound or gap <= bound + 4 * self.moved[name]:
             return True
         self.dropped = gap <= bound + 4 * self.moved[name] + 1.5 * self.moved_by_dropping[name]
@@ -392,8 +395,10 @@ class Yardstick:
         true = self.true[at].grads[name] if self.true else None
         if true is None or _within(LAST_BITS)(name, a, b):
             return _within(128)(name, a, b)
-        theirs, ours = (float((x.double() - true).norm()) for x in (a, b))
-        return ours <= 8 * theirs + LAST_BITS * torch.finfo(a.dtype).eps * float(true.norm())
+        theirs, ours = (float((_double(x) - _double(true)).norm()) for x in (a, b))
+        return ours <= 8 * theirs + LAST_BITS * torch.finfo(a.dtype).eps * float(
+            _double(true).norm()
+        )
 
     @cached_property
     def true(self) -> list[Outcome]:
@@ -441,7 +446,7 @@ class Yardstick:
         gaps: dict[str, float] = {}
         for name, a in self.dense[0].grads.items():
             b = found.grads[name]
-            gap = 0.0 if a is None or b is None else float((a.double() - b.double()).norm())
+            gap = 0.0 if a is None or b is None else float((_double(a) - _double(b)).norm())
             gaps[name] = gap if gap == gap else float("inf")
         return gaps
 
@@ -744,11 +749,11 @@ def _within(bits: int, least: float = 0.0) -> Close:
 
 
 def _nearly(yard: Yardstick) -> Close:
-    whole = sum(float(g.double().norm()) for g in yard.dense[0].grads.values() if g is not None)
+    whole = sum(float(_double(g).norm()) for g in yard.dense[0].grads.values() if g is not None)
 
     def close(name: str, a: Tensor, b: Tensor) -> bool:
-        gap = float((a.double() - b.double()).norm()) if a.shape == b.shape else float("inf")
-        return same(a, b) or gap < 1e-4 * float(a.double().norm()) + 1e-5 * whole
+        gap = float((_double(a) - _double(b)).norm()) if a.shape == b.shape else float("inf")
+        return same(a, b) or gap < 1e-4 * float(_double(a).norm()) + 1e-5 * whole
 
     return close
 
