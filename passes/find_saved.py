@@ -119,10 +119,9 @@ class _Probe(fx.Interpreter):
             self.autograd.lives += [kept.life for kept in saved]
             self._regions.setdefault(str(n.args[0].target), []).append(self.autograd.mark)  # type: ignore[union-attr]
         ran = self._bind(n, result)
-        packed = self._holds_packed(ran)
-        self._held += [
-            (n.name, packed, kept) for kept in saved if self.storages.is_free(kept.tensor)
-        ]
+        if free := [kept for kept in saved if self.storages.is_free(kept.tensor)]:
+            packed = self._holds_packed(ran)
+            self._held += [(n.name, packed, kept) for kept in free]
         if ran.rule is not None and ran.rule.reads:
             self._explain(ran, ran.rule, saved)
         else:

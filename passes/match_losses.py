@@ -112,7 +112,7 @@ class Matcher:
             assert rule is not None
             return self._cross_entropy(user, node, path, rule)
         if name == "gather" and path.log:
-            _, dim, index = _arguments(user, node, "dim", "index")
+            dim, index = _arguments(user, node, "dim", "index")
             found = self.values[index.name] if isinstance(index, fx.Node) else index
             if dim in (-1, z.dim() - 1) and tuple(found.shape) == (*z.shape[:-1], 1):
                 return Loss(
@@ -120,7 +120,7 @@ class Matcher:
                 )
             raise NoMatch(f"'{user.name}' gathers more than one class of each row")
         if name == "logsumexp" and not path.log:
-            _, dim, keepdim = _arguments(user, node, "dim", "keepdim")
+            dim, keepdim = _arguments(user, node, "dim", "keepdim")
             dims = [dim] if isinstance(dim, int) else list(dim)
             if dims in ([-1], [z.dim() - 1]):
                 kwargs = {"keepdim": bool(keepdim)}
@@ -161,7 +161,7 @@ class Matcher:
         if path.log:
             raise other
         if name == "log_softmax":
-            _, dim, dtype = _arguments(user, node, "dim", "dtype")
+            dim, dtype = _arguments(user, node, "dim", "dtype")
             if dim not in (-1, before.dim() - 1):
                 raise other
             cast = ((_dtype(dtype), 0.0),) if isinstance(dtype, torch.dtype) else ()
@@ -184,7 +184,7 @@ class Matcher:
             sizes = (*given[:-1], self.width)
             return lambda graph, x: graph.call_method("reshape", (x, sizes))
         if name == "flatten":
-            _, start, end = _arguments(user, node, "start_dim", "end_dim")
+            start, end = _arguments(user, node, "start_dim", "end_dim")
             if end is not None and end % before.dim() < last:
                 return lambda graph, x: graph.call_method("flatten", (x, start or 0, end))
         elif name in _CUTS:
@@ -212,11 +212,11 @@ def _again(graph: fx.Graph, user: fx.Node, x: fx.Node) -> fx.Node:
 
 
 def _arguments(user: fx.Node, node: fx.Node, *names: str) -> tuple[Any, ...]:
-    """``node`` and the arguments behind it by name, None where they are not given."""
+    """The arguments behind ``node`` by name, None where they are not given."""
     if not user.args or user.args[0] is not node:
         raise NoMatch(f"'{user.name}' ({_name(user)}) reads them")
     given = dict(zip(names, user.args[1:], strict=False)) | dict(user.kwargs)
-    return (node, *(given.get(name) for name in names))
+    return tuple(given.get(name) for name in names)
 
 
 def _leaves_classes(index: Any, dims: int, values: Mapping[str, Any]) -> bool:

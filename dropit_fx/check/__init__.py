@@ -42,14 +42,16 @@ def check(
     * in two calls from one seed, outputs or buffers have other bits than dense's: so dropout has to
       draw dense's masks;
     * an output differs from call to call in dense and not in the rewritten model;
-    * with every format made exact, a gradient has other bits than dense's; or, where values are
-      made again in the backward (``derive``), differs by more than rounding;
+    * with every format made exact, a gradient has other bits than dense's; or, where values or
+      logits are made again in the backward (``derive``, ``loss_classes``), differs by more than
+      rounding;
     * the report's bytes are not those that are measured;
     * an output, the loss or a gradient is not finite where dense's is.
 
     Rounding is a relative error of 1e-4 in float32 and 3e-2 in 16 bits, of the whole and, measured
     against the root mean square of all gradients, of each tensor. It counts in the place of equal
-    bits with ``backend="dropit"``, and where the dense model does not repeat its own bits. What the
+    bits with ``backend="dropit"``, where the dense model does not repeat its own bits, and for
+    outputs where a loss is computed with its layer (``loss_classes``). What the
     formats of the config lose in the gradient is shown and does not fail.
 
     Args:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -53,6 +53,15 @@ def surroundings(backend: Backend) -> Iterator[None]:
             torch.compiler.reset()
 
 
+class Rewritten(NamedTuple):
+    """What a rewritten model does, and what is said of it."""
+
+    seen: Seen
+    predicted: int  # bytes
+    measured: int
+    fused: bool  # a loss is computed with its layer, which rounds a sum otherwise
+
+
 @dataclass
 class Checker:
     """Runs what is left to run, and collects what it shows."""
@@ -64,7 +73,6 @@ class Checker:
     findings: list[Finding] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
     exact: bool = True  # the dense model repeats its own bits, and inductor rounds nothing anew
-    fused: bool = False  # a loss is computed with its layer, which rounds a sum otherwise
 
     def result(self) -> Check:
         """What was found."""
@@ -96,10 +104,10 @@ class Checker:
             config = _exact(self.config, derive)
             seen = self._try(name, functools.partial(self._packed, config))
             if seen is not None:
-                self._compare_exact(name, dense, seen[0], self.exact and not derive)
+                self._compare_exact(name, dense, seen.seen, self.exact and not derive)
         found = self._try("packed", lambda: self._packed(self.config, measured=True))
         if found is not None:
-            self._compare(dense, *found)
+            self._compare(dense, found)
 
     def _try(self, name: str, step: Callable[[], Any]) -> Any:
         """The result of a step; None, and a finding, where it fails."""
@@ -124,15 +132,15 @@ class Checker:
         args, kwargs = self.task.inputs()
         return measure.saved_bytes(runs, *args, **kwargs)
 
-    def _packed(self, config: Config, measured: bool = False) -> tuple[Seen, int, int]:
-        """What the rewritten model does, and its bytes: predicted, and as measured."""
+    def _packed(self, config: Config, measured: bool = False) -> Rewritten:
+        """A rewritten model; its bytes are 0 unless they are to be ``measured``."""
         model, (args, kwargs) = self.task.model, self.task.inputs()
         if self.backend == "transform":
             rewritten = transform(model, config, example_args=args, example_kwargs=kwargs)
             seen = take_step(self.task, rewritten, rewritten)
             told = report(rewritten)
-            self.fused = _fused(told)
-            return seen, told.kept_bytes, self._measured(rewritten) if measured else 0
+            found = self._measured(rewritten) if measured else 0
+            return Rewritten(seen, told.kept_bytes, found, _fused(told))
         from dropit_fx.compile import backend as plug_in
 
         torch.compiler.reset()
@@ -146,9 +154,8 @@ class Checker:
         graphs = plug_in.compiled_graphs()[before:]
         if not graphs:
             raise RuntimeError("the plug-in was handed no graph that it could rewrite")
-        self.fused = any(_fused(g.report) for g in graphs)
-        found = self._measured(compiled) if measured else 0
-        return seen, sum(g.saved_bytes for g in graphs), found
+        predicted, fused = sum(g.saved_bytes for g in graphs), any(_fused(g.report) for g in graphs)
+        return Rewritten(seen, predicted, self._measured(compiled) if measured else 0, fused)
 
     def _compare_exact(self, name: str, dense: Seen, seen: Seen, exact: bool) -> None:
         wrong = differing(dense.gradients, seen.gradients, exact)
@@ -158,13 +165,14 @@ class Checker:
             text = f"{len(wrong)} of {len(dense.gradients)} gradients differ: {_listed(wrong)}"
         self.say(f"gradients, {name}", not wrong, text)
 
-    def _compare(self, dense: Seen, seen: Seen, predicted: int, measured: int) -> None:
-        self._outputs(dense, seen)
+    def _compare(self, dense: Seen, found: Rewritten) -> None:
+        seen = found.seen
+        self._outputs(dense, seen, self.exact and not found.fused)
         wrong = differing(dense.buffers, seen.buffers, self.exact)
         text = f"{len(dense.buffers)} buffers are as dense leaves them"
         self.say("buffers", not wrong, f"differ: {_listed(wrong)}" if wrong else text)
         self._chance(dense, seen)
-        self._bytes(predicted, measured)
+        self._bytes(found.predicted, found.measured)
         stays = finite(seen) or not finite(dense)
         text = "output, loss and gradients are" if stays else "output, loss or gradients are not"
         text += "" if finite(dense) else ", or are not in the dense model either"
@@ -173,8 +181,8 @@ class Checker:
         self.say("first loss", None, f"{seen.loss:.6g}, dense {dense.loss:.6g}")
         self._gradients(dense, seen)
 
-    def _outputs(self, dense: Seen, seen: Seen) -> None:
-        wrong, exact = [], self.exact and not self.fused
+    def _outputs(self, dense: Seen, seen: Seen, exact: bool) -> None:
+        wrong = []
         for at, (theirs, ours) in enumerate(zip(dense.outputs, seen.outputs, strict=True)):
             wrong += [f"{n} (call {at + 1})" for n in differing(theirs, ours, exact)]
             if len(theirs) != len(ours):

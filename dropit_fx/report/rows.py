@@ -215,27 +215,22 @@ def rows(plan: Plan, prefix: str = "", region: str = "") -> Iterator[Row]:
     for site, decisions in by_site(plan.sites, plan.decisions):
         if not site.dense and not any(d.read.node in swapped for d in decisions):
             continue
-        first = decisions[0].read
         packed = [d for d in decisions if d.packed]
         kept = [d for d in decisions if not d.packed]
         size = site.nbytes if kept else packed_bytes(packed, counted)
-        yield Row(
-            name=site.name,
-            module=".".join(p for p in (prefix, first.module) if p),
-            op="+".join(dict.fromkeys(d.read.op for d in decisions)),
-            where=first.where,
-            shape=first.shape,
-            dtype=str(first.dtype).removeprefix("torch."),
+        yield _row(
+            site,
+            prefix,
             dense_bytes=dense.bytes_of(site),
             kept_bytes=size,
             codec="keep" if kept else "+".join(dict.fromkeys(d.spelled for d in packed)),
             reason=kept[0].reason if kept else "",
             # a checkpoint keeps what hooks do not see: numbers are not made again
-            region="" if first.number else region,
+            region="" if site.reads[0].number else region,
             note=next((d.note for d in decisions if d.note), _said(plan, decisions)),
         )
-    for site in dense.left():
-        yield _gone(site, prefix)
+    for site in dense.left():  # a fused loss does without it
+        yield _row(site, prefix, dense_bytes=site.nbytes, kept_bytes=0, codec=FUSED, reason="")
     for name, body in plan.bodies.items():
         yield from rows(body, prefix, region=name)
 
@@ -248,29 +243,27 @@ def _said(plan: Plan, decisions: Sequence[Decision]) -> str:
 
 
 class _Dense:
-    """What the graph saved before losses were fused, by the names of the sites."""
+    """What the model untouched saves, by the names of its sites: losses may be fused since."""
 
     def __init__(self, plan: Plan) -> None:
-        self._before: dict[str, list[Site]] | None = {} if plan.unfused else None
-        for site in plan.unfused:
-            if self._before is not None and site.dense:
-                self._before.setdefault(site.name, []).append(site)
+        self._sites: dict[str, list[Site]] = {}
+        for site in plan.unfused or plan.sites:
+            if site.dense:
+                self._sites.setdefault(site.name, []).append(site)
 
     def bytes_of(self, site: Site) -> int:
         """Bytes that the model untouched keeps of a storage; 0 where it has none of it."""
-        if not site.dense or self._before is None:
-            return site.nbytes if site.dense else 0
-        found = self._before.get(site.name)
+        found = self._sites.get(site.name) if site.dense else None
         return found.pop(0).nbytes if found else 0
 
     def left(self) -> Iterator[Site]:
         """The storages that only the model untouched keeps."""
-        for sites in (self._before or {}).values():
+        for sites in self._sites.values():
             yield from sites
 
 
-def _gone(site: Site, prefix: str) -> Row:
-    """The row of a storage that a fused loss does without."""
+def _row(site: Site, prefix: str, **found: Any) -> Row:
+    """The row of a storage: who reads it, where; and what was found of it."""
     first = site.reads[0]
     return Row(
         name=site.name,
@@ -279,8 +272,5 @@ def _gone(site: Site, prefix: str) -> Row:
         where=first.where,
         shape=first.shape,
         dtype=str(first.dtype).removeprefix("torch."),
-        dense_bytes=site.nbytes,
-        kept_bytes=0,
-        codec=FUSED,
-        reason="",
+        **found,
     )

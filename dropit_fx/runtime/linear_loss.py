@@ -99,9 +99,9 @@ def _logsumexp(z: Tensor) -> Tensor:
     return z.logsumexp(-1)
 
 
-def _is_plain(x: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
+def _is_plain(*tensors: Tensor | None) -> bool:
     """Whether PyTorch's own ops are to run: the op of the rows is not told how else to."""
-    given = [t for t in (x, *tensors) if t is not None]
+    given = _tensors(*tensors)
     return transformed() or has_own_ops(given) or on_meta(given) or is_complex(given)
 
 
@@ -149,7 +149,7 @@ def linear_cross_entropy(
             return F.nll_loss(rows, target, factors, reduction=size, ignore_index=ignore_index)
         return F.cross_entropy(z, target, factors, reduction=size, **how)
 
-    if _is_plain(x, tensors[1:]):
+    if _is_plain(*tensors):
         z = dense_logits(x, weight, bias, steps)
         return dense(z, target, class_weight, _SIZES[reduction])
     if has_torch_function(_tensors(*tensors)):
@@ -214,7 +214,7 @@ def linear_log_probs(
         IndexError, ValueError: As :func:`linear_cross_entropy`.
     """
     tensors = (x, weight, bias, index)
-    if _is_plain(x, tensors[1:]):
+    if _is_plain(*tensors):
         return F.log_softmax(dense_logits(x, weight, bias, steps), -1).gather(-1, index)
     if has_torch_function(_tensors(*tensors)):
         seen: Tensor = _handed_on(linear_log_probs, *tensors, steps=steps)
@@ -236,7 +236,7 @@ def linear_logsumexp(
     An infinite logit gives NaN.
     """
     tensors = (x, weight, bias)
-    if _is_plain(x, tensors[1:]):
+    if _is_plain(*tensors):
         return dense_logits(x, weight, bias, steps).logsumexp(-1, keepdim)
     if has_torch_function(_tensors(*tensors)):
         seen: Tensor = _handed_on(linear_logsumexp, *tensors, steps=steps, keepdim=keepdim)

@@ -247,7 +247,7 @@ def _what_is_kept(
             codec, options = how[0], tuple(how[1].items())
             count = 0 if codec == "keep" and operand == "result" else buffers_of(codec, options)
             to_keep.append(Kept(operand, codec, options, tensors=count))
-        elif _stays(uncast[operand]) and uncast[operand] is not value and rule.autocast == "lower":
+        elif rule.autocast == "lower" and uncast[operand] is not value and _stays(uncast[operand]):
             # a parameter stays anyway: it is kept in the place of autocast's copy
             copied.append(Kept(operand, "keep", dtype=bound[operand].dtype))
             parts.append(uncast[operand].detach())
@@ -258,9 +258,9 @@ def _what_is_kept(
 
 def _stays(x: Any) -> bool:
     """Whether ``x`` is a parameter, or part of one, as q, k and v of an attention often are."""
-    if isinstance(x, nn.Parameter) or torch.compiler.is_dynamo_compiling():
-        return isinstance(x, nn.Parameter)
-    return isinstance(x, Tensor) and isinstance(base_of(x), nn.Parameter)
+    if isinstance(x, Tensor) and not torch.compiler.is_dynamo_compiling():
+        x = x if (base := base_of(x)) is None else base
+    return isinstance(x, nn.Parameter)
 
 
 def _cache_version() -> str:
