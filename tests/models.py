@@ -48,12 +48,15 @@ class Case:
     def model(self) -> nn.Module:
         return liven(self.build())
 
-    def dense(self, model: nn.Module, what: str, batch: int = BATCH) -> nn.Module:
-        """The model whose ``what`` a rewritten one has to have: a copy, with the same ops."""
+    def dense(self, model: nn.Module, what: str, batch: int = BATCH, like: Any = None) -> nn.Module:
+        """The model whose ``what`` a rewritten one has to have: a copy, with the same ops.
+
+        ``like``: inputs on the model's device, where that is another one.
+        """
         model = copy.deepcopy(model)
         if what not in self.changed_by_export:
             return model
-        args, kwargs = self.inputs(batch)
+        args, kwargs = like or self.inputs(batch)
         return torch.export.export(model, args, kwargs, strict=False).module()
 
     def inputs(self, batch: int = BATCH) -> tuple[tuple[Any, ...], dict[str, Any]]:

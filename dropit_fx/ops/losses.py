@@ -31,7 +31,10 @@ def _softmax_backward(log: bool) -> Formula:
 
     def backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
         dtype = call.dtypes["input"]
-        return {"input": op(grad, saved["result"], call.args["dim"], dtype)}
+        # CUDA goes from half to float32 inside the op; any other dtype is a cast before it
+        inside = grad.is_cuda and (dtype, grad.dtype) == (torch.float16, torch.float32)
+        own = dtype if inside else grad.dtype
+        return {"input": op(grad, saved["result"], call.args["dim"], own).to(dtype)}
 
     return backward
 

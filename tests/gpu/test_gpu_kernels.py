@@ -321,7 +321,7 @@ def test_losses_of_logits_are_those_of_the_cpu(dtype: torch.dtype, device: torch
     target[3] = -100
     found: list[list[Tensor]] = []
     for place in (torch.device("cpu"), device):
-        operands = [t.to(place, dtype).requires_grad_() for t in (x, weight)]
+        operands = [t.to(place, dtype, copy=True).requires_grad_() for t in (x, weight)]
         loss = linear_cross_entropy(*operands, None, target.to(place), label_smoothing=0.1)
         loss.backward()
         found.append([loss.detach().cpu(), *[t.grad.cpu() for t in operands if t.grad is not None]])

@@ -28,8 +28,8 @@ def test_the_forward_of_a_rewritten_model_has_the_bits_of_the_dense_one(
 ) -> None:
     model, args, kwargs = prepared(case, device)
     packed = dropit_fx.transform(model, example_args=args, example_kwargs=kwargs)
-    dense = case.dense(model, "gradients") if case.exported else copy.deepcopy(model)
-    dense = dense.to(device)
+    inputs = args, kwargs
+    dense = case.dense(model, "gradients", like=inputs) if case.exported else copy.deepcopy(model)
     mine, theirs = (models.step(m, args, kwargs) for m in (packed, dense))
     assert models.differing(mine.output, theirs.output) == []
     assert models.differing(mine.buffers, theirs.buffers) == []

@@ -15,6 +15,12 @@ from torch import Tensor
 from dropit_fx.ops.table import RULES
 
 
+@pytest.fixture(autouse=True)
+def the_same_algorithms_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of cuDNN's algorithms add up in another order at every call."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
 def tensors_of(
     call: Case, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
@@ -40,7 +46,11 @@ def check(
 ) -> None:
     dense = graph_of(RULES[name].targets[0], call)
     packed, _ = pack_graph(dense, tensors, LOSSLESS)
-    first, again, mine = run(dense, tensors), run(dense, tensors), run(packed, tensors)
+    try:
+        first, again = run(dense, tensors), run(dense, tensors)
+    except RuntimeError as error:
+        pytest.skip(f"dense raises here: {error}")
+    mine = run(packed, tensors)
     assert_same(mine[0], first[0])
     reasons = [r for r in (call.rounds, RECORDS[name].rounds_on_cuda, *alerts(dense, tensors)) if r]
     if any(a is not None and not same(a, b) for a, b in zip(first[1], again[1], strict=True)):

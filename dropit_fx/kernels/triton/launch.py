@@ -101,7 +101,7 @@ def block_arguments(
     return {
         "numel": numel,
         "block": form.block,
-        "stream": form.stream(k_full),
+        "size": form.stream(k_full),
         "k_full": k_full,
         "k_tail": k_tail,
         "inner": channels.inner if channels else 1,

@@ -53,7 +53,7 @@ def _sparsify_kernel(
     inverse_ptr,
     numel,
     block,
-    stream,
+    size,
     k_full,
     k_tail,
     weight_full,
@@ -72,7 +72,7 @@ def _sparsify_kernel(
     LANES: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """`stream`: what a full block takes of `values`, in bytes, or elements where BITS is 0."""
+    """`size`: what a full block takes of `values`, in bytes, or elements where BITS is 0."""
     row, first, n, k, whole = rows_of(numel, block, k_full, k_tail, ROWS)
     lane = tl.arange(0, LANES)[None, :]
     real = n > 0  # the last program may have rows to spare
@@ -99,7 +99,7 @@ def _sparsify_kernel(
         kept = select(key, valid, k, KEY_BITS)
         store_codes(mask_ptr + first // 8, kept, n, whole, 1, ROWS, LANES, EVEN)
         rank = tl.cumsum(kept.to(tl.int32), 1) - 1
-    start_of = values_ptr + row * stream
+    start_of = values_ptr + row * size
     if BITS == 0:
         if SAMPLE:
             weight = tl.where(n < block, weight_tail, weight_full)

@@ -45,7 +45,7 @@ def _unsparsify_kernel(
     deviation_ptr,
     numel,
     block,
-    stream,
+    size,
     k_full,
     k_tail,
     inner,
@@ -63,7 +63,7 @@ def _unsparsify_kernel(
     row, first, n, k, whole = rows_of(numel, block, k_full, k_tail, ROWS)
     lane = tl.arange(0, LANES)[None, :]
     valid = lane < n[:, None]
-    start_of = (values_ptr + row * stream)[:, None]
+    start_of = (values_ptr + row * size)[:, None]
     if FULL_:
         kept = valid
         slot = lane
