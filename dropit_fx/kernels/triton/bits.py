@@ -197,14 +197,34 @@ def store_codes(
 
 
 @triton.jit
-def code_at(ptr, i, size, valid, BITS: tl.constexpr):
-    """Codes `i` of streams of `size` bytes that start at `ptr`; shapes broadcast."""
-    at = i * BITS
-    code = tl.load(ptr + at // 8, mask=valid, other=0).to(tl.int32)
-    if 8 % BITS != 0:  # a code may reach into the next byte
-        more = valid & (at // 8 + 1 < size)
-        code |= tl.load(ptr + at // 8 + 1, mask=more, other=0).to(tl.int32) << 8
-    return (code >> (at % 8).to(tl.int32)) & (2**BITS - 1)
+def load_codes(ptr, start, shift, size, BITS: tl.constexpr, REACH: tl.constexpr):
+    """Codes of groups of eight, (ROWS, GROUPS, 8), from the words that hold them.
+
+    Args:
+        ptr: (ROWS,) where each stream starts.
+        start: (ROWS, GROUPS): the byte that a group's word starts at.
+        shift: (ROWS, GROUPS, 8), or what broadcasts to it: the bit of its word that a code starts
+            at.
+        size: (ROWS,) bytes of each stream; zeros lie behind.
+        BITS: 1..8.
+        REACH: bytes that a group may lie in.
+    """
+    WORD: tl.constexpr = tl.uint32 if REACH <= 4 else tl.uint64
+    at = ptr[:, None] + start
+    left = size[:, None] - start
+    word = tl.load(at, mask=left > 0, other=0).to(WORD)
+    for j in tl.static_range(1, REACH):
+        word |= tl.load(at + j, mask=left > j, other=0).to(WORD) << (8 * j)
+    return (word[:, :, None] >> shift.to(WORD)).to(tl.int32) & (2**BITS - 1)
+
+
+@triton.jit
+def load_stream(ptr, count, BITS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """Rows of codes, (ROWS, LANES): the inverse of `store_codes`, 0 beyond `count`."""
+    size = (count * BITS + 7) // 8
+    start = (tl.arange(0, LANES // 8) * BITS)[None, :]
+    shift = (tl.arange(0, 8) * BITS)[None, None, :]
+    return tl.reshape(load_codes(ptr, start, shift, size, BITS, BITS), (ROWS, LANES))
 
 
 @triton.jit
