@@ -23,6 +23,10 @@ def pattern(x):
     return x.to(tl.int32, bitcast=True)
 
 
+# Triton's interpreter truncates to bfloat16 and rounds a fused product; a GPU rounds as IEEE has it
+HARDWARE = tl.constexpr(isinstance(pattern, triton.JITFunction))
+
+
 @triton.jit
 def single(u):
     """The float32 of a pattern."""
@@ -53,6 +57,8 @@ def narrow(u, DTYPE: tl.constexpr):
     nan = (u & 0x7FFFFFFF) > INFINITY
     if DTYPE == 0:
         raw = u
+    elif DTYPE == 1 and HARDWARE:
+        raw = single(u).to(tl.bfloat16).to(tl.int16, bitcast=True)
     elif DTYPE == 1:
         raw = (tl.where(nan, 0x7FC00000, to_bfloat(u)) >> 16).to(tl.int16)
     else:
@@ -74,6 +80,21 @@ def round_up(x):
     u = pattern(x)
     up = (u & 0x7FFF0000) + tl.where((u & 0xFFFF) != 0, 0x10000, 0)
     return single(tl.minimum(up, TOP))
+
+
+@triton.jit
+def root(x):
+    """The square root of x in 2**-100..2**128, correctly rounded, without a branch an element.
+
+    The approximation and the one step of Newton's method that `tl.sqrt_rn` becomes in this range.
+    """
+    if HARDWARE:
+        inverse = tl.math.rsqrt(x)
+        near = x * inverse
+        result = tl.fma(tl.fma(-near, near, x), inverse * 0.5, near)
+    else:
+        result = tl.sqrt_rn(x)
+    return result
 
 
 @triton.jit

@@ -109,7 +109,9 @@ def _sparsify_kernel(
             tl.store(start_of[:, None] + (rank - 1), raw, mask=kept)
     else:
         column = scale_ptr + row * COLUMNS
-        code = encode(u, kept, k, column, real, seed_ptr, index, BITS, SPACING, STOCHASTIC, COLUMNS)
+        code = encode(
+            u, kept, k, column, real, seed_ptr, index, BITS, SPACING, STOCHASTIC, COLUMNS, DTYPE
+        )
         if FULL_:
             store_codes(start_of, code, k, whole, BITS, ROWS, LANES, EVEN)
         else:

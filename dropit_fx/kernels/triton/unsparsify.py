@@ -41,7 +41,7 @@ def marks_of(ptr, n, ROWS: tl.constexpr, LANES: tl.constexpr):
     """Which elements of rows of `n` are kept, by the bits at `ptr`, in groups of eight.
 
     Returns:
-        (ROWS, GROUPS, 8) bool; how many are kept before each; and before each group, (ROWS, GROUPS).
+        (ROWS, GROUPS, 8) bool; how many are kept before each; and before each group.
     """
     group = tl.arange(0, LANES // 8)[None, :]
     bits = tl.load(ptr[:, None] + group, mask=group * 8 < n[:, None], other=0).to(tl.int32)
