@@ -209,9 +209,10 @@ def store_codes(
         store_tile(ptr[:, None], at, byte, at < size[:, None], whole, EVEN)
     else:  # eight codes fill BITS bytes
         member = tl.arange(0, 8)[None, None, :]
-        part = tl.reshape(codes.to(tl.int64), (ROWS, LANES // 8, 8))
-        word = tl.sum(part << (member * BITS).to(tl.int64), 2)
-        byte = ((word[:, :, None] >> (member * 8).to(tl.int64)) & 0xFF).to(tl.uint8)
+        WORD: tl.constexpr = tl.uint32 if BITS < 4 else tl.uint64
+        part = tl.reshape(codes.to(WORD), (ROWS, LANES // 8, 8))
+        word = tl.sum(part << (member * BITS).to(WORD), 2)
+        byte = (word[:, :, None] >> (member * 8 % (BITS * 8)).to(WORD)).to(tl.uint8)
         at = (tl.arange(0, LANES // 8) * BITS)[None, :, None] + member
         within = (member < BITS) & (at < size[:, None, None])
         tl.store(ptr[:, None, None] + at, byte, mask=within)

@@ -184,8 +184,7 @@ def encode(
         widest = tl.maximum(most - base, 0.0)
         overflow = pattern(widest) >= INFINITY
         poisoned = poisoned | overflow
-        above = tl.where(overflow[:, None], 0.0, tl.maximum(x - base[:, None], 0.0))
-        above = tl.where(kept, above, 0.0)
+        above = tl.maximum(x - base[:, None], 0.0)
         c0 = base
         if SPACING == _UNIFORM:
             c1 = upper
