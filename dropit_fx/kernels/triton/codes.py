@@ -26,7 +26,7 @@ from dropit_fx.kernels.format import (
     uint_nbytes,
 )
 from dropit_fx.kernels.triton.bits import (
-    code_at,
+    load_stream,
     load_tile,
     single,
     store_codes,
@@ -46,6 +46,15 @@ def _store_stream(out_ptr, codes, program, count, BITS: tl.constexpr, TILE: tl.c
 
 
 @triton.jit
+def _load_stream(packed_ptr, program, count, BITS: tl.constexpr, TILE: tl.constexpr):
+    """The inverse of `_store_stream`, (TILE,)."""
+    first = program * TILE
+    mine = tl.minimum(count - first, TILE).to(tl.int32) + tl.zeros((1,), tl.int32)
+    start = packed_ptr + first // 8 * BITS + tl.zeros((1,), tl.int64)
+    return tl.reshape(load_stream(start, mine, BITS, 1, TILE), (TILE,))
+
+
+@triton.jit
 def _pack_kernel(codes_ptr, out_ptr, count, BITS: tl.constexpr, TILE: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     i = (program * TILE + tl.arange(0, TILE))[None, :]
@@ -57,7 +66,7 @@ def _pack_kernel(codes_ptr, out_ptr, count, BITS: tl.constexpr, TILE: tl.constex
 def _unpack_kernel(packed_ptr, out_ptr, count, BITS: tl.constexpr, TILE: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     i = program * TILE + tl.arange(0, TILE)
-    code = code_at(packed_ptr, i, (count * BITS + 7) // 8, i < count, BITS)
+    code = _load_stream(packed_ptr, program, count, BITS, TILE)
     store_tile(out_ptr, i, code.to(tl.uint8), i < count, (program + 1) * TILE <= count, True)
 
 
@@ -96,7 +105,7 @@ def _decode_steps_kernel(
     """LEVELS: COUNT patterns of the output's dtype."""
     program = tl.program_id(0).to(tl.int64)
     i = program * TILE + tl.arange(0, TILE)
-    code = code_at(packed_ptr, i, (count * BITS + 7) // 8, i < count, BITS)
+    code = _load_stream(packed_ptr, program, count, BITS, TILE)
     level = tl.full((TILE,), LEVELS[0], tl.int32)
     for j in tl.static_range(1, COUNT):
         level = tl.where(code >= j, tl.full((), LEVELS[j], tl.int32), level)

@@ -100,9 +100,8 @@ def _sparsify_kernel(
             key = (raw & 0x7FFFFFFF).to(tl.uint32)
         else:
             key = (raw.to(tl.int32) & 0x7FFF).to(tl.uint32)
-        kept = select(key, valid, k, KEY_BITS)
+        kept, rank = select(key, valid, k, KEY_BITS)
         store_codes(mask_ptr + first // 8, kept, n, whole, 1, ROWS, LANES, EVEN)
-        rank = tl.cumsum(kept.to(tl.int32), 1) - 1
     start_of = values_ptr + row * size
     if BITS == 0:
         if SAMPLE:
@@ -111,10 +110,12 @@ def _sparsify_kernel(
         if FULL_:
             store_tile(start_of[:, None], lane, raw, valid, whole, EVEN)
         else:
-            tl.store(start_of[:, None] + rank, raw, mask=kept)
+            tl.store(start_of[:, None] + (rank - 1), raw, mask=kept)
     else:
         column = scale_ptr + row * COLUMNS
-        code = encode(u, kept, k, column, real, seed_ptr, index, BITS, SPACING, STOCHASTIC, COLUMNS)
+        code = encode(
+            u, kept, k, column, real, seed_ptr, index, BITS, SPACING, STOCHASTIC, COLUMNS, DTYPE
+        )
         if FULL_:
             store_codes(start_of, code, k, whole, BITS, ROWS, LANES, EVEN)
         else:
