@@ -45,7 +45,7 @@ def define(
     at = before.count(",")
 
     def taking_numbers(run: Callable[..., Any]) -> Callable[..., Any]:
-        return (lambda *args: run(*args[:at], Format(*args[at:]))) if found else run
+        return (lambda *args: run(*args[:at], _format(*args[at:]))) if found else run
 
     torch.library.define(op, schema.removeprefix(name), tags=(torch.Tag.pt2_compliant_tag, *tags))
     torch.library.impl(op, "CompositeExplicitAutograd", taking_numbers(plain))
@@ -56,6 +56,9 @@ def define(
         torch.library.impl(op, "CUDA", taking_numbers(on_cuda(name, plain)))
     elif cpu is None:
         torch.library.impl(op, "CUDA", taking_numbers(plain))
+
+
+_format = functools.lru_cache(maxsize=1024)(Format)  # a model has a handful, and asks in each call
 
 
 def on_cuda(name: str, fallback: Callable[..., Any]) -> Callable[..., Any]:

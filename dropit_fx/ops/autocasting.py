@@ -31,6 +31,7 @@ R = TypeVar("R")
 Casts = tuple[torch.dtype | None, ...]  # of each argument; None: it is handed over as it is
 _States = tuple[tuple[str, torch.dtype], ...]  # device types under autocast, with its dtype there
 _ANSWERS: dict[Any, Casts] = {}
+_NAMED_AS_THEY_ARE = frozenset({bool, int, str})  # in a key; a NaN is equal to none
 
 
 def under_autocast(values: Mapping[str, Any]) -> bool:
@@ -74,8 +75,8 @@ def _let_dynamo_pass() -> None:
 
 def asked(rule: OpRule, values: tuple[Any, ...]) -> Casts:
     """The dtype to which autocast, as it is now, casts each argument of a call."""
-    devices = sorted({v.device.type for v in values if isinstance(v, Tensor)})
-    states = tuple((d, torch.get_autocast_dtype(d)) for d in devices if autocast_on(d))
+    devices = {v.device.type for v in values if isinstance(v, Tensor)}
+    states = tuple((d, torch.get_autocast_dtype(d)) for d in sorted(devices) if autocast_on(d))
     key = rule.name, states, tuple(map(_described, values))
     if key not in _ANSWERS:
         _ANSWERS[key] = elsewhere(lambda: _ask(rule, values, states))
@@ -86,6 +87,12 @@ def _described(value: Any) -> Any:
     """What of an argument the casts may depend on; the size of a tensor is none of it."""
     if isinstance(value, Tensor):
         return value.device.type, value.dtype, value.dim()
+    if value is None or type(value) in _NAMED_AS_THEY_ARE:
+        return type(value), value  # True is 1 to a dictionary
+    if type(value) is float:
+        return repr(value)
+    if type(value) in (tuple, torch.Size) and all(type(v) is int for v in value):
+        return tuple, tuple(value)
     return str(pytree.tree_map_only(torch.SymInt, hint, value))
 
 

@@ -142,8 +142,28 @@ class PackedFunction(torch.autograd.Function):
         return (None, None, None, None, *by_argument, *[None] * ctx.parts)
 
 
+class _Bound:
+    """The arguments of ``PackedFunction.forward``, as they were given."""
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        self.args, self.kwargs = args, dict[str, Any]()
+
+    def apply_defaults(self) -> None:
+        """There are none."""
+
+
+class _AsGiven(inspect.Signature):
+    """A signature without defaults and keywords: there is nothing to bind."""
+
+    def bind(self, /, *args: Any, **kwargs: Any) -> Any:
+        """As the base class says."""
+        return super().bind(*args, **kwargs) if kwargs else _Bound(args)
+
+
 # `apply` binds its arguments to it in every call, and would make it anew
-PackedFunction.forward.__signature__ = inspect.signature(PackedFunction.forward)  # type: ignore[attr-defined]
+PackedFunction.forward.__signature__ = _AsGiven(  # type: ignore[attr-defined]
+    list(inspect.signature(PackedFunction.forward).parameters.values())
+)
 
 
 def _autocast_as(dtype: torch.dtype | None, device: str) -> AbstractContextManager[Any]:
