@@ -11,6 +11,7 @@ their values; ``bits`` codes the values in that many bits with a scale for each 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import Any
@@ -83,30 +84,40 @@ RANGE = Option(
 
 def _format(options: Options) -> Format:
     """What the options of any of the three mean; those that it has not are as they are for it."""
-    return Format(
-        keep_ratio(options.get("gamma", 0.0)),
+    make = _made if torch.compiler.is_compiling() else _known  # Dynamo traces no caches
+    return make(
+        options.get("gamma", 0.0),
         0 if options.get("scope") == "tensor" else options["block"],
         options.get("bits") or 0,
-        SPACINGS.index(options.get("range", "symmetric")),
+        options.get("range", "symmetric"),
         options.get("rounding") == "stochastic",
     )
 
 
+def _made(gamma: float, block: int, bits: int, spacing: str, stochastic: bool) -> Format:
+    return Format(keep_ratio(gamma), block, bits, SPACINGS.index(spacing), stochastic)
+
+
+_known = functools.lru_cache(maxsize=1024)(_made)
+
+
 def _pack(flat: Tensor, options: Options) -> tuple[Tensor, ...]:
     form = _format(options)
-    parts: tuple[Tensor, ...] = torch.ops.dropit.sparsify(flat, *form.numbers, form.stochastic)
+    parts: tuple[Tensor, ...] = torch.ops.dropit.sparsify.default(
+        flat, *form.numbers, form.stochastic
+    )
     return parts
 
 
 def _sample(flat: Tensor, options: Options) -> tuple[Tensor, ...]:
     form = _format(options)
-    values, mask = torch.ops.dropit.sample(flat, form.keep, form.block)
+    values, mask = torch.ops.dropit.sample.default(flat, form.keep, form.block)
     return values, values.new_empty(0), mask
 
 
 def _unpack(parts: tuple[Tensor, ...], options: Options, numel: Any, dtype: torch.dtype) -> Tensor:
     numbers = _format(options).numbers
-    out: Tensor = torch.ops.dropit.unsparsify(*parts, numel, dtype, *numbers)
+    out: Tensor = torch.ops.dropit.unsparsify.default(*parts, numel, dtype, *numbers)
     return out
 
 
@@ -115,7 +126,7 @@ def _pack_channels(
 ) -> tuple[Tensor, ...]:
     form = _format(options)
     given = flat, mean, inverse, inner, *form.numbers, form.stochastic
-    parts: tuple[Tensor, ...] = torch.ops.dropit.sparsify_channels(*given)
+    parts: tuple[Tensor, ...] = torch.ops.dropit.sparsify_channels.default(*given)
     return parts
 
 
@@ -129,7 +140,7 @@ def _unpack_channels(
     dtype: torch.dtype,
 ) -> Tensor:
     given = *parts, mean, deviation, inner, numel, dtype, *_format(options).numbers
-    out: Tensor = torch.ops.dropit.unsparsify_channels(*given)
+    out: Tensor = torch.ops.dropit.unsparsify_channels.default(*given)
     return out
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import logging
@@ -81,7 +80,9 @@ def on_cuda(name: str, fallback: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(x: Tensor, *args: Any) -> Any:
         # Triton launches on the current device, which need not be that of x
-        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        if not x.is_cuda or x.device.index == torch.cuda.current_device():
+            return implementation()(x, *args)
+        with torch.cuda.device(x.device):
             return implementation()(x, *args)
 
     return run
