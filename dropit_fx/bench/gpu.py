@@ -69,22 +69,22 @@ def plan(models: Sequence[str] = (), variants: Sequence[str] = ()) -> list[Row]:
 
     def rows(models: Sequence[str], mode: str, *variants: str) -> Iterator[Row]:
         for model in models:
-            for v in variants:
+            for v in (v for v in variants if v != gpu_rows.NO_LOGITS or MODELS[model].language):
                 yield {"kind": "model", "model": model, "mode": mode, "variant": v}
 
     first = ("deit_s", "resnet50", "gpt2")
     rest = tuple(name for name in MODELS if name not in first)
     budgets = tuple(v for v in gpu_rows.MODES["compiled"] if v.startswith("budget"))
     found = [
-        *rows(first, "eager", "dense", "balanced"),
-        *rows(first, "compiled", "dense", "balanced"),
+        *rows(first, "eager", "dense", "balanced", "no logits"),
+        *rows(first, "compiled", "dense", "balanced", "no logits"),
         *({"kind": "kernel", "name": name} for name in gpu_rows.kernels()),
         *rows(first, "eager", "checkpoint"),
-        *rows(rest, "eager", "dense", "balanced", "checkpoint"),
+        *rows(rest, "eager", "dense", "balanced", "no logits", "checkpoint"),
         *rows(first, "eager", "save_on_cpu", "max", "lossless", "dropit"),
         *rows(("deit_s", "gpt2"), "compiled", "checkpoint", *budgets),
         *rows(rest, "eager", "save_on_cpu", "max", "lossless", "dropit"),
-        *rows(("llama",), "compiled", "dense", "balanced"),
+        *rows(("llama",), "compiled", "dense", "balanced", "no logits"),
         *rows(tuple(MODELS), "compiled", *gpu_rows.MODES["compiled"]),
     ]
     unique = {key(row): row for row in reversed(found)}

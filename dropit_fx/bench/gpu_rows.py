@@ -37,9 +37,10 @@ Gradients = list[Tensor | None]  # of each parameter, on the CPU
 PRESETS = ("balanced", "lossless", "max", "dropit")
 BUDGETS = (0.5, 0.2)
 DENSE, CHECKPOINT, OFFLOAD = "dense", "checkpoint", "save_on_cpu"
+NO_LOGITS = "no logits"  # balanced with drop_logits: of language models
 MODES: dict[str, tuple[str, ...]] = {
-    "eager": (DENSE, *PRESETS, CHECKPOINT, OFFLOAD),
-    "compiled": (DENSE, *PRESETS, CHECKPOINT, *(f"budget={b}" for b in BUDGETS)),
+    "eager": (DENSE, *PRESETS, NO_LOGITS, CHECKPOINT, OFFLOAD),
+    "compiled": (DENSE, *PRESETS, NO_LOGITS, CHECKPOINT, *(f"budget={b}" for b in BUDGETS)),
 }
 
 
@@ -47,9 +48,9 @@ def way(model: nn.Module, blocks: Sequence[str], mode: str, variant: str, inner:
     """What is called in the place of ``model``, and the bench's record of its compilation."""
     if variant == CHECKPOINT:
         _checkpoint(model, blocks)
-    preset = variant if variant in PRESETS else None
+    preset = variant if variant in PRESETS else "balanced" if variant == NO_LOGITS else None
     budget = float(variant.partition("=")[2] or 1)
-    record = Variant(variant, preset, budget, variant == CHECKPOINT)
+    record = Variant(variant, preset, budget, variant == CHECKPOINT, variant == NO_LOGITS)
     if mode == "compiled":
         return record.compiled(model, inner), record
     return (record.compiled(model, "eager") if preset else model), record

@@ -15,6 +15,7 @@ from dropit_fx.kernels.format import Format
 
 _log = logging.getLogger(__name__)
 _warned: set[str] = set()
+_format = functools.lru_cache(maxsize=1024)(Format)  # checked once, not in each call
 
 
 def define(
@@ -80,7 +81,7 @@ def on_cuda(name: str, fallback: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(x: Tensor, *args: Any) -> Any:
         # Triton launches on the current device, which need not be that of x
-        if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        if not x.is_cuda or x.get_device() == torch.cuda.current_device():
             return implementation()(x, *args)
         with torch.cuda.device(x.device):
             return implementation()(x, *args)

@@ -132,11 +132,11 @@ def _ask(rule: OpRule, values: tuple[Any, ...], states: _States) -> Casts:
     floats = [isinstance(v, Tensor) and v.is_floating_point() for v in values]
     with FakeTensorMode(), torch.no_grad():
         fakes = [_fake(v) for v in values]
-        plain, dtype = _observed(rule, fakes)
+        plain, dtype = _observed_plain(rule, fakes)
         with _autocast_of(states):
             found, result = _observed(rule, fakes)
     casts = tuple(a if a != b else None for a, b in zip(found, plain, strict=True))
-    if dtype != result and not any(casts):
+    if dtype not in (None, result) and not any(casts):
         # it told the op what to return: from operands of that dtype, the op returns it by itself
         return tuple(result if given else None for given in floats)
     return casts
@@ -147,6 +147,14 @@ def _fake(value: Any) -> Any:
         return pytree.tree_map_only(torch.SymInt, hint, value)
     sizes, strides = map(hint, value.shape), map(hint, value.stride())
     return torch.empty_strided(tuple(sizes), tuple(strides), dtype=value.dtype, device=value.device)
+
+
+def _observed_plain(rule: OpRule, values: list[Any]) -> tuple[Casts, torch.dtype | None]:
+    """As :func:`_observed`; of dtypes that only autocast lets meet in the op, nothing."""
+    try:
+        return _observed(rule, values)
+    except RuntimeError:
+        return (None,) * len(values), None
 
 
 def _observed(rule: OpRule, values: list[Any]) -> tuple[Casts, torch.dtype]:

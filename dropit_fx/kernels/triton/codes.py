@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -31,7 +33,7 @@ from dropit_fx.kernels.triton.bits import (
     store_tile,
     widen,
 )
-from dropit_fx.kernels.triton.launch import CODES, programs
+from dropit_fx.kernels.triton.launch import CODES, launch, programs
 
 
 @triton.jit
@@ -114,7 +116,8 @@ def pack_uint(x: Tensor, bits: int) -> Tensor:
     out = x.new_empty(uint_nbytes(n, bits), dtype=torch.uint8)
     if n:
         codes = x.contiguous().view(torch.uint8)
-        _pack_kernel[code_grid(n)](codes, out, n, BITS=bits, TILE=CODES)
+        how = {"count": n, "BITS": bits, "TILE": CODES}
+        launch(_pack_kernel, (codes, out), (n, bits), lambda: (code_grid(n), (codes, out), how))
     return out
 
 
@@ -123,14 +126,21 @@ def unpack_uint(packed: Tensor, bits: int, numel: int) -> Tensor:
     check_uint(packed, bits)
     out = packed.new_empty(numel, dtype=torch.uint8)
     if numel:
-        packed = packed.contiguous()
-        _unpack_kernel[code_grid(numel)](packed, out, numel, BITS=bits, TILE=CODES)
+        both = packed.contiguous(), out
+        how = {"count": numel, "BITS": bits, "TILE": CODES}
+        launch(_unpack_kernel, both, (numel, bits), lambda: (code_grid(numel), both, how))
     return out
 
 
 @functools.lru_cache(maxsize=256)  # a table for each nonlinearity: made once, not in each call
-def _patterns(values: tuple[float, ...], dtype: torch.dtype) -> tuple[int, ...]:
-    return tuple(torch.tensor(values, dtype=dtype).view(INT_OF[dtype]).tolist())
+def _patterns(values: bytes, dtype: torch.dtype) -> tuple[int, ...]:
+    numbers = struct.unpack(f"{len(values) // 8}d", values)
+    return tuple(torch.tensor(numbers, dtype=dtype).view(INT_OF[dtype]).tolist())
+
+
+def _exactly(values: Sequence[float]) -> bytes:
+    """What tells numbers apart that are equal: the two zeros."""
+    return struct.pack(f"{len(values)}d", *values)
 
 
 def _known(dtype: torch.dtype) -> bool:
@@ -147,16 +157,20 @@ def encode_steps(x: Tensor, borders: Sequence[float], bits: int) -> Tensor:
     n = x.numel()
     out = x.new_empty(uint_nbytes(n, bits), dtype=torch.uint8)
     if n:
-        _encode_steps_kernel[code_grid(n)](
-            x.contiguous().view(INT_OF[x.dtype]),
-            out,
-            n,
-            BORDERS=_patterns(tuple(borders), torch.float32),
-            COUNT=len(borders),
-            DTYPE=NUMBER[x.dtype],
-            BITS=bits,
-            TILE=CODES,
-        )
+        values, given = x.contiguous(), _exactly(borders)
+
+        def how() -> tuple[tuple[int], list[Tensor], dict[str, Any]]:
+            arguments = {
+                "count": n,
+                "BORDERS": _patterns(given, torch.float32),
+                "COUNT": len(borders),
+                "DTYPE": NUMBER[x.dtype],
+                "BITS": bits,
+                "TILE": CODES,
+            }
+            return code_grid(n), [values.view(INT_OF[x.dtype]), out], arguments
+
+        launch(_encode_steps_kernel, (values, out), (n, x.dtype, bits, given), how)
     return out
 
 
@@ -170,13 +184,17 @@ def decode_steps(
         return reference.decode_steps(packed, levels, bits, numel, dtype)
     out = packed.new_empty(numel, dtype=dtype)
     if numel:
-        _decode_steps_kernel[code_grid(numel)](
-            packed.contiguous(),
-            out.view(INT_OF[dtype]),
-            numel,
-            LEVELS=_patterns(tuple(levels), dtype),
-            COUNT=len(levels),
-            BITS=bits,
-            TILE=CODES,
-        )
+        codes, given = packed.contiguous(), _exactly(levels)
+
+        def how() -> tuple[tuple[int], list[Tensor], dict[str, Any]]:
+            arguments = {
+                "count": numel,
+                "LEVELS": _patterns(given, dtype),
+                "COUNT": len(levels),
+                "BITS": bits,
+                "TILE": CODES,
+            }
+            return code_grid(numel), [codes, out.view(INT_OF[dtype])], arguments
+
+        launch(_decode_steps_kernel, (codes, out), (numel, dtype, bits, given), how)
     return out

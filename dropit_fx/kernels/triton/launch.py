@@ -6,6 +6,7 @@ Grids are one-dimensional: y and z end at 65,535, which one large activation pas
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -68,12 +69,54 @@ def programs(count: int, each: int) -> tuple[int]:
     return ((count + each - 1) // each,)
 
 
+_READY: dict[tuple[Any, ...], tuple[Callable[..., Any], tuple[Any, ...]]] = {}
+_MOST = 4096  # launches that are remembered
+
+
+def launch(
+    kernel: Any,
+    pointers: Sequence[Tensor],
+    key: tuple[Any, ...],
+    how: Callable[[], tuple[tuple[int], Sequence[Tensor], Mapping[str, Any]]],
+) -> None:
+    """Launches a kernel, from the second time on without Triton's look at each argument.
+
+    Triton asks of every argument whether it is 1, or a multiple of 16: for twenty of them that
+    takes longer than many a kernel runs.
+
+    Args:
+        kernel: A function under ``triton.jit``, whose first parameters are pointers.
+        pointers: What they point to, in order; all on one device.
+        key: What all else depends on: for equal keys, ``how`` gives the same but for the tensors.
+        how: Gives the grid, the pointers in the dtypes that the kernel is written for, and its
+            other arguments and the options of the launch by name.
+    """
+    aligned = tuple([p.data_ptr() % 16 == 0 for p in pointers])
+    whole = id(kernel), key, aligned, pointers[0].get_device()
+    if (ready := _READY.get(whole)) is not None:
+        run, rest = ready
+        run(*pointers, *rest)
+        return
+    grid, typed, arguments = how()
+    compiled = kernel[grid](*typed, **arguments)
+    if compiled is not None:  # the interpreter compiles nothing
+        if len(_READY) >= _MOST:
+            _READY.clear()
+        rest = tuple(arguments[name] for name in kernel.arg_names[len(typed) :])
+        _READY[whole] = compiled[(*grid, 1, 1)], rest
+
+
 class Channels(NamedTuple):
     """Mean and scale of each channel, (C,) float32, for elements in runs of `inner` a channel."""
 
     mean: Tensor
     scale: Tensor
     inner: int
+
+
+def shape_of(channels: Channels | None) -> tuple[int, int]:
+    """What a launch depends on of the channels."""
+    return (0, 0) if channels is None else (channels.inner, channels.mean.numel())
 
 
 def fits(dtype: torch.dtype, numel: int, block: int) -> bool:

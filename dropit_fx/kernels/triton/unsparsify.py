@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -31,6 +33,8 @@ from dropit_fx.kernels.triton.launch import (
     block_arguments,
     block_grid,
     fits,
+    launch,
+    shape_of,
     unpack_tile,
 )
 
@@ -100,16 +104,18 @@ def _unsparsify(
 ) -> Tensor:
     values, scale, mask = (part.contiguous() for part in parts)
     out = values.new_empty(numel, dtype=dtype)
-    tile = unpack_tile(form)
-    _unsparsify_kernel[block_grid(numel, form, tile)](
-        out_ptr=out.view(INT_OF[dtype]),
-        values_ptr=values if form.bits else values.view(INT_OF[dtype]),
-        scale_ptr=scale.view(torch.int16) if form.bits else mask,
-        mask_ptr=mask,
-        mean_ptr=channels.mean if channels else out,
-        deviation_ptr=channels.scale if channels else out,
-        **block_arguments(numel, dtype, form, tile, channels),
-    )
+    mean, deviation = (channels.mean, channels.scale) if channels else (out, out)
+    pointers = out, values, scale if form.bits else mask, mask, mean, deviation
+
+    def how() -> tuple[tuple[int], list[Tensor], dict[str, Any]]:
+        tile = unpack_tile(form)
+        codes = values if form.bits else values.view(INT_OF[dtype])
+        ends = scale.view(torch.int16) if form.bits else mask
+        typed = [out.view(INT_OF[dtype]), codes, ends, *pointers[3:]]
+        arguments = block_arguments(numel, dtype, form, tile, channels)
+        return block_grid(numel, form, tile), typed, arguments
+
+    launch(_unsparsify_kernel, pointers, (numel, dtype, form, shape_of(channels)), how)
     return out
 
 
