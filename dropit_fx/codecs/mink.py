@@ -103,21 +103,19 @@ _known = functools.lru_cache(maxsize=1024)(_made)
 
 def _pack(flat: Tensor, options: Options) -> tuple[Tensor, ...]:
     form = _format(options)
-    parts: tuple[Tensor, ...] = torch.ops.dropit.sparsify.default(
-        flat, *form.numbers, form.stochastic
-    )
+    parts: tuple[Tensor, ...] = torch.ops.dropit.sparsify(flat, *form.numbers, form.stochastic)
     return parts
 
 
 def _sample(flat: Tensor, options: Options) -> tuple[Tensor, ...]:
     form = _format(options)
-    values, mask = torch.ops.dropit.sample.default(flat, form.keep, form.block)
+    values, mask = torch.ops.dropit.sample(flat, form.keep, form.block)
     return values, values.new_empty(0), mask
 
 
 def _unpack(parts: tuple[Tensor, ...], options: Options, numel: Any, dtype: torch.dtype) -> Tensor:
     numbers = _format(options).numbers
-    out: Tensor = torch.ops.dropit.unsparsify.default(*parts, numel, dtype, *numbers)
+    out: Tensor = torch.ops.dropit.unsparsify(*parts, numel, dtype, *numbers)
     return out
 
 
@@ -126,7 +124,7 @@ def _pack_channels(
 ) -> tuple[Tensor, ...]:
     form = _format(options)
     given = flat, mean, inverse, inner, *form.numbers, form.stochastic
-    parts: tuple[Tensor, ...] = torch.ops.dropit.sparsify_channels.default(*given)
+    parts: tuple[Tensor, ...] = torch.ops.dropit.sparsify_channels(*given)
     return parts
 
 
@@ -140,7 +138,7 @@ def _unpack_channels(
     dtype: torch.dtype,
 ) -> Tensor:
     given = *parts, mean, deviation, inner, numel, dtype, *_format(options).numbers
-    out: Tensor = torch.ops.dropit.unsparsify_channels.default(*given)
+    out: Tensor = torch.ops.dropit.unsparsify_channels(*given)
     return out
 
 
