@@ -22,6 +22,7 @@ Nothing here branches on a size, so that a `torch.SymInt` stays symbolic.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Sequence
@@ -127,6 +128,9 @@ class Format:
 
     def sizes(self, numel: int) -> tuple[int, int, int]:
         """Elements of `values` (bytes, for codes), `scale` and `mask`."""
+        return _sizes(self, numel) if type(numel) is int else self._sizes(numel)
+
+    def _sizes(self, numel: int) -> tuple[int, int, int]:
         of_full, of_tail = self.kept_counts(numel)
         values = self.split(numel)[0] * self.stream(of_full) + self.stream(of_tail)
         scale = self.blocks(numel) * self.columns if self.bits else 0
@@ -150,6 +154,9 @@ class Format:
             x.new_empty(scale, dtype=torch.bfloat16),
             x.new_empty(mask, dtype=torch.uint8),
         )
+
+
+_sizes = functools.lru_cache(maxsize=4096)(Format._sizes)  # each pack and unpack asks for them
 
 
 def uint_nbytes(count: int, bits: int) -> int:

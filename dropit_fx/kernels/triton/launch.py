@@ -5,6 +5,7 @@ Grids are one-dimensional: y and z end at 65,535, which one large activation pas
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+@functools.lru_cache(maxsize=1024)
 def pack_tile(form: Format) -> Tile:
     """The tile of a program that packs.
 
@@ -49,6 +51,7 @@ def pack_tile(form: Format) -> Tile:
     return _tile(form.block, (1 + crowded) * (1 + (selects and form.block > _TILE)))
 
 
+@functools.lru_cache(maxsize=1024)
 def unpack_tile(form: Format) -> Tile:
     """The tile of a program that unpacks."""
     return _tile(form.block, 2)
@@ -140,6 +143,21 @@ def block_arguments(
     numel: int, dtype: torch.dtype, form: Format, tile: Tile, channels: Channels | None
 ) -> dict[str, Any]:
     """What the kernels that pack and unpack blocks are launched with alike, by name."""
+    if channels is None:
+        return _block_arguments(numel, dtype, form, tile, 1, 1, False)
+    return _block_arguments(numel, dtype, form, tile, channels.inner, channels.mean.numel(), True)
+
+
+@functools.lru_cache(maxsize=4096)  # the same in every step, and the host launches in no time else
+def _block_arguments(
+    numel: int,
+    dtype: torch.dtype,
+    form: Format,
+    tile: Tile,
+    inner: int,
+    channels: int,
+    by_channel: bool,
+) -> dict[str, Any]:
     k_full, k_tail = form.kept_counts(numel)
     return {
         "numel": numel,
@@ -147,12 +165,12 @@ def block_arguments(
         "size": form.stream(k_full),
         "k_full": k_full,
         "k_tail": k_tail,
-        "inner": channels.inner if channels else 1,
-        "channels": channels.mean.numel() if channels else 1,
+        "inner": inner,
+        "channels": channels,
         "DTYPE": NUMBER[dtype],
         "BITS": form.bits,
         "SPACING": form.spacing,
-        "BY_CHANNEL": channels is not None,
+        "BY_CHANNEL": by_channel,
         "FULL_": form.full,
         "COLUMNS": max(1, form.columns),
         "ROWS": tile.rows,
