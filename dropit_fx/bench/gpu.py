@@ -40,7 +40,7 @@ START_SECONDS = 20  # of a worker: Python, PyTorch, the libraries of models
 NO_FIGURES = ("gpu.py", "gpu_tables.py", "gpu_worker.py", "plot.py", "page.py", "palette.py")
 GRACE = 15  # seconds for writing and drawing at the end
 # Guesses, until a row of the same model and mode has been measured.
-GUESS = {"kernel": 5.0, "eager": 10.0, "compiled": 50.0}
+GUESS = {"kernel": 5.0, "eager": 10.0, "compiled": 50.0, gpu_rows.GRAPHS: 60.0}
 LARGE = {"llama": 2.0, "lora": 2.0, "vit_l": 1.5}  # times the guess
 
 # What is measured ---------------------------------------------------------------------------------
@@ -79,6 +79,7 @@ def plan(models: Sequence[str] = (), variants: Sequence[str] = ()) -> list[Row]:
         *rows(first, "eager", "dense", "balanced", "no logits"),
         *rows(first, "compiled", "dense", "balanced", "no logits"),
         *({"kind": "kernel", "name": name} for name in gpu_rows.kernels()),
+        *rows(first, gpu_rows.GRAPHS, "dense", "balanced", "no logits"),
         *rows(first, "eager", "checkpoint"),
         *rows(rest, "eager", "dense", "balanced", "no logits", "checkpoint"),
         *rows(first, "eager", "save_on_cpu", "max", "lossless", "dropit"),
@@ -86,6 +87,7 @@ def plan(models: Sequence[str] = (), variants: Sequence[str] = ()) -> list[Row]:
         *rows(rest, "eager", "save_on_cpu", "max", "lossless", "dropit"),
         *rows(("llama",), "compiled", "dense", "balanced", "no logits"),
         *rows(tuple(MODELS), "compiled", *gpu_rows.MODES["compiled"]),
+        *rows(tuple(MODELS), gpu_rows.GRAPHS, *gpu_rows.MODES[gpu_rows.GRAPHS]),
     ]
     unique = {key(row): row for row in reversed(found)}
     ordered = [unique.pop(key(row)) for row in found if key(row) in unique]

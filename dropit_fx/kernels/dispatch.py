@@ -58,9 +58,6 @@ def define(
         torch.library.impl(op, "CUDA", taking_numbers(plain))
 
 
-_format = functools.lru_cache(maxsize=1024)(Format)  # a model has a handful, and asks in each call
-
-
 def on_cuda(name: str, fallback: Callable[..., Any]) -> Callable[..., Any]:
     """The CUDA implementation of an op, launched on the device of the op's first argument.
 
