@@ -128,13 +128,7 @@ class Format:
 
     def sizes(self, numel: int) -> tuple[int, int, int]:
         """Elements of `values` (bytes, for codes), `scale` and `mask`."""
-        return _sizes(self, numel) if type(numel) is int else self._sizes(numel)
-
-    def _sizes(self, numel: int) -> tuple[int, int, int]:
-        of_full, of_tail = self.kept_counts(numel)
-        values = self.split(numel)[0] * self.stream(of_full) + self.stream(of_tail)
-        scale = self.blocks(numel) * self.columns if self.bits else 0
-        return values, scale, 0 if self.full else uint_nbytes(numel, 1)
+        return _known_sizes(self, numel) if type(numel) is int else _sizes_of(self, numel)
 
     def nbytes(self, numel: int, itemsize: int) -> int:
         """Bytes of the three buffers, all metadata included; exact, and symbolic where `numel` is.
@@ -156,7 +150,14 @@ class Format:
         )
 
 
-_sizes = functools.lru_cache(maxsize=4096)(Format._sizes)  # each pack and unpack asks for them
+def _sizes_of(form: Format, numel: int) -> tuple[int, int, int]:
+    of_full, of_tail = form.kept_counts(numel)
+    values = form.split(numel)[0] * form.stream(of_full) + form.stream(of_tail)
+    scale = form.blocks(numel) * form.columns if form.bits else 0
+    return values, scale, 0 if form.full else uint_nbytes(numel, 1)
+
+
+_known_sizes = functools.lru_cache(maxsize=4096)(_sizes_of)  # each pack and unpack asks for them
 
 
 def uint_nbytes(count: int, bits: int) -> int:
