@@ -53,6 +53,7 @@ def _keeping(small: set[str], plan: Plan, pairs: list[tuple[Site, list[Decision]
             # a region that keeps nothing is not made again
             d.codec in LET_GO and d.read.node not in swapped and d.read.row is not CHECKPOINT
             for d in mine
+            if not d.read.stranded
         )
         decisions += [keep(d, BESIDE) for d in mine] if stays else mine
     return replace(plan, decisions=tuple(decisions))
