@@ -5,7 +5,8 @@ Autograd itself is asked: the graph runs once on fake tensors, with gradients on
 with a row or without: the bytes found here equal what the same hooks count in a real step. The op
 table then says what each kept tensor is to the node that keeps it (its input, its result, a mask
 inside it). Counted is what still lives when the graph has run: a branch that ends without a
-gradient takes what it has saved with it, as it does in a real step.
+gradient takes what it has saved with it, as it does in a real step, but for what a checkpointed
+region holds behind an input that gets no gradient.
 
 An input that is a leaf stays with the caller; one that another op has made is an activation like
 those inside (a block that is compiled by itself), kept for the backward alone.
