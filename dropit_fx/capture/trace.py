@@ -322,7 +322,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         exported = program.module()
     # a plain GraphModule: the exported one refuses train() and eval()
     graph_module = fx.GraphModule(exported, exported.graph, type(model).__name__)
-    from_annotations(graph_module.graph)
+    from_annotations(graph_module)
     known = set(model.state_dict())
     for name, _ in list(graph_module.named_buffers()):
         if name not in known:  # a constant that export lifted
