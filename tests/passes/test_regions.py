@@ -769,6 +769,12 @@ def gated(model: Region, h: Tensor) -> Tensor:
     return torch.tanh(model.body(h)) * gate
 
 
+def gated_and_lowered(model: Region, h: Tensor) -> Tensor:
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        gate = model.body(h)
+    return torch.tanh(model.body(h)) * gate
+
+
 class Blocks(Region):
     """A region that begins with a block under autocast, or without gradients; export nests it."""
 
@@ -784,7 +790,7 @@ class Blocks(Region):
 
 
 @pytest.mark.parametrize("preset", ["lossless", "balanced"])
-@pytest.mark.parametrize("block", [lowered, gated])
+@pytest.mark.parametrize("block", [lowered, gated, gated_and_lowered])
 def test_a_block_under_autocast_belongs_to_the_region_that_it_is_in(
     block: Any, preset: str
 ) -> None:
