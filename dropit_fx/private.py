@@ -386,6 +386,7 @@ def dynamo_skips(function: Callable[..., Any]) -> None:
 # Keys of node.meta --------------------------------------------------------------------------------
 
 EXAMPLE_VALUE = "example_value"
+STATIC_INPUT = ("tensor_dict", "_dynamo_static_input_type")  # of parameters and buffers
 MODULES = "nn_module_stack"
 TRACE = "stack_trace"
 ORIGIN = (MODULES, TRACE)

@@ -393,6 +393,12 @@ TABLE: tuple[Name, ...] = (
         "telling whether a model is compiled in place, and undoing it",
     ),
     Name("meta['example_value']", _PLUGIN, "the fake value of a node of Dynamo's", probe=False),
+    Name(
+        "meta['tensor_dict']",
+        _lack("a product with a buffer of the model counts as one of activations"),
+        "which inputs of a graph of Dynamo's are parameters and buffers",
+        probe=False,
+    ),
     Name("torch._dynamo.lookup_backend", _INNER, "inner backends by name"),
     *_of(
         "torch._dynamo.config",

@@ -88,6 +88,8 @@ def _choose(read: SavedRead, config: Config, said: str) -> Decision:
         return kept(said or f"no row for {read.op} in the op table")
     if read.read is None:
         return kept(f"{read.row.name} keeps it inside, its row does not know it")
+    if read.recast:
+        return kept("autocast's copy of a parameter, not an activation")
     rule = config.rule_for(read.module, read.op, read.read)
     if rule is None:
         return kept("no rule of the config names it")

@@ -18,6 +18,7 @@ parameter, a buffer or an input.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from dropit_fx.ops.table import CHECKPOINT, bind, derivable_rule_of, is_inplace,
 from dropit_fx.passes.ask_autograd import Autograd, Behind, Saved
 from dropit_fx.passes.match_saved import is_copy_of, match_saved
 from dropit_fx.passes.plan import Elements, Keeper, Plan, SavedRead, Site
-from dropit_fx.passes.storages import FREE, Storages, elements
+from dropit_fx.passes.storages import FREE, Chance, Storages, elements, is_state
 from dropit_fx.private import EXAMPLE_VALUE, pytree, storage_id, version
 from dropit_fx.runtime.overrides import is_complex
 from dropit_fx.runtime.regions import WRITTEN, name_of, written_unseen
@@ -71,7 +72,9 @@ class _Ran(NamedTuple):
 class _Probe(fx.Interpreter):
     """Runs the graph on fake tensors and notes what autograd keeps at each node."""
 
-    def __init__(self, plan: Plan, state: Mapping[int, str]) -> None:
+    def __init__(
+        self, plan: Plan, state: Mapping[int, str], fixed: frozenset[int] = frozenset()
+    ) -> None:
         super().__init__(plan.module, garbage_collect_values=False)
         self.plan = plan
         self.extra_traceback = False
@@ -88,6 +91,8 @@ class _Probe(fx.Interpreter):
         self._held: list[tuple[str, bool, Saved]] = []  # free ones: by whom, and packed as well
         self._regions: dict[str, list[Callable[[], object]]] = {}  # their results' marks
         self._behind: list[tuple[Callable[[], object], Tensor | None]] = []  # regions hold
+        inputs = [n for n in plan.module.graph.nodes if n.op == "placeholder"]
+        self._fixed = {n for at, n in enumerate(inputs) if at in fixed or is_state(n)}
 
     def run_node(self, n: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -95,8 +100,10 @@ class _Probe(fx.Interpreter):
         self._needing = {id(t) for t in operands if t.requires_grad}
         self.storages.enter(n, self.env, operands)
         life: Callable[[], object] | None = None  # of a region
+        is_fixed = n in self._fixed or (n.op != "placeholder" and self._is_made_of_fixed(n))
+        chance = Chance() if is_fixed else nullcontext()
         try:
-            with self.autograd.noting() as saved:
+            with self.autograd.noting() as saved, chance:
                 if _is_checkpoint(n):
                     result, life = self._run_body(n, args)
                 elif _is_number(n):
@@ -111,6 +118,8 @@ class _Probe(fx.Interpreter):
             )
             failed.node = n
             raise failed from error
+        if not _has_tensor(result) or (is_fixed and not getattr(chance, "seen", False)):
+            self._fixed.add(n)
         self.storages.leave(n, operands, result)
         written = pytree.tree_leaves(map_arg(written_unseen(n), self.env.__getitem__))
         self.written |= {storage_id(t) for t in written if isinstance(t, Tensor)}
@@ -130,6 +139,9 @@ class _Probe(fx.Interpreter):
             for kept in self._not_free(saved):
                 self._add(_Ran(n), kept)
         return result
+
+    def _is_made_of_fixed(self, n: fx.Node) -> bool:
+        return self._fixed.issuperset(n.all_input_nodes)
 
     def _not_free(self, saved: list[Saved]) -> list[Saved]:
         return [kept for kept in saved if not self.storages.is_free(kept.tensor)]
@@ -167,7 +179,7 @@ class _Probe(fx.Interpreter):
                 self._add(_Ran(n, rule_of(n) if n.name in self.calls else None), kept, None, NUMBER)
             elif not is_number and not self.storages.is_free(tensor):
                 self._add(_Ran(n), kept)
-        values = self.storages.values(self._lost)
+        values = self.storages.values(self._lost, {n.name for n in self._fixed})
         late = {node for node, whole in self._whole if not values.stays(whole)}
         for kept in self.kept:
             assert kept.read is not None
@@ -227,7 +239,8 @@ class _Probe(fx.Interpreter):
         # without its inputs: they hold the graph behind them, which may go before the region does
         plan = Plan(module=body, inputs=(), config=self.plan.config)
         with fake_state(body, fake_mode_of(args)) as state:
-            probe = _Probe(plan, state)
+            fixed = {at for at, arg in enumerate(n.args[1:]) if arg in self._fixed}
+            probe = _Probe(plan, state, frozenset(fixed))
             result = probe.run(*given)
             self.bodies[str(n.args[0].target)] = probe.result(result)  # type: ignore[union-attr]
         self.written |= probe.written
@@ -398,6 +411,10 @@ class _Probe(fx.Interpreter):
                 kept_by=self.storages.keeper(all_kept[0].tensor),
                 dense=any(r.dense for r in reads.values()),
             )
+
+
+def _has_tensor(result: Any) -> bool:
+    return pytree.tree_any(lambda leaf: isinstance(leaf, Tensor), result)
 
 
 def _is_number(n: fx.Node) -> bool:

@@ -1,4 +1,8 @@
-"""Pass 5: what is small beside the rest is kept exactly.
+"""Pass 5: what is no activation, or small beside the rest, is kept exactly.
+
+A factor that is made of weights or of constants alone (a normalised weight, a product of two thin
+ones, a filter bank) is a weight: dropping its elements would change the gradient of the input.
+Where it cannot be made again, it is kept whole.
 
 The input of a LoRA's second factor is a hundredth of what a step saves, and most of the error of
 its gradient. A storage is small that is less than a tenth of the large ones (the upper quartile of
@@ -24,27 +28,35 @@ from dropit_fx.passes.share_packed import LET_GO, by_site, swapped_nodes
 
 TENTH = 10  # of the large ones: nothing above is small
 HUNDREDTHS = 3  # of the dense bytes of all that is not kept: no more is kept for this reason
+FIXED = "made of weights or constants alone, it stays exact"
 REASON = "small beside what is packed, it is kept exactly"
 BESIDE = "its op packs nothing, and keeps it: another input of it is small"
 
 
 def keep_small(plan: Plan) -> Plan:
-    """Keeps small storages whole, where the config asks for it."""
-    pairs = by_site(plan.sites, plan.decisions)
-    small = _small(plan, pairs) if plan.config.keep_small and not plan.config.force else set()
-    kept = _keeping(small, plan, pairs)
+    """Keeps whole what is no activation, and small storages where the config asks for it."""
+    if plan.config.force:
+        return plan
+    plan = _without(_fixed(plan), FIXED, plan)
+    return _without(_small(plan) if plan.config.keep_small else set(), REASON, plan)
+
+
+def _without(exact: set[str], reason: str, plan: Plan) -> Plan:
+    """Keeps some storages whole, but for those that something cannot be made from any more."""
+    kept = _keeping(exact, reason, plan)
     if not _are_derived(kept):  # what is kept whole and written to later, nothing is made from
         used = unpacked(plan)
-        small -= {s.name for s, mine in pairs if any(d.copy in used for d in mine)}
-        kept = _keeping(small, plan, pairs)
+        pairs = by_site(plan.sites, plan.decisions)
+        exact = exact - {s.name for s, mine in pairs if any(d.copy in used for d in mine)}
+        kept = _keeping(exact, reason, plan)
     return kept
 
 
-def _keeping(small: set[str], plan: Plan, pairs: list[tuple[Site, list[Decision]]]) -> Plan:
-    """Keeps what is small, and what an op keeps that packs nothing more."""
+def _keeping(exact: set[str], reason: str, plan: Plan) -> Plan:
+    """Keeps some storages whole, and what an op keeps that packs nothing more."""
     kept = [
-        (site, [keep(d, REASON) if d.packed else d for d in mine] if site.name in small else mine)
-        for site, mine in pairs
+        (site, [keep(d, reason) if d.packed else d for d in mine] if site.name in exact else mine)
+        for site, mine in by_site(plan.sites, plan.decisions)
     ]
     swapped = swapped_nodes([d for _, mine in kept for d in mine])
     decisions: list[Decision] = []
@@ -65,7 +77,17 @@ def _are_derived(plan: Plan) -> bool:
     return all(recipe(d.derived, plan, bases) is not None for d in plan.decisions if d.derived)
 
 
-def _small(plan: Plan, pairs: list[tuple[Site, list[Decision]]]) -> set[str]:
+def _fixed(plan: Plan) -> set[str]:
+    """Storages of which a lossy copy is kept, and that depend on no input."""
+    return {
+        site.name
+        for site, mine in by_site(plan.sites, plan.decisions)
+        if any(_is_lossy(d) and d.read.source in plan.values.fixed for d in mine)
+    }
+
+
+def _small(plan: Plan) -> set[str]:
+    pairs = by_site(plan.sites, plan.decisions)
     lossy = [(s, mine) for s, mine in pairs if not s.kept_by and any(map(_is_lossy, mine))]
     if not lossy:
         return set()

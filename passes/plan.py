@@ -156,6 +156,8 @@ class Values:
             been written to since.
         lost: Values that the row of their op does not make again.
         differentiable: Values that require a gradient.
+        fixed: Values that depend on no input of the graph and on no chance: weights and tables, and
+            what is made of them.
     """
 
     alive: Mapping[str, Keeper] = field(default_factory=dict)
@@ -165,6 +167,7 @@ class Values:
     versions: Mapping[int, int] = field(default_factory=dict)
     lost: frozenset[str] = frozenset()
     differentiable: frozenset[str] = frozenset()
+    fixed: frozenset[str] = frozenset()
 
     def stays(self, elements: Elements) -> bool:
         """Whether nothing writes to them before the backward."""

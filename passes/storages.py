@@ -6,11 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from dropit_fx.capture.provenance import node_where
 from dropit_fx.passes.plan import Elements, Keeper, Values
-from dropit_fx.private import EXAMPLE_VALUE, pytree, storage_id, version
+from dropit_fx.private import (
+    EXAMPLE_VALUE,
+    STATIC_INPUT,
+    TorchDispatchMode,
+    pytree,
+    storage_id,
+    version,
+)
 from dropit_fx.runtime.tensor_spec import memory_order
 
 FREE = (Keeper.PARAMETER, Keeper.BUFFER, Keeper.INPUT)  # the caller's, and no part of a step
@@ -113,8 +121,13 @@ class Storages:
         if not any(self._seen.get((n.name, m.name)) == made for m in n.all_input_nodes):
             self._makers.setdefault(made, n.name)  # else a view of what another has made
 
-    def values(self, lost: set[str]) -> Values:
-        """What was found, when the graph has run; ``lost``: values that no row makes again."""
+    def values(self, lost: set[str], fixed: set[str]) -> Values:
+        """What was found, when the graph has run.
+
+        Args:
+            lost: Values that no row makes again.
+            fixed: Values that depend on no input of the graph, and on no chance.
+        """
         versions = {storage: version(t) for storage, t in self._last.items()}
         for storage in self.unseen:  # nothing shows that it is what it was
             versions[storage] = -1
@@ -127,13 +140,32 @@ class Storages:
             versions=versions,
             lost=frozenset(lost),
             differentiable=frozenset(self._differentiable),
+            fixed=frozenset(fixed),
         )
+
+
+class Chance(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees whether an op draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **kwargs or {})
 
 
 def elements(x: Tensor, written: int) -> Elements:
     """What ``x`` shows, at a version of its storage."""
     strided = None if memory_order(x) is not None else (tuple(x.shape), tuple(x.stride()))
     return Elements(storage_id(x), int(x.storage_offset()), x.numel(), strided, x.dtype, written)
+
+
+def is_state(n: fx.Node) -> bool:
+    """Whether an input of a graph of Dynamo's is a parameter or a buffer of the model."""
+    key, mark = STATIC_INPUT
+    return mark in n.meta.get(key, ()) or isinstance(n.meta.get(EXAMPLE_VALUE), nn.Parameter)
 
 
 def _keeper(n: fx.Node, tensor: Tensor) -> Keeper | None:

@@ -363,6 +363,14 @@ def _a_selective_checkpoint_is_a_tagged_region() -> None:
     assert isinstance(value, private.FakeTensor), f"an input's meta has {sorted(x.meta)}"
 
 
+@of("meta['tensor_dict']")
+def _parameters_and_buffers_are_static_inputs() -> None:
+    (graph,) = dynamo_graphs(torch.nn.BatchNorm1d(3), torch.ones(2, 3))
+    key, mark = private.STATIC_INPUT
+    static = [mark in n.meta[key] for n in graph.graph.find_nodes(op="placeholder")]
+    assert sorted(static) == [False, True, True, True, True, True], f"static inputs: {static}"
+
+
 @of("torch.xpu._lazy_seed_tracker.manual_seed_all_cb")
 def _seeding_leaves_another_object_each_time() -> None:
     with torch.random.fork_rng([]):

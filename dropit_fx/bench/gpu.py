@@ -40,7 +40,7 @@ START_SECONDS = 20  # of a worker: Python, PyTorch, the libraries of models
 NO_FIGURES = ("gpu.py", "gpu_tables.py", "gpu_worker.py", "plot.py", "page.py", "palette.py")
 GRACE = 15  # seconds for writing and drawing at the end
 # Guesses, until a row of the same model and mode has been measured.
-GUESS = {"kernel": 5.0, "eager": 10.0, "compiled": 50.0}
+GUESS = {"kernel": 5.0, "eager": 10.0, "compiled": 50.0, gpu_rows.GRAPHS: 60.0}
 LARGE = {"llama": 2.0, "lora": 2.0, "vit_l": 1.5}  # times the guess
 
 # What is measured ---------------------------------------------------------------------------------
@@ -69,23 +69,25 @@ def plan(models: Sequence[str] = (), variants: Sequence[str] = ()) -> list[Row]:
 
     def rows(models: Sequence[str], mode: str, *variants: str) -> Iterator[Row]:
         for model in models:
-            for v in variants:
+            for v in (v for v in variants if v != gpu_rows.NO_LOGITS or MODELS[model].language):
                 yield {"kind": "model", "model": model, "mode": mode, "variant": v}
 
     first = ("deit_s", "resnet50", "gpt2")
     rest = tuple(name for name in MODELS if name not in first)
     budgets = tuple(v for v in gpu_rows.MODES["compiled"] if v.startswith("budget"))
     found = [
-        *rows(first, "eager", "dense", "balanced"),
-        *rows(first, "compiled", "dense", "balanced"),
+        *rows(first, "eager", "dense", "balanced", "no logits"),
+        *rows(first, "compiled", "dense", "balanced", "no logits"),
         *({"kind": "kernel", "name": name} for name in gpu_rows.kernels()),
+        *rows(first, gpu_rows.GRAPHS, "dense", "balanced", "no logits"),
         *rows(first, "eager", "checkpoint"),
-        *rows(rest, "eager", "dense", "balanced", "checkpoint"),
+        *rows(rest, "eager", "dense", "balanced", "no logits", "checkpoint"),
         *rows(first, "eager", "save_on_cpu", "max", "lossless", "dropit"),
         *rows(("deit_s", "gpt2"), "compiled", "checkpoint", *budgets),
         *rows(rest, "eager", "save_on_cpu", "max", "lossless", "dropit"),
-        *rows(("llama",), "compiled", "dense", "balanced"),
+        *rows(("llama",), "compiled", "dense", "balanced", "no logits"),
         *rows(tuple(MODELS), "compiled", *gpu_rows.MODES["compiled"]),
+        *rows(tuple(MODELS), gpu_rows.GRAPHS, *gpu_rows.MODES[gpu_rows.GRAPHS]),
     ]
     unique = {key(row): row for row in reversed(found)}
     ordered = [unique.pop(key(row)) for row in found if key(row) in unique]

@@ -23,11 +23,13 @@ class Model:
         title: For people, with the batch.
         task: Called with the title, and whether to cut it down for a rehearsal.
         blocks: The modules whose children are its blocks.
+        language: Whether it returns logits of many classes beside its loss.
     """
 
     title: str
     task: Callable[[str, bool], Task]
     blocks: tuple[str, ...]
+    language: bool = False
 
 
 class _LanguageTask(Task):
@@ -60,7 +62,7 @@ def _gpt2(title: str, rehearse: bool) -> Task:
     import transformers
 
     # attention with dropout stays dense: its random numbers would have to be drawn again
-    layers, width, heads, words = (2, 64, 2, 256) if rehearse else (12, 768, 12, 50257)
+    layers, width, heads, words = (2, 64, 2, 4096) if rehearse else (12, 768, 12, 50257)
     config = transformers.GPT2Config(
         n_layer=layers,
         n_embd=width,
@@ -134,8 +136,8 @@ MODELS = {
         _images("resnet50", 128, {"layers": (1, 1, 1, 1), "num_classes": 10}, last=True),
         ("layer1", "layer2", "layer3", "layer4"),
     ),
-    "gpt2": Model("GPT-2, 8 x 1024", _gpt2, ("transformer.h",)),
-    "llama": Model("Llama of 1.1 B, 4 x 2048", _llama, ("model.layers",)),
-    "lora": Model("Llama of 1.1 B, LoRA, 4 x 2048", _lora, ("model.layers",)),
+    "gpt2": Model("GPT-2, 8 x 1024", _gpt2, ("transformer.h",), language=True),
+    "llama": Model("Llama of 1.1 B, 4 x 2048", _llama, ("model.layers",), language=True),
+    "lora": Model("Llama of 1.1 B, LoRA, 4 x 2048", _lora, ("model.layers",), language=True),
     "vit_l": Model("ViT-L, 32", _images("vit_large_patch16_224", 32, _SMALL_VIT), ("blocks",)),
 }

@@ -37,9 +37,12 @@ Gradients = list[Tensor | None]  # of each parameter, on the CPU
 PRESETS = ("balanced", "lossless", "max", "dropit")
 BUDGETS = (0.5, 0.2)
 DENSE, CHECKPOINT, OFFLOAD = "dense", "checkpoint", "save_on_cpu"
+NO_LOGITS = "no logits"  # balanced with drop_logits: of language models
+GRAPHS = "cuda graphs"  # compiled, and launched as CUDA graphs: what the host takes is not in it
 MODES: dict[str, tuple[str, ...]] = {
-    "eager": (DENSE, *PRESETS, CHECKPOINT, OFFLOAD),
-    "compiled": (DENSE, *PRESETS, CHECKPOINT, *(f"budget={b}" for b in BUDGETS)),
+    "eager": (DENSE, *PRESETS, NO_LOGITS, CHECKPOINT, OFFLOAD),
+    "compiled": (DENSE, *PRESETS, NO_LOGITS, CHECKPOINT, *(f"budget={b}" for b in BUDGETS)),
+    GRAPHS: (DENSE, *PRESETS, NO_LOGITS, CHECKPOINT),
 }
 
 
@@ -47,11 +50,18 @@ def way(model: nn.Module, blocks: Sequence[str], mode: str, variant: str, inner:
     """What is called in the place of ``model``, and the bench's record of its compilation."""
     if variant == CHECKPOINT:
         _checkpoint(model, blocks)
-    preset = variant if variant in PRESETS else None
+    preset = variant if variant in PRESETS else "balanced" if variant == NO_LOGITS else None
     budget = float(variant.partition("=")[2] or 1)
-    record = Variant(variant, preset, budget, variant == CHECKPOINT)
+    record = Variant(variant, preset, budget, variant == CHECKPOINT, variant == NO_LOGITS)
     if mode == "compiled":
         return record.compiled(model, inner), record
+    if mode == GRAPHS:
+        graphs: dict[str, Any] = {"triton.cudagraphs": True} if inner == "inductor" else {}
+        if not preset:
+            return torch.compile(model, backend=inner, options=graphs or None), record
+        config = {"preset": preset, "drop_logits": record.drop_logits}
+        ours: dict[str, Any] = {"config": config, "inner": inner}
+        return torch.compile(model, backend="dropit", options=ours | graphs), record
     return (record.compiled(model, "eager") if preset else model), record
 
 
@@ -88,12 +98,12 @@ def model_row(
         rehearse: Take the small models and few steps.
 
     Returns:
-        ``saved_bytes`` (by storage, on the host for ``save_on_cpu``); of the allocator, above the
-        level before the step, ``held_bytes`` (after the forward), ``forward_peak_bytes``,
-        ``peak_bytes`` (with the parameters' gradients); ``step_seconds`` (median, with the
-        optimizer), ``cold_seconds`` (the first step), ``loss``, ``cosine`` and ``error`` of the
-        gradient against the dense one (``against``; of a dense row: of its second step against its
-        first), ``graphs`` compiled.
+        ``step_seconds`` (median, with the optimizer), ``cold_seconds`` (the first step), ``loss``,
+        ``cosine`` and ``error`` of the gradient against the dense one (``against``; of a dense row:
+        of its second step against its first), ``graphs`` compiled. But for :data:`GRAPHS`, also
+        ``saved_bytes`` (by storage, on the host for ``save_on_cpu``); and of the allocator, above
+        the level before the step, ``held_bytes`` (after the forward), ``forward_peak_bytes``,
+        ``peak_bytes`` (with the parameters' gradients).
     """
     task = _task(name, device, rehearse)
     model = task.model
@@ -118,10 +128,33 @@ def model_row(
     del first
     if variant == DENSE:
         references[name, mode] = _to_host(trained)
-    model.zero_grad(set_to_none=True)
-    row["saved_bytes"] = measure.saved_bytes(loss)
-    gc.collect()
+    if mode != GRAPHS:  # whose memory is set aside before, for all steps
+        model.zero_grad(set_to_none=True)
+        row |= _memory(loss, device)
+    against = mode if (name, mode) in references else "eager"
+    if (name, against) not in references:
+        references[name, against] = _dense_gradients(name, device, rehearse)
+    row |= compare(trained, references[name, against]) | {"against": f"{DENSE}, {against}"}
 
+    optimizer = torch.optim.SGD(trained, lr=1e-4, momentum=0.9)
+
+    def step() -> None:
+        if mode == GRAPHS:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss())
+        optimizer.step()
+
+    row["step_seconds"] = statistics.median(
+        seconds(step, device, *((1, 1) if rehearse else (2, 9)))
+    )
+    return row | {"graphs": record.graphs}
+
+
+def _memory(loss: Callable[[], Tensor], device: torch.device) -> Row:
+    """What a forward keeps, and what it and its backward take; the gradients stay."""
+    row: Row = {"saved_bytes": measure.saved_bytes(loss)}
+    gc.collect()
     level = allocated(device, reset=True)
     value = loss()
     held, forward_peak = allocated(device), peak_of(device)
@@ -132,22 +165,7 @@ def model_row(
         level, peak = 0, measure.peak_memory(loss)
     for key, size in (("held", held), ("forward_peak", forward_peak), ("peak", peak)):
         row[f"{key}_bytes"] = None if size is None or level is None else size - level
-    against = mode if (name, mode) in references else "eager"
-    if (name, against) not in references:
-        references[name, against] = _dense_gradients(name, device, rehearse)
-    row |= compare(trained, references[name, against]) | {"against": f"{DENSE}, {against}"}
-
-    optimizer = torch.optim.SGD(trained, lr=1e-4, momentum=0.9)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss())
-        optimizer.step()
-
-    row["step_seconds"] = statistics.median(
-        seconds(step, device, *((1, 1) if rehearse else (2, 9)))
-    )
-    return row | {"graphs": record.graphs}
+    return row
 
 
 def _task(name: str, device: torch.device, rehearse: bool) -> Task:

@@ -34,8 +34,9 @@ def said(row: Row) -> str:
             f"{what} {row[f'{what}_of_copy']:.0%} of a copy's speed" for what in ("pack", "unpack")
         )
         return ", ".join(speeds)
-    peak = "" if row["peak_bytes"] is None else f", peak {row['peak_bytes'] / MIB:.0f} MiB"
-    return f"saved {row['saved_bytes'] / MIB:.0f} MiB{peak}, {row['step_seconds'] * 1e3:.1f} ms"
+    sizes = [(what, row.get(f"{what}_bytes")) for what in ("saved", "peak")]
+    known = [f"{what} {size / MIB:.0f} MiB" for what, size in sizes if size is not None]
+    return ", ".join([*known, f"{row['step_seconds'] * 1e3:.1f} ms"])
 
 
 def line_of_tests(tests: Row) -> str:

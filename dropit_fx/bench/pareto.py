@@ -43,6 +43,7 @@ class Variant:
         preset: Of ours; None: a rival.
         budget: ``activation_memory_budget`` while it is compiled.
         checkpoint: Whether the model recomputes each of its blocks.
+        drop_logits: As a config has it.
         graphs: How many graphs were compiled for it.
     """
 
@@ -50,6 +51,7 @@ class Variant:
     preset: str | None = None
     budget: float = 1
     checkpoint: bool = False
+    drop_logits: bool = False
     graphs: int = field(default=0, compare=False)
 
     def compiled(self, model: nn.Module, inner: str) -> Callable[..., Any]:
@@ -60,7 +62,8 @@ class Variant:
             with at_memory_budget(self.budget):
                 if self.preset is None:
                     return lookup_backend(inner)(gm, inputs)
-                return backend.dropit(gm, inputs, options={"preset": self.preset, "inner": inner})
+                config = {"preset": self.preset, "drop_logits": self.drop_logits}
+                return backend.dropit(gm, inputs, options={"config": config, "inner": inner})
 
         compiled: Callable[..., Any] = torch.compile(model, backend=compile_graph)
         return compiled

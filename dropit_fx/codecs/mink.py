@@ -11,6 +11,7 @@ their values; ``bits`` codes the values in that many bits with a scale for each 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import Any
@@ -83,13 +84,21 @@ RANGE = Option(
 
 def _format(options: Options) -> Format:
     """What the options of any of the three mean; those that it has not are as they are for it."""
-    return Format(
-        keep_ratio(options.get("gamma", 0.0)),
+    make = _made if torch.compiler.is_compiling() else _known  # Dynamo traces no caches
+    return make(
+        options.get("gamma", 0.0),
         0 if options.get("scope") == "tensor" else options["block"],
         options.get("bits") or 0,
-        SPACINGS.index(options.get("range", "symmetric")),
+        options.get("range", "symmetric"),
         options.get("rounding") == "stochastic",
     )
+
+
+def _made(gamma: float, block: int, bits: int, spacing: str, stochastic: bool) -> Format:
+    return Format(keep_ratio(gamma), block, bits, SPACINGS.index(spacing), stochastic)
+
+
+_known = functools.lru_cache(maxsize=1024)(_made)
 
 
 def _pack(flat: Tensor, options: Options) -> tuple[Tensor, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import logging
@@ -16,6 +15,7 @@ from dropit_fx.kernels.format import Format
 
 _log = logging.getLogger(__name__)
 _warned: set[str] = set()
+_format = functools.lru_cache(maxsize=1024)(Format)  # checked once, not in each call
 
 
 def define(
@@ -45,7 +45,7 @@ def define(
     at = before.count(",")
 
     def taking_numbers(run: Callable[..., Any]) -> Callable[..., Any]:
-        return (lambda *args: run(*args[:at], Format(*args[at:]))) if found else run
+        return (lambda *args: run(*args[:at], _format(*args[at:]))) if found else run
 
     torch.library.define(op, schema.removeprefix(name), tags=(torch.Tag.pt2_compliant_tag, *tags))
     torch.library.impl(op, "CompositeExplicitAutograd", taking_numbers(plain))
@@ -78,7 +78,9 @@ def on_cuda(name: str, fallback: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(x: Tensor, *args: Any) -> Any:
         # Triton launches on the current device, which need not be that of x
-        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+            return implementation()(x, *args)
+        with torch.cuda.device(x.device):
             return implementation()(x, *args)
 
     return run

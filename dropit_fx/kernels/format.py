@@ -22,6 +22,7 @@ Nothing here branches on a size, so that a `torch.SymInt` stays symbolic.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Sequence
@@ -127,10 +128,7 @@ class Format:
 
     def sizes(self, numel: int) -> tuple[int, int, int]:
         """Elements of `values` (bytes, for codes), `scale` and `mask`."""
-        of_full, of_tail = self.kept_counts(numel)
-        values = self.split(numel)[0] * self.stream(of_full) + self.stream(of_tail)
-        scale = self.blocks(numel) * self.columns if self.bits else 0
-        return values, scale, 0 if self.full else uint_nbytes(numel, 1)
+        return _known_sizes(self, numel) if type(numel) is int else _sizes_of(self, numel)
 
     def nbytes(self, numel: int, itemsize: int) -> int:
         """Bytes of the three buffers, all metadata included; exact, and symbolic where `numel` is.
@@ -150,6 +148,16 @@ class Format:
             x.new_empty(scale, dtype=torch.bfloat16),
             x.new_empty(mask, dtype=torch.uint8),
         )
+
+
+def _sizes_of(form: Format, numel: int) -> tuple[int, int, int]:
+    of_full, of_tail = form.kept_counts(numel)
+    values = form.split(numel)[0] * form.stream(of_full) + form.stream(of_tail)
+    scale = form.blocks(numel) * form.columns if form.bits else 0
+    return values, scale, 0 if form.full else uint_nbytes(numel, 1)
+
+
+_known_sizes = functools.lru_cache(maxsize=4096)(_sizes_of)  # each pack and unpack asks for them
 
 
 def uint_nbytes(count: int, bits: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -31,16 +31,40 @@ R = TypeVar("R")
 Casts = tuple[torch.dtype | None, ...]  # of each argument; None: it is handed over as it is
 _States = tuple[tuple[str, torch.dtype], ...]  # device types under autocast, with its dtype there
 _ANSWERS: dict[Any, Casts] = {}
+_NAMED_AS_THEY_ARE = frozenset({bool, int, str})  # in a key; a NaN is equal to none
 
 
 def under_autocast(values: Mapping[str, Any]) -> bool:
     """Whether autocast is on for a device of one of the tensors."""
-    return any(isinstance(v, Tensor) and autocast_on(v.device.type) for v in values.values())
+    devices = {v.device.type for v in values.values() if isinstance(v, Tensor)}
+    return any(autocast_on(device) for device in devices)
 
 
 def autocast_on(device: str) -> bool:
     """Whether autocast is on for a type of device; some know none."""
     return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """A context without autocast on a type of device, where it is on.
+
+    PyTorch's own takes ten times as long, for what a switch inside of autocast does not need.
+    """
+    if torch.compiler.is_compiling():
+        return torch.autocast(device, enabled=False)
+    return _Off(device)
+
+
+class _Off:
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def __enter__(self) -> None:
+        self.was = torch.is_autocast_enabled(self.device)
+        torch.set_autocast_enabled(self.device, False)
+
+    def __exit__(self, *exception: object) -> None:
+        torch.set_autocast_enabled(self.device, self.was)
 
 
 def runs_as_it_is(rule: OpRule) -> bool:
@@ -74,8 +98,8 @@ def _let_dynamo_pass() -> None:
 
 def asked(rule: OpRule, values: tuple[Any, ...]) -> Casts:
     """The dtype to which autocast, as it is now, casts each argument of a call."""
-    devices = sorted({v.device.type for v in values if isinstance(v, Tensor)})
-    states = tuple((d, torch.get_autocast_dtype(d)) for d in devices if autocast_on(d))
+    devices = {v.device.type for v in values if isinstance(v, Tensor)}
+    states = tuple((d, torch.get_autocast_dtype(d)) for d in sorted(devices) if autocast_on(d))
     key = rule.name, states, tuple(map(_described, values))
     if key not in _ANSWERS:
         _ANSWERS[key] = elsewhere(lambda: _ask(rule, values, states))
@@ -86,6 +110,12 @@ def _described(value: Any) -> Any:
     """What of an argument the casts may depend on; the size of a tensor is none of it."""
     if isinstance(value, Tensor):
         return value.device.type, value.dtype, value.dim()
+    if value is None or type(value) in _NAMED_AS_THEY_ARE:
+        return type(value), value  # True is 1 to a dictionary
+    if type(value) is float:
+        return repr(value)
+    if type(value) in (tuple, torch.Size) and all(type(v) is int for v in value):
+        return tuple, tuple(value)
     return str(pytree.tree_map_only(torch.SymInt, hint, value))
 
 
@@ -102,11 +132,11 @@ def _ask(rule: OpRule, values: tuple[Any, ...], states: _States) -> Casts:
     floats = [isinstance(v, Tensor) and v.is_floating_point() for v in values]
     with FakeTensorMode(), torch.no_grad():
         fakes = [_fake(v) for v in values]
-        plain, dtype = _observed(rule, fakes)
+        plain, dtype = _observed_plain(rule, fakes)
         with _autocast_of(states):
             found, result = _observed(rule, fakes)
     casts = tuple(a if a != b else None for a, b in zip(found, plain, strict=True))
-    if dtype != result and not any(casts):
+    if dtype not in (None, result) and not any(casts):
         # it told the op what to return: from operands of that dtype, the op returns it by itself
         return tuple(result if given else None for given in floats)
     return casts
@@ -117,6 +147,14 @@ def _fake(value: Any) -> Any:
         return pytree.tree_map_only(torch.SymInt, hint, value)
     sizes, strides = map(hint, value.shape), map(hint, value.stride())
     return torch.empty_strided(tuple(sizes), tuple(strides), dtype=value.dtype, device=value.device)
+
+
+def _observed_plain(rule: OpRule, values: list[Any]) -> tuple[Casts, torch.dtype | None]:
+    """As :func:`_observed`; of dtypes that only autocast lets meet in the op, nothing."""
+    try:
+        return _observed(rule, values)
+    except RuntimeError:
+        return (None,) * len(values), None
 
 
 def _observed(rule: OpRule, values: list[Any]) -> tuple[Casts, torch.dtype]:

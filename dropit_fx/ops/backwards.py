@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dropit_fx.ops.rule import OpRule
+from dropit_fx.private import peek_interpreter_stack
 
 Grads = dict[str, Tensor | None]
 
@@ -49,7 +50,11 @@ Formula = Callable[[Tensor, Saved, Called], Grads]
 
 
 def vjp(grad: Tensor, saved: Saved, call: Called) -> Grads:
-    """The generic backward: ``torch.func.vjp`` of the row's ``run``. It repeats the forward."""
+    """The generic backward: the vector-Jacobian product of the row's ``run``, which it repeats.
+
+    By autograd itself where plain tensors are computed with: ``torch.func.vjp`` runs the same
+    kernels, and takes about ten times the host's time. Tracers and transforms get the latter.
+    """
     wanted = tuple(n for n in call.shapes if n in call.needs)
     fixed = {n: call.args[n] for n in call.args if n not in call.shapes}
     fixed |= {n: saved[n] for n in call.shapes if n not in wanted}
@@ -59,8 +64,26 @@ def vjp(grad: Tensor, saved: Saved, call: Called) -> Grads:
         # positional, in signature order: some builtins take no keywords
         return call.rule.run(*[given[n] if n in given else fixed[n] for n in call.args])
 
-    pull = torch.func.vjp(run, *[saved[n] for n in wanted])[1]
-    return dict(zip(wanted, pull(grad), strict=True))
+    given = [saved[n] for n in wanted]
+    if not _is_plain(grad, *given):
+        pull = torch.func.vjp(run, *given)[1]
+        return dict(zip(wanted, pull(grad), strict=True))
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in given]
+        out = run(*leaves)
+    if not out.requires_grad:
+        return {n: torch.zeros_like(x) for n, x in zip(wanted, given, strict=True)}
+    grads = torch.autograd.grad(out, leaves, grad, materialize_grads=True)
+    return dict(zip(wanted, grads, strict=True))
+
+
+def _is_plain(*tensors: Tensor) -> bool:
+    """Whether autograd may be run on ``tensors`` here: no compiler, no transform, no subclass."""
+    return not (
+        torch.compiler.is_compiling()
+        or any(type(x) is not Tensor for x in tensors)
+        or peek_interpreter_stack() is not None
+    )
 
 
 def optional(saved: Saved, call: Called, operand: str) -> Tensor | None:

@@ -101,6 +101,19 @@ def _row(rows: dict[Any, OpRule], node: fx.Node) -> OpRule | None:
 _signature = functools.cache(inspect.signature)
 
 
+@functools.cache
+def _positional(run: Callable[..., Any]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    """Names and defaults of what ``run`` takes by position; nothing where it takes more kinds.
+
+    To bind by a signature takes longer than many an op.
+    """
+    found = _signature(run).parameters.values()
+    if any(p.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD for p in found):
+        return (), ()
+    defaults = (p.default for p in found if p.default is not inspect.Parameter.empty)
+    return tuple(p.name for p in found), tuple(defaults)
+
+
 def bind(
     rule: OpRule, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any = None
 ) -> dict[str, Any] | None:
@@ -111,8 +124,13 @@ def bind(
     None where the call has arguments that the row does not know (``out=``), which keeps it dense.
     """
     # Dynamo traces no caches
-    signature_of = inspect.signature if torch.compiler.is_compiling() else _signature
-    signature = signature_of(rule.run)
+    compiling = torch.compiler.is_compiling()
+    if target is None and not kwargs and not compiling:
+        names, defaults = _positional(rule.run)
+        missing = len(names) - len(args)
+        if 0 <= missing <= len(defaults):
+            return dict(zip(names, (*args, *defaults[len(defaults) - missing :]), strict=True))
+    signature = inspect.signature(rule.run) if compiling else _signature(rule.run)
     known = {(k if k in signature.parameters else _ALIASES.get(k, k)): v for k, v in kwargs.items()}
     order = rule.orders.get(target) if isinstance(target, Hashable) else None
     if order is not None:

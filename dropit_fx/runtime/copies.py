@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,15 @@ from dropit_fx.runtime.tensor_spec import (
 )
 
 PACKING = {"dropit": "pack"}  # marks the nodes of a joint graph for ``partition.KeepPacked``
+
+
+def _marked(x: Tensor) -> AbstractContextManager[Any]:
+    """Marks what is traced inside, where ``x`` is traced; to enter a context takes time."""
+    return nullcontext() if _is_plain(x) else annotate(PACKING)
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) is Tensor and not torch.compiler.is_compiling()
 
 
 KEEP: tuple[str, dict[str, Any]] = ("keep", {})  # in ``packed=`` of a call: the tensor as it is
@@ -106,14 +116,13 @@ def _pack_by_channel(
     """
     if not x.is_cuda or codec.pack_channels is None:
         standard, mean, inverse = standardise(x)
-        with annotate(PACKING):
+        with _marked(x):
             parts = codec.pack(flatten(standard), options)
     else:
-        plain = type(x) is Tensor and not torch.compiler.is_compiling()
-        found = torch.batch_norm_stats(x, _TINY) if plain else standardise(x)[1:]
+        found = torch.batch_norm_stats(x, _TINY) if _is_plain(x) else standardise(x)[1:]
         mean, inverse = (t.float() for t in found)  # of float64, the kernel's are float64
         order = memory_order(x)
-        with annotate(PACKING):
+        with _marked(x):
             parts = codec.pack_channels(flatten(x), mean, inverse, _run(x.shape, order), options)
     shape = [-1 if d == 1 else 1 for d in range(x.dim())]
     return parts, mean.view(shape), inverse.reciprocal().view(shape)
@@ -138,7 +147,7 @@ def parts_of(
 ) -> tuple[Tensor, ...]:
     """What a codec keeps of ``x``, whose elements are taken in ``order``."""
     if not options.get("by_channel"):
-        with annotate(PACKING):
+        with _marked(x):
             return CODEC[codec].pack(in_order(x, order), options)
     parts, *statistics = _pack_by_channel(x, CODEC[codec], options)
     return (*parts, *statistics)
@@ -149,7 +158,7 @@ def read_back(kept: Kept, parts: tuple[Tensor, ...], spec: TensorSpec) -> Tensor
     shape, order, dtype = spec.shape, spec.order, kept.dtype
     assert dtype is not None
     if kept.codec == "keep":
-        return parts[0].to(dtype)
+        return parts[0] if parts[0].dtype == dtype else parts[0].to(dtype)
     if kept.codec == DERIVED:
         return unflatten(_derive(_recipe(kept), parts).to(dtype), shape, order)
     numel = 1

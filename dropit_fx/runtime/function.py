@@ -13,7 +13,7 @@ from torch import Tensor
 from dropit_fx.codecs import CODEC, DERIVED
 from dropit_fx.ops import backwards
 from dropit_fx.ops.autocasting import autocast_on
-from dropit_fx.ops.rule import OpRule
+from dropit_fx.ops.rule import OpRule, Read
 from dropit_fx.ops.table import RULES
 from dropit_fx.private import base_of, dynamo_skips, storage_id, unsafe_view
 from dropit_fx.runtime.copies import Kept, is_rounded, parts_of, read_back, shared_out
@@ -33,7 +33,8 @@ class _SavedTensors(backwards.Saved):
         if operand in self._slots:
             value = read_back(*self._slots[operand], spec)
             # what other readers share may be packed before autocast lowers it for this one
-            return value.to(spec.dtype) if value.is_floating_point() else value
+            casts = value.dtype != spec.dtype and value.is_floating_point()
+            return value.to(spec.dtype) if casts else value
         # a formula asks for its shape only: the gradients that read its values are not wanted
         return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=spec.device)
 
@@ -142,8 +143,28 @@ class PackedFunction(torch.autograd.Function):
         return (None, None, None, None, *by_argument, *[None] * ctx.parts)
 
 
+class _Bound:
+    """The arguments of ``PackedFunction.forward``, as they were given."""
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        self.args, self.kwargs = args, dict[str, Any]()
+
+    def apply_defaults(self) -> None:
+        """There are none."""
+
+
+class _AsGiven(inspect.Signature):
+    """A signature without defaults and keywords: there is nothing to bind."""
+
+    def bind(self, /, *args: Any, **kwargs: Any) -> Any:
+        """As the base class says."""
+        return super().bind(*args, **kwargs) if kwargs else _Bound(args)
+
+
 # `apply` binds its arguments to it in every call, and would make it anew
-PackedFunction.forward.__signature__ = inspect.signature(PackedFunction.forward)  # type: ignore[attr-defined]
+PackedFunction.forward.__signature__ = _AsGiven(  # type: ignore[attr-defined]
+    list(inspect.signature(PackedFunction.forward).parameters.values())
+)
 
 
 def _autocast_as(dtype: torch.dtype | None, device: str) -> AbstractContextManager[Any]:
@@ -198,7 +219,12 @@ dynamo_skips(_Once.backward)
 def is_wanted(rule: OpRule, operand: str, needs: tuple[str, ...]) -> bool:
     """Whether a gradient that is asked for reads an operand of a row."""
     read = rule.read(operand)
-    return read is not None and read.use != "shape" and any(n in needs for n in read.needed_by)
+    return read is not None and is_wanted_by(read, needs)
+
+
+def is_wanted_by(read: Read, needs: tuple[str, ...]) -> bool:
+    """Whether a gradient that is asked for makes one of a row's reads."""
+    return read.use != "shape" and any(n in needs for n in read.needed_by)
 
 
 def _no_view(out: Tensor, args: Sequence[Any]) -> Tensor:
@@ -208,7 +234,8 @@ def _no_view(out: Tensor, args: Sequence[Any]) -> Tensor:
     """
     if torch.compiler.is_dynamo_compiling() or base_of(out) is None:
         return out
-    if any(isinstance(a, Tensor) and storage_id(a) == storage_id(out) for a in args):
+    own = storage_id(out)
+    if any(isinstance(a, Tensor) and storage_id(a) == own for a in args):
         return out
     again: Tensor = unsafe_view(out, out.shape)
     return again if again.stride() == out.stride() else out

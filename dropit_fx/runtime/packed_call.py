@@ -33,7 +33,13 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from dropit_fx.codecs import DERIVED
 from dropit_fx.kernels.dtypes import NUMBER
-from dropit_fx.ops.autocasting import autocast_on, cast_operands, runs_as_it_is, under_autocast
+from dropit_fx.ops.autocasting import (
+    autocast_on,
+    cast_operands,
+    runs_as_it_is,
+    under_autocast,
+    without_autocast,
+)
 from dropit_fx.ops.rule import OpRule
 from dropit_fx.ops.table import CHECKPOINT, DERIVABLE, OP_RULES, bind
 from dropit_fx.private import base_of
@@ -47,7 +53,7 @@ from dropit_fx.runtime.copies import (
     parts_of,
     shared_out,
 )
-from dropit_fx.runtime.function import PackedFunction, is_wanted
+from dropit_fx.runtime.function import PackedFunction, is_wanted_by
 from dropit_fx.runtime.overrides import has_own_ops, is_complex, on_meta, transformed
 from dropit_fx.runtime.regions import checkpointed as checkpointed  # as pickles name it
 from dropit_fx.runtime.regions import packed_checkpoint
@@ -93,7 +99,8 @@ def pack(
         return handle_torch_function(
             pack, (x, *needed_by), x, needed_by, codec, options, autocast=autocast
         )
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in needed_by)
+    asked = [t is not None and t.requires_grad for t in needed_by]
+    wanted = torch.is_grad_enabled() and any(asked)
     if not wanted or on_meta((x,)):
         return None
     with torch.no_grad():
@@ -175,7 +182,7 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
             return handle_torch_function(
                 packed_op, values, *args, packed=packed, gives=gives, **kwargs
             )
-        needs = tuple(n for n, a in bound.items() if isinstance(a, Tensor) and a.requires_grad)
+        needs = tuple([n for n, a in bound.items() if isinstance(a, Tensor) and a.requires_grad])
         derived_for_nobody = packed.get("result", "") is None
         unasked = not torch.is_grad_enabled() or not needs or derived_for_nobody
         dense = as_torch or on_meta(values) or is_complex(values)
@@ -186,8 +193,7 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
         if cast:
             bound = cast_operands(rule, bound)
         to_keep, copied, parts = _what_is_kept(rule, bound, uncast, needs, packed, gives)
-        device = next(a.device.type for a in bound.values() if isinstance(a, Tensor))
-        with torch.autocast(device, enabled=False) if cast else nullcontext():
+        with without_autocast(_device_of(bound)) if cast else nullcontext():
             out, *own_parts = PackedFunction.apply(
                 rule.name, needs, to_keep, copied, *bound.values(), *parts
             )
@@ -209,6 +215,11 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
     return packed_op
 
 
+def _device_of(bound: Mapping[str, Any]) -> str:
+    """The type of device that a call runs on, which has a tensor."""
+    return next(a.device.type for a in bound.values() if isinstance(a, Tensor))
+
+
 def _what_is_kept(
     rule: OpRule,
     bound: Mapping[str, Any],
@@ -227,7 +238,7 @@ def _what_is_kept(
     parts: list[Tensor] = []
     for read in rule.reads:
         operand = read.operand
-        wanted = is_wanted(rule, operand, needs)
+        wanted = is_wanted_by(read, needs)
         statistic = operand not in bound and read.exact  # formulas ask for its shape
         if not (wanted or operand in gives or statistic):
             continue

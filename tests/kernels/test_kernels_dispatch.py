@@ -37,7 +37,9 @@ def test_a_machine_without_triton_uses_the_reference(
     assert "no Triton" in record.getMessage()
 
 
-@pytest.mark.parametrize(("device", "entered"), [("cuda:1", [torch.device("cuda:1")]), ("cpu", [])])
+@pytest.mark.parametrize(
+    ("device", "entered"), [("cuda:1", [torch.device("cuda:1")]), ("cuda:0", []), ("cpu", [])]
+)
 def test_a_kernel_is_launched_on_the_device_of_its_tensor(
     device: str, entered: list[torch.device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,6 +55,7 @@ def test_a_kernel_is_launched_on_the_device_of_its_tensor(
     module.op = lambda x, n: (list(inside), n)
     monkeypatch.setitem(sys.modules, "dropit_fx.kernels.triton", module)
     monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     with FakeTensorMode():
         x = torch.empty(8, device=device)
     assert dispatch.on_cuda("op", reference.sparsify)(x, 3) == (entered, 3)

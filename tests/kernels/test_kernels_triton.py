@@ -13,13 +13,19 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
 from compiled_kernels import Figures
 from launches import Launch, recorded
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 from dropit_fx.codecs import CODEC
 from dropit_fx.config import make_config, presets
 from dropit_fx.kernels import FULL, Format, dispatch, reference
 from dropit_fx.kernels import triton as kernels
+from dropit_fx.kernels.triton import launch as launching
 from dropit_fx.kernels.triton.launch import LARGEST_BLOCK, MAX_GRID
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -234,3 +240,86 @@ def test_what_has_no_kernel_says_so_once(
     assert caplog.text.count(said) == 1
     for left, right in zip(parts, reference.sparsify(x, form), strict=True):
         assert torch.equal(left, right)
+
+
+class Driver:
+    """A GPU that compiles, and on which nothing is launched."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What goes to the compiled kernels, behind all that Triton itself does at a launch."""
+    found: list[tuple[Any, ...]] = []
+    run = triton.JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    def launcher(self: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
+        return lambda *args: found.append((grid, *args))
+
+    monkeypatch.setattr(triton.JITFunction, "run", compile_only)
+    monkeypatch.setattr(CompiledKernel, "__getitem__", launcher)
+    monkeypatch.setattr(launching, "_READY", {})
+    monkeypatch.setattr(driver, "_active", Driver())
+    return found
+
+
+def every_launch() -> list[Callable[[Tensor], object]]:
+    """A call of each op that launches a kernel, with its own tensors behind the first."""
+    form, seed = Format(5000, 1024, 4, 0, True), torch.tensor([1])
+    mean, window = torch.zeros(4), ([2, 2], [2, 2], [0, 0], [1, 1])
+    pooled = torch.zeros(1, 4, 16, 32, dtype=torch.uint8)
+
+    def channels(x: Tensor) -> None:
+        parts = kernels.sparsify_channels(x, mean, mean, 1024, form, seed)
+        kernels.unsparsify_channels(*parts, mean, mean, 1024, x.numel(), x.dtype, form)
+
+    return [
+        lambda x: kernels.unsparsify(*kernels.sparsify(x, form, seed), x.numel(), x.dtype, form),
+        channels,
+        lambda x: kernels.sample(x, Format(5000, 64), seed),
+        lambda x: kernels.decode_steps(
+            kernels.encode_steps(x, [0.0], 1), [-0.0, 1.0], 1, x.numel(), x.dtype
+        ),
+        lambda x: kernels.apply_mask(kernels.pack_between(x, 0.0, None), x, 0.5),
+        lambda x: kernels.unpack_uint(kernels.pack_uint(x > 0, 3), 3, x.numel()),
+        lambda x: kernels.encode_window(
+            kernels.decode_window(pooled, [32, 64], *window), [32, 64], *window
+        ),
+    ]
+
+
+@pytest.mark.parametrize("number", range(len(every_launch())))
+def test_triton_takes_every_launch_and_is_asked_once(
+    number: int, launched: list[tuple[Any, ...]]
+) -> None:
+    call, x = every_launch()[number], torch.randn(4097)
+    call(x[:4096])
+    assert launched == []  # through Triton, which compiles
+    call(x[:4096])
+    (first, *_) = launched
+    assert all(len(grid) == 3 for grid, *_ in launched)
+    tensors = [a for a in first[1:] if isinstance(a, Tensor)]
+    assert first[1 : 1 + len(tensors)] == tuple(tensors)  # pointers first, as they were given
+    call(x[1:])  # not aligned: another program, through Triton
+    pointers = [a for _, *args in launched for a in args if isinstance(a, Tensor)]
+    assert all(p.data_ptr() % 16 == 0 for p in pointers)
+
+
+def test_levels_that_differ_in_the_sign_of_zero_are_other_launches() -> None:
+    packed = torch.zeros(4, dtype=torch.uint8, device="meta")
+    with recorded() as found:
+        for zero in (0.0, -0.0):
+            kernels.decode_steps(packed, [zero, 1.0], 1, 32, torch.float32)
+    plus, minus = (launch.arguments["LEVELS"] for launch in found)
+    assert plus != minus

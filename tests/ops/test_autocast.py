@@ -52,6 +52,29 @@ def test_every_case_has_the_dtypes_and_bits_of_dense_under_autocast(name: str, c
     assert_agrees_under_autocast(RULES[name].targets[0], call, torch.bfloat16, torch.float32)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_operands_of_different_dtypes_are_cast_as_dense_casts_them(name: str) -> None:
+    call, target = CASES[name][0], RULES[name].targets[0]
+    leaves = call.tensors()
+    for odd, leaf in enumerate(leaves):
+        if not leaf.is_floating_point():
+            continue
+        tensors = list(leaves)
+        tensors[odd] = leaf.detach().bfloat16().requires_grad_(leaf.requires_grad)
+        dense = graph_of(target, call)
+        with torch.autocast("cpu", torch.bfloat16):
+            packed, _ = pack_graph(dense, tensors, LOSSLESS)
+        try:
+            wanted = run(under_autocast(dense, torch.bfloat16), tensors)
+        except RuntimeError as error:
+            with pytest.raises(type(error)):
+                run(under_autocast(packed, torch.bfloat16), tensors)
+            continue
+        found = run(under_autocast(packed, torch.bfloat16), tensors)
+        assert found[0].dtype == wanted[0].dtype
+        assert_agrees(call, found, wanted)
+
+
 @contextmanager
 def autocast_in(dtype: torch.dtype, device: str) -> Iterator[None]:
     """``torch.autocast``, whose own context refuses a CUDA that is not there."""

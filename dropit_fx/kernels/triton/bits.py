@@ -23,6 +23,10 @@ def pattern(x):
     return x.to(tl.int32, bitcast=True)
 
 
+# Triton's interpreter truncates to bfloat16 and rounds a fused product; a GPU rounds as IEEE has it
+HARDWARE = tl.constexpr(isinstance(pattern, triton.JITFunction))
+
+
 @triton.jit
 def single(u):
     """The float32 of a pattern."""
@@ -53,6 +57,8 @@ def narrow(u, DTYPE: tl.constexpr):
     nan = (u & 0x7FFFFFFF) > INFINITY
     if DTYPE == 0:
         raw = u
+    elif DTYPE == 1 and HARDWARE:
+        raw = single(u).to(tl.bfloat16).to(tl.int16, bitcast=True)
     elif DTYPE == 1:
         raw = (tl.where(nan, 0x7FC00000, to_bfloat(u)) >> 16).to(tl.int16)
     else:
@@ -74,6 +80,21 @@ def round_up(x):
     u = pattern(x)
     up = (u & 0x7FFF0000) + tl.where((u & 0xFFFF) != 0, 0x10000, 0)
     return single(tl.minimum(up, TOP))
+
+
+@triton.jit
+def root(x):
+    """The square root of x in 2**-100..2**128, correctly rounded, without a branch an element.
+
+    The approximation and the one step of Newton's method that `tl.sqrt_rn` becomes in this range.
+    """
+    if HARDWARE:
+        inverse = tl.math.rsqrt(x)
+        near = x * inverse
+        result = tl.fma(tl.fma(-near, near, x), inverse * 0.5, near)
+    else:
+        result = tl.sqrt_rn(x)
+    return result
 
 
 @triton.jit
@@ -188,23 +209,44 @@ def store_codes(
         store_tile(ptr[:, None], at, byte, at < size[:, None], whole, EVEN)
     else:  # eight codes fill BITS bytes
         member = tl.arange(0, 8)[None, None, :]
-        part = tl.reshape(codes.to(tl.int64), (ROWS, LANES // 8, 8))
-        word = tl.sum(part << (member * BITS).to(tl.int64), 2)
-        byte = ((word[:, :, None] >> (member * 8).to(tl.int64)) & 0xFF).to(tl.uint8)
+        WORD: tl.constexpr = tl.uint32 if BITS < 4 else tl.uint64
+        part = tl.reshape(codes.to(WORD), (ROWS, LANES // 8, 8))
+        word = tl.sum(part << (member * BITS).to(WORD), 2)
+        byte = (word[:, :, None] >> (member * 8 % (BITS * 8)).to(WORD)).to(tl.uint8)
         at = (tl.arange(0, LANES // 8) * BITS)[None, :, None] + member
         within = (member < BITS) & (at < size[:, None, None])
         tl.store(ptr[:, None, None] + at, byte, mask=within)
 
 
 @triton.jit
-def code_at(ptr, i, size, valid, BITS: tl.constexpr):
-    """Codes `i` of streams of `size` bytes that start at `ptr`; shapes broadcast."""
-    at = i * BITS
-    code = tl.load(ptr + at // 8, mask=valid, other=0).to(tl.int32)
-    if 8 % BITS != 0:  # a code may reach into the next byte
-        more = valid & (at // 8 + 1 < size)
-        code |= tl.load(ptr + at // 8 + 1, mask=more, other=0).to(tl.int32) << 8
-    return (code >> (at % 8).to(tl.int32)) & (2**BITS - 1)
+def load_codes(ptr, start, shift, size, BITS: tl.constexpr, REACH: tl.constexpr):
+    """Codes of groups of eight, (ROWS, GROUPS, 8), from the words that hold them.
+
+    Args:
+        ptr: (ROWS,) where each stream starts.
+        start: (ROWS, GROUPS): the byte that a group's word starts at.
+        shift: (ROWS, GROUPS, 8), or what broadcasts to it: the bit of its word that a code starts
+            at.
+        size: (ROWS,) bytes of each stream; zeros lie behind.
+        BITS: 1..8.
+        REACH: bytes that a group may lie in.
+    """
+    WORD: tl.constexpr = tl.uint32 if REACH <= 4 else tl.uint64
+    at = ptr[:, None] + start
+    left = size[:, None] - start
+    word = tl.load(at, mask=left > 0, other=0).to(WORD)
+    for j in tl.static_range(1, REACH):
+        word |= tl.load(at + j, mask=left > j, other=0).to(WORD) << (8 * j)
+    return (word[:, :, None] >> shift.to(WORD)).to(tl.int32) & (2**BITS - 1)
+
+
+@triton.jit
+def load_stream(ptr, count, BITS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """Rows of codes, (ROWS, LANES): the inverse of `store_codes`, 0 beyond `count`."""
+    size = (count * BITS + 7) // 8
+    start = (tl.arange(0, LANES // 8) * BITS)[None, :]
+    shift = (tl.arange(0, 8) * BITS)[None, None, :]
+    return tl.reshape(load_codes(ptr, start, shift, size, BITS, BITS), (ROWS, LANES))
 
 
 @triton.jit

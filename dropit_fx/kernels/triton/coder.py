@@ -17,6 +17,7 @@ from dropit_fx.kernels.triton.bits import (
     floor,
     narrow,
     pattern,
+    root,
     round_down,
     round_up,
     single,
@@ -31,8 +32,8 @@ _UNIFORM = tl.constexpr(UNIFORM)
 @triton.jit
 def _grid(start, width, step):
     scaled = step.to(tl.float32) * width
-    root = start + scaled
-    return root * root
+    rooted = start + scaled
+    return rooted * rooted
 
 
 @triton.jit
@@ -44,12 +45,45 @@ def _fixed_point(magnitude, largest):
 
 
 @triton.jit
-def _grid_steps(m, start, end, seed_ptr, index, COUNT: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """Steps of sqrt(m) between start and end of each row, nearest or random."""
+def _roots(m, high, NARROW: tl.constexpr):
+    """sqrt(m) of rows with the greatest `high`, times a power of two; it and its inverse, (ROWS,).
+
+    Of 16-bit dtypes by `root`: rows below 2**-60 are zoomed by 2**96 for it; what is then still
+    below 2**-100 counts as that, since it is in the first of up to 128 steps to sqrt(high) anyway.
+    """
+    if NARROW:
+        small = high < 8.673617379884035e-19  # 2**-60
+        zoom = tl.where(small, 7.922816251426434e28, 1.0)  # 2**96
+        floor = 7.888609052210118e-31  # 2**-100
+        roots = root(tl.maximum(m * zoom[:, None], floor))
+        wide = tl.where(small, 281474976710656.0, 1.0)  # 2**48
+        back = tl.where(small, 3.552713678800501e-15, 1.0)  # 2**-48
+    else:
+        roots = tl.sqrt_rn(m)
+        wide = tl.full(high.shape, 1.0, tl.float32)
+        back = wide
+    return roots, wide, back
+
+
+@triton.jit
+def _grid_steps(
+    m,
+    start,
+    end,
+    high,
+    seed_ptr,
+    index,
+    COUNT: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    NARROW: tl.constexpr,
+):
+    """Steps of sqrt(m), up to sqrt(high), between start and end of each row, nearest or random."""
     span = end - start
     steps = span * 0.0 + (COUNT - 1)
     inverse = tl.where(span > 0, tl.div_rn(steps, tl.where(span > 0, span, 1.0)), 0.0)
-    position = (tl.sqrt_rn(m) - start[:, None]) * inverse[:, None]
+    roots, wide, back = _roots(m, high, NARROW)
+    # Powers of two change no digit
+    position = (roots - (start * wide)[:, None]) * (inverse * back)[:, None]
     if STOCHASTIC:
         width = tl.div_rn(span, steps)[:, None]
         step = tl.minimum(position.to(tl.int32), COUNT - 2)
@@ -104,6 +138,7 @@ def encode(
     SPACING: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """Codes of the kept values of each row, 0 elsewhere; stores what they are read back with.
 
@@ -119,16 +154,19 @@ def encode(
         SPACING: of the levels.
         STOCHASTIC: round at random, to what is right in the mean.
         COLUMNS: bfloat16 numbers of a row's scale.
+        DTYPE: of the tensor.
     """
+    NARROW: tl.constexpr = DTYPE != 0
+    SUMS: tl.constexpr = SPACING == _SYMMETRIC and BITS <= 3
     magnitude = u & 0x7FFFFFFF
     high_key = tl.max(tl.where(kept, magnitude, 0), 1)
     poisoned = (high_key >= INFINITY) & (k > 0)
-    # A poisoned block is computed as zeros, so that nothing overflows on the way
-    u = tl.where(poisoned[:, None], 0, u)
+    if SUMS:  # a poisoned block is computed as zeros, so that nothing overflows on the way
+        u = tl.where(poisoned[:, None], 0, u)
+        magnitude = u & 0x7FFFFFFF
     high_key = tl.where(poisoned, 0, high_key)
     x = single(u)
-    magnitude = u & 0x7FFFFFFF
-    sign = (u >> 31) & 1
+    sign = (u >> (32 - BITS)) & (1 << (BITS - 1))
     low_key = tl.min(tl.where(kept, magnitude, 0x7FFFFFFF), 1)
     low_key = tl.minimum(low_key, high_key)
     low = single(low_key)
@@ -146,23 +184,26 @@ def encode(
         widest = tl.maximum(most - base, 0.0)
         overflow = pattern(widest) >= INFINITY
         poisoned = poisoned | overflow
-        above = tl.where(overflow[:, None], 0.0, tl.maximum(x - base[:, None], 0.0))
-        above = tl.where(kept, above, 0.0)
+        above = tl.maximum(x - base[:, None], 0.0)
         c0 = base
         if SPACING == _UNIFORM:
             c1 = upper
             span = tl.where(overflow, 0.0, upper - base)
             code = _uniform_steps(above, span, seed_ptr, index, 2**BITS, STOCHASTIC)
         else:
-            c1 = round_up(tl.sqrt_rn(tl.where(overflow, 0.0, widest)))
+            widest = tl.where(overflow, 0.0, widest)
+            c1 = round_up(tl.sqrt_rn(widest))
             zero = c1 * 0.0
-            code = _grid_steps(above, zero, c1, seed_ptr, index, 2**BITS, STOCHASTIC)
+            code = _grid_steps(
+                above, zero, c1, widest, seed_ptr, index, 2**BITS, STOCHASTIC, NARROW
+            )
     elif BITS > 3:
         c0 = round_down(tl.sqrt_rn(low))
         c1 = round_up(tl.sqrt_rn(high))
-        m = single(tl.where(kept, magnitude, low_key[:, None]))
-        code = _grid_steps(m, c0, c1, seed_ptr, index, 2 ** (BITS - 1), STOCHASTIC)
-        code = code | (sign << (BITS - 1))
+        m = single(magnitude)
+        count: tl.constexpr = 2 ** (BITS - 1)
+        code = _grid_steps(m, c0, c1, high, seed_ptr, index, count, STOCHASTIC, NARROW)
+        code = code | sign
     elif STOCHASTIC:
         c0 = round_down(low)
         c1 = round_up(high)
@@ -193,7 +234,7 @@ def encode(
                 _store_level(column + 2, l2, poisoned, real)
             drawn = uniform(seed_ptr, index) * (upper - lower)
             code += (drawn < m - lower).to(tl.int32)
-            code = code | (sign << (BITS - 1))
+            code = code | sign
     else:
         COUNT: tl.constexpr = 2 ** (BITS - 1)
         first_root = tl.sqrt_rn(low)
@@ -207,8 +248,8 @@ def encode(
         fixed = tl.where(kept, _fixed_point(magnitude, largest[:, None]), 0)
         code = tl.zeros_like(u)
         for j in range(1, COUNT):  # not unrolled, here and below: registers are what is short
-            root = start64 + span64 * (tl.full((), j, tl.float64) * (1 / COUNT))
-            border = root * root
+            rooted = start64 + span64 * (tl.full((), j, tl.float64) * (1 / COUNT))
+            border = rooted * rooted
             if BITS == 3:
                 border = border * border
             code += (magnitude >= pattern(border.to(tl.float32))[:, None]).to(tl.int32)
@@ -220,12 +261,24 @@ def encode(
             level = (square / total * unit).to(tl.float32)
             level = single(tl.minimum(to_bfloat(pattern(level)), TOP))
             _store_level(column + j, level, poisoned, real)
-        code = code | (sign << (BITS - 1))
+        code = code | sign
     if SPACING != _SYMMETRIC or BITS > 3 or STOCHASTIC:
         _store_level(column, c0, poisoned, real)
         if COLUMNS > 1:
             _store_level(column + COLUMNS - 1, c1, poisoned, real)
-    return tl.where(kept & ~poisoned[:, None], code, 0)
+    return tl.where(kept, code & tl.where(poisoned, 0, -1)[:, None], 0)
+
+
+@triton.jit
+def _at_most(x, DTYPE: tl.constexpr):
+    """`x`, or the greatest finite number of the dtype above it; NaN stays."""
+    if DTYPE == 0:
+        top = single(tl.full((), LARGEST, tl.int32))
+    elif DTYPE == 1:
+        top = single(tl.full((), TOP, tl.int32))
+    else:
+        top = 65504.0
+    return tl.minimum(x, top, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -250,10 +303,12 @@ def decode(
         if SPACING == _UNIFORM:
             width = tl.div_rn(c1 - c0, steps)
             scaled = code.to(tl.float32) * width[:, None]
-            level = pattern(tl.minimum(c0[:, None] + scaled, c1[:, None]))
+            x = tl.minimum(c0[:, None] + scaled, c1[:, None])
         else:
-            root = code.to(tl.float32) * tl.div_rn(c1, steps)[:, None]
-            level = pattern(c0[:, None] + root * root)
+            rooted = code.to(tl.float32) * tl.div_rn(c1, steps)[:, None]
+            x = c0[:, None] + rooted * rooted
+        # The least value is a bfloat16
+        level = pattern(-_at_most(-_at_most(x, DTYPE), DTYPE) if DTYPE == 2 else _at_most(x, DTYPE))
     else:
         step = code & (2 ** (BITS - 1) - 1)
         if BITS > 3:
@@ -262,13 +317,5 @@ def decode(
             level = pattern(_grid(c0[:, None], width[:, None], step))
         else:
             level = pattern(_bfloat_at(column[:, None] + step, kept))
-        level = level ^ ((code >> (BITS - 1)) << 31)
-    magnitude = level & 0x7FFFFFFF
-    if DTYPE == 0:
-        top = 0x7F7FFFFF
-    elif DTYPE == 1:
-        top = 0x7F7F0000
-    else:
-        top = 0x477FE000
-    beyond = (magnitude > top) & (magnitude <= INFINITY)
-    return narrow(tl.where(beyond, (level & -2147483648) | top, level), DTYPE)
+        level = pattern(_at_most(single(level), DTYPE)) ^ ((code << (32 - BITS)) & -2147483648)
+    return narrow(level, DTYPE)

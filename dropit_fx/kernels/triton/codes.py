@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -24,14 +26,14 @@ from dropit_fx.kernels.format import (
     uint_nbytes,
 )
 from dropit_fx.kernels.triton.bits import (
-    code_at,
+    load_stream,
     load_tile,
     single,
     store_codes,
     store_tile,
     widen,
 )
-from dropit_fx.kernels.triton.launch import CODES, programs
+from dropit_fx.kernels.triton.launch import CODES, launch, programs
 
 
 @triton.jit
@@ -41,6 +43,15 @@ def _store_stream(out_ptr, codes, program, count, BITS: tl.constexpr, TILE: tl.c
     mine = tl.minimum(count - first, TILE).to(tl.int32) + tl.zeros((1,), tl.int32)
     start = out_ptr + first // 8 * BITS + tl.zeros((1,), tl.int64)
     store_codes(start, codes, mine, first + TILE <= count, BITS, 1, TILE, True)
+
+
+@triton.jit
+def _load_stream(packed_ptr, program, count, BITS: tl.constexpr, TILE: tl.constexpr):
+    """The inverse of `_store_stream`, (TILE,)."""
+    first = program * TILE
+    mine = tl.minimum(count - first, TILE).to(tl.int32) + tl.zeros((1,), tl.int32)
+    start = packed_ptr + first // 8 * BITS + tl.zeros((1,), tl.int64)
+    return tl.reshape(load_stream(start, mine, BITS, 1, TILE), (TILE,))
 
 
 @triton.jit
@@ -55,7 +66,7 @@ def _pack_kernel(codes_ptr, out_ptr, count, BITS: tl.constexpr, TILE: tl.constex
 def _unpack_kernel(packed_ptr, out_ptr, count, BITS: tl.constexpr, TILE: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     i = program * TILE + tl.arange(0, TILE)
-    code = code_at(packed_ptr, i, (count * BITS + 7) // 8, i < count, BITS)
+    code = _load_stream(packed_ptr, program, count, BITS, TILE)
     store_tile(out_ptr, i, code.to(tl.uint8), i < count, (program + 1) * TILE <= count, True)
 
 
@@ -94,7 +105,7 @@ def _decode_steps_kernel(
     """LEVELS: COUNT patterns of the output's dtype."""
     program = tl.program_id(0).to(tl.int64)
     i = program * TILE + tl.arange(0, TILE)
-    code = code_at(packed_ptr, i, (count * BITS + 7) // 8, i < count, BITS)
+    code = _load_stream(packed_ptr, program, count, BITS, TILE)
     level = tl.full((TILE,), LEVELS[0], tl.int32)
     for j in tl.static_range(1, COUNT):
         level = tl.where(code >= j, tl.full((), LEVELS[j], tl.int32), level)
@@ -114,7 +125,8 @@ def pack_uint(x: Tensor, bits: int) -> Tensor:
     out = x.new_empty(uint_nbytes(n, bits), dtype=torch.uint8)
     if n:
         codes = x.contiguous().view(torch.uint8)
-        _pack_kernel[code_grid(n)](codes, out, n, BITS=bits, TILE=CODES)
+        how = {"count": n, "BITS": bits, "TILE": CODES}
+        launch(_pack_kernel, (codes, out), (n, bits), lambda: (code_grid(n), (codes, out), how))
     return out
 
 
@@ -123,14 +135,21 @@ def unpack_uint(packed: Tensor, bits: int, numel: int) -> Tensor:
     check_uint(packed, bits)
     out = packed.new_empty(numel, dtype=torch.uint8)
     if numel:
-        packed = packed.contiguous()
-        _unpack_kernel[code_grid(numel)](packed, out, numel, BITS=bits, TILE=CODES)
+        both = packed.contiguous(), out
+        how = {"count": numel, "BITS": bits, "TILE": CODES}
+        launch(_unpack_kernel, both, (numel, bits), lambda: (code_grid(numel), both, how))
     return out
 
 
 @functools.lru_cache(maxsize=256)  # a table for each nonlinearity: made once, not in each call
-def _patterns(values: tuple[float, ...], dtype: torch.dtype) -> tuple[int, ...]:
-    return tuple(torch.tensor(values, dtype=dtype).view(INT_OF[dtype]).tolist())
+def _patterns(values: bytes, dtype: torch.dtype) -> tuple[int, ...]:
+    numbers = struct.unpack(f"{len(values) // 8}d", values)
+    return tuple(torch.tensor(numbers, dtype=dtype).view(INT_OF[dtype]).tolist())
+
+
+def _exactly(values: Sequence[float]) -> bytes:
+    """What tells numbers apart that are equal: the two zeros."""
+    return struct.pack(f"{len(values)}d", *values)
 
 
 def _known(dtype: torch.dtype) -> bool:
@@ -147,16 +166,20 @@ def encode_steps(x: Tensor, borders: Sequence[float], bits: int) -> Tensor:
     n = x.numel()
     out = x.new_empty(uint_nbytes(n, bits), dtype=torch.uint8)
     if n:
-        _encode_steps_kernel[code_grid(n)](
-            x.contiguous().view(INT_OF[x.dtype]),
-            out,
-            n,
-            BORDERS=_patterns(tuple(borders), torch.float32),
-            COUNT=len(borders),
-            DTYPE=NUMBER[x.dtype],
-            BITS=bits,
-            TILE=CODES,
-        )
+        values, given = x.contiguous(), _exactly(borders)
+
+        def how() -> tuple[tuple[int], list[Tensor], dict[str, Any]]:
+            arguments = {
+                "count": n,
+                "BORDERS": _patterns(given, torch.float32),
+                "COUNT": len(borders),
+                "DTYPE": NUMBER[x.dtype],
+                "BITS": bits,
+                "TILE": CODES,
+            }
+            return code_grid(n), [values.view(INT_OF[x.dtype]), out], arguments
+
+        launch(_encode_steps_kernel, (values, out), (n, x.dtype, bits, given), how)
     return out
 
 
@@ -170,13 +193,17 @@ def decode_steps(
         return reference.decode_steps(packed, levels, bits, numel, dtype)
     out = packed.new_empty(numel, dtype=dtype)
     if numel:
-        _decode_steps_kernel[code_grid(numel)](
-            packed.contiguous(),
-            out.view(INT_OF[dtype]),
-            numel,
-            LEVELS=_patterns(tuple(levels), dtype),
-            COUNT=len(levels),
-            BITS=bits,
-            TILE=CODES,
-        )
+        codes, given = packed.contiguous(), _exactly(levels)
+
+        def how() -> tuple[tuple[int], list[Tensor], dict[str, Any]]:
+            arguments = {
+                "count": numel,
+                "LEVELS": _patterns(given, dtype),
+                "COUNT": len(levels),
+                "BITS": bits,
+                "TILE": CODES,
+            }
+            return code_grid(numel), [codes, out.view(INT_OF[dtype])], arguments
+
+        launch(_decode_steps_kernel, (codes, out), (numel, dtype, bits, given), how)
     return out

@@ -5,6 +5,8 @@ Grids are one-dimensional: y and z end at 65,535, which one large activation pas
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,20 +39,24 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+@functools.lru_cache(maxsize=1024)
 def pack_tile(form: Format) -> Tile:
-    """The tile of a program that packs.
+    """The tile of a program that packs: of those tried on an H100, the fastest.
 
     A block of up to 1024 elements lives in one warp, so that sums over it need no barrier; in two
-    where a thread would run out of registers: with a codebook, or random numbers beside the values.
+    where a thread would run out of registers: with a codebook, or random numbers beside the values;
+    or where its codes straddle bytes.
     """
     selects = not form.full
-    crowded = form.draws or (selects and form.bits == 3 and form.is_codebook)
+    straddles = form.full and form.bits in (3, 5, 6, 7)
+    crowded = form.draws or straddles or (selects and form.bits == 3 and form.is_codebook)
     return _tile(form.block, (1 + crowded) * (1 + (selects and form.block > _TILE)))
 
 
+@functools.lru_cache(maxsize=1024)
 def unpack_tile(form: Format) -> Tile:
-    """The tile of a program that unpacks."""
-    return _tile(form.block, 2)
+    """The tile of a program that unpacks; large blocks take more warps, for their registers."""
+    return _tile(form.block, 1 + (form.block > _TILE))
 
 
 def _tile(block: int, share: int) -> Tile:
@@ -65,12 +71,54 @@ def programs(count: int, each: int) -> tuple[int]:
     return ((count + each - 1) // each,)
 
 
+_READY: dict[tuple[Any, ...], tuple[Callable[..., Any], tuple[Any, ...]]] = {}
+_MOST = 4096  # launches that are remembered
+
+
+def launch(
+    kernel: Any,
+    pointers: Sequence[Tensor],
+    key: tuple[Any, ...],
+    how: Callable[[], tuple[tuple[int], Sequence[Tensor], Mapping[str, Any]]],
+) -> None:
+    """Launches a kernel, from the second time on without Triton's look at each argument.
+
+    Triton asks of every argument whether it is 1, or a multiple of 16: for twenty of them that
+    takes longer than many a kernel runs.
+
+    Args:
+        kernel: A function under ``triton.jit``, whose first parameters are pointers.
+        pointers: What they point to, in order; all on one device.
+        key: What all else depends on: for equal keys, ``how`` gives the same but for the tensors.
+        how: Gives the grid, the pointers in the dtypes that the kernel is written for, and its
+            other arguments and the options of the launch by name.
+    """
+    aligned = tuple([p.data_ptr() % 16 == 0 for p in pointers])
+    whole = id(kernel), key, aligned, pointers[0].get_device()
+    if (ready := _READY.get(whole)) is not None:
+        run, rest = ready
+        run(*pointers, *rest)
+        return
+    grid, typed, arguments = how()
+    compiled = kernel[grid](*typed, **arguments)
+    if compiled is not None:  # the interpreter compiles nothing
+        if len(_READY) >= _MOST:
+            _READY.clear()
+        rest = tuple(arguments[name] for name in kernel.arg_names[len(typed) :])
+        _READY[whole] = compiled[(*grid, 1, 1)], rest
+
+
 class Channels(NamedTuple):
     """Mean and scale of each channel, (C,) float32, for elements in runs of `inner` a channel."""
 
     mean: Tensor
     scale: Tensor
     inner: int
+
+
+def shape_of(channels: Channels | None) -> tuple[int, int]:
+    """What a launch depends on of the channels."""
+    return (0, 0) if channels is None else (channels.inner, channels.mean.numel())
 
 
 def fits(dtype: torch.dtype, numel: int, block: int) -> bool:
@@ -97,6 +145,21 @@ def block_arguments(
     numel: int, dtype: torch.dtype, form: Format, tile: Tile, channels: Channels | None
 ) -> dict[str, Any]:
     """What the kernels that pack and unpack blocks are launched with alike, by name."""
+    if channels is None:
+        return _block_arguments(numel, dtype, form, tile, 1, 1, False)
+    return _block_arguments(numel, dtype, form, tile, channels.inner, channels.mean.numel(), True)
+
+
+@functools.lru_cache(maxsize=4096)  # the same in every step, and the host launches in no time else
+def _block_arguments(
+    numel: int,
+    dtype: torch.dtype,
+    form: Format,
+    tile: Tile,
+    inner: int,
+    channels: int,
+    by_channel: bool,
+) -> dict[str, Any]:
     k_full, k_tail = form.kept_counts(numel)
     return {
         "numel": numel,
@@ -104,12 +167,12 @@ def block_arguments(
         "size": form.stream(k_full),
         "k_full": k_full,
         "k_tail": k_tail,
-        "inner": channels.inner if channels else 1,
-        "channels": channels.mean.numel() if channels else 1,
+        "inner": inner,
+        "channels": channels,
         "DTYPE": NUMBER[dtype],
         "BITS": form.bits,
         "SPACING": form.spacing,
-        "BY_CHANNEL": channels is not None,
+        "BY_CHANNEL": by_channel,
         "FULL_": form.full,
         "COLUMNS": max(1, form.columns),
         "ROWS": tile.rows,

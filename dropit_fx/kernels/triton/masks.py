@@ -10,6 +10,7 @@ which is said once.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -20,6 +21,7 @@ from dropit_fx.kernels.dispatch import warn_once
 from dropit_fx.kernels.dtypes import NUMBER
 from dropit_fx.kernels.format import uint_nbytes
 from dropit_fx.kernels.masks import apply_mask_reference, check_mask, pack_between_reference
+from dropit_fx.kernels.triton.launch import launch
 
 TILE = 4096  # elements of a program: whole bytes of the mask
 
@@ -109,8 +111,13 @@ def pack_between(x: Tensor, low: float | None, high: float | None) -> Tensor:
         return pack_between_reference(x, low, high)
     out = x.new_empty(uint_nbytes(x.numel(), 1), dtype=torch.uint8)
     if x.numel():
-        bounds = _rounded(low, x.dtype), _rounded(high, x.dtype)
-        _pack_between_kernel[grid(x.numel())](x.contiguous(), out, x.numel(), *bounds, TILE=TILE)
+        both = x.contiguous(), out
+
+        def how() -> tuple[tuple[int], tuple[Tensor, Tensor], dict[str, Any]]:
+            bounds = {"low": _rounded(low, x.dtype), "high": _rounded(high, x.dtype)}
+            return grid(x.numel()), both, {"numel": x.numel(), **bounds, "TILE": TILE}
+
+        launch(_pack_between_kernel, both, (x.numel(), x.dtype, low, high), how)
     return out
 
 
@@ -122,13 +129,11 @@ def apply_mask(bits: Tensor, grad: Tensor, off: float) -> Tensor:
     grad = grad.contiguous()
     out = torch.empty_like(grad)
     if grad.numel():
-        _apply_mask_kernel[grid(grad.numel())](
-            bits.contiguous(),
-            grad,
-            out,
-            grad.numel(),
-            _rounded(off, torch.float32),
-            SCALED=off != 0,
-            TILE=TILE,
-        )
+        all_three = bits.contiguous(), grad, out
+
+        def how() -> tuple[tuple[int], tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+            factor = {"off": _rounded(off, torch.float32), "SCALED": off != 0}
+            return grid(grad.numel()), all_three, {"numel": grad.numel(), **factor, "TILE": TILE}
+
+        launch(_apply_mask_kernel, all_three, (grad.numel(), grad.dtype, off), how)
     return out

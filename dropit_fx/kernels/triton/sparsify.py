@@ -9,6 +9,8 @@ no byte a code passes through memory.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -37,7 +39,9 @@ from dropit_fx.kernels.triton.launch import (
     block_arguments,
     block_grid,
     fits,
+    launch,
     pack_tile,
+    shape_of,
 )
 from dropit_fx.kernels.triton.select import select, store_kept_codes
 
@@ -96,9 +100,8 @@ def _sparsify_kernel(
             key = (raw & 0x7FFFFFFF).to(tl.uint32)
         else:
             key = (raw.to(tl.int32) & 0x7FFF).to(tl.uint32)
-        kept = select(key, valid, k, KEY_BITS)
+        kept, rank = select(key, valid, k, KEY_BITS)
         store_codes(mask_ptr + first // 8, kept, n, whole, 1, ROWS, LANES, EVEN)
-        rank = tl.cumsum(kept.to(tl.int32), 1) - 1
     start_of = values_ptr + row * size
     if BITS == 0:
         if SAMPLE:
@@ -107,10 +110,12 @@ def _sparsify_kernel(
         if FULL_:
             store_tile(start_of[:, None], lane, raw, valid, whole, EVEN)
         else:
-            tl.store(start_of[:, None] + rank, raw, mask=kept)
+            tl.store(start_of[:, None] + (rank - 1), raw, mask=kept)
     else:
         column = scale_ptr + row * COLUMNS
-        code = encode(u, kept, k, column, real, seed_ptr, index, BITS, SPACING, STOCHASTIC, COLUMNS)
+        code = encode(
+            u, kept, k, column, real, seed_ptr, index, BITS, SPACING, STOCHASTIC, COLUMNS, DTYPE
+        )
         if FULL_:
             store_codes(start_of, code, k, whole, BITS, ROWS, LANES, EVEN)
         else:
@@ -124,22 +129,24 @@ def _sparsify(
     n, x = x.numel(), x.contiguous()
     values, scale, mask = form.buffers(x)
     sampled = seed is not None and not form.draws
-    k_full, k_tail = form.kept_counts(n)
-    tile = pack_tile(form)
-    _sparsify_kernel[block_grid(n, form, tile)](
-        x_ptr=x.view(INT_OF[x.dtype]),
-        values_ptr=values if form.bits else values.view(INT_OF[x.dtype]),
-        scale_ptr=scale.view(torch.int16),
-        mask_ptr=mask,
-        seed_ptr=seed if seed is not None else x,
-        mean_ptr=channels.mean if channels else x,
-        inverse_ptr=channels.scale if channels else x,
-        weight_full=form.block / k_full if k_full else 0.0,
-        weight_tail=n % form.block / k_tail if k_tail else 0.0,
-        STOCHASTIC=form.draws,
-        SAMPLE=sampled,
-        **block_arguments(n, x.dtype, form, tile, channels),
-    )
+    mean, inverse = (channels.mean, channels.scale) if channels else (x, x)
+    pointers = x, values, scale, mask, x if seed is None else seed, mean, inverse
+
+    def how() -> tuple[tuple[int], list[Tensor], dict[str, Any]]:
+        k_full, k_tail = form.kept_counts(n)
+        tile = pack_tile(form)
+        own = {
+            "weight_full": form.block / k_full if k_full else 0.0,
+            "weight_tail": n % form.block / k_tail if k_tail else 0.0,
+            "STOCHASTIC": form.draws,
+            "SAMPLE": sampled,
+        }
+        codes = values if form.bits else values.view(INT_OF[x.dtype])
+        typed = [x.view(INT_OF[x.dtype]), codes, scale.view(torch.int16), *pointers[3:]]
+        arguments = block_arguments(n, x.dtype, form, tile, channels)
+        return block_grid(n, form, tile), typed, own | arguments
+
+    launch(_sparsify_kernel, pointers, (n, x.dtype, form, sampled, shape_of(channels)), how)
     return values, scale, mask
 
 

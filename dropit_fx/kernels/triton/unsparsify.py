@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,8 @@ from dropit_fx.kernels.dtypes import INT_OF
 from dropit_fx.kernels.format import Format
 from dropit_fx.kernels.triton.bits import (
     channel_of,
-    code_at,
+    load_codes,
+    load_stream,
     load_tile,
     narrow,
     pattern,
@@ -31,8 +34,26 @@ from dropit_fx.kernels.triton.launch import (
     block_arguments,
     block_grid,
     fits,
+    launch,
+    shape_of,
     unpack_tile,
 )
+
+
+@triton.jit
+def marks_of(ptr, n, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """Which elements of rows of `n` are kept, by the bits at `ptr`, in groups of eight.
+
+    Returns:
+        (ROWS, GROUPS, 8) bool; how many are kept before each; and before each group.
+    """
+    group = tl.arange(0, LANES // 8)[None, :]
+    bits = tl.load(ptr[:, None] + group, mask=group * 8 < n[:, None], other=0).to(tl.int32)
+    marks = (bits[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    count = tl.sum(marks, 2)
+    first_of = tl.cumsum(count, 1) - count
+    before = first_of[:, :, None] + tl.cumsum(marks, 2) - marks
+    return marks != 0, before, first_of
 
 
 @triton.jit
@@ -63,22 +84,29 @@ def _unsparsify_kernel(
     row, first, n, k, whole = rows_of(numel, block, k_full, k_tail, ROWS)
     lane = tl.arange(0, LANES)[None, :]
     valid = lane < n[:, None]
-    start_of = (values_ptr + row * size)[:, None]
+    start_of = values_ptr + row * size
     if FULL_:
         kept = valid
         slot = lane
     else:
-        at = (mask_ptr + first // 8)[:, None] + lane // 8
-        byte = tl.load(at, mask=valid, other=0).to(tl.int32)
-        kept = valid & (((byte >> (lane % 8)) & 1) != 0)
-        slot = tl.cumsum(kept.to(tl.int32), 1) - 1
+        kept, before, first_of = marks_of(mask_ptr + first // 8, n, ROWS, LANES)
+        kept = tl.reshape(kept, (ROWS, LANES))
+        slot = tl.reshape(before, (ROWS, LANES))
     if BITS == 0:
         if FULL_:
-            u = load_tile(start_of, slot, kept, whole, EVEN)
+            u = load_tile(start_of[:, None], slot, kept, whole, EVEN)
         else:
-            u = tl.load(start_of + slot, mask=kept, other=0)
+            u = tl.load(start_of[:, None] + slot, mask=kept, other=0)
     else:
-        code = code_at(start_of, slot, ((k * BITS + 7) // 8)[:, None], kept, BITS)
+        if FULL_:
+            code = load_stream(start_of, k, BITS, ROWS, LANES)
+        else:
+            REACH: tl.constexpr = 8 if BITS == 8 else BITS + 1
+            bit = first_of * BITS
+            shift = (bit & 7)[:, :, None] + (before - first_of[:, :, None]) * BITS
+            streams = (k * BITS + 7) // 8
+            code = load_codes(start_of, bit >> 3, shift, streams, BITS, REACH)
+            code = tl.reshape(code, (ROWS, LANES))
         column = scale_ptr + row * COLUMNS
         u = decode(code, kept, column, n > 0, BITS, SPACING, DTYPE, ROWS)
     u = tl.where(kept, u, 0)
@@ -100,16 +128,18 @@ def _unsparsify(
 ) -> Tensor:
     values, scale, mask = (part.contiguous() for part in parts)
     out = values.new_empty(numel, dtype=dtype)
-    tile = unpack_tile(form)
-    _unsparsify_kernel[block_grid(numel, form, tile)](
-        out_ptr=out.view(INT_OF[dtype]),
-        values_ptr=values if form.bits else values.view(INT_OF[dtype]),
-        scale_ptr=scale.view(torch.int16) if form.bits else mask,
-        mask_ptr=mask,
-        mean_ptr=channels.mean if channels else out,
-        deviation_ptr=channels.scale if channels else out,
-        **block_arguments(numel, dtype, form, tile, channels),
-    )
+    mean, deviation = (channels.mean, channels.scale) if channels else (out, out)
+    pointers = out, values, scale if form.bits else mask, mask, mean, deviation
+
+    def how() -> tuple[tuple[int], list[Tensor], dict[str, Any]]:
+        tile = unpack_tile(form)
+        codes = values if form.bits else values.view(INT_OF[dtype])
+        ends = scale.view(torch.int16) if form.bits else mask
+        typed = [out.view(INT_OF[dtype]), codes, ends, *pointers[3:]]
+        arguments = block_arguments(numel, dtype, form, tile, channels)
+        return block_grid(numel, form, tile), typed, arguments
+
+    launch(_unsparsify_kernel, pointers, (numel, dtype, form, shape_of(channels)), how)
     return out
 
 

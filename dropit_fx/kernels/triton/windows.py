@@ -9,6 +9,7 @@ Pooling over two dimensions is pooling over three, of which the first has one ce
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from dropit_fx.kernels.triton.launch import launch
 
 TILE = 1024  # elements of a program
 _TILE = tl.constexpr(TILE)
@@ -144,8 +147,14 @@ def _run(
     dense, inner = _dense(x, dims)
     out = torch.empty_like(dense, dtype=dtype)
     if x.numel():
-        arguments = geometry(list(x.shape[-dims:]), inner, sizes, *window)
-        kernel[grid(x.numel())](dense, out, x.numel(), **arguments)
+        shape = list(x.shape[-dims:])
+
+        def how() -> tuple[tuple[int], tuple[Tensor, Tensor], dict[str, Any]]:
+            arguments = geometry(shape, inner, sizes, *window)
+            return grid(x.numel()), (dense, out), {"numel": x.numel(), **arguments}
+
+        key = x.numel(), inner, *shape, *sizes, *itertools.chain(*window)
+        launch(kernel, (dense, out), key, how)
     return out if dense is x else torch.empty_like(x, dtype=dtype).copy_(out)
 
 

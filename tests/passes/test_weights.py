@@ -1,0 +1,94 @@
+"""What is no activation is never kept lossily: the gradient of the input stays exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import dropit_fx
+from dropit_fx import measure
+
+N = 128
+
+
+class Weights(nn.Module):
+    """A product with something that is made of a parameter, a buffer or nothing at all."""
+
+    def __init__(self, product: Callable[[Any, Tensor], Tensor], region: bool = False) -> None:
+        super().__init__()
+        self.product, self.region = product, region
+        self.w, self.g = nn.Parameter(torch.randn(N, N) / 16), nn.Parameter(torch.rand(N))
+        self.register_buffer("b", torch.randn(N, N) / 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.region:
+            out: Tensor = checkpoint(self.product, self, x, use_reentrant=False)
+            return out
+        return self.product(self, x)
+
+
+PRODUCTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "addmm": lambda m, x: torch.addmm(m.g, x, m.w),
+    "mm": lambda m, x: torch.mm(x, m.w),
+    "bmm": lambda m, x: torch.bmm(x[None], m.w[None])[0],
+    "baddbmm": lambda m, x: torch.baddbmm(m.g[None, None], x[None], m.w[None])[0],
+    "einsum": lambda m, x: torch.einsum("bi,ij->bj", x, m.w),
+    "transposed": lambda m, x: x @ m.w.T,
+    "part": lambda m, x: x @ m.w[:, ::2],
+    "on the left": lambda m, x: (m.w @ x.T).T,
+    "normalised": lambda m, x: x @ F.normalize(m.w, dim=0),
+    "softmax": lambda m, x: x @ torch.softmax(m.w, 0),
+    "low rank": lambda m, x: x @ (m.w[:, :8] @ m.w[:8]),
+    "masked": lambda m, x: x @ (m.w * (m.b > 0)),
+    "buffer": lambda m, x: x @ m.b,
+    "of a buffer": lambda m, x: x @ torch.cos(m.b),
+    "constant": lambda m, x: x @ torch.linspace(-1, 1, N * N).view(N, N),
+    "factor": lambda m, x: x * torch.cos(torch.arange(N) * m.g),
+}
+
+
+def gradients(run: Callable[[Tensor], Tensor], x: Tensor, autocast: bool) -> tuple[Tensor, Tensor]:
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        out = run(x)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out.dtype)
+    (grad,) = torch.autograd.grad(out, x, cotangent)
+    return out.detach(), grad
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("door", ["transform", "dropit_eager", "region"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_the_gradient_of_the_input_has_the_bits_of_dense(
+    name: str, door: str, autocast: bool
+) -> None:
+    model = Weights(PRODUCTS[name], region=door == "region")
+    x = torch.randn(512, N, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        if door == "transform":
+            packed: Any = dropit_fx.transform(model, example_args=(x,), preset="max")
+            assert dropit_fx.report(packed).kept_bytes == measure.saved_bytes(packed, x)
+        else:
+            packed = torch.compile(model, backend="dropit_eager", options={"preset": "max"})
+    for mine, theirs in zip(
+        gradients(packed, x, autocast), gradients(model, x, autocast), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+
+
+def test_what_is_made_of_chance_or_of_the_input_is_an_activation() -> None:
+    class Activations(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ torch.randn(N, N) + x @ torch.tanh(x.T @ x)
+
+    x = torch.randn(512, N, requires_grad=True)
+    packed = dropit_fx.transform(Activations(), example_args=(x,), preset="balanced")
+    codecs = {row.name: row.codec for row in dropit_fx.report(packed).rows}
+    assert codecs["randn"].startswith("mink"), codecs
+    assert codecs["tanh"].startswith("quant"), codecs
