@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -32,6 +33,19 @@ class Saved:
 
 class _Mark:
     """Tied to the autograd nodes of a result, it lives as long as one of them."""
+
+
+class Behind(torch.autograd.Function):
+    """Holds what is behind its inputs, as a checkpointed region of PyTorch does; ``apply(*xs)``."""
+
+    @staticmethod
+    def forward(*xs: Tensor) -> Tensor:
+        """Nothing, in a dtype that autograd knows."""
+        return xs[0].new_empty(0, dtype=torch.float32)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing of the inputs themselves."""
 
 
 class Autograd:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dropit_fx.codecs import CODEC
+from dropit_fx.codecs import CODEC, UNREAD
 from dropit_fx.codecs.codec import Options
 from dropit_fx.config import Config, ConfigError
 from dropit_fx.kernels.dtypes import FLOATS
@@ -18,6 +18,7 @@ from dropit_fx.passes.plan import Decision, Plan, SavedRead, Site
 from dropit_fx.runtime.copies import channel_nbytes
 
 _STATISTICS = ("mean", "rstd", "invstd")  # of a norm: one each for so many values
+STRANDED = "a checkpointed region alone would hold it, behind an input that gets no gradient"
 _EXACT = {
     Use.CONTRACT: "the gradient of {} depends on it, and stays exact",
     Use.REDUCE: "small beside what is packed, it stays exact",
@@ -79,6 +80,8 @@ def _choose(read: SavedRead, config: Config, said: str) -> Decision:
     def kept(reason: str) -> Decision:
         return Decision(read=read, codec="keep", nbytes=0, reason=reason)
 
+    if read.stranded:
+        return Decision(read=read, codec=UNREAD, note=STRANDED)
     if read.obstacle:
         return kept(read.obstacle)
     if read.row is None:
@@ -118,8 +121,11 @@ def _choose(read: SavedRead, config: Config, said: str) -> Decision:
 
 
 def whole_or_none(site: Site, decisions: list[Decision], config: Config) -> list[Decision]:
-    """All readers of a storage are packed, or none: the check ``whole_or_none``."""
-    packed = [d for d in decisions if d.packed]
+    """All readers of a storage are packed, or none: the check ``whole_or_none``.
+
+    Not counted are readers that are not there when the graph has run.
+    """
+    packed = [d for d in decisions if d.packed and not d.read.stranded]
     if not packed or config.force:
         return decisions
     keeper = next((d for d in decisions if not d.packed), None)
@@ -129,7 +135,7 @@ def whole_or_none(site: Site, decisions: list[Decision], config: Config) -> list
         reason = f"'{site.name}' is also kept whole by {keeper.read.label} ({keeper.reason})"
     else:
         return decisions
-    return [keep(d, reason) if d.packed else d for d in decisions]
+    return [keep(d, reason) if d.packed and not d.read.stranded else d for d in decisions]
 
 
 def keep(decision: Decision, reason: str) -> Decision:

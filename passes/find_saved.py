@@ -5,7 +5,8 @@ Autograd itself is asked: the graph runs once on fake tensors, with gradients on
 with a row or without: the bytes found here equal what the same hooks count in a real step. The op
 table then says what each kept tensor is to the node that keeps it (its input, its result, a mask
 inside it). Counted is what still lives when the graph has run: a branch that ends without a
-gradient takes what it has saved with it, as it does in a real step.
+gradient takes what it has saved with it, as it does in a real step, but for what a checkpointed
+region holds behind an input that gets no gradient.
 
 An input that is a leaf stays with the caller; one that another op has made is an activation like
 those inside (a block that is compiled by itself), kept for the backward alone.
@@ -29,7 +30,7 @@ from dropit_fx.capture.fake import RealStorages, fake_mode_of, fake_state
 from dropit_fx.capture.provenance import node_module, node_where
 from dropit_fx.ops.rule import INSIDE, Call, OpRule, Read, Use
 from dropit_fx.ops.table import CHECKPOINT, bind, derivable_rule_of, is_inplace, reads_of, rule_of
-from dropit_fx.passes.ask_autograd import Autograd, Saved
+from dropit_fx.passes.ask_autograd import Autograd, Behind, Saved
 from dropit_fx.passes.match_saved import is_copy_of, match_saved
 from dropit_fx.passes.plan import Elements, Keeper, Plan, SavedRead, Site
 from dropit_fx.passes.storages import FREE, Chance, Storages, elements, is_state
@@ -89,6 +90,7 @@ class _Probe(fx.Interpreter):
         self.written: set[int] = set()  # storages, where no version tells of it
         self._held: list[tuple[str, bool, Saved]] = []  # free ones: by whom, and packed as well
         self._regions: dict[str, list[Callable[[], object]]] = {}  # their results' marks
+        self._behind: list[tuple[Callable[[], object], Tensor | None]] = []  # regions hold
         inputs = [n for n in plan.module.graph.nodes if n.op == "placeholder"]
         self._fixed = {n for at, n in enumerate(inputs) if at in fixed or is_state(n)}
 
@@ -170,7 +172,7 @@ class _Probe(fx.Interpreter):
     def result(self, out: Any) -> Plan:
         """The plan with all that was found; ``out`` is what the graph returned."""
         self.env.clear()  # from here on, only what a real step holds is alive
-        self.kept = [k for k in self.kept if k.life() is not None]
+        self._let_go()
         for n, tensor, is_number in self.autograd.unseen(out):
             kept = Saved(tensor, lambda: True)
             if is_number and not _is_checkpoint(n):  # those of a region are in its own plan
@@ -204,6 +206,26 @@ class _Probe(fx.Interpreter):
             bodies=self.bodies,
         )
 
+    def _let_go(self) -> None:
+        """Forgets what is kept no more, and tells what stays for checkpointed regions alone.
+
+        A region of PyTorch holds the graphs behind all its inputs as long as it is to be made
+        again; one of a rewritten graph lets go of those that no gradient comes back to.
+        """
+        for at in reversed(range(len(self._behind))):  # what is held was there before its region
+            if self._behind[at][0]() is None:
+                del self._behind[at]
+        dense = [k for k in self.kept if k.life() is not None]
+        self._behind.clear()
+        there = {k.read.node for k in dense if k.read is not None and k.life() is not None}
+        self.kept = []
+        for kept in dense:
+            assert kept.read is not None
+            if kept.life() is None and kept.read.node not in there:
+                kept.read = replace(kept.read, stranded=True)
+            if kept.read.dense or not kept.read.stranded:
+                self.kept.append(kept)
+
     def _run_body(self, n: fx.Node, args: tuple[Any, ...]) -> tuple[Any, Callable[[], object]]:
         """A region's result, and what tells whether it is to be recomputed.
 
@@ -213,6 +235,7 @@ class _Probe(fx.Interpreter):
         body, given = args[0], args[1:]
         tensors = {at: t for at, t in enumerate(given) if isinstance(t, Tensor)}
         before = {at: version(t) for at, t in tensors.items()}
+        behind = Behind.apply(*tensors.values()) if tensors else None
         # without its inputs: they hold the graph behind them, which may go before the region does
         plan = Plan(module=body, inputs=(), config=self.plan.config)
         with fake_state(body, fake_mode_of(args)) as state:
@@ -228,7 +251,12 @@ class _Probe(fx.Interpreter):
         }
         body.meta[WRITTEN] = tuple(sorted(written.union(body.meta.get(WRITTEN, ()))))
         lives = probe.autograd.lives
-        return result, lambda: next((life for life in lives if life()), None)
+
+        def life() -> object:
+            return next((one for one in lives if one()), None)
+
+        self._behind.append((life, behind))
+        return result, life
 
     def _explain(self, ran: _Ran, rule: OpRule, saved: list[Saved]) -> None:
         """Turns what a node keeps into reads: which operand is each tensor?"""

@@ -65,6 +65,7 @@ def _keeping(exact: set[str], reason: str, plan: Plan) -> Plan:
             # a region that keeps nothing is not made again
             d.codec in LET_GO and d.read.node not in swapped and d.read.row is not CHECKPOINT
             for d in mine
+            if not d.read.stranded
         )
         decisions += [keep(d, BESIDE) for d in mine] if stays else mine
     return replace(plan, decisions=tuple(decisions))

@@ -107,6 +107,8 @@ class SavedRead:
         written: Whether it is written to later in the graph. What autograd lets go must then not be
             kept whole.
         number: Whether it is a number, which autograd keeps where no hook sees it.
+        stranded: Whether nothing but a checkpointed region holds it: it is behind an input from
+            which no gradient comes back. Regions of a rewritten graph let it go.
     """
 
     node: str
@@ -132,6 +134,7 @@ class SavedRead:
     dense: bool = True
     written: bool = False
     number: bool = False
+    stranded: bool = False
 
     @property
     def label(self) -> str:

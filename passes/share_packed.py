@@ -181,17 +181,20 @@ def _idle_regions(plan: Plan, decisions: Iterable[Decision]) -> set[str]:
 
 
 def _keeps_nothing(body: Plan) -> bool:
-    """Whether the ops of a region keep neither what they make nor an input of the region."""
+    """Whether the ops of a region keep neither what they make nor an input of the region.
+
+    Numbers do not count: a checkpoint does not see them, and they do not hold it.
+    """
     swapped = swapped_nodes(body.decisions)
     holds = any(packed or node not in swapped for node, packed in body.held.items())
-    return not holds and all(d.codec in LET_GO for d in body.decisions)
+    return not holds and all(d.codec in LET_GO or d.read.number for d in body.decisions)
 
 
 def is_copy(decision: Decision) -> bool:
     """Whether it packs a value of the graph, which others may read as well."""
     read = decision.read
     named = read.source is not None and read.bits is None
-    return decision.packed and named and decision.codec != "drop"
+    return decision.packed and named and decision.codec not in ("drop", UNREAD)
 
 
 def value_of(decision: Decision) -> tuple[object, ...]:

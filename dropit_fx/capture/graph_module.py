@@ -47,6 +47,21 @@ class RewrittenModule(fx.GraphModule):
         return made
 
 
+def keep_blocks(graph_module: fx.GraphModule) -> None:
+    """Lets the graphs nested in an exported one be pickled as they are, too.
+
+    They are blocks under autocast or ``no_grad``. To trace one again is to run what it calls: of a
+    block in a block, the inner one's autocast would be lost.
+    """
+    modules = dict(graph_module.named_modules(remove_duplicate=False))
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        block = modules.get(str(node.target))
+        if isinstance(block, fx.GraphModule):
+            keep_blocks(block)
+            kept = RewrittenModule(block, block.graph, type(block).__name__)
+            graph_module.add_submodule(str(node.target), kept)
+
+
 def _spell(node: fx.Node) -> str:
     """A name that :func:`_resolve` finds again."""
     if node.op != "call_function":

@@ -71,12 +71,33 @@ def mark(node: fx.Node) -> fx.Node:
     return node
 
 
-def from_annotations(graph: fx.Graph) -> None:
+def from_annotations(graph_module: fx.GraphModule) -> None:
     """Marks what was annotated, which is how marks come through ``torch.export``."""
-    for node in graph.nodes:
-        found = node.meta.pop(CUSTOM, {}).get(REGION)
+    for node, found in _annotated(graph_module):
+        node.meta.pop(CUSTOM, None)
         if found:
             node.meta[REGION] = found
+
+
+def _annotated(graph_module: fx.GraphModule) -> Iterator[tuple[fx.Node, tuple[Mark, ...]]]:
+    """The regions that each node is in.
+
+    Export makes a nested graph of a block under autocast or ``no_grad``, and annotates what is in
+    it, not its call: that is in the regions that all of the block is in.
+    """
+    modules = dict(graph_module.named_modules(remove_duplicate=False))
+    for node in graph_module.graph.nodes:
+        blocks = [modules.get(str(n.target)) for n in node.all_input_nodes if n.op == "get_attr"]
+        marks = [
+            found
+            for block in blocks
+            if isinstance(block, fx.GraphModule)
+            for inner, found in _annotated(block)
+            if not _is_lookup(inner)
+        ]
+        levels = zip(*marks, strict=False)
+        common = [level[0] for level in levels if all(other == level[0] for other in level)]
+        yield node, node.meta.get(CUSTOM, {}).get(REGION) or tuple(common)
 
 
 def checkpointing(graph_module: fx.GraphModule) -> fx.GraphModule:

@@ -29,7 +29,7 @@ from dropit_fx.capture.faithful.hooks import (
     refuse_hooks,
     torchs_hooks_inside,
 )
-from dropit_fx.capture.graph_module import RewrittenModule
+from dropit_fx.capture.graph_module import RewrittenModule, keep_blocks
 from dropit_fx.capture.input_guards import exporting_input_guards
 from dropit_fx.capture.modes import both_modes, is_one_mode, one_mode
 from dropit_fx.capture.provenance import error_line, first_line
@@ -322,7 +322,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         exported = program.module()
     # a plain GraphModule: the exported one refuses train() and eval()
     graph_module = fx.GraphModule(exported, exported.graph, type(model).__name__)
-    from_annotations(graph_module.graph)
+    from_annotations(graph_module)
+    keep_blocks(graph_module)
     known = set(model.state_dict())
     for name, _ in list(graph_module.named_buffers()):
         if name not in known:  # a constant that export lifted

@@ -78,7 +78,9 @@ def checkpointed(
     """As ``packed_checkpoint``, for graphs that run as they are.
 
     The region is made again with the random numbers of its forward; PyTorch's own op for it draws
-    new ones unless AOTAutograd traces it.
+    new ones unless AOTAutograd traces it. And it keeps its inputs without the graphs behind them,
+    which PyTorch's checkpoint holds, with all that they have saved, also where the region only
+    compares an input or detaches it.
 
     Args:
         body: As for ``packed_checkpoint``, which has the next two as well.
@@ -114,6 +116,9 @@ def checkpointed(
     before = copied(before)
     for at in before:
         in_forward[at], handed_on[at] = inputs[at], None
+    for at, x in enumerate(handed_on):
+        if isinstance(x, Tensor) and not x.is_leaf:
+            in_forward[at], handed_on[at] = x, x.detach().requires_grad_()
     no_stand_ins = [None] * len(packed or {})
     count = len(inputs)  # the region outlives the forward: it must not hold the inputs themselves
 

@@ -758,6 +758,56 @@ def test_a_traced_region_under_autocast_and_compiled() -> None:
             torch.testing.assert_close(a, b)
 
 
+def lowered(model: Region, h: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return model.body(h)  # type: ignore[no-any-return]
+
+
+def gated(model: Region, h: Tensor) -> Tensor:
+    with torch.no_grad():
+        gate = h.sigmoid() * 2
+    return torch.tanh(model.body(h)) * gate
+
+
+def gated_and_lowered(model: Region, h: Tensor) -> Tensor:
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        gate = model.body(h)
+    return torch.tanh(model.body(h)) * gate
+
+
+class Blocks(Region):
+    """A region that begins with a block under autocast, or without gradients; export nests it."""
+
+    def __init__(self, block: Callable[[Region, Tensor], Tensor]) -> None:
+        super().__init__(p=0.0)
+        self.block = block
+
+    def region(self, h: Tensor) -> Tensor:
+        return torch.sin(self.block(self, h)) + h
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.dim() == 2 and len(x.shape) else x
+
+
+@pytest.mark.parametrize("preset", ["lossless", "balanced"])
+@pytest.mark.parametrize("block", [lowered, gated, gated_and_lowered])
+def test_a_block_under_autocast_belongs_to_the_region_that_it_is_in(
+    block: Any, preset: str
+) -> None:
+    model, x = Blocks(block), torch.randn(16, 32)
+    packed = dropit_fx.transform(model, example_args=(x,), preset=preset)
+    report = dropit_fx.report(packed)
+    assert [r.op for r in report.rows if not r.region] == ["checkpoint"]
+    assert report.dense_bytes == saved_bytes(model, x)
+    for run in (packed, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert report.kept_bytes == saved_bytes(run, x)
+        (exact, dense), (found, ours) = step(model, model, x), step(run, run, x)
+        assert torch.equal(found, exact)
+        assert len(ours) == len(dense)
+        if preset == "lossless":
+            assert all(map(torch.equal, ours, dense))
+
+
 def test_a_selective_checkpoint_is_not_traced_through() -> None:
     class Selective(Region):
         def forward(self, x: Tensor) -> Tensor:
