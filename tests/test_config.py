@@ -230,6 +230,7 @@ def test_the_call_of_the_published_code_works() -> None:
 
 
 @pytest.mark.parametrize("kind", ["sugar", "rule"])
+@pytest.mark.slow
 def test_fewer_bits_never_cost_more_bytes(kind: str) -> None:
     x, images = torch.randn(64, 64), torch.randn(4, 16, 16, 16)
     mlp = nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.LayerNorm(64)

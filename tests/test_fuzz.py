@@ -58,6 +58,7 @@ def assert_right(verdict: Verdict, way: str) -> None:
 
 @settings(max_examples=30, **SETTINGS)
 @given(programs())
+@pytest.mark.slow
 def test_transform_gives_the_gradients_of_dense(program: Program) -> None:
     verdict = check(program, ("transform",), {"transform": ("exact", "balanced")}, counts(program))
     assert_right(verdict, "transform")

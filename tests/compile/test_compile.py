@@ -249,6 +249,7 @@ def small_vit(depth: int = 1) -> tuple[Any, Tensor]:
 
 
 @pytest.mark.parametrize("preset", ["balanced", "dropit"])
+@pytest.mark.slow
 def test_under_a_memory_budget_packed_tensors_stay_and_the_rest_is_recomputed(
     fresh: None, preset: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -271,6 +272,7 @@ def test_under_a_memory_budget_packed_tensors_stay_and_the_rest_is_recomputed(
     assert found.saved_bytes == floor < alone.saved_bytes
 
 
+@pytest.mark.slow
 def test_a_memory_budget_changes_no_gradient_of_packed_tensors(fresh: None) -> None:
     case = CASE["resnet18"]
     model = case.model()
@@ -288,6 +290,7 @@ def test_a_memory_budget_changes_no_gradient_of_packed_tensors(fresh: None) -> N
         torch.testing.assert_close(gradients[0.2][key], gradient)
 
 
+@pytest.mark.slow
 def test_the_guard_of_a_rewritten_module_takes_a_budget_of_what_the_dense_one_saves(
     fresh: None,
 ) -> None:

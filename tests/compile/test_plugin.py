@@ -210,6 +210,7 @@ print("hits", found["autograd_cache_hit"], "misses", found["autograd_cache_miss"
 """
 
 
+@pytest.mark.slow
 def test_compile_caches_hit_in_a_second_process_and_miss_after_a_change(tmp_path):
     def run(gamma: str, version: str) -> str:
         env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}

@@ -244,6 +244,7 @@ COMPARED += ["fsdp autocast", "ddp compiled", "fsdp compiled"]
 
 
 @pytest.mark.parametrize("what", COMPARED)
+@pytest.mark.slow
 def test_gradients_are_the_mean_of_what_one_process_finds(
     ranks: list[dict[str, Any]], what: str
 ) -> None:

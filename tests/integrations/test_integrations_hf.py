@@ -157,6 +157,7 @@ def test_the_model_stays_what_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", ["lossless", "gact"])  # gact rounds stochastically
+@pytest.mark.slow
 def test_a_resumed_run_has_the_losses_of_one_that_was_never_stopped(
     tmp_path: Path, preset: str
 ) -> None:
@@ -188,6 +189,7 @@ def test_stochastic_rounding_is_what_the_seed_decides(tmp_path: Path) -> None:
     assert found[0] != found[2]
 
 
+@pytest.mark.slow
 def test_lora_saves_nothing_for_frozen_weights(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
 

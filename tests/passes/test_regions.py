@@ -495,6 +495,7 @@ def test_autocast_goes_with_it(inner: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.slow
 def test_transformers_own_checkpointing(name: str) -> None:
     small = {"vocab_size": 200, "bos_token_id": 0, "eos_token_id": 0}
     model: Any

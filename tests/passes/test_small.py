@@ -94,6 +94,7 @@ def test_settings_are_checked() -> None:
             load_config({"norm_values": value})
 
 
+@pytest.mark.slow
 def test_what_is_written_to_later_stays_packed_where_others_are_made_from_it() -> None:
     model = timm.create_model("efficientnet_b0", num_classes=10).train()  # SiLU in place
     x = torch.randn(2, 3, 64, 64)
