@@ -425,12 +425,27 @@ def gpu_tables(path: Path) -> str:
 
 
 def gpu_said() -> str:
-    """One sentence: the cards that were measured, or that there was none."""
-    cards = [json.loads(p.read_text())["card"] for p in sorted((ROOT / FIGURES).glob("gpu_*.json"))]
-    if not cards:
+    """What `balanced` keeps and takes of an eager step on each card that was measured."""
+    results = [json.loads(p.read_text()) for p in sorted((ROOT / FIGURES).glob("gpu_*.json"))]
+    if not results:
         return "**Nothing has been measured on a GPU yet**; `make gpu` does it, in nine minutes."
-    link = "[on a GPU](examples/figures/README.md#on-a-gpu)"
-    return f"Measured {link} as well: {', '.join(cards)}."
+    link = "[On a GPU](examples/figures/README.md#on-a-gpu)"
+    return "\n".join(f"{link}, {r['card']}, bf16, eager: {_eager_steps(r)}." for r in results)
+
+
+def _eager_steps(result: dict[str, Any]) -> str:
+    from dropit_fx.bench.gpu_models import MODELS
+
+    eager = [r for r in result["rows"] if r.get("mode") == "eager" and "failed" not in r]
+    steps = {(r["model"], r["variant"]): r for r in eager}
+    shares = []
+    for model in (m for m in MODELS if {(m, "dense"), (m, "balanced")} <= steps.keys()):
+        dense, mine = steps[model, "dense"], steps[model, "balanced"]
+        kept = mine["saved_bytes"] / dense["saved_bytes"]
+        time = mine["step_seconds"] / dense["step_seconds"]
+        name = MODELS[model].title.partition(",")[0]
+        shares.append(f"{name} keeps {kept:.0%} at {time:.1f}x the step")
+    return ", ".join(shares)
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
