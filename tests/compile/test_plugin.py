@@ -198,30 +198,34 @@ _CACHED = """
 import sys, torch, dropit_fx
 from dropit_fx import backend
 from torch._dynamo.utils import counters
-if sys.argv[2] == "changed":
-    backend.CACHE_VERSION = "another formula"
-torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.GELU(), torch.nn.Linear(32, 4))
-options = {"preset": "dropit", "gamma": float(sys.argv[1])}
-run = torch.compile(model, backend="dropit", options=options)
-run(torch.randn(64, 32)).sum().backward()
-found = counters["aot_autograd"]
-print("hits", found["autograd_cache_hit"], "misses", found["autograd_cache_miss"])
+version = backend.CACHE_VERSION
+for asked in sys.argv[1:]:
+    gamma, formula = asked.split(":")
+    backend.CACHE_VERSION = version if formula == "same" else "another formula"
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.GELU(), torch.nn.Linear(32, 4))
+    options = {"preset": "dropit", "gamma": float(gamma)}
+    run = torch.compile(model, backend="dropit", options=options)
+    run(torch.randn(64, 32)).sum().backward()
+    found = counters["aot_autograd"]
+    print("hits", found["autograd_cache_hit"], "misses", found["autograd_cache_miss"])
 """
 
 
 @pytest.mark.slow
 def test_compile_caches_hit_in_a_second_process_and_miss_after_a_change(tmp_path):
-    def run(gamma: str, version: str) -> str:
+    def run(*asked: str) -> list[str]:
         env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-        command = [sys.executable, "-c", _CACHED, gamma, version]
+        command = [sys.executable, "-c", _CACHED, *asked]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+        return done.stdout.strip().splitlines()
 
-    assert run("0.9", "same") == "hits 0 misses 1"
-    assert run("0.9", "same") == "hits 1 misses 0"
-    assert run("0.8", "same") == "hits 0 misses 1"
-    assert run("0.9", "changed") == "hits 0 misses 1"
+    hit, miss = "hits 1 misses 0", "hits 0 misses 1"
+    assert run("0.9:same") == [miss]
+    # the last one shows that what missed did so for what had changed
+    assert run("0.9:same", "0.8:same", "0.9:changed", "0.9:same") == [hit, miss, miss, hit]
 
 
 def test_views_that_autograd_refuses_stop_nothing(fresh):
