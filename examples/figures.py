@@ -401,7 +401,8 @@ def gpu_tables(path: Path) -> str:
             "bf16 autocast. Saved: what autograd keeps, counted by storage (of `save_on_cpu`, on"
             " the host). Peak: of PyTorch's allocator over a forward and its backward, gradients"
             " included, above the level before. Shares are of the dense step of the same mode."
-            " Time: median, with the optimizer. Cosine: with the gradient of the dense step, all"
+            " Time: median, with the optimizer. Busy: of it, what the GPU works; the rest it waits"
+            " for the host. Cosine: with the gradient of the dense step, all"
             " parameters; of a dense step, with its own second gradient."
         )
         parts += [markdown(MODEL_HEAD, lines), note]

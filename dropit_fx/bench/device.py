@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from dropit_fx.bench.model_spec import SpecError
 
@@ -54,6 +55,18 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
     elapsed = time.perf_counter() - start
     del result  # freeing is no part of it
     return elapsed
+
+
+def busy_seconds(run: Callable[[], Any], device: torch.device, rounds: int = 2) -> float | None:
+    """Seconds of a call in which a GPU works; of the rest it waits for the host. None elsewhere."""
+    if device.type != "cuda":
+        return None
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(rounds):
+            run()
+        synchronize(device)
+    micros: float = sum(event.self_device_time_total for event in seen.key_averages())
+    return micros / 1e6 / rounds
 
 
 def seconds(run: Callable[[], Any], device: torch.device, warm: int, rounds: int) -> list[float]:

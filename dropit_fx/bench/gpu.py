@@ -40,7 +40,7 @@ START_SECONDS = 20  # of a worker: Python, PyTorch, the libraries of models
 NO_FIGURES = ("gpu.py", "gpu_tables.py", "gpu_worker.py", "plot.py", "page.py", "palette.py")
 GRACE = 15  # seconds for writing and drawing at the end
 # Guesses, until a row of the same model and mode has been measured.
-GUESS = {"kernel": 5.0, "eager": 10.0, "compiled": 50.0, gpu_rows.GRAPHS: 60.0}
+GUESS = {"kernel": 2.0, "eager": 10.0, "compiled": 40.0, gpu_rows.GRAPHS: 40.0}
 LARGE = {"llama": 2.0, "lora": 2.0, "vit_l": 1.5}  # times the guess
 
 # What is measured ---------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dropit_fx import measure
-from dropit_fx.bench.device import allocated, peak_of, seconds, synchronize
+from dropit_fx.bench.device import allocated, busy_seconds, peak_of, seconds, synchronize
 from dropit_fx.bench.gpu_models import MODELS
 from dropit_fx.bench.pareto import Variant
 from dropit_fx.bench.step import Task
@@ -98,12 +98,13 @@ def model_row(
         rehearse: Take the small models and few steps.
 
     Returns:
-        ``step_seconds`` (median, with the optimizer), ``cold_seconds`` (the first step), ``loss``,
-        ``cosine`` and ``error`` of the gradient against the dense one (``against``; of a dense row:
-        of its second step against its first), ``graphs`` compiled. But for :data:`GRAPHS`, also
-        ``saved_bytes`` (by storage, on the host for ``save_on_cpu``); and of the allocator, above
-        the level before the step, ``held_bytes`` (after the forward), ``forward_peak_bytes``,
-        ``peak_bytes`` (with the parameters' gradients).
+        ``step_seconds`` (median, with the optimizer), ``busy_seconds`` (of them, those in which the
+        GPU works), ``cold_seconds`` (the first step), ``loss``, ``cosine`` and ``error`` of the
+        gradient against the dense one (``against``; of a dense row: of its second step against its
+        first), ``graphs`` compiled. But for :data:`GRAPHS`, also ``saved_bytes`` (by storage, on
+        the host for ``save_on_cpu``); and of the allocator, above the level before the step,
+        ``held_bytes`` (after the forward), ``forward_peak_bytes``, ``peak_bytes`` (with the
+        parameters' gradients).
     """
     task = _task(name, device, rehearse)
     model = task.model
@@ -148,7 +149,7 @@ def model_row(
     row["step_seconds"] = statistics.median(
         seconds(step, device, *((1, 1) if rehearse else (2, 9)))
     )
-    return row | {"graphs": record.graphs}
+    return row | {"busy_seconds": busy_seconds(step, device), "graphs": record.graphs}
 
 
 def _memory(loss: Callable[[], Tensor], device: torch.device) -> Row:

@@ -57,7 +57,7 @@ def model_cells(rows: Sequence[Row]) -> list[list[str]]:
     """The rows of models, with shares of the dense row of the same model and mode.
 
     Returns:
-        Lines of model, mode, variant, saved, peak, time, cosine, first step; see
+        Lines of model, mode, variant, saved, peak, time, busy, cosine, first step; see
         :data:`MODEL_HEAD`.
     """
     steps = {key(row): row for row in rows if row["kind"] == "model"}
@@ -65,7 +65,7 @@ def model_cells(rows: Sequence[Row]) -> list[list[str]]:
     for (_, model, mode, variant), row in sorted(steps.items(), key=lambda item: _place(item[0])):
         name = [MODELS[model].title, mode, variant]
         if "failed" in row:
-            lines.append([*name, failure(row, 60), "", "", "", ""])
+            lines.append([*name, failure(row, 60), *[""] * 5])
             continue
         dense = steps.get(("model", model, mode, gpu_rows.DENSE), {})
 
@@ -79,11 +79,12 @@ def model_cells(rows: Sequence[Row]) -> list[list[str]]:
         cosine = "-" if row["cosine"] is None else f"{row['cosine']:.4f}"
         sizes = (cell(f"{what}_bytes", 1 / MIB, "MiB") for what in ("saved", "peak"))
         first = f"{row['cold_seconds']:.1f} s"
-        lines.append([*name, *sizes, cell("step_seconds", 1e3, "ms"), cosine, first])
+        times = (cell(f"{what}_seconds", 1e3, "ms") for what in ("step", "busy"))
+        lines.append([*name, *sizes, *times, cosine, first])
     return lines
 
 
-MODEL_HEAD = ("model", "mode", "step", "saved", "peak", "time", "cosine", "first step")
+MODEL_HEAD = ("model", "mode", "step", "saved", "peak", "time", "busy", "cosine", "first step")
 KERNEL_HEAD = (
     "format",
     "bits",
