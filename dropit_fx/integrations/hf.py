@@ -43,7 +43,9 @@ class DropITCallback(TrainerCallback):
     ``saved_bytes_packed``; ``graphs`` has the reports.
 
     Args:
-        config: As for ``transform``; so are `preset`, `strategy`, `gamma` and `bits`.
+        config: As for ``transform``; so are `preset`, `strategy`, `gamma` and `bits`. With
+            ``drop_logits: true`` the logits of a language model are never whole in training, where
+            the model returns None for them; evaluation has them.
         preset: Name of a preset.
         strategy: Codec of linear and convolution inputs; without a preset or a config, the preset
             is then ``"dropit"``.

@@ -138,6 +138,20 @@ def test_compiled_graphs_log_what_their_partition_saves(tmp_path: Path) -> None:
     assert logged["saved_bytes_packed"] == graph.partitions[-1].saved_bytes > 0
 
 
+def test_logits_that_nobody_reads_are_dropped_in_training_and_there_in_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "VOCABULARY", 256)
+    dense = losses(train(tmp_path))
+    callback = DropITCallback({"preset": "lossless", "loss_classes": 8, "drop_logits": True})
+    made = train(tmp_path, callback)
+    (graph,) = callback.graphs
+    assert "fused" in {row.codec for row in graph.report.rows}
+    assert losses(made) == [pytest.approx(pair, rel=1e-5) for pair in dense]
+    predicted = made.predict(counting(BATCH)).predictions
+    assert predicted.shape == (BATCH, LENGTH, 256)
+
+
 def test_the_model_stays_what_it_is(tmp_path: Path) -> None:
     model = gpt2()
     keys = list(model.state_dict())
