@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import dropit_fx
 from dropit_fx import Check, check, measure
-from dropit_fx.check import checker
+from dropit_fx.check import checker, step
 from dropit_fx.check.step import SEED
 from dropit_fx.cli import main
 from dropit_fx.codecs import CODEC
@@ -81,6 +81,41 @@ def test_a_loss_that_is_computed_with_its_layer_is_compared_to_rounding(
     said = {f.name: f.text for f in checked.findings}
     assert said["gradients, exact formats"].endswith("have the same bits")
     assert said["output"].endswith("equal to rounding")
+
+
+@pytest.mark.parametrize("way", ["transform", "dropit_eager"])
+def test_dropped_logits_are_said_and_nothing_else_may_be_gone(
+    way: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(16, 32), nn.Linear(32, 5000)
+
+        def forward(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
+            hidden = self.first(x).tanh()
+            logits = self.head(hidden)
+            loss = nn.functional.cross_entropy(logits, target)
+            return {"logits": logits, "hidden": hidden, "loss": loss}
+
+    given = torch.randn(64, 16), torch.randint(5000, (64,))
+    config = {"preset": "lossless", "drop_logits": True}
+    checked = check(Words(), given, config=config, backend=way)
+    assert checked, checked
+    assert text(checked, "output").endswith("None as drop_logits asks for: ['logits']")
+
+    whole = step._by_path
+
+    def without_hidden(output: Any) -> dict[str, Tensor]:
+        found = whole(output)
+        if "['logits']" not in found:
+            del found["['hidden']"]
+        return found
+
+    monkeypatch.setattr(step, "_by_path", without_hidden)
+    checked = check(Words(), given, config=config, backend=way)
+    assert not checked
+    assert "['hidden']" in text(checked, "output")
 
 
 def test_a_models_own_loss_and_ones_own() -> None:

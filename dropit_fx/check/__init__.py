@@ -51,7 +51,8 @@ def check(
     Rounding is a relative error of 1e-4 in float32 and 3e-2 in 16 bits, of the whole and, measured
     against the root mean square of all gradients, of each tensor. It counts in the place of equal
     bits with ``backend="dropit"``, where the dense model does not repeat its own bits, and for
-    outputs where a loss is computed with its layer (``loss_classes``). What the
+    outputs where a loss is computed with its layer (``loss_classes``); logits that ``drop_logits``
+    makes None are named, and do not fail. What the
     formats of the config lose in the gradient is shown and does not fail.
 
     Args:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from dropit_fx import measure
 from dropit_fx.api import transform
@@ -167,7 +168,7 @@ class Checker:
 
     def _compare(self, dense: Seen, found: Rewritten) -> None:
         seen = found.seen
-        self._outputs(dense, seen, self.exact and not found.fused)
+        self._outputs(dense, found)
         wrong = differing(dense.buffers, seen.buffers, self.exact)
         text = f"{len(dense.buffers)} buffers are as dense leaves them"
         self.say("buffers", not wrong, f"differ: {_listed(wrong)}" if wrong else text)
@@ -181,15 +182,22 @@ class Checker:
         self.say("first loss", None, f"{seen.loss:.6g}, dense {dense.loss:.6g}")
         self._gradients(dense, seen)
 
-    def _outputs(self, dense: Seen, seen: Seen, exact: bool) -> None:
-        wrong = []
-        for at, (theirs, ours) in enumerate(zip(dense.outputs, seen.outputs, strict=True)):
-            wrong += [f"{n} (call {at + 1})" for n in differing(theirs, ours, exact)]
-            if len(theirs) != len(ours):
-                wrong.append(f"{len(ours)} tensors in the place of {len(theirs)} (call {at + 1})")
+    def _outputs(self, dense: Seen, found: Rewritten) -> None:
+        exact, wrong, dropped = self.exact and not found.fused, [], set[str]()
+        for at, (theirs, ours) in enumerate(zip(dense.outputs, found.seen.outputs, strict=True)):
+            if found.fused and self.config.drop_logits:
+                dropped |= {n for n in theirs.keys() - ours.keys() if self._is_logits(theirs[n])}
+            there = {name: tensor for name, tensor in theirs.items() if name not in dropped}
+            wrong += [f"{n} (call {at + 1})" for n in differing(there, ours, exact)]
+            if len(there) != len(ours):
+                wrong.append(f"{len(ours)} tensors in the place of {len(there)} (call {at + 1})")
         how = "the same bits as dense" if exact else "equal to rounding"
-        text = f"{len(dense.outputs[0])} tensors in two calls: {how}"
+        text = f"{len(dense.outputs[0]) - len(dropped)} tensors in two calls: {how}"
+        text += f"; None as drop_logits asks for: {_listed(sorted(dropped))}" if dropped else ""
         self.say("output", not wrong, f"differs: {_listed(wrong)}" if wrong else text)
+
+    def _is_logits(self, output: Tensor) -> bool:
+        return output.dim() > 0 and output.shape[-1] >= self.config.loss_classes
 
     def _chance(self, dense: Seen, seen: Seen) -> None:
         """Where two calls of the dense model differ, those of the rewritten one do."""

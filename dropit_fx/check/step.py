@@ -87,7 +87,7 @@ def take_step(task: Task, runs: Callable[..., Any], owner: nn.Module) -> Seen:
     task.model.zero_grad(set_to_none=True)
     _seed()
     output = runs(*args, **kwargs)
-    seen.outputs.append(_named(output))
+    seen.outputs.append(_by_path(output))
     value = task.loss(output)
     if value.numel() != 1:
         raise ValueError(f"the loss has {value.numel()} elements: it must be a scalar")
@@ -98,11 +98,18 @@ def take_step(task: Task, runs: Callable[..., Any], owner: nn.Module) -> Seen:
     for name, leaf in _named((args, kwargs), detached=False).items():
         if leaf.requires_grad:
             seen.gradients[f"input {name}"] = leaf.grad
-    seen.outputs.append(_named(runs(*task.inputs()[0], **task.inputs()[1])))
+    seen.outputs.append(_by_path(runs(*task.inputs()[0], **task.inputs()[1])))
     buffers = dict(task.model.named_buffers()) | dict(owner.named_buffers())
     seen.buffers = {n: b.detach().clone() for n, b in buffers.items()}
     task.model.zero_grad(set_to_none=True)
     return seen
+
+
+def _by_path(output: Any) -> dict[str, Tensor]:
+    """The tensors of an output by their places in it: one that is None moves no other."""
+    leaves, _ = pytree.tree_flatten_with_path(output)
+    tensors = [(path, leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
+    return {pytree.keystr(path) or "0": tensor.detach().clone() for path, tensor in tensors}
 
 
 def _named(tree: Any, detached: bool = True) -> dict[str, Tensor]:
