@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from dropit_fx.codecs import DERIVED
@@ -42,7 +42,6 @@ from dropit_fx.ops.autocasting import (
 )
 from dropit_fx.ops.rule import OpRule
 from dropit_fx.ops.table import CHECKPOINT, DERIVABLE, OP_RULES, bind
-from dropit_fx.private import base_of
 from dropit_fx.runtime.copies import (
     KEEP,
     Kept,
@@ -58,7 +57,7 @@ from dropit_fx.runtime.overrides import has_own_ops, is_complex, on_meta, transf
 from dropit_fx.runtime.regions import checkpointed as checkpointed  # as pickles name it
 from dropit_fx.runtime.regions import packed_checkpoint
 from dropit_fx.runtime.regions import stand_in as stand_in  # as pickles name it
-from dropit_fx.runtime.tensor_spec import TensorSpec, memory_order, spec_of
+from dropit_fx.runtime.tensor_spec import TensorSpec, memory_order, spec_of, stays
 
 
 def _lowered(x: Tensor) -> Tensor:
@@ -258,20 +257,13 @@ def _what_is_kept(
             codec, options = how[0], tuple(how[1].items())
             count = 0 if codec == "keep" and operand == "result" else buffers_of(codec, options)
             to_keep.append(Kept(operand, codec, options, tensors=count))
-        elif rule.autocast == "lower" and uncast[operand] is not value and _stays(uncast[operand]):
+        elif rule.autocast == "lower" and uncast[operand] is not value and stays(uncast[operand]):
             # a parameter stays anyway: it is kept in the place of autocast's copy
             copied.append(Kept(operand, "keep", dtype=bound[operand].dtype))
             parts.append(uncast[operand].detach())
         elif is_tensor:
             to_keep.append(Kept(operand, "keep", tensors=0))
     return tuple(to_keep), tuple(copied), parts
-
-
-def _stays(x: Any) -> bool:
-    """Whether ``x`` is a parameter, or part of one, as q, k and v of an attention often are."""
-    if isinstance(x, Tensor) and not torch.compiler.is_dynamo_compiling():
-        x = x if (base := base_of(x)) is None else base
-    return isinstance(x, nn.Parameter)
 
 
 def _cache_version() -> str:

@@ -14,7 +14,7 @@ from dropit_fx.kernels.dispatch import define
 from dropit_fx.ops.table import CHECKPOINT
 from dropit_fx.private import CHECKPOINT_CONTEXT, OpOverload, storage_id
 from dropit_fx.runtime.copies import Kept, Packed, kept_as, read_back, shared_out
-from dropit_fx.runtime.tensor_spec import TensorSpec, spec_of
+from dropit_fx.runtime.tensor_spec import TensorSpec, spec_of, stays
 
 
 def _value(value: Tensor, x: Tensor) -> Tensor:
@@ -117,7 +117,9 @@ def checkpointed(
     for at in before:
         in_forward[at], handed_on[at] = inputs[at], None
     for at, x in enumerate(handed_on):
-        if isinstance(x, Tensor) and not x.is_leaf:
+        # part of a parameter stays what it is: in the forward and when the region is made again,
+        # its readers keep the parameter in the place of autocast's copy; and nothing is behind it
+        if isinstance(x, Tensor) and not x.is_leaf and not stays(x):
             in_forward[at], handed_on[at] = x, x.detach().requires_grad_()
     no_stand_ins = [None] * len(packed or {})
     count = len(inputs)  # the region outlives the forward: it must not hold the inputs themselves

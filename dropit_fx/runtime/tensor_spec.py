@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from dropit_fx.private import base_of
 
 
 class TensorSpec(NamedTuple):
@@ -16,6 +18,13 @@ class TensorSpec(NamedTuple):
     order: list[int] | None  # see ``memory_order``
     dtype: torch.dtype
     device: torch.device
+
+
+def stays(x: Any) -> bool:
+    """Whether ``x`` is a parameter, or part of one, as q, k and v of an attention often are."""
+    if isinstance(x, Tensor) and not torch.compiler.is_dynamo_compiling():
+        x = x if (base := base_of(x)) is None else base
+    return isinstance(x, nn.Parameter)
 
 
 def spec_of(x: Tensor) -> TensorSpec:

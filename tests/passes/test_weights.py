@@ -82,6 +82,42 @@ def test_the_gradient_of_the_input_has_the_bits_of_dense(
         assert torch.equal(mine, theirs)
 
 
+class Handed(nn.Module):
+    """A checkpointed region that is given part of a parameter."""
+
+    def __init__(self, part: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.part, self.w, self.first = part, nn.Parameter(torch.randn(N, N)), nn.Linear(N, N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def product(x: Tensor, w: Tensor) -> Tensor:
+            return torch.tanh(x @ w)
+
+        out: Tensor = checkpoint(product, self.first(x), self.part(self.w), use_reentrant=False)
+        return out
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("door", ["transform", "dropit_eager"])
+@pytest.mark.parametrize(
+    "part", [lambda w: w.T, lambda w: w[:, :8], lambda w: w.chunk(2)[0].T], ids=["T", "8", "half"]
+)
+def test_a_region_is_made_again_from_part_of_a_parameter(
+    part: Callable[[Tensor], Tensor], door: str, autocast: bool
+) -> None:
+    model, x = Handed(part), torch.randn(64, N, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        packed: Any = (
+            dropit_fx.transform(model, example_args=(x,), preset="lossless")
+            if door == "transform"
+            else torch.compile(model, backend="dropit_eager", options={"preset": "lossless"})
+        )
+    for mine, theirs in zip(
+        gradients(packed, x, autocast), gradients(model, x, autocast), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+
+
 def test_what_is_made_of_chance_or_of_the_input_is_an_activation() -> None:
     class Activations(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
