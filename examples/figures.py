@@ -437,7 +437,8 @@ def gpu_said() -> str:
 def _eager_steps(result: dict[str, Any]) -> str:
     from dropit_fx.bench.gpu_models import MODELS
 
-    eager = [r for r in result["rows"] if r.get("mode") == "eager" and "failed" not in r]
+    last = [r for r in result["rows"] if r["sources"] == result["sources"]]  # of one tree
+    eager = [r for r in last if r.get("mode") == "eager" and "failed" not in r]
     steps = {(r["model"], r["variant"]): r for r in eager}
     shares = []
     for model in (m for m in MODELS if {(m, "dense"), (m, "balanced")} <= steps.keys()):

@@ -59,8 +59,7 @@ def way(model: nn.Module, blocks: Sequence[str], mode: str, variant: str, inner:
         graphs: dict[str, Any] = {"triton.cudagraphs": True} if inner == "inductor" else {}
         if not preset:
             return torch.compile(model, backend=inner, options=graphs or None), record
-        config = {"preset": preset, "drop_logits": record.drop_logits}
-        ours: dict[str, Any] = {"config": config, "inner": inner}
+        ours: dict[str, Any] = {"config": record.config, "inner": inner}
         return torch.compile(model, backend="dropit", options=ours | graphs), record
     return (record.compiled(model, "eager") if preset else model), record
 

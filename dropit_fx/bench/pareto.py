@@ -54,6 +54,11 @@ class Variant:
     drop_logits: bool = False
     graphs: int = field(default=0, compare=False)
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the plug-in is given, where it is one of ours."""
+        return {"preset": self.preset, "drop_logits": self.drop_logits}
+
     def compiled(self, model: nn.Module, inner: str) -> Callable[..., Any]:
         """``model`` compiled this way: nothing is shared with what was compiled another way."""
 
@@ -62,8 +67,7 @@ class Variant:
             with at_memory_budget(self.budget):
                 if self.preset is None:
                     return lookup_backend(inner)(gm, inputs)
-                config = {"preset": self.preset, "drop_logits": self.drop_logits}
-                return backend.dropit(gm, inputs, options={"config": config, "inner": inner})
+                return backend.dropit(gm, inputs, options={"config": self.config, "inner": inner})
 
         compiled: Callable[..., Any] = torch.compile(model, backend=compile_graph)
         return compiled

@@ -52,8 +52,8 @@ def check(
     against the root mean square of all gradients, of each tensor. It counts in the place of equal
     bits with ``backend="dropit"``, where the dense model does not repeat its own bits, and for
     outputs where a loss is computed with its layer (``loss_classes``); logits that ``drop_logits``
-    makes None are named, and do not fail. What the
-    formats of the config lose in the gradient is shown and does not fail.
+    makes None are named, and do not fail. What the formats of the config lose in the gradient is
+    shown and does not fail.
 
     Args:
         model: Any module; afterwards it is what it was: values, gradients, modes, attributes,

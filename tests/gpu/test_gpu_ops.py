@@ -53,7 +53,7 @@ def check(
     mine = run(packed, tensors)
     assert_same(mine[0], first[0])
     reasons = [r for r in (call.rounds, RECORDS[name].rounds_on_cuda, *alerts(dense, tensors)) if r]
-    if any(map(is_copied, call.args)):
+    if name in COPYING and any(map(is_copied, call.args)):
         reasons.append("cuBLAS is given a copy of an operand with gaps, in an order of its own")
     if any(a is not None and not same(a, b) for a, b in zip(first[1], again[1], strict=True)):
         reasons.append("two dense runs differ")
@@ -62,6 +62,9 @@ def check(
         return
     record_property("compared with a tolerance", "; ".join(reasons))
     torch.testing.assert_close(mine[1], first[1], equal_nan=True)
+
+
+COPYING = ("matmul", "mm", "addmm")  # products that were seen to round otherwise for it
 
 
 def is_copied(argument: Any) -> bool:

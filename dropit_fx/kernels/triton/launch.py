@@ -5,7 +5,6 @@ Grids are one-dimensional: y and z end at 65,535, which one large activation pas
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -39,7 +38,6 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-@functools.lru_cache(maxsize=1024)
 def pack_tile(form: Format) -> Tile:
     """The tile of a program that packs: of those tried on an H100, the fastest.
 
@@ -53,7 +51,6 @@ def pack_tile(form: Format) -> Tile:
     return _tile(form.block, (1 + crowded) * (1 + (selects and form.block > _TILE)))
 
 
-@functools.lru_cache(maxsize=1024)
 def unpack_tile(form: Format) -> Tile:
     """The tile of a program that unpacks; large blocks take more warps, for their registers."""
     return _tile(form.block, 1 + (form.block > _TILE))
@@ -145,21 +142,7 @@ def block_arguments(
     numel: int, dtype: torch.dtype, form: Format, tile: Tile, channels: Channels | None
 ) -> dict[str, Any]:
     """What the kernels that pack and unpack blocks are launched with alike, by name."""
-    if channels is None:
-        return _block_arguments(numel, dtype, form, tile, 1, 1, False)
-    return _block_arguments(numel, dtype, form, tile, channels.inner, channels.mean.numel(), True)
-
-
-@functools.lru_cache(maxsize=4096)  # the same in every step, and the host launches in no time else
-def _block_arguments(
-    numel: int,
-    dtype: torch.dtype,
-    form: Format,
-    tile: Tile,
-    inner: int,
-    channels: int,
-    by_channel: bool,
-) -> dict[str, Any]:
+    inner, count = shape_of(channels) if channels else (1, 1)
     k_full, k_tail = form.kept_counts(numel)
     return {
         "numel": numel,
@@ -168,11 +151,11 @@ def _block_arguments(
         "k_full": k_full,
         "k_tail": k_tail,
         "inner": inner,
-        "channels": channels,
+        "channels": count,
         "DTYPE": NUMBER[dtype],
         "BITS": form.bits,
         "SPACING": form.spacing,
-        "BY_CHANNEL": by_channel,
+        "BY_CHANNEL": channels is not None,
         "FULL_": form.full,
         "COLUMNS": max(1, form.columns),
         "ROWS": tile.rows,
