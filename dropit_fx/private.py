@@ -4,10 +4,9 @@ Functions, classes and modules are imported from here under the last part of the
 ``from dropit_fx.private import compile_fx``, and looked up then: nothing is loaded before it is
 wanted. What is an attribute of an object, a key of ``node.meta`` or an option has a helper below.
 
-On a PyTorch that dropit_fx was not run with, the first use of each part (``import dropit_fx``,
-``torch.export``, the plug-in) warns once of all names of that part that are missing, with what does
-not work without them. A missing name raises :class:`MissingName` where it is used, unless its line
-has another in its place.
+The first use of each part (``import dropit_fx``, ``torch.export``, the plug-in) warns once of its
+names that this PyTorch lacks, with what does not work without them. A missing name raises
+:class:`MissingName` where it is used, unless its line has another in its place.
 """
 
 from __future__ import annotations
@@ -16,8 +15,9 @@ import functools
 import inspect
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 from unittest import mock
@@ -424,8 +424,8 @@ def checkpoints_run_by(
 ) -> Iterator[None]:
     """Replaces what this thread's checkpoints do around their regions: ``around(options, usual)``.
 
-    It yields once, for the region to run; options are those that are not the defaults, and
-    ``usual()`` does what PyTorch does.
+    It yields once, for the region to run, and is closed at the end where that raises; options are
+    those that are not the defaults, and ``usual()`` does what PyTorch does.
     """
     name = "torch.utils.checkpoint._checkpoint_without_reentrant_generator"
     name += "_impl" if has(f"{name}_impl") else ""
@@ -438,9 +438,11 @@ def checkpoints_run_by(
             return original(*args, **kwargs)
         given = signature.bind(*args, **kwargs).arguments
         options = {n: given[n] for n, d in defaults.items() if n in given and given[n] != d}
-        return around(options, functools.partial(original, *args, **kwargs))
+        made = around(options, functools.partial(original, *args, **kwargs))
+        begun.callback(lambda ref: (left := ref()) and left.close(), weakref.ref(made))
+        return made
 
-    with mock.patch(name, make):
+    with mock.patch(name, make), ExitStack() as begun:
         yield
 
 

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import (
 )
 
 import dropit_fx
+from dropit_fx.capture.regions import marking
 from dropit_fx.codecs import CODEC
 from dropit_fx.codecs.codec import Codec
 from dropit_fx.compile import backend
@@ -807,6 +808,18 @@ def test_a_block_under_autocast_belongs_to_the_region_that_it_is_in(
         assert len(ours) == len(dense)
         if preset == "lossless":
             assert all(map(torch.equal, ours, dense))
+
+
+def test_a_region_that_raises_marks_nothing_afterwards() -> None:
+    def wrong(x: Tensor) -> Tensor:
+        raise ValueError("as a tracer raises")
+
+    with pytest.raises(ValueError, match="tracer") as raised, marking():
+        checkpoint(
+            lambda x: checkpoint(wrong, x, use_reentrant=False), torch.ones(1), use_reentrant=False
+        )
+    assert raised.tb is not None  # which holds what the region left open
+    assert "custom" not in torch.fx.traceback.current_meta
 
 
 def test_a_selective_checkpoint_is_not_traced_through() -> None:
