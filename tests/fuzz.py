@@ -27,6 +27,7 @@ from typing import Any
 
 CHUNK = 100  # programs of one task, drawn by Hypothesis in one go
 DRAWS = 3  # as many at most for each of them: some are drawn again and again
+TOLD = 100  # a line for so many programs, where there is no terminal for a progress bar
 COUNTED = 4  # bytes are counted for one program in so many: that takes as long as the rest
 LONGEST = {"inductor": 300}  # seconds of processor for one program; 60 for other ways
 WAITING = 10  # times as long by the clock: what waits for ever ends, what is given little time not
@@ -159,6 +160,9 @@ class Run:
                     )
                 if message.kind == "program":
                     progress.advance(shown)
+                    if not progress.console.is_terminal and not self.programs % TOLD:
+                        minutes = (time.time() - self.start) / 60
+                        print(f"{self.programs} programs, {minutes:.0f} minutes", flush=True)
                     faults = (
                         f", [red]{len(self.failures)} kinds of failure" if self.failures else ""
                     )
