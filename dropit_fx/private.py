@@ -439,7 +439,7 @@ def checkpoints_run_by(
         given = signature.bind(*args, **kwargs).arguments
         options = {n: given[n] for n, d in defaults.items() if n in given and given[n] != d}
         made = around(options, functools.partial(original, *args, **kwargs))
-        begun.callback(lambda ref: (left := ref()) and left.close(), weakref.ref(made))
+        begun.callback(lambda ref: (it := ref()) and it.close(), weakref.ref(made))  # type: ignore[attr-defined]
         return made
 
     with mock.patch(name, make), ExitStack() as begun:

@@ -93,13 +93,16 @@ class _Probe(fx.Interpreter):
         self._behind: list[tuple[Callable[[], object], Tensor | None]] = []  # regions hold
         inputs = [n for n in plan.module.graph.nodes if n.op == "placeholder"]
         self._fixed = {n for at, n in enumerate(inputs) if at in fixed or is_state(n)}
+        self._fixed_before: set[fx.Node] = set()  # of the inputs of the node, when it ran
 
     def run_node(self, n: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         operands = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self._needing = {id(t) for t in operands if t.requires_grad}
+        before = {storage_id(t): version(t) for t in operands}
         self.storages.enter(n, self.env, operands)
         life: Callable[[], object] | None = None  # of a region
+        self._fixed_before = self._fixed.intersection(n.all_input_nodes)
         is_fixed = n in self._fixed or (n.op != "placeholder" and self._is_made_of_fixed(n))
         chance = Chance() if is_fixed else nullcontext()
         try:
@@ -121,8 +124,12 @@ class _Probe(fx.Interpreter):
         if not _has_tensor(result) or (is_fixed and not getattr(chance, "seen", False)):
             self._fixed.add(n)
         self.storages.leave(n, operands, result)
-        written = pytree.tree_leaves(map_arg(written_unseen(n), self.env.__getitem__))
-        self.written |= {storage_id(t) for t in written if isinstance(t, Tensor)}
+        unseen = pytree.tree_leaves(map_arg(written_unseen(n), self.env.__getitem__))
+        written = {storage_id(t) for t in unseen if isinstance(t, Tensor)}
+        self.written |= written
+        if n not in self._fixed:
+            written |= {s for t in operands if version(t) != before[s := storage_id(t)]}
+            self._fixed -= {m for m in self._fixed if written & self._storages_of(m)}
         self.autograd.mark_result(n, result)
         if life is not None:
             # recomputed: between forward and backward only the inputs stay
@@ -142,6 +149,10 @@ class _Probe(fx.Interpreter):
 
     def _is_made_of_fixed(self, n: fx.Node) -> bool:
         return self._fixed.issuperset(n.all_input_nodes)
+
+    def _storages_of(self, n: fx.Node) -> set[int]:
+        leaves = pytree.tree_leaves(self.env.get(n))
+        return {storage_id(t) for t in leaves if isinstance(t, Tensor)}
 
     def _not_free(self, saved: list[Saved]) -> list[Saved]:
         return [kept for kept in saved if not self.storages.is_free(kept.tensor)]
@@ -179,7 +190,7 @@ class _Probe(fx.Interpreter):
                 self._add(_Ran(n, rule_of(n) if n.name in self.calls else None), kept, None, NUMBER)
             elif not is_number and not self.storages.is_free(tensor):
                 self._add(_Ran(n), kept)
-        values = self.storages.values(self._lost, {n.name for n in self._fixed})
+        values = self.storages.values(self._lost)
         late = {node for node, whole in self._whole if not values.stays(whole)}
         for kept in self.kept:
             assert kept.read is not None
@@ -266,7 +277,8 @@ class _Probe(fx.Interpreter):
             return
         obstacle = self._obstacle(ran, rule)
         reads = reads_of(rule, operands)
-        matched = match_saved([k.tensor for k in own], reads, operands)
+        unwanted = {read.operand for read in reads if not self._is_wanted(read, operands)}
+        matched = match_saved([k.tensor for k in own], reads, operands, unwanted)
         taken: set[str] = set()
         for kept, read in zip(own, matched, strict=True):
             copied = read is not None and not obstacle and not is_inplace(n, operands)
@@ -388,6 +400,7 @@ class _Probe(fx.Interpreter):
             recast=self._is_recast(tensor, rule, operands.get(operand)),
             wanted=read is None or not operands or self._is_wanted(read, operands),
             dense=dense,
+            fixed=source in (self._fixed if source is n else self._fixed_before),
             number=obstacle == NUMBER,
         )
         self.kept.append(kept)

@@ -29,6 +29,7 @@ from dropit_fx.passes.share_packed import LET_GO, by_site, swapped_nodes
 TENTH = 10  # of the large ones: nothing above is small
 HUNDREDTHS = 3  # of the dense bytes of all that is not kept: no more is kept for this reason
 FIXED = "made of weights or constants alone, it stays exact"
+LOST = "made of what stays exact and is written to later: it cannot be made again"
 REASON = "small beside what is packed, it is kept exactly"
 BESIDE = "its op packs nothing, and keeps it: another input of it is small"
 
@@ -37,26 +38,39 @@ def keep_small(plan: Plan) -> Plan:
     """Keeps whole what is no activation, and small storages where the config asks for it."""
     if plan.config.force:
         return plan
-    plan = _without(_fixed(plan), FIXED, plan)
-    return _without(_small(plan) if plan.config.keep_small else set(), REASON, plan)
+    plan = _without_fixed(plan)
+    return _without_small(plan) if plan.config.keep_small else plan
 
 
-def _without(exact: set[str], reason: str, plan: Plan) -> Plan:
-    """Keeps some storages whole, but for those that something cannot be made from any more."""
-    kept = _keeping(exact, reason, plan)
-    if not _are_derived(kept):  # what is kept whole and written to later, nothing is made from
-        used = unpacked(plan)
-        pairs = by_site(plan.sites, plan.decisions)
-        exact = exact - {s.name for s, mine in pairs if any(d.copy in used for d in mine)}
-        kept = _keeping(exact, reason, plan)
+def _without_fixed(plan: Plan) -> Plan:
+    """Keeps whole what is no activation, and what can no longer be made again then.
+
+    Nothing is made from what is kept whole and written to later.
+    """
+    reasons = dict.fromkeys(_fixed(plan), FIXED)
+    while lost := _not_derived(kept := _keeping(reasons, plan)):
+        reasons[lost[0]] = LOST  # those behind it may come from it
     return kept
 
 
-def _keeping(exact: set[str], reason: str, plan: Plan) -> Plan:
-    """Keeps some storages whole, and what an op keeps that packs nothing more."""
+def _without_small(plan: Plan) -> Plan:
+    """Keeps small storages whole, but for those that something cannot be made from any more."""
+    reasons = dict.fromkeys(_small(plan), REASON)
+    kept = _keeping(reasons, plan)
+    if _not_derived(kept):
+        used = unpacked(plan)
+        pairs = by_site(plan.sites, plan.decisions)
+        needed = {s.name for s, mine in pairs if any(d.copy in used for d in mine)}
+        kept = _keeping({n: why for n, why in reasons.items() if n not in needed}, plan)
+    return kept
+
+
+def _keeping(reasons: dict[str, str], plan: Plan) -> Plan:
+    """Keeps some storages whole, by name, and what an op keeps that packs nothing more."""
     kept = [
-        (site, [keep(d, reason) if d.packed else d for d in mine] if site.name in exact else mine)
+        (site, [keep(d, why) if why and d.packed else d for d in mine])
         for site, mine in by_site(plan.sites, plan.decisions)
+        for why in [reasons.get(site.name)]
     ]
     swapped = swapped_nodes([d for _, mine in kept for d in mine])
     decisions: list[Decision] = []
@@ -71,10 +85,14 @@ def _keeping(exact: set[str], reason: str, plan: Plan) -> Plan:
     return replace(plan, decisions=tuple(decisions))
 
 
-def _are_derived(plan: Plan) -> bool:
-    """Whether all that is to be made again can be."""
+def _not_derived(plan: Plan) -> list[str]:
+    """Storages of what is to be made again, and cannot be, in the order of the graph."""
     bases = bases_of(plan)
-    return all(recipe(d.derived, plan, bases) is not None for d in plan.decisions if d.derived)
+    return [
+        site.name
+        for site, mine in by_site(plan.sites, plan.decisions)
+        if any(d.derived and recipe(d.derived, plan, bases) is None for d in mine)
+    ]
 
 
 def _fixed(plan: Plan) -> set[str]:
@@ -82,7 +100,7 @@ def _fixed(plan: Plan) -> set[str]:
     return {
         site.name
         for site, mine in by_site(plan.sites, plan.decisions)
-        if any(_is_lossy(d) and d.read.source in plan.values.fixed for d in mine)
+        if any(_is_lossy(d) and d.read.fixed for d in mine)
     }
 
 

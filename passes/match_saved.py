@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -12,22 +12,30 @@ from dropit_fx.private import storage_id
 
 
 def match_saved(
-    tensors: list[Tensor], reads: tuple[Read, ...], operands: Mapping[str, Any]
+    tensors: list[Tensor],
+    reads: tuple[Read, ...],
+    operands: Mapping[str, Any],
+    unwanted: Collection[str] = (),
 ) -> list[Read | None]:
     """The row's read that each tensor is, or None.
 
     It may have the operand's storage, be made inside the op, or be a copy of an operand; what is
-    certain is settled first, since under autocast a weight may have the shape of an input.
+    certain is settled first, since under autocast a weight may have the shape of an input. A copy
+    is rather of an operand that a gradient asks for than of an unwanted one: what is written in
+    place is saved as it was.
     """
+    wanted = [read for read in reads if read.operand not in unwanted]
+    likely = [*wanted, *(read for read in reads if read.operand in unwanted)]
     found: list[Read | None] = [None] * len(tensors)
     taken: set[str] = set()
     for fits in _WAYS:
         if fits is _is_copy and any(r.operand == INSIDE for r in reads):
             continue  # what is computed inside may look like an operand
+        among = reads if fits is _is_it else wanted if fits is _is_copy else likely
         for i, tensor in enumerate(tensors):
             if not operands or found[i] is not None:
                 continue
-            for read in reads:
+            for read in among:
                 x = operands.get(read.operand, _MADE_INSIDE)
                 if read.operand not in taken and fits(tensor, x):
                     found[i] = read
@@ -46,8 +54,12 @@ def _is_copy(tensor: Tensor, x: Any) -> bool:
     return x.dtype == tensor.dtype and x.shape == tensor.shape
 
 
+def _is_it(tensor: Tensor, x: Any) -> bool:
+    return isinstance(x, Tensor) and storage_id(x) == storage_id(tensor)
+
+
 _WAYS: tuple[Callable[[Tensor, Any], bool], ...] = (  # the surest first
-    lambda tensor, x: isinstance(x, Tensor) and storage_id(x) == storage_id(tensor),
+    _is_it,
     _is_copy,
     lambda tensor, x: x is _MADE_INSIDE,
     lambda tensor, x: isinstance(x, Tensor) and sorted(x.shape) == sorted(tensor.shape),

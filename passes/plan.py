@@ -104,6 +104,8 @@ class SavedRead:
             frozen weight too; its packed call does not.
         dense: Whether autograd keeps it. False where only the node's packed call would, which runs
             the op again in its backward.
+        fixed: Whether it depends on no input of the graph and on no chance, as it is read: a weight
+            or a table, or what is made of these alone.
         written: Whether it is written to later in the graph. What autograd lets go must then not be
             kept whole.
         number: Whether it is a number, which autograd keeps where no hook sees it.
@@ -132,6 +134,7 @@ class SavedRead:
     recast: bool = False
     wanted: bool = True
     dense: bool = True
+    fixed: bool = False
     written: bool = False
     number: bool = False
     stranded: bool = False
@@ -156,8 +159,6 @@ class Values:
             been written to since.
         lost: Values that the row of their op does not make again.
         differentiable: Values that require a gradient.
-        fixed: Values that depend on no input of the graph and on no chance: weights and tables, and
-            what is made of them.
     """
 
     alive: Mapping[str, Keeper] = field(default_factory=dict)
@@ -167,7 +168,6 @@ class Values:
     versions: Mapping[int, int] = field(default_factory=dict)
     lost: frozenset[str] = frozenset()
     differentiable: frozenset[str] = frozenset()
-    fixed: frozenset[str] = frozenset()
 
     def stays(self, elements: Elements) -> bool:
         """Whether nothing writes to them before the backward."""

@@ -121,12 +121,11 @@ class Storages:
         if not any(self._seen.get((n.name, m.name)) == made for m in n.all_input_nodes):
             self._makers.setdefault(made, n.name)  # else a view of what another has made
 
-    def values(self, lost: set[str], fixed: set[str]) -> Values:
+    def values(self, lost: set[str]) -> Values:
         """What was found, when the graph has run.
 
         Args:
             lost: Values that no row makes again.
-            fixed: Values that depend on no input of the graph, and on no chance.
         """
         versions = {storage: version(t) for storage, t in self._last.items()}
         for storage in self.unseen:  # nothing shows that it is what it was
@@ -140,7 +139,6 @@ class Storages:
             versions=versions,
             lost=frozenset(lost),
             differentiable=frozenset(self._differentiable),
-            fixed=frozenset(fixed),
         )
 
 

@@ -160,6 +160,7 @@ def derived_from_what_is_there(plan: Plan) -> Iterator[str]:
             if values.alive.get(value.name) is Keeper.NUMBER:
                 continue
             seen = {e for (_, v), e in values.seen.items() if v == value.name}
+            seen |= {e for e, maker in values.makers.items() if maker == value.name}
             if value.name not in values.alive and not seen & whole:
                 yield f"'{n.name}' keeps '{value}' whole, which nobody else does"
             elif not any(map(values.stays, seen)):

@@ -51,7 +51,14 @@ PRODUCTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "of a buffer": lambda m, x: x @ torch.cos(m.b),
     "constant": lambda m, x: x @ torch.linspace(-1, 1, N * N).view(N, N),
     "factor": lambda m, x: x * torch.cos(torch.arange(N) * m.g),
+    "written by it": lambda m, x: table(512, N).mul_(x),
+    "written by its transpose": lambda m, x: table(N, 512).mul_(x.T),
+    "of a parameter, written by it": lambda m, x: m.w.exp().mul_(x[:N]),
 }
+
+
+def table(*shape: int) -> Tensor:
+    return torch.cos(torch.arange(shape[0] * shape[1])).view(shape)
 
 
 def gradients(run: Callable[[Tensor], Tensor], x: Tensor, autocast: bool) -> tuple[Tensor, Tensor]:
@@ -128,3 +135,53 @@ def test_what_is_made_of_chance_or_of_the_input_is_an_activation() -> None:
     codecs = {row.name: row.codec for row in dropit_fx.report(packed).rows}
     assert codecs["randn"].startswith("mink"), codecs
     assert codecs["tanh"].startswith("quant"), codecs
+
+
+def test_what_an_activation_is_written_into_is_an_activation_afterwards() -> None:
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(N, N), nn.Linear(2 * N, N)
+
+        def forward(self, x: Tensor) -> Tensor:
+            wider = torch.zeros(512, 2 * N)
+            wider[:, :N].copy_(self.first(x))
+            out: Tensor = self.last(torch.sin(wider))
+            return out
+
+    model, x = Written(), torch.randn(512, N, requires_grad=True)
+    packed = dropit_fx.transform(model, example_args=(x,), preset="balanced")
+    report = dropit_fx.report(packed)
+    assert {row.op: row.codec.split("(")[0] for row in report.rows} == {
+        "sin": "quant",
+        "linear": "mink",
+    }
+    assert report.kept_bytes == measure.saved_bytes(packed, x)
+
+
+@pytest.mark.parametrize("rules", [[], [{"op": "mul", "codec": "keep"}]], ids=["", "kept"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_is_made_of_a_table_that_is_written_to(rules: list[Any], transposed: bool) -> None:
+    """Nothing can be made from what it was: later values are, from what it is."""
+
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(N, N)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x).T if transposed else self.first(x)
+            t = table(N, N)
+            t.mul_(h)
+            return F.hardswish(h * t)
+
+    model, x = Written(), torch.randn(N, N)
+    config = {"preset": "balanced", "rules": rules}
+    packed = dropit_fx.transform(model, config, example_args=(x,))
+    report = dropit_fx.report(packed)
+    assert torch.equal(packed(x), model(x))
+    assert report.dense_bytes == measure.saved_bytes(model, x)
+    assert report.kept_bytes == measure.saved_bytes(packed, x)
+    codecs = {row.name: row.codec for row in report.rows}
+    assert codecs["mul_.input"] == "keep"
+    assert "derived" in codecs.values()
