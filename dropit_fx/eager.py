@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from typing import Any, Self
 
+import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -16,6 +17,7 @@ from dropit_fx.capture.provenance import line_at_work
 from dropit_fx.codecs import CODEC
 from dropit_fx.codecs.mink import whole
 from dropit_fx.config import ConfigError
+from dropit_fx.private import dynamo_skips
 from dropit_fx.private_hooks import forward_hooks, hooks_in_force
 from dropit_fx.report.rows import Report, Row
 from dropit_fx.runtime.checkpoints import CheckpointPacker
@@ -81,14 +83,24 @@ class pack_saved:
 
     def __init__(self, *, bits: int = 8) -> None:
         self._options = _options(bits)
-        self._notes: Notes | None = None
-        self._open = threading.local()  # a block of each thread, inside of each other
+        self._notes: Notes | None = None  # of the first block, and those inside of it
+        self._noted = False
+        self._open = threading.local()  # the blocks of each thread, inside of each other
 
     def __enter__(self) -> Self:
-        """Packs from here on."""
-        notes = None
+        """Packs from here on.
+
+        Raises:
+            RuntimeError: The block is in compiled code.
+        """
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "pack_saved packs what is saved in eager mode, and this block is in compiled code."
+                ' Use torch.compile(..., backend="dropit") without it.'
+            )
         if self._notes is None:
-            notes = self._notes = Notes(line_at_work)
+            self._notes = Notes(line_at_work)
+        notes = None if self._noted else self._notes
         packing = Packing(self._options, Copies(), outside_of_ours(hooks_in_force()), notes)
         hooks = saved_tensors_hooks(packing.pack, unpack)
         hooks.__enter__()
@@ -98,6 +110,7 @@ class pack_saved:
     def __exit__(self, *error: object) -> None:
         """Packs no more; what is packed stays so until its backward."""
         self._open.hooks.pop().__exit__(*error)
+        self._noted = not self._open.hooks or self._noted
 
     def report(self) -> Report:
         """What became of each storage that the first block saved, read by which autograd nodes.
@@ -108,6 +121,10 @@ class pack_saved:
             ValueError: No block has run.
         """
         return _report(self._notes, "use it as `with packed:` around a forward first.")
+
+
+for _method in (pack_saved.__enter__, pack_saved.__exit__):
+    dynamo_skips(_method)
 
 
 class PackedCheckpoints:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -70,14 +70,20 @@ def save_checkpoints_in(
 ) -> None:
     """From now on, the inputs of every checkpoint of this process are saved in ``with make():``.
 
-    The block gives a wrapper for the function of a reentrant checkpoint, which runs inside it.
+    The block gives a wrapper for the function of a reentrant checkpoint, which runs inside it. None
+    where a compiler traces the checkpoint: then its inputs are stand-ins.
     """
+
+    def blocks(args: tuple[Any, ...]) -> AbstractContextManager[Callable[[Any], Any]]:
+        traced = any(type(x).__module__.startswith("torch._subclasses") for x in args)
+        return nullcontext(lambda function: function) if traced else make()
+
     if has(_INPUTS):
         frame = look_up(_INPUTS.rpartition(".")[0])
         save = frame.save_inputs
 
         def saving(self: Any, *args: Any) -> Any:
-            with make():
+            with blocks(args):
                 return save(self, *args)
 
         frame.save_inputs = saving
@@ -85,14 +91,14 @@ def save_checkpoints_in(
         saver = look_up(_OLDER.rpartition(".")[0])
 
         def saver_applying(cls: Any, *args: Any) -> Any:
-            with make():
+            with blocks(args):
                 return super(saver, cls).apply(*args)
 
         saver.apply = classmethod(saver_applying)
     reentrant = look_up("torch.utils.checkpoint.CheckpointFunction")
 
     def applying(cls: Any, function: Any, *args: Any) -> Any:
-        with make() as wrapped:
+        with blocks(args) as wrapped:
             return super(reentrant, cls).apply(wrapped(function), *args)
 
     reentrant.apply = classmethod(applying)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from dropit_fx.private import pytree
+from dropit_fx.private import dynamo_skips, pytree
 from dropit_fx.private_hooks import (
     forward_hooks,
     hooks_in_force,
@@ -37,6 +37,11 @@ NO_CHECKPOINT = (
     " checkpoint_wrapper(block) or torch.utils.checkpoint.checkpoint(block, x) (PyTorch). Those"
     ' inside of compiled code are packed by torch.compile(model, backend="dropit"). Without'
     " checkpoints, `with dropit_fx.pack_saved():` around the forward packs what it saves."
+)
+COMPILED = (
+    "pack_checkpoints packs checkpoints that run in eager mode, and this model is compiled with"
+    ' them inside. Use torch.compile(model, backend="dropit") without pack_checkpoints, which packs'
+    " them too; or compile what runs inside of a checkpoint, not around it."
 )
 
 
@@ -70,7 +75,13 @@ class CheckpointPacker:
         self._begin()
 
     def before(self, module: nn.Module, args: Any) -> None:
-        """The forward pre-hook: what exists now was not made by the forward."""
+        """The forward pre-hook: what exists now was not made by the forward.
+
+        Raises:
+            RuntimeError: The model is compiled as a whole.
+        """
+        if torch.compiler.is_compiling():
+            raise RuntimeError(COMPILED)
         if self.notes is None and module.training and torch.is_grad_enabled():
             self.notes, self._noting = Notes(self._look), True
 
@@ -80,7 +91,10 @@ class CheckpointPacker:
         Raises:
             RuntimeError: No checkpoint has run yet, though the model trains.
         """
+        if torch.compiler.is_compiling():
+            return
         self._noting = False
+        self.notes = self.notes if self._seen else None
         tensors = (t for t in pytree.tree_leaves(output) if isinstance(t, Tensor))
         if not self._seen and module.training and any(t.requires_grad for t in tensors):
             raise RuntimeError(NO_CHECKPOINT.format(name=type(module).__name__))
@@ -125,6 +139,10 @@ def _saving() -> Iterator[Callable[[Any], Any]]:
                         yield wrapped
                     return
     yield lambda function: function
+
+
+for _function in (CheckpointPacker.before, CheckpointPacker.__call__, CheckpointPacker.saving):
+    dynamo_skips(_function)
 
 
 @functools.cache

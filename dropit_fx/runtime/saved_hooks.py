@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dropit_fx.kernels.dtypes import FLOATS
 from dropit_fx.measure import Box
-from dropit_fx.private import version
+from dropit_fx.private import dynamo_skips, version
 from dropit_fx.private_hooks import Hooks, in_backward
 from dropit_fx.runtime.origins import ACTIVATION, LEAF, origin_of
 from dropit_fx.runtime.overrides import transformed
@@ -88,6 +88,9 @@ def _without_memory(x: Tensor) -> Tensor:
 def unpack(held: Held) -> Tensor:
     """The unpack hook."""
     return held.restored()
+
+
+dynamo_skips(unpack)
 
 
 def outside_of_ours(hooks: Hooks | None) -> Hooks | None:
@@ -166,3 +169,6 @@ class Packing:
         note.codecs[spelled(copy)] = None
         note.reason = FEW if copy.codec == "keep" else ""
         note.kept_bytes = self._copies.nbytes(x, self.around)
+
+
+dynamo_skips(Packing.pack)
