@@ -734,3 +734,89 @@ def test_compiled_code_inside_of_a_block_runs_as_it_is() -> None:
         out = fast(x).sum()
     assert all(map(torch.equal, torch.autograd.grad(out, list(layers.parameters())), exact))
     assert all("no gradient flows" in row.reason for row in packed.report().rows)
+
+
+# Models of other libraries ------------------------------------------------------------------------
+
+
+@REENTRANT
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_twelve_layers_of_gpt2(dtype: torch.dtype, use_reentrant: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "n_embd": 96, "n_layer": 12, "n_head": 4, "n_positions": 64}
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, use_cache=False)
+    model = transformers.GPT2LMHeadModel(config).to(dtype).train()
+    how = {"use_reentrant": use_reentrant}
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+    ids = torch.arange(128).view(2, 64) % 64
+
+    def loss(**given: Tensor) -> Tensor:
+        return model(input_ids=given["ids"], labels=given["ids"]).loss
+
+    model_and_loss = nn.Module()
+    model_and_loss.model, model_and_loss.forward = model, loss
+    exact, grads = step(model_and_loss, ids=ids)
+    dense = measure.saved_bytes(loss, ids=ids)
+    packed = pack_checkpoints(model, bits=6)
+    found = step(model_and_loss, ids=ids)
+    assert found[0] == exact
+    assert 0 < error(found[1], grads) < 0.05
+    report = packed.report()
+    boundary = [row for row in report.rows if row.op == "checkpoint"]
+    assert sum(row.dense_bytes for row in boundary) == 12 * 2 * 64 * 96 * dtype.itemsize
+    assert report.ratio <= (0.21 if dtype == torch.float32 else 0.38)
+    kept = measure.saved_bytes(loss, ids=ids)
+    assert dense - kept == report.dense_bytes - report.kept_bytes
+
+
+def test_llama_whose_layers_share_position_tables() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).train()
+    model.activation_checkpointing_enable()
+    ids = torch.arange(128).view(2, 64) % 64
+    exact, grads = model(input_ids=ids, labels=ids).loss, {}
+    exact.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    packed = pack_checkpoints(model, bits=8)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    assert loss.item() == exact.item()
+    assert error({n: p.grad for n, p in model.named_parameters()}, grads) < 0.02
+    assert packed.report().ratio < 0.27
+
+
+def test_timm_and_diffusers() -> None:
+    timm, diffusers = pytest.importorskip("timm"), pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    vit = timm.create_model("deit_tiny_patch16_224", img_size=64, depth=3, num_classes=4)
+    vit.set_grad_checkpointing()
+    unet = diffusers.UNet2DModel(
+        sample_size=16,
+        block_out_channels=(32, 64),
+        norm_num_groups=8,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    unet.enable_gradient_checkpointing()
+    noisy, steps = torch.randn(2, 3, 16, 16), torch.arange(2)
+    for model, run in (
+        (vit.train(), lambda: vit(torch.ones(2, 3, 64, 64).cumsum(-1) / 64).square().mean()),
+        (unet.train(), lambda: unet(noisy, steps).sample.square().mean()),
+    ):
+        grads = dict.fromkeys(["exact", "found"])
+        for name in grads:
+            if name == "found":
+                packed = pack_checkpoints(model, bits=8)
+            model.zero_grad()
+            run().backward()
+            grads[name] = {n: p.grad.clone() for n, p in model.named_parameters()}
+        assert error(grads["found"], grads["exact"]) < 0.05
+        report = packed.report()
+        assert len(report.rows) >= 3
+        assert report.ratio < 0.3
