@@ -8,6 +8,7 @@ from dropit_fx.api import transform
 from dropit_fx.capture.trace import CaptureError
 from dropit_fx.check import Check, check
 from dropit_fx.config import Config, ConfigError, load_config
+from dropit_fx.eager import pack_checkpoints, pack_saved
 from dropit_fx.pointwise import pointwise
 from dropit_fx.report.rows import Report, report
 
@@ -23,6 +24,8 @@ __all__ = [
     "check",
     "load_config",
     "measure",
+    "pack_checkpoints",
+    "pack_saved",
     "pointwise",
     "report",
     "transform",

@@ -113,7 +113,7 @@ def saved_tensors(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Sav
     with _leaving_no_trace():
         # Not under the hooks: they would be there while Dynamo traces.
         fn(*args, **kwargs)
-        before = _storages_alive()
+        before = storages_alive()
         start = _next_sequence_number()
         with saved_tensors_hooks(pack, lambda box: box.tensor):
             result = fn(*args, **kwargs)
@@ -323,6 +323,11 @@ class Box:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
+    @property
+    def tensors(self) -> list[Any]:
+        """The tensors that it holds; of other hooks, what holds them."""
+        return [self.tensor]
+
 
 def _plain(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors with storage that a tensor consists of: itself, or a subclass' inner tensors."""
@@ -349,7 +354,7 @@ def _alive(kind: type) -> list[Any]:
     return [o for o in gc.get_objects() if issubclass(type(o), kind)]
 
 
-def _storages_alive() -> dict[int, Tensor]:
+def storages_alive() -> dict[int, Tensor]:
     """All storages that Python can reach, by key, each with a tensor that keeps the key its own.
 
     That is how inputs are told from activations wherever `fn` finds them: arguments of any class,
@@ -417,5 +422,5 @@ def attributes_of(node: Node) -> list[Any]:
 
 def _tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, Box):
-        return [value.tensor]
+        return [tensor for one in value.tensors for tensor in _tensors_in(one)]
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]

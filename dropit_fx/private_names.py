@@ -108,6 +108,7 @@ _IMPORT = Lack("import dropit_fx", "`import dropit_fx` fails", vital=True)
 _CAPTURE = Lack("import dropit_fx", "dropit_fx.transform fails")
 _SEEN = Lack("import dropit_fx", "reports count what is saved wrongly, or fail")
 _MEASURE = Lack("import dropit_fx", "dropit_fx.measure fails")
+_HOOKS = Lack("import dropit_fx", "pack_checkpoints and pack_saved fail")
 _COPY = Lack("import dropit_fx", "rewritten models can be neither copied nor pickled")
 _OPAQUE = Lack("import dropit_fx", "nn.MultiheadAttention stays whole: counted, not packed")
 _SPELLING = Lack("import dropit_fx", "calls that torch.compile writes so are not packed")
@@ -275,6 +276,22 @@ TABLE: tuple[Name, ...] = (
         "the same",
         since="2.14.1",
     ),
+    # saved-tensor hooks that pack (private_hooks.py)
+    Name(
+        "torch._C._autograd._top_saved_tensors_default_hooks",
+        _lack("other saved-tensor hooks around pack_saved see nothing of what it packs"),
+        "handing on to them what is packed, and telling those of a checkpointed region",
+    ),
+    Name("torch._C._current_graph_task_id", _HOOKS, "telling whether a backward runs"),
+    Name("torch.multiprocessing.reductions.StorageWeakRef", _HOOKS, "telling dead storages"),
+    Name("torch.nn.Module._call_impl", _HOOKS, "telling whose checkpoint it is"),
+    Name("torch.utils.checkpoint.CheckpointFunction", _HOOKS, "packing its inputs"),
+    Name(
+        "torch.utils.checkpoint._CheckpointFrame.save_inputs",
+        *(_HOOKS, "packing the inputs of a region"),
+        since="2.14.1",
+    ),
+    Name("torch.utils.checkpoint._NoopSaveInputs.apply", _HOOKS, "the same", until="2.13.0"),
     # transforms of functions, and what Dynamo makes of ours
     Name(
         "torch._C._functorch.peek_interpreter_stack",

@@ -8,6 +8,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from dropit_fx import private
+from dropit_fx import private, private_hooks
 from dropit_fx.private import minor
 from dropit_fx.private_names import RUN, TABLE, Name, look_up
 
@@ -444,6 +445,101 @@ def _a_layout_is_suggested() -> None:
     assert private.suggest_memory_format(last) == torch.channels_last
 
 
+@of("torch._C._autograd._top_saved_tensors_default_hooks")
+def _the_innermost_hooks_are_told() -> None:
+    assert private_hooks.hooks_in_force() is None, "there are some"
+    seen: list[private_hooks.Hooks | None] = []
+
+    def region(x: torch.Tensor) -> torch.Tensor:
+        seen.append(private_hooks.hooks_in_force())
+        return x.exp()
+
+    hooks = len, abs
+    with torch.autograd.graph.saved_tensors_hooks(*hooks):  # type: ignore[arg-type]
+        assert private_hooks.hooks_in_force() == hooks
+    checkpoint(region, torch.ones(2, requires_grad=True), use_reentrant=False)
+    assert [private_hooks.of_a_region(h) for h in (*seen, hooks, None)] == [True, False, False]
+
+
+@of("torch._C._current_graph_task_id")
+def _a_backward_is_told() -> None:
+    seen = []
+    x = torch.ones(1, requires_grad=True)
+    y = x.exp()
+    y.register_hook(lambda grad: seen.append(private_hooks.in_backward()))
+    y.backward()
+    assert (seen, private_hooks.in_backward()) == ([True], False)
+
+
+@of("torch.multiprocessing.reductions.StorageWeakRef")
+def _a_storage_is_known_to_be_gone() -> None:
+    x = torch.ones(64)
+    weak, view, before = private_hooks.weak_storage(x), x[3:], private.storage_id(x)
+    del x
+    assert not weak.expired(), "a view holds it"
+    del view
+    assert weak.expired(), "nothing holds it"
+    others = [torch.ones(64) for _ in range(64)]
+    assert before not in map(private.storage_id, others), "its id is used again"
+
+
+@of("torch.nn.Module._call_impl")
+def _modules_that_are_called_are_told() -> None:
+    class Inner(nn.Module):
+        def forward(self) -> list[nn.Module]:
+            return list(private_hooks.modules_at_work())
+
+    class Outer(nn.Module):
+        def forward(self) -> list[nn.Module]:
+            return inner()
+
+    inner, outer = Inner(), Outer()
+    assert outer() == [inner, outer]
+
+
+def checkpointed_in_blocks(use_reentrant: bool) -> list[str]:
+    """What happens when a region runs, where blocks are put around what saves its inputs."""
+    said: list[str] = []
+
+    @contextmanager
+    def block() -> Iterator[Callable[[Any], Any]]:
+        said.append("enter")
+        yield lambda function: function
+        said.append("leave")
+
+    owners = [
+        look_up(n) for n in ("CheckpointFunction", "_CheckpointFrame") for n in [f"{_REGIONS}.{n}"]
+    ]
+    owners += [look_up(n) for n in [f"{_REGIONS}._NoopSaveInputs"] if private.has(f"{n}.apply")]
+    before = [dict(vars(owner)) for owner in owners]
+    private_hooks.save_checkpoints_in(block)
+    try:
+        x = torch.ones(2, requires_grad=True)
+        region = lambda x: said.append("run") or x.exp()  # noqa: E731
+        checkpoint(region, x, use_reentrant=use_reentrant).sum().backward()
+    finally:
+        for owner, was in zip(owners, before, strict=True):
+            for name in ("apply", "save_inputs"):
+                if name in was:
+                    setattr(owner, name, was[name])
+                elif name in vars(owner):
+                    delattr(owner, name)
+    return said
+
+
+_REGIONS = "torch.utils.checkpoint"
+
+
+@of(f"{_REGIONS}._CheckpointFrame.save_inputs", f"{_REGIONS}._NoopSaveInputs.apply")
+def _inputs_of_a_region_are_saved_in_a_block() -> None:
+    assert checkpointed_in_blocks(use_reentrant=False) == ["enter", "leave", "run", "run"]
+
+
+@of(f"{_REGIONS}.CheckpointFunction")
+def _a_reentrant_region_runs_in_a_block() -> None:
+    assert checkpointed_in_blocks(use_reentrant=True) == ["enter", "run", "leave", "run"]
+
+
 @of("torch.autograd.graph.Node._sequence_nr")
 def _later_nodes_have_higher_numbers() -> None:
     x = torch.ones(2, requires_grad=True)
@@ -722,7 +818,7 @@ SOURCES = [
     path
     for folder in ("dropit_fx", "passes")
     for path in sorted((ROOT / folder).rglob("*.py"))
-    if path.name not in ("private.py", "private_names.py")
+    if path.name not in ("private.py", "private_hooks.py", "private_names.py")
 ]
 
 

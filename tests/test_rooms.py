@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dropit_fx"
 ORDER = (
     ("private_names", "logs", "words"),
     ("private",),
+    ("private_hooks",),
     ("kernels", "measure"),
     ("ops",),
     ("codecs",),
@@ -24,7 +25,7 @@ ORDER = (
     ("capture",),
     ("passes",),
     ("report",),
-    ("api", "compile"),
+    ("api", "compile", "eager"),
     ("check",),
     ("bench", "integrations"),
     ("cli",),

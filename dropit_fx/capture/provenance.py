@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 from torch import fx
 
@@ -23,6 +25,23 @@ def node_where(node: fx.Node) -> str:
 def is_users(file: str) -> bool:
     """Whether code is the user's: neither PyTorch's nor ours."""
     return "/torch/" not in file and not file.startswith(OURS)
+
+
+def line_at_work() -> tuple[str, str]:
+    """``file:line`` of the user's code that runs now, and the innermost function that is not ours.
+
+    Both are ``""`` where there is none.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    function = ""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith(OURS):
+            function = function or frame.f_code.co_name
+            if is_users(file):
+                return f"{file}:{frame.f_lineno}", function
+        frame = frame.f_back
+    return "", function
 
 
 def _users_lines(traceback: str) -> Iterator[str]:

@@ -22,12 +22,13 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dropit_fx import measure, transform
+from dropit_fx import measure, pack_checkpoints, pack_saved, transform
 from dropit_fx.compile import backend
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -171,6 +172,46 @@ def fsdp_compiled() -> dict[str, Any]:
     return compare(model, model, one, one)
 
 
+def checkpointed_net() -> nn.Module:
+    """Checkpoints first, as torchtitan has it: they are sharded with the block inside of them."""
+    model = net()
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = checkpoint_wrapper(block)
+    pack_checkpoints(model, bits=6)
+    return model
+
+
+def in_pack_saved(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    def run(x: Tensor) -> Tensor:
+        with pack_saved(bits=6):
+            return model(x)
+
+    return run
+
+
+def eager(wrap: Callable[[nn.Module], nn.Module]) -> dict[str, Any]:
+    model, one = wrap(checkpointed_net()), checkpointed_net()
+    return compare(model, model, one, one)
+
+
+def eager_saved(wrap: Callable[[nn.Module], nn.Module]) -> dict[str, Any]:
+    model, one = wrap(net()), net()
+    return compare(in_pack_saved(model), model, in_pack_saved(one), one)
+
+
+def input_gradients() -> dict[str, Tensor]:
+    """Of a sharded model in bfloat16, whose gathered weights are saved, at one bit and dense."""
+    layers = nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3)])
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    for part in (*layers, layers):
+        fully_shard(part, mp_policy=policy)
+    x = torch.ones(HALF, WIDTH).cumsum(0).requires_grad_()
+    found = {}
+    for name, run in (("dense", layers), ("packed", in_pack_saved(layers))):
+        (found[name],) = torch.autograd.grad(run(x * 0.1).square().sum(), x)
+    return found
+
+
 def freed_weights(autocast: bool) -> list[int]:
     """Bytes that hold the weights of the blocks saved by a sharded forward, when it is over."""
     model = shard(rewritten("balanced", "blocks.*"))
@@ -218,6 +259,10 @@ def work(rank: int, folder: Path) -> None:
     found["fsdp autocast"] = fsdp_autocast()
     found["ddp compiled"] = ddp_compiled(alone)
     found["fsdp compiled"] = fsdp_compiled()
+    for engine, wrap in (("ddp", DistributedDataParallel), ("fsdp", shard)):
+        found[f"{engine} pack_checkpoints"] = eager(wrap)
+        found[f"{engine} pack_saved"] = eager_saved(wrap)
+    found["input gradients"] = input_gradients()
     found["freed"] = {how: freed_weights(how) for how in (False, True)}
     found["answers"] = checkpoints(folder)
     torch.save(found, folder / f"rank{rank}")
@@ -241,6 +286,7 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
 
 COMPARED = [f"{engine} {preset}" for engine in ("ddp", "fsdp") for preset in PRESETS]
 COMPARED += ["fsdp autocast", "ddp compiled", "fsdp compiled"]
+COMPARED += [f"{e} {how}" for e in ("ddp", "fsdp") for how in ("pack_checkpoints", "pack_saved")]
 
 
 @pytest.mark.parametrize("what", COMPARED)
@@ -287,6 +333,11 @@ def test_saved_weights_are_freed_with_the_gathered_ones(
     for found in ranks:
         assert len(found["freed"][autocast]) >= 6  # two weights in each of three blocks
         assert not any(found["freed"][autocast])
+
+
+def test_gathered_weights_are_never_packed(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert torch.equal(*found["input gradients"].values())
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from dropit_fx import ConfigError, measure
+from dropit_fx import ConfigError, measure, pack_checkpoints
 from dropit_fx.integrations import hf
 from dropit_fx.integrations.hf import DropITCallback
 
@@ -180,6 +180,41 @@ def test_a_resumed_run_has_the_losses_of_one_that_was_never_stopped(
     train(tmp_path / "parts", DropITCallback(preset=preset), max_steps=30, **saving)
     resumed = trainer(gpt2(), tmp_path / "parts", DropITCallback(preset=preset), max_steps=50)
     torch.rand(7)  # whatever the state is, the checkpoint has its own
+    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-30"))
+    assert len(losses(whole)) == 50
+    assert losses(resumed) == losses(whole)
+
+
+class Killed(transformers.TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 37:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}], ids=["float32", "bf16"])
+def test_packed_checkpoints_train_and_a_killed_run_goes_on_as_if_nothing_had_been(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """In eager mode, without the callback; every loss of the forward is exact."""
+    settings = {"activation_checkpointing": True, "max_steps": 50} | options
+    dense = train(tmp_path / "dense", **settings)
+
+    def packing(folder: str, **more: Any) -> tuple[Trainer, Any]:
+        model = gpt2()
+        packed = pack_checkpoints(model, bits=6)
+        return trainer(model, tmp_path / folder, **settings | more), packed
+
+    whole, packed = packing("whole")
+    whole.train()
+    assert packed.report().ratio < (0.39 if options else 0.21)
+    assert losses(whole)[0][0] == losses(dense)[0][0]
+    assert losses(whole)[-1][0] == pytest.approx(losses(dense)[-1][0], rel=0.1)
+    assert losses(whole)[-1][0] < 0.8 * losses(whole)[0][0]
+    parts, _ = packing("parts", save_strategy="steps", save_steps=30)
+    parts.add_callback(Killed())
+    with pytest.raises(KeyboardInterrupt):
+        parts.train()
+    resumed, _ = packing("parts")
     resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-30"))
     assert len(losses(whole)) == 50
     assert losses(resumed) == losses(whole)

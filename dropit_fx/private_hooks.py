@@ -1,0 +1,104 @@
+"""Saved-tensor hooks and checkpoints of PyTorch, as far as their names are private.
+
+As ``private.py``, of which it is a part: ``private_names.py`` has a line for each name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from types import FrameType
+from typing import Any
+
+from torch import Tensor, nn
+
+from dropit_fx.private import HOOK_DICTS, has
+from dropit_fx.private_names import look_up
+
+Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]  # pack, unpack
+
+
+def hooks_in_force() -> Hooks | None:
+    """The saved-tensor hooks that a tensor that is saved now goes through."""
+    name = "torch._C._autograd._top_saved_tensors_default_hooks"
+    found: Hooks | None = look_up(name)(False) if has(name) else None
+    return found
+
+
+def of_a_region(hooks: Hooks | None) -> bool:
+    """Whether these hooks are those of a checkpointed region: what it saves is made again."""
+    module = getattr(hooks[0], "__module__", "") if hooks else ""
+    return bool(module == "torch.utils.checkpoint")
+
+
+def in_backward() -> bool:
+    """Whether this thread is in a backward."""
+    name = "torch._C._current_graph_task_id"
+    return not has(name) or look_up(name)() != -1
+
+
+def weak_storage(x: Tensor) -> Any:
+    """A weak reference to a storage: while there is one, no other storage has the same id.
+
+    Its ``expired()`` tells whether the storage is gone.
+    """
+    return look_up("torch.multiprocessing.reductions.StorageWeakRef")(x.untyped_storage())
+
+
+def forward_hooks(module: nn.Module) -> list[Any]:
+    """The forward hooks of a module."""
+    return list(getattr(module, HOOK_DICTS[2]).values())
+
+
+def modules_at_work() -> Iterator[nn.Module]:
+    """The modules that this thread is in a call of, the innermost first."""
+    code = look_up("torch.nn.Module._call_impl").__code__
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is code:
+            yield frame.f_locals["self"]
+        frame = frame.f_back
+
+
+_INPUTS = "torch.utils.checkpoint._CheckpointFrame.save_inputs"
+_OLDER = "torch.utils.checkpoint._NoopSaveInputs.apply"
+
+
+def save_checkpoints_in(
+    make: Callable[[], AbstractContextManager[Callable[[Any], Any]]],
+) -> None:
+    """From now on, the inputs of every checkpoint of this process are saved in ``with make():``.
+
+    The block gives a wrapper for the function of a reentrant checkpoint, which runs inside it. None
+    where a compiler traces the checkpoint: then its inputs are stand-ins.
+    """
+
+    def blocks(args: tuple[Any, ...]) -> AbstractContextManager[Callable[[Any], Any]]:
+        traced = any(type(x).__module__.startswith("torch._subclasses") for x in args)
+        return nullcontext(lambda function: function) if traced else make()
+
+    if has(_INPUTS):
+        frame = look_up(_INPUTS.rpartition(".")[0])
+        save = frame.save_inputs
+
+        def saving(self: Any, *args: Any) -> Any:
+            with blocks(args):
+                return save(self, *args)
+
+        frame.save_inputs = saving
+    else:
+        saver = look_up(_OLDER.rpartition(".")[0])
+
+        def saver_applying(cls: Any, *args: Any) -> Any:
+            with blocks(args):
+                return super(saver, cls).apply(*args)
+
+        saver.apply = classmethod(saver_applying)
+    reentrant = look_up("torch.utils.checkpoint.CheckpointFunction")
+
+    def applying(cls: Any, function: Any, *args: Any) -> Any:
+        with blocks(args) as wrapped:
+            return super(reentrant, cls).apply(wrapped(function), *args)
+
+    reentrant.apply = classmethod(applying)

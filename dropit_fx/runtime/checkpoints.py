@@ -1,0 +1,151 @@
+"""Checkpoints in eager mode, whatever turned them on: their inputs are saved by hooks that pack.
+
+``torch.utils.checkpoint`` saves what a region is made again from as any saved tensor. It is asked
+then which model's call this is: the call stack says so, and nothing has to be put back after an
+error, or kept apart for threads. Checkpoints in a region are left to it: it makes them again.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from dropit_fx.private import dynamo_skips, pytree
+from dropit_fx.private_hooks import (
+    forward_hooks,
+    hooks_in_force,
+    modules_at_work,
+    of_a_region,
+    save_checkpoints_in,
+)
+from dropit_fx.runtime.saved_copies import Copies
+from dropit_fx.runtime.saved_hooks import Packing, outside_of_ours, unpack
+from dropit_fx.runtime.saved_notes import Notes
+
+NO_CHECKPOINT = (
+    "pack_checkpoints: {name} ran forward in training mode, and no checkpoint ran in it, so that"
+    " nothing is packed. Turn checkpoints on: model.gradient_checkpointing_enable() or"
+    " TrainingArguments(gradient_checkpointing=True) (transformers),"
+    " model.set_grad_checkpointing() (timm), model.enable_gradient_checkpointing() (diffusers),"
+    " checkpoint_wrapper(block) or torch.utils.checkpoint.checkpoint(block, x) (PyTorch). Those"
+    ' inside of compiled code are packed by torch.compile(model, backend="dropit"). Without'
+    " checkpoints, `with dropit_fx.pack_saved():` around the forward packs what it saves."
+)
+COMPILED = (
+    "pack_checkpoints packs checkpoints that run in eager mode, and this model is compiled with"
+    ' them inside. Use torch.compile(model, backend="dropit") without pack_checkpoints, which packs'
+    " them too; or compile what runs inside of a checkpoint, not around it."
+)
+
+
+class CheckpointPacker:
+    """A forward hook of a model, by which its checkpoints know that their inputs are packed.
+
+    It copies and pickles with the model; a copy has notes of its own.
+
+    Args:
+        options: Of the codec ``quant``.
+        look: As for ``Notes``.
+    """
+
+    def __init__(self, options: dict[str, Any], look: Callable[[], tuple[str, str]]) -> None:
+        self.options, self._look = options, look
+        self._begin()
+
+    def _begin(self) -> None:
+        self.copies = threading.local()
+        self.notes: Notes | None = None  # of the first forward
+        self._noting = self._seen = False
+        install()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings."""
+        return {"options": self.options, "_look": self._look}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The settings again, with no notes."""
+        self.__dict__.update(state)
+        self._begin()
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        """The forward pre-hook: what exists now was not made by the forward.
+
+        Raises:
+            RuntimeError: The model is compiled as a whole.
+        """
+        if torch.compiler.is_compiling():
+            raise RuntimeError(COMPILED)
+        if self.notes is None and module.training and torch.is_grad_enabled():
+            self.notes, self._noting = Notes(self._look), True
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The forward hook.
+
+        Raises:
+            RuntimeError: No checkpoint has run yet, though the model trains.
+        """
+        if torch.compiler.is_compiling():
+            return
+        self._noting = False
+        self.notes = self.notes if self._seen else None
+        tensors = (t for t in pytree.tree_leaves(output) if isinstance(t, Tensor))
+        if not self._seen and module.training and any(t.requires_grad for t in tensors):
+            raise RuntimeError(NO_CHECKPOINT.format(name=type(module).__name__))
+
+    @contextmanager
+    def saving(self) -> Iterator[Callable[[Any], Any]]:
+        """Packs what is saved in a block, but for what the function that it wraps saves."""
+        self._seen = True
+        around = hooks_in_force()
+        if of_a_region(around):
+            yield lambda function: function
+            return
+        if not hasattr(self.copies, "shared"):
+            self.copies.shared = Copies()
+        notes = self.notes if self._noting else None
+        hooks = outside_of_ours(around)
+        packing = Packing(self.options, self.copies.shared, hooks, notes, at_checkpoint=True)
+
+        def wrapped(function: Any) -> Any:
+            @functools.wraps(function)
+            def run(*args: Any) -> Any:
+                packing.paused = True
+                try:
+                    return function(*args)
+                finally:
+                    packing.paused = False
+
+            return run
+
+        with saved_tensors_hooks(packing.pack, unpack):
+            yield wrapped
+
+
+@contextmanager
+def _saving() -> Iterator[Callable[[Any], Any]]:
+    """Around the saving of a checkpoint's inputs, and around all of a reentrant one."""
+    if torch.is_grad_enabled():
+        for module in modules_at_work():
+            for hook in forward_hooks(module):
+                if isinstance(hook, CheckpointPacker):
+                    with hook.saving() as wrapped:
+                        yield wrapped
+                    return
+    yield lambda function: function
+
+
+for _function in (CheckpointPacker.before, CheckpointPacker.__call__, CheckpointPacker.saving):
+    dynamo_skips(_function)
+
+
+@functools.cache
+def install() -> None:
+    """Has every checkpoint of this process look for a model that packs; once."""
+    save_checkpoints_in(_saving)
