@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from os import PathLike
 from typing import Any
 
@@ -23,6 +22,7 @@ from dropit_fx.passes.find_saved import FakeRunError
 from dropit_fx.passes.plan import Plan
 from dropit_fx.report.rows import attach
 from dropit_fx.runtime.regions import run_regions
+from dropit_fx.words import matches, unmatched
 
 
 def transform(
@@ -144,13 +144,10 @@ def _transform_submodules(
     if not globs:
         raise ConfigError("modules is an empty list: name a submodule, or leave it out.")
     known = [n for n, _ in model.named_modules() if n]
-    for glob in globs:
-        if not any(fnmatchcase(n, glob) for n in known):
-            children = ", ".join(n for n, _ in model.named_children())
-            raise ConfigError(
-                f"modules={glob!r} matches no submodule. Direct children: {children}."
-            )
-    names = [n for n in known if any(fnmatchcase(n, glob) for glob in globs)]
+    for glob in unmatched(globs, known):
+        children = ", ".join(n for n, _ in model.named_children())
+        raise ConfigError(f"modules={glob!r} matches no submodule. Direct children: {children}.")
+    names = [n for n in known if matches(n, globs)]
     names = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
     made: dict[str, fx.GraphModule] = {}
     plans = []

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 import dropit_fx
@@ -28,7 +27,7 @@ from dropit_fx.capture.trace import CaptureError
 from dropit_fx.check import BACKENDS
 from dropit_fx.config import DEFAULT_PRESET, PAPER_PRESET, ConfigError, make_config
 from dropit_fx.logs import shown
-from dropit_fx.report.rows import Report, as_text, mib
+from dropit_fx.report.rows import Report, as_text, mib, plain_table
 
 if TYPE_CHECKING:
     from dropit_fx.compile.saved import Partition
@@ -265,9 +264,8 @@ def _partition_data(partitions: list[Partition]) -> dict[str, Any]:
 
 
 def _compiled_text(compiled: Partitions, summary: bool) -> str:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("saved by the compiled forward", "made by", "bytes", ""):
-        table.add_column(name, justify="right" if name == "bytes" else "left")
+    names = ("saved by the compiled forward", "made by", "bytes", "")
+    table = plain_table(*names, figures=("bytes",))
     for p in compiled["packed"]:
         for v in () if summary else p.saved:
             table.add_row(v.name, v.source, mib(v.nbytes), "packed" if v.packed else "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import cache
 from importlib import resources
 from os import PathLike
@@ -17,7 +16,7 @@ from dropit_fx.codecs import CODEC
 from dropit_fx.codecs.codec import Codec, Options
 from dropit_fx.ops.rule import INSIDE, Read, Use
 from dropit_fx.ops.table import RULES
-from dropit_fx.words import did_you_mean
+from dropit_fx.words import did_you_mean, matches
 
 DEFAULT_PRESET = "balanced"
 _COUNTS = {"norm_values": "values", "loss_classes": "classes"}  # settings that are numbers
@@ -54,8 +53,8 @@ class Rule:
     def matches(self, module: str, op: str, read: Read) -> bool:
         """Whether the rule speaks of ``read`` of ``op`` in ``module``."""
         return (
-            any(fnmatchcase(module, glob) for glob in self.module)
-            and any(fnmatchcase(op, glob) for glob in self.op)
+            matches(module, self.module)
+            and matches(op, self.op)
             and _speaks_of(CODEC[self.codec], read)
         )
 
@@ -289,7 +288,7 @@ def _rule(source: Any, where: str, preset: bool = False) -> Rule:
         preset=preset,
     )
     for glob in rule.op:
-        named = [r for r in RULES.values() if fnmatchcase(r.name, glob)]
+        named = [r for r in RULES.values() if matches(r.name, (glob,))]
         if not named:
             raise ConfigError(
                 f"{where} {rule}: no op {glob!r} in the op table.{did_you_mean(glob, RULES)}"

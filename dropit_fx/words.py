@@ -1,9 +1,10 @@
-"""A word that is not known: what may have been meant, and what there is to choose from."""
+"""Words and globs of the user: what they match, or what may have been meant."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
 
 
 def did_you_mean(word: object, legal: Iterable[str]) -> str:
@@ -16,3 +17,14 @@ def closest(word: object, legal: Iterable[str], count: int = 1) -> str:
     """`` Did you mean 'linear'?``, with at most ``count`` words; empty where none is close."""
     close = difflib.get_close_matches(str(word), list(legal), n=count)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def matches(name: str, globs: Iterable[str]) -> bool:
+    """Whether one of some globs matches a name; ``*`` crosses dots."""
+    return any(fnmatchcase(name, glob) for glob in globs)
+
+
+def unmatched(globs: Iterable[str], names: Iterable[str]) -> Iterator[str]:
+    """The globs that match none of the names."""
+    known = tuple(names)
+    return (glob for glob in globs if not any(fnmatchcase(name, glob) for name in known))

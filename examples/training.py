@@ -27,6 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import torch.nn.functional as F
+from picture import demo_picture
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -34,7 +35,6 @@ from torch import Tensor, nn
 
 import dropit_fx
 from dropit_fx import measure
-from dropit_fx.bench.plot import demo_picture
 from dropit_fx.config import presets
 
 DENSE = "dense"

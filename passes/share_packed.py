@@ -134,11 +134,7 @@ def _dense_nodes(plan: Plan, decisions: tuple[Decision, ...]) -> dict[str, str]:
 def _is_inside(decision: Decision) -> bool:
     """Whether a packed call lets it go: made inside the op, or read for its shape alone."""
     read = decision.read
-    return (read.read is None and read.row is not None) or _of_shape(decision)
-
-
-def _of_shape(decision: Decision) -> bool:
-    return decision.read.read is not None and decision.read.read.use is Use.SHAPE
+    return read.row is not None if read.read is None else read.read.use is Use.SHAPE
 
 
 def _let_go(plan: Plan, decisions: tuple[Decision, ...]) -> tuple[Decision, ...]:

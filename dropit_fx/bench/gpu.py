@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ from dropit_fx.bench.gpu_rows import Row
 from dropit_fx.bench.gpu_tables import key, label, line_of_tests, said, tables
 from dropit_fx.bench.gpu_worker import Worker, run_tests
 from dropit_fx.config import ConfigError
-from dropit_fx.words import did_you_mean
+from dropit_fx.words import did_you_mean, matches, unmatched
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = Path("examples/figures")
@@ -58,14 +57,17 @@ def plan(models: Sequence[str] = (), variants: Sequence[str] = ()) -> list[Row]:
         ConfigError: A glob that matches nothing.
     """
     every = [f"{mode} {v}" for mode, names in gpu_rows.MODES.items() for v in names]
-    _check(models, [*MODELS, "kernels"])
-    _check(variants, [*every, *(name.partition(" ")[2] for name in every)])
+    known = [*MODELS, "kernels"], [*every, *(name.partition(" ")[2] for name in every)]
+    for globs, legal in zip((models, variants), known, strict=True):
+        for glob in unmatched(globs, legal):
+            raise ConfigError(f"nothing to measure matches {glob!r}.{did_you_mean(glob, legal)}")
+    models, variants = models or ("*",), variants or ("*",)
 
     def wanted(row: Row) -> bool:
         if row["kind"] == "kernel":
-            return _any("kernels", models)
+            return matches("kernels", models)
         names = (f"{row['mode']} {row['variant']}", row["variant"])
-        return _any(row["model"], models) and any(_any(n, variants) for n in names)
+        return matches(row["model"], models) and any(matches(n, variants) for n in names)
 
     def rows(models: Sequence[str], mode: str, *variants: str) -> Iterator[Row]:
         for model in models:
@@ -99,16 +101,6 @@ def plan(models: Sequence[str] = (), variants: Sequence[str] = ()) -> list[Row]:
         if row in chosen
         or (row.get("variant") == gpu_rows.DENSE and (row["model"], row["mode"]) in modes)
     ]
-
-
-def _any(name: str, globs: Sequence[str]) -> bool:
-    return not globs or any(fnmatchcase(name, glob) for glob in globs)
-
-
-def _check(globs: Sequence[str], names: Sequence[str]) -> None:
-    for glob in globs:
-        if not any(fnmatchcase(name, glob) for name in names):
-            raise ConfigError(f"nothing to measure matches {glob!r}.{did_you_mean(glob, names)}")
 
 
 # The run ------------------------------------------------------------------------------------------
@@ -155,7 +147,8 @@ def bench_gpu(
     inner = inner or ("aot_eager_decomp_partition" if rehearse else "inductor")
     jobs = plan(models, variants)
     about = machine(device) | {"inner": inner, "rehearsal": rehearse}
-    path = Path(out) if out else FIGURES / f"gpu_{slug(about['card'])}.json"
+    slug = re.sub(r"[^a-z0-9]+", "_", about["card"].lower()).strip("_")  # nvidia_h100_80gb_hbm3
+    path = Path(out) if out else FIGURES / f"gpu_{slug}.json"
     copies = [path, *([Path(copy_to) / path.name] if copy_to else [])]
     for place in copies:
         if not place.absolute().parent.is_dir():
@@ -182,14 +175,13 @@ def bench_gpu(
             limit, start = max(1, min(left, 4 * expected + 60)), time.monotonic()
             row = job | worker.measure(job, limit)
             row.setdefault("seconds", time.monotonic() - start)
-            if (
-                "failed" in row and row["seconds"] >= left
-            ):  # ended by the clock: no fault of its own
+            if "failed" in row and row["seconds"] >= left:  # by the clock: no fault of its own
                 left_out.append(label(job))
                 continue
             row["sources"] = about["sources"]
             took[_like(job)] = max(row["seconds"], took.get(_like(job), 0) / 2)
-            _put(result["rows"], row)
+            measured = {key(r): r for r in (*result["rows"], row)}  # in the place of an earlier one
+            result["rows"] = list(measured.values())
             result["left_out"] = [*left_out, *map(label, jobs[number + 1 :])]
             write(result, copies)
             left = max(0, end - time.monotonic())
@@ -229,15 +221,6 @@ def _in_order(jobs: Sequence[Row], rows: Sequence[Row], sources: str) -> list[Ro
         return 2 if row["sources"] != sources else 3
 
     return [job for job in sorted(jobs, key=state) if state(job) < 3]
-
-
-def _put(rows: list[Row], row: Row) -> None:
-    """In the place of an earlier row of the same."""
-    at = next((i for i, old in enumerate(rows) if key(old) == key(row)), None)
-    if at is None:
-        rows.append(row)
-    else:
-        rows[at] = row
 
 
 def _like(job: Row) -> tuple[str, ...]:
@@ -289,11 +272,6 @@ def machine(device: str) -> Row:
         "sources": sources(),
         "date": datetime.now(UTC).date().isoformat(),
     }
-
-
-def slug(name: str) -> str:
-    """A card's name as part of a file's: ``nvidia_h100_80gb_hbm3``."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 def sources() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from dropit_fx.bench import gpu_rows
 from dropit_fx.bench.gpu_models import MODELS
@@ -127,9 +127,8 @@ def tables(result: Row) -> list[Table]:
     found = []
     parts = ((MODEL_HEAD, model_cells(result["rows"])), (KERNEL_HEAD, kernel_cells(result["rows"])))
     for head, lines in parts:
-        table = Table(box=None, header_style="bold", pad_edge=False, title=result["card"])
-        for name in head:
-            table.add_column(name, no_wrap=True)
+        columns = [Column(name, no_wrap=True) for name in head]
+        table = Table(*columns, box=None, header_style="bold", pad_edge=False, title=result["card"])
         for line in lines:
             table.add_row(*line)
         found += [table] if lines else []

@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 
 from dropit_fx.api import transform
 from dropit_fx.bench import formats as bench_formats
 from dropit_fx.check.compare import losses, paired
-from dropit_fx.config import Config, load_config, presets
-from dropit_fx.report.rows import report
+from dropit_fx.config import load_config, presets
+from dropit_fx.report.rows import plain_table, report
 
 
 def bench_gradients(
@@ -61,7 +60,8 @@ def bench_gradients(
     found = []
     for name in track(configs or presets(), "gradients", console=Console(stderr=True)):
         torch.manual_seed(0)
-        packed = transform(model, _config(name), example_kwargs=example)
+        config = load_config({"preset": name} if name in presets() else name)
+        packed = transform(model, config, example_kwargs=example)
         whole, _ = losses(paired(exact, gradients(packed)))
         found.append(
             {
@@ -71,9 +71,9 @@ def bench_gradients(
                 "cosine": whole.cosine,
             }
         )
-    table = Table(title=f"gradients of {bench_formats.MODEL}, {loss}", box=None)
-    for column in ("preset", "saved, of dense", "relative error", "cosine"):
-        table.add_column(column, justify="left" if column == "preset" else "right")
+    figures = ("saved, of dense", "relative error", "cosine")
+    title = f"gradients of {bench_formats.MODEL}, {loss}"
+    table = plain_table("preset", *figures, figures=figures, title=title)
     for row in found:
         cells = f"{row['saved']:.1%}", f"{row['error']:.3f}", f"{row['cosine']:.4f}"
         table.add_row(str(row["name"]), *cells)
@@ -81,7 +81,3 @@ def bench_gradients(
     if json_path:
         Path(json_path).write_text(json.dumps(found, indent=1) + "\n")
     return found
-
-
-def _config(name: str) -> Config:
-    return load_config({"preset": name} if name in presets() else name)

@@ -23,6 +23,7 @@ from torch import Tensor
 from dropit_fx.bench.device import find_device, timed
 from dropit_fx.bench.published import scatter, select
 from dropit_fx.kernels import AFFINE, FULL, UNIFORM, Format
+from dropit_fx.report.rows import plain_table
 
 FORMATS: dict[str, Format] = {
     "gamma 0.9": Format(1000, 1024),
@@ -147,13 +148,9 @@ def _summary(times: dict[str, list[float]], x: Tensor) -> dict[str, Any]:
 def _table(title: str, rows: dict[str, Any]) -> Table:
     clone = rows["clone"]["seconds"] * 1e3
     caption = "clones: time of so many clone(); faster: than the published selection"
-    heading = f"{title}; clone {clone:.2f} ms"
-    table = Table(
-        title=heading, caption=caption, box=None, header_style="bold", padding=(0, 1, 0, 0)
-    )
-    table.add_column("format", no_wrap=True)
-    for name in ("bits", "pack ms", "clones", "faster", "unpack ms", "clones", "faster"):
-        table.add_column(name, justify="right", no_wrap=True)
+    about: dict[str, Any] = {"title": f"{title}; clone {clone:.2f} ms", "caption": caption}
+    figures = ("bits", "pack ms", "clones", "faster", "unpack ms", "clones", "faster")
+    table = plain_table("format", *figures, figures=figures, padding=(0, 1, 0, 0), **about)
     for name, row in rows.items():
         if name == "clone":
             continue

@@ -11,7 +11,6 @@ import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from dropit_fx.config import ConfigError, presets
 from dropit_fx.private import at_memory_budget, lookup_backend, recompiling
 from dropit_fx.report.palette import SERIES
 from dropit_fx.report.plot import INK, MIB, figure_class, finish
-from dropit_fx.words import did_you_mean
+from dropit_fx.words import did_you_mean, matches, unmatched
 
 BUDGETS = (0.5, 0.3, 0.1)
 MEMORY = ("saved", "peak")
@@ -172,11 +171,10 @@ def choose(only: Sequence[str]) -> tuple[Variant, ...]:
     """The variants that some glob matches, and the dense one; all for no globs."""
     every = variants()
     names = [v.name for v in every]
-    for glob in only:
-        if not any(fnmatchcase(name, glob) for name in names):
-            raise ConfigError(f"no variant matches {glob!r}.{did_you_mean(glob, names)}")
+    for glob in unmatched(only, names):
+        raise ConfigError(f"no variant matches {glob!r}.{did_you_mean(glob, names)}")
     wanted = ("dense", *only) if only else ("*",)
-    return tuple(v for v in every if any(fnmatchcase(v.name, glob) for glob in wanted))
+    return tuple(v for v in every if matches(v.name, wanted))
 
 
 def checkpoint_blocks(model: nn.Module) -> str:

@@ -7,13 +7,13 @@ one ``topk`` and keep values and int32 indices; the backward scatters them into 
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dropit_fx.words import matches
 
 # its DeiT benchmark leaves out the patch embedding and the head; a ResNet's, the first convolution
 EXCLUDED = ("patch_embed.*", "head", "fc", "conv1", "*.conv_stem", "classifier")
@@ -77,20 +77,10 @@ class _Conv2d(torch.autograd.Function):
 def to_published(model: nn.Module, gamma: float) -> nn.Module:
     """Replaces the forward of each Linear and bias-free Conv2d of ``model``, in place."""
     for name, module in model.named_modules():
-        if any(fnmatchcase(name, glob) for glob in EXCLUDED):
+        if matches(name, EXCLUDED):
             continue
         if type(module) is nn.Linear:
-            module.forward = partial(_linear, module, gamma)  # type: ignore[method-assign]
+            module.forward = lambda x, m=module: _Linear.apply(x, m.weight, m.bias, gamma)  # type: ignore[method-assign,misc]
         elif type(module) is nn.Conv2d and module.bias is None:
-            module.forward = partial(_conv2d, module, gamma)  # type: ignore[method-assign]
+            module.forward = lambda x, m=module: _Conv2d.apply(x, m, m.weight, gamma)  # type: ignore[method-assign,misc]
     return model
-
-
-def _linear(layer: nn.Linear, gamma: float, x: Tensor) -> Tensor:
-    out: Tensor = _Linear.apply(x, layer.weight, layer.bias, gamma)
-    return out
-
-
-def _conv2d(layer: nn.Conv2d, gamma: float, x: Tensor) -> Tensor:
-    out: Tensor = _Conv2d.apply(x, layer, layer.weight, gamma)
-    return out

@@ -26,6 +26,7 @@ from dropit_fx.api import transform
 from dropit_fx.bench.device import find_device, timed
 from dropit_fx.bench.model_spec import build
 from dropit_fx.bench.published import to_published
+from dropit_fx.report.rows import plain_table
 
 Step = Callable[[], Tensor]
 FIXED = ("parameters", "gradients", "optimizer")
@@ -210,10 +211,8 @@ def fixed(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
 
 def table(title: str, result: Rows) -> Table:
     """The rows for people."""
-    text = Table(title=title, box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
-    text.add_column("step", no_wrap=True)
-    for name in ("median", "saved", "peak", "whole"):
-        text.add_column(name, justify="right")
+    figures = ("median", "saved", "peak", "whole")
+    text = plain_table("step", *figures, figures=figures, title=title, padding=(0, 1, 0, 0))
     for name, row in result.items():
         text.add_row(
             name,

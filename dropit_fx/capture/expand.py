@@ -8,6 +8,7 @@ symbolic batch and sequence sizes, and the trace takes the place of the one opaq
 
 from __future__ import annotations
 
+import functools
 import logging
 import operator
 import re
@@ -21,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from dropit_fx.capture.faithful import difference, meaning
 from dropit_fx.capture.input_guards import InputGuards
+from dropit_fx.capture.modes import lay_over
 from dropit_fx.capture.regions import REGION
 from dropit_fx.capture.untouched import untouched
 from dropit_fx.ops.table import rule_of
@@ -44,7 +46,9 @@ def opaque_nodes(graph_module: fx.GraphModule, wrapped: bool = False) -> list[fx
     return [
         n
         for n in graph_module.graph.nodes
-        if _attention_module(graph_module, n) or _is_call(n) or (wrapped and _is_wrapped(n))
+        if n.target in (F.multi_head_attention_forward, torch.einsum)
+        or _attention_module(graph_module, n)
+        or (wrapped and _is_wrapped(n))
     ]
 
 
@@ -54,10 +58,6 @@ def _is_wrapped(node: fx.Node) -> bool:
     known = ("torch", "torch_xla", "functorch", "builtins", "math", "dropit_fx")
     theirs = isinstance(node.target, FunctionType) and home not in known
     return node.op == "call_function" and theirs and rule_of(node) is None
-
-
-def _is_call(node: fx.Node) -> bool:
-    return node.target in (F.multi_head_attention_forward, torch.einsum)
 
 
 def _attention_module(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
@@ -181,12 +181,15 @@ def _open_function(graph_module: fx.GraphModule, node: fx.Node, values: dict[str
             raise RuntimeError(wrong or f"it draws from {seen.chance[0]}")
         traces.append((inner, _needed(conditions, inner, runs(flag), blanks)))
     inner = traces[0][0]
-    switched = _switched(inner.graph, traces[1][0].graph) if flags else set()
+    copied = dict(zip(inner.graph.find_nodes(op="placeholder"), tensors, strict=True))
+    if flags:
+        switch = inner.graph.placeholder("switch")
+        copied[switch] = flags[0]
+        lay_over(inner.graph, traces[1][0].graph, functools.partial(_switched, switch))
     _fill_with_numbers(inner)
     result = inner.graph.find_nodes(op="output")[0].args[0]
     if not isinstance(result, fx.Node):
         raise RuntimeError("it returns more than one tensor")
-    copied = dict(zip(inner.graph.find_nodes(op="placeholder"), tensors, strict=True))
     told = tuple(
         (c, f"{c.replace('args', 'inputs')} of {getattr(function, '__name__', function)}")
         for _, conditions in traces
@@ -198,11 +201,16 @@ def _open_function(graph_module: fx.GraphModule, node: fx.Node, values: dict[str
             graph_module.add_submodule(name, InputGuards(told))
             graph.call_module(name, tuple(tensors))
         _copy_ops(inner, node, copied)
-        for other, at in switched:
-            copied[other].update_arg(at, flags[0])
     node.replace_all_uses_with(copied[result])
     values[copied[result].name] = values[node.name]
     graph.erase_node(node)
+
+
+def _switched(switch: fx.Node, node: fx.Node, in_training: Any, in_eval: Any) -> fx.Node:
+    """``switch`` in the place of a constant that is what the mode is."""
+    if in_training is True and in_eval is False:
+        return switch
+    raise RuntimeError("in eval mode it does other things than in training")
 
 
 def _fill_with_numbers(inner: fx.GraphModule) -> None:
@@ -289,25 +297,6 @@ def _needed(
     log.info("for sizes of 1: %s", wrong or "the same ops")
     unneeded = set() if wrong else {f"args[{i}].size()[0] != 1" for i in ones}
     return [c for c in dict.fromkeys(conditions) if c not in unneeded]
-
-
-def _switched(mine: fx.Graph, other: fx.Graph) -> set[tuple[fx.Node, int]]:
-    """The arguments that are True in one graph and False in the other, all else being equal."""
-    found = set()
-    ours, theirs = list(mine.nodes), list(other.nodes)
-    twin = dict(zip(theirs, ours, strict=False))
-    if len(ours) != len(theirs):
-        raise RuntimeError("in eval mode it does other things than in training")
-    for a, b in zip(ours, theirs, strict=True):
-        args = pytree.tree_map_only(fx.Node, twin.__getitem__, _plain((b.args, b.kwargs)))
-        for i, (x, y) in enumerate(zip(a.args, args[0], strict=True)):
-            if x is True and y is False:
-                found.add((a, i))
-            elif _plain(x) != y:
-                raise RuntimeError("in eval mode it does other things than in training")
-        if (a.op, str(a.target), _plain(a.kwargs)) != (b.op, str(b.target), args[1]):
-            raise RuntimeError("in eval mode it does other things than in training")
-    return found
 
 
 def _trace(

@@ -198,17 +198,6 @@ def _zeros(fake: Tensor) -> Tensor:
     return torch.zeros(fake.shape, dtype=fake.dtype, device=fake.device)
 
 
-class _Values(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.extra_traceback = False
-        self.values: dict[str, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.values[n.name] = super().run_node(n)
-        return self.values[n.name]
-
-
 def propagate(graph_module: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str, Any]:
     """Node name -> its value, for fake inputs in the order of the placeholders.
 
@@ -217,9 +206,10 @@ def propagate(graph_module: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str
     """
     mode = fake_mode_of(inputs)
     with mode, torch.no_grad(), fake_state(graph_module, mode):
-        run = _Values(graph_module)
+        run = fx.Interpreter(graph_module, garbage_collect_values=False)
+        run.extra_traceback = False
         try:
             run.run(*inputs)
         except Exception as error:
             log.info("on fake tensors: %s", error)
-    return run.values
+    return {node.name: value for node, value in run.env.items()}

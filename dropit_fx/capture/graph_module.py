@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import builtins
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 from torch.fx.node import map_aggregate, map_arg
 
@@ -45,6 +46,17 @@ class RewrittenModule(fx.GraphModule):
         made: RewrittenModule = restore(*copy.deepcopy(args, memo))
         memo[id(self)] = made
         return made
+
+
+def adopt(graph_module: fx.GraphModule, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Gives a graph module parameters and buffers, under names of modules that it may not have."""
+    for name, tensor in tensors:
+        path, _, leaf = name.rpartition(".")
+        if path not in dict(graph_module.named_modules(remove_duplicate=False)):
+            graph_module.add_submodule(path, nn.Module())
+        owner: Any = graph_module.get_submodule(path)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        (owner.register_parameter if is_parameter else owner.register_buffer)(leaf, tensor)
 
 
 def keep_blocks(graph_module: fx.GraphModule) -> None:

@@ -9,16 +9,19 @@ as on the model. Where they differ in more, the graph says so when it is run in 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_aggregate
+from torch.fx.operator_schemas import get_signature_for_torch_op
 
+from dropit_fx.capture.graph_module import adopt
 from dropit_fx.capture.input_guards import InputGuards
 from dropit_fx.capture.provenance import node_module, node_where
 from dropit_fx.capture.regions import REGION
-from dropit_fx.private import OpOverload, schema
+from dropit_fx.private import OpOverload
 from dropit_fx.runtime.packed_call import by_mode, require_mode
 
 log = logging.getLogger(__name__)
@@ -105,17 +108,10 @@ def _overlay(mine: fx.GraphModule, other: fx.GraphModule, training: bool) -> str
     """
     for node in (*mine.graph.nodes, *other.graph.nodes):
         _spell_out(node)
-    _share_buffers(mine, other)
-    _share_buffers(other, mine)
+    for one, another in ((mine, other), (other, mine)):  # buffers that only one of them reads
+        own = dict(one.named_buffers())
+        adopt(one, [(n, b) for n, b in another.named_buffers() if n not in own])
     _level(mine.graph, other.graph)
-    ours, theirs = list(mine.graph.nodes), list(other.graph.nodes)
-    twin = dict(zip(theirs, ours, strict=False))
-    for a, b in zip(ours, theirs, strict=False):
-        same = (a.op, str(a.target)) == (b.op, str(b.target))
-        if not same or not _same_but_constants((a.args, a.kwargs), (b.args, b.kwargs), twin):
-            return f"'{a.name}' ({node_where(a) or node_module(a) or a.target})"
-    if len(ours) != len(theirs):
-        return f"'{ours[-1].name}'"
     flags: dict[str, fx.Node] = {}
 
     def flag_for(node: fx.Node) -> fx.Node:
@@ -125,41 +121,65 @@ def _overlay(mine: fx.GraphModule, other: fx.GraphModule, training: bool) -> str
                 flags[path] = _flag(mine, training, path)
         return flags[path]
 
-    def lay(x: Any, y: Any, before: fx.Node) -> Any:
-        if isinstance(x, fx.Node) or _equal(x, y):
-            return x
-        if isinstance(x, slice):
-            parts = zip((x.start, x.stop, x.step), (y.start, y.stop, y.step), strict=True)
-            return slice(*[lay(p, q, before) for p, q in parts])
-        if isinstance(x, tuple | list):
-            return type(x)(lay(p, q, before) for p, q in zip(x, y, strict=True))
-        if isinstance(x, dict):
-            return {k: lay(v, y[k], before) for k, v in x.items()}
-        in_training, in_eval = (x, y) if training else (y, x)
+    def choice(node: fx.Node, ours: Any, theirs: Any) -> fx.Node:
+        in_training, in_eval = (ours, theirs) if training else (theirs, ours)
         if in_training is True and in_eval is False:
-            return flag_for(before)
-        with mine.graph.inserting_before(before):
-            return mine.graph.call_function(by_mode, (flag_for(before), in_training, in_eval))
+            return flag_for(node)
+        with mine.graph.inserting_before(node):
+            return mine.graph.call_function(by_mode, (flag_for(node), in_training, in_eval))
 
-    for a, b in zip(ours, theirs, strict=True):
-        if REGION in b.meta:  # some models checkpoint in training mode alone
-            a.meta[REGION] = b.meta[REGION]
-        a.args, a.kwargs = (
-            lay(tuple(a.args), tuple(b.args), a),
-            lay(dict(a.kwargs), dict(b.kwargs), a),
-        )
+    try:
+        lay_over(mine.graph, other.graph, choice)
+    except Differs as where:
+        return str(where)
     return ""
 
 
-def _share_buffers(mine: fx.GraphModule, other: fx.GraphModule) -> None:
-    """Gives ``mine`` the buffers that only ``other`` reads."""
-    own = dict(mine.named_buffers())
-    for name, buffer in other.named_buffers():
-        if name not in own:
-            path, _, leaf = name.rpartition(".")
-            if path not in dict(mine.named_modules()):
-                mine.add_submodule(path, nn.Module())
-            mine.get_submodule(path).register_buffer(leaf, buffer)
+class Differs(RuntimeError):
+    """Two graphs differ in more than constants; the message says where."""
+
+
+def lay_over(
+    mine: fx.Graph, other: fx.Graph, choice: Callable[[fx.Node, Any, Any], fx.Node]
+) -> None:
+    """Puts ``choice(node, ours, theirs)`` where ``other`` has another constant than ``mine``.
+
+    Raises:
+        Differs: They differ in more than constants; ``mine`` is as it was.
+    """
+    ours, theirs = list(mine.nodes), list(other.nodes)
+    twin = dict(zip(theirs, ours, strict=False))
+    pairs = []
+    for a, b in zip(ours, theirs, strict=False):
+        (left, nesting), (right, nesting_too) = (_flat((n.args, n.kwargs)) for n in (a, b))
+        same = (a.op, str(a.target), nesting) == (b.op, str(b.target), nesting_too)
+        if not same or any(not _is_twin(x, y, twin) for x, y in zip(left, right, strict=True)):
+            raise Differs(f"'{a.name}' ({node_where(a) or node_module(a) or a.target})")
+        pairs.append((a, b, right))
+    if len(ours) != len(theirs):
+        raise Differs(f"'{ours[-1].name}'")
+    for a, b, right in pairs:
+        constants = iter(right)
+        if REGION in b.meta:  # some models checkpoint in training mode alone
+            a.meta[REGION] = b.meta[REGION]
+
+        def laid(x: Any, a: fx.Node = a, constants: Iterator[Any] = constants) -> Any:
+            y = next(constants)
+            same = isinstance(x, fx.Node) or (type(x) is type(y) and bool(x == y))
+            return x if same else choice(a, x, y)
+
+        a.args, a.kwargs = map_aggregate(a.args, laid), map_aggregate(a.kwargs, laid)
+
+
+def _flat(arguments: Any) -> tuple[list[Any], str]:
+    """What stands in nested arguments, and how they are nested."""
+    leaves: list[Any] = []
+    return leaves, repr(map_aggregate(arguments, leaves.append))
+
+
+def _is_twin(x: Any, y: Any, twin: dict[fx.Node, fx.Node]) -> bool:
+    """Whether two arguments are constants, or the same node."""
+    return twin.get(y) is x if isinstance(y, fx.Node) else not isinstance(x, fx.Node)
 
 
 def _level(mine: fx.Graph, other: fx.Graph) -> None:
@@ -216,47 +236,8 @@ def _spell_out(node: fx.Node) -> None:
 
     Export leaves out those that one mode happens to agree with.
     """
-    if not isinstance(node.target, OpOverload):
-        return
-    args, kwargs = list(node.args), dict(node.kwargs)
-    for i, argument in enumerate(schema(node.target).arguments):
-        if i < len(args) or argument.name in kwargs or not argument.has_default_value():
-            continue
-        if argument.kwarg_only or i > len(args):
-            kwargs[argument.name] = argument.default_value
-        else:
-            args.append(argument.default_value)
-    for argument in schema(node.target).arguments[len(args) :]:
-        if argument.name not in kwargs or argument.kwarg_only:
-            break
-        args.append(kwargs.pop(argument.name))
-    node.args, node.kwargs = tuple(args), kwargs
-
-
-def _equal(x: Any, y: Any) -> bool:
-    """Equal constants; the caller takes containers apart, so that nodes inside are not compared."""
-    return not isinstance(x, tuple | list | dict | slice) and type(x) is type(y) and bool(x == y)
-
-
-def _same_but_constants(x: Any, y: Any, twin: dict[fx.Node, fx.Node]) -> bool:
-    """Whether two arguments name the same nodes in the same places."""
-    if isinstance(x, fx.Node) or isinstance(y, fx.Node):
-        return isinstance(y, fx.Node) and twin.get(y) is x
-    if isinstance(x, slice):
-        x, y = (
-            (x.start, x.stop, x.step),
-            (y.start, y.stop, y.step) if isinstance(y, slice) else None,
-        )
-    if isinstance(x, tuple | list):
-        return (
-            isinstance(y, tuple | list)
-            and len(x) == len(y)
-            and all(_same_but_constants(p, q, twin) for p, q in zip(x, y, strict=True))
-        )
-    if isinstance(x, dict):
-        return (
-            isinstance(y, dict)
-            and list(x) == list(y)
-            and all(_same_but_constants(v, y[k], twin) for k, v in x.items())
-        )
-    return True
+    if isinstance(node.target, OpOverload):
+        signatures: Any = get_signature_for_torch_op(node.target)
+        bound = signatures[0].bind(*node.args, **node.kwargs)
+        bound.apply_defaults()
+        node.args, node.kwargs = bound.args, bound.kwargs

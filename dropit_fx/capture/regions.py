@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -95,9 +95,13 @@ def _annotated(graph_module: fx.GraphModule) -> Iterator[tuple[fx.Node, tuple[Ma
             for inner, found in _annotated(block)
             if not _is_lookup(inner)
         ]
-        levels = zip(*marks, strict=False)
-        common = [level[0] for level in levels if all(other == level[0] for other in level)]
-        yield node, node.meta.get(CUSTOM, {}).get(REGION) or tuple(common)
+        yield node, node.meta.get(CUSTOM, {}).get(REGION) or tuple(_in_common(marks))
+
+
+def _in_common(paths: Iterable[Sequence[Any]]) -> list[Any]:
+    """Of several ways from the outermost to the innermost, what all have at the same place."""
+    levels = zip(*paths, strict=False)
+    return [level[0] for level in levels if all(other == level[0] for other in level)]
 
 
 def checkpointing(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -204,8 +208,6 @@ def _body(
 def _meta(span: list[fx.Node]) -> dict[str, Any]:
     """Where a region comes from: the innermost module that it is all in, and its first line."""
     stacks = [list(n.meta.get(MODULES, {}).items()) for n in span]
-    levels = zip(*stacks, strict=False)
-    common = [level[0] for level in levels if all(o == level[0] for o in level)]
-    found: dict[str, Any] = {MODULES: dict(common)}
+    found: dict[str, Any] = {MODULES: dict(_in_common(stacks))}
     trace = next((n.meta[TRACE] for n in span if TRACE in n.meta), None)
     return found if trace is None else found | {TRACE: trace}

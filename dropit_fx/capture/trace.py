@@ -29,7 +29,8 @@ from dropit_fx.capture.faithful.hooks import (
     refuse_hooks,
     torchs_hooks_inside,
 )
-from dropit_fx.capture.graph_module import RewrittenModule, keep_blocks
+from dropit_fx.capture.faithful.one_run import named
+from dropit_fx.capture.graph_module import RewrittenModule, adopt, keep_blocks
 from dropit_fx.capture.input_guards import exporting_input_guards
 from dropit_fx.capture.modes import both_modes, is_one_mode, one_mode
 from dropit_fx.capture.provenance import error_line, first_line
@@ -158,8 +159,8 @@ def capture(
     graph_module = RewrittenModule(graph_module, graph_module.graph, type(model).__name__)
     leave_unsaved(graph_module, unsaved)  # of its own, fx forgets it before PyTorch 2.14
     missing = set(model.state_dict()) ^ set(graph_module.state_dict())
-    if missing:
-        _adopt(model, graph_module, missing)
+    # what no node reads, so that state dicts stay equal
+    adopt(graph_module, [pair for pair in sorted(dict(named(model)).items()) if pair[0] in missing])
     _reorder(model, graph_module)
     for kind in HOOK_DICTS:
         if vars(model).get(kind):  # they run around the forward, whatever that is
@@ -349,24 +350,3 @@ def _reorder(theirs: nn.Module, ours: nn.Module) -> None:
         original = getattr(theirs, name, None)
         if isinstance(original, nn.Module) and original is not child:
             _reorder(original, child)
-
-
-def _adopt(model: nn.Module, graph_module: fx.GraphModule, names: set[str]) -> None:
-    """Gives the graph module the parameters that no node reads, so that state dicts stay equal."""
-    owned = dict(model.named_parameters(remove_duplicate=False)) | dict(
-        model.named_buffers(remove_duplicate=False)
-    )
-    for name in sorted(names):
-        if name not in owned:
-            continue
-        *path, leaf = name.split(".")
-        owner: nn.Module = graph_module
-        for part in path:
-            if not hasattr(owner, part):
-                owner.add_module(part, nn.Module())
-            owner = getattr(owner, part)
-        value = owned[name]
-        if isinstance(value, nn.Parameter):
-            owner.register_parameter(leaf, value)
-        else:
-            owner.register_buffer(leaf, value)

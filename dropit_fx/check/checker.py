@@ -15,7 +15,8 @@ from torch import Tensor
 from dropit_fx import measure
 from dropit_fx.api import transform
 from dropit_fx.capture.untouched import untouched
-from dropit_fx.check.compare import differing, equal, finite, losses, paired, unlike
+from dropit_fx.capture.untouched.values import equal_bits
+from dropit_fx.check.compare import differing, finite, losses, paired, unlike
 from dropit_fx.check.found import Check, Finding
 from dropit_fx.check.step import Seen, Task, take_step
 from dropit_fx.codecs import CODEC
@@ -201,11 +202,11 @@ class Checker:
 
     def _chance(self, dense: Seen, seen: Seen) -> None:
         """Where two calls of the dense model differ, those of the rewritten one do."""
-        moved = [n for n, t in dense.outputs[0].items() if not equal(t, dense.outputs[1][n])]
+        moved = [n for n, t in dense.outputs[0].items() if not equal_bits(t, dense.outputs[1][n])]
         frozen = [
             n
             for n in moved
-            if n in seen.outputs[0] and equal(seen.outputs[0][n], seen.outputs[1][n])
+            if n in seen.outputs[0] and equal_bits(seen.outputs[0][n], seen.outputs[1][n])
         ]
         text = "drawn again in each call" if moved else "two calls of the dense model are equal"
         self.say("chance", not frozen, f"frozen in {_listed(frozen)}" if frozen else text)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 
-import torch
 from torch import Tensor
 
+from dropit_fx.capture.untouched.values import equal_bits
 from dropit_fx.check.found import GradientError
 from dropit_fx.check.step import Seen
 
@@ -17,15 +17,6 @@ ROUNDING = {8: 1e-9, 4: 1e-4, 2: 3e-2, 1: 1e-1}
 Tensors = Mapping[str, Tensor | None]
 
 
-def equal(a: Tensor, b: Tensor) -> bool:
-    """Whether both hold the same values, NaN in the same places."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if a.layout != torch.strided or torch.equal(a, b):
-        return True
-    return bool(((a == b) | ((a != a) & (b != b))).all())
-
-
 def differing(dense: Tensors, other: Tensors, exact: bool) -> list[str]:
     """The names that differ: in a bit, or by more than rounding."""
     names = [n for n in dense if (dense[n] is None) != (other.get(n) is None)]
@@ -33,7 +24,7 @@ def differing(dense: Tensors, other: Tensors, exact: bool) -> list[str]:
     scale = _root_mean_square([a for _, a, _ in pairs])
     for name, a, b in pairs:
         assert b is not None
-        if equal(a, b):
+        if equal_bits(a, b):
             continue
         if exact or a.shape != b.shape or a.dtype != b.dtype or not a.dtype.is_floating_point:
             names.append(name)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from dropit_fx.report.rows import as_text
+from dropit_fx.report.rows import as_text, plain_table
 
 _WORDS = {True: "ok", False: "FAILED", None: ""}
 
@@ -86,9 +86,7 @@ class Check:
 
     def table(self) -> Table:
         """The findings as a rich table."""
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for name in ("checked", "", "found"):
-            table.add_column(name, overflow="fold")
+        table = plain_table("checked", "", "found")
         for f in self.findings:
             style = "red" if f.passed is False else ""
             table.add_row(f.name, _WORDS[f.passed], f.text, style=style)

@@ -95,9 +95,8 @@ def take_step(task: Task, runs: Callable[..., Any], owner: nn.Module) -> Seen:
     torch.autograd.backward([value])
     del output, value
     seen.gradients = {n: p.grad for n, p in task.model.named_parameters() if p.requires_grad}
-    for name, leaf in _named((args, kwargs), detached=False).items():
-        if leaf.requires_grad:
-            seen.gradients[f"input {name}"] = leaf.grad
+    inputs = (x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+    seen.gradients |= {f"input {i}": x.grad for i, x in enumerate(inputs) if x.requires_grad}
     seen.outputs.append(_by_path(runs(*task.inputs()[0], **task.inputs()[1])))
     buffers = dict(task.model.named_buffers()) | dict(owner.named_buffers())
     seen.buffers = {n: b.detach().clone() for n, b in buffers.items()}
@@ -110,8 +109,3 @@ def _by_path(output: Any) -> dict[str, Tensor]:
     leaves, _ = pytree.tree_flatten_with_path(output)
     tensors = [(path, leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
     return {pytree.keystr(path) or "0": tensor.detach().clone() for path, tensor in tensors}
-
-
-def _named(tree: Any, detached: bool = True) -> dict[str, Tensor]:
-    leaves = [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
-    return {str(i): t.detach().clone() if detached else t for i, t in enumerate(leaves)}

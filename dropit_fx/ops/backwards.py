@@ -37,8 +37,8 @@ class Called:
 class Saved(Mapping[str, Tensor]):
     """What the op kept: operand -> dense tensor, unpacked when it is read."""
 
-    def masked(self, operand: str, grad: Tensor, off: float = 0.0) -> Tensor:
-        """``grad`` where the bits kept for ``operand`` are set, ``off * grad`` elsewhere."""
+    def masked(self, operand: str, grad: Tensor) -> Tensor:
+        """``grad`` where the bits kept for ``operand`` are set, 0 elsewhere."""
         raise NotImplementedError
 
     def rounded(self, operand: str) -> bool:

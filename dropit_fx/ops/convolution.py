@@ -20,41 +20,6 @@ from dropit_fx.ops.rule import OpRule
 aten = torch.ops.aten
 
 
-def _conv(dims: int) -> Callable[..., Tensor]:
-    op = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
-
-    def conv(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Tensor:
-        return op(input, weight, bias, stride, padding, dilation, groups)
-
-    return conv
-
-
-def _conv_transpose(dims: int) -> Callable[..., Tensor]:
-    op = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
-
-    def conv_transpose(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        output_padding: Any = 0,
-        groups: int = 1,
-        dilation: Any = 1,
-    ) -> Tensor:
-        return op(input, weight, bias, stride, padding, output_padding, groups, dilation)
-
-    return conv_transpose
-
-
 def _convolution_backward(dims: int, transposed: bool) -> Callable[[Tensor, Saved, Called], Grads]:
     """The backward of ``conv{dims}d``: ``input: (b, in, *)``, ``weight: (out, in / groups, *)``."""
 
@@ -93,7 +58,8 @@ CONV = tuple(
             getattr(aten, f"conv{d}d").padding,
         ),
         reads=LAYER,
-        run=_conv(d),
+        run=getattr(F, f"conv{d}d"),
+        schema=getattr(aten, f"conv{d}d").default,
         backward=_convolution_backward(d, transposed=False),
         autocast="lower",
     )
@@ -101,21 +67,22 @@ CONV = tuple(
 )
 
 
+_TRANSPOSE = (
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+)
 CONV_TRANSPOSE = tuple(
     OpRule(
         name=f"conv_transpose{d}d",
-        targets=(
-            getattr(torch, f"conv_transpose{d}d"),
-            getattr(aten, f"conv_transpose{d}d").default
-            if d == 1
-            else getattr(aten, f"conv_transpose{d}d").input,
-        ),
+        targets=(getattr(torch, f"conv_transpose{d}d"), op),
         reads=LAYER,
-        run=_conv_transpose(d),
+        run=getattr(F, f"conv_transpose{d}d"),
+        schema=op,
         backward=_convolution_backward(d, transposed=True),
         autocast="lower",
     )
-    for d in (1, 2, 3)
+    for d, op in enumerate(_TRANSPOSE, 1)
 )
 
 ROWS = (*CONV, *CONV_TRANSPOSE)

@@ -24,18 +24,6 @@ def _any_index(args: Mapping[str, Any]) -> int:
     return 32  # what it indexes may be larger in the next call
 
 
-def _embedding(
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Tensor:
-    return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-
-
 def _embedding_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """The rows of ``grad`` are added to those of ``dW`` that were looked up."""
     padding, rows = call.args["padding_idx"], call.shapes["weight"][0]
@@ -61,14 +49,10 @@ EMBEDDING = OpRule(
         ("weight", "input", "padding_idx", "scale_grad_by_freq", "sparse"),
     ),
     reads=(_indices("input", "weight", lambda args: index_bits(args["weight"].shape[0])),),
-    run=_embedding,
+    run=F.embedding,
     backward=_embedding_backward,
     obstacle=_plain_embedding,
 )
-
-
-def _index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
-    return torch.index_select(input, dim, index)
 
 
 def _index_select_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
@@ -81,7 +65,8 @@ INDEX_SELECT = OpRule(
     name="index_select",
     targets=(torch.index_select, "index_select", aten.index_select.default),
     reads=(_indices("index", "input", _any_index),),
-    run=_index_select,
+    run=torch.index_select,
+    schema=aten.index_select.default,
     backward=_index_select_backward,
 )
 

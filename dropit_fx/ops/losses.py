@@ -17,14 +17,6 @@ from dropit_fx.private import STACKLEVEL, log_softmax_backward_data, softmax_bac
 aten = torch.ops.aten
 
 
-def _softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.softmax(input, dim, dtype)
-
-
-def _log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.log_softmax(input, dim, dtype)
-
-
 def _softmax_backward(log: bool) -> Formula:
     """``dX = y (dY - sum(dY y))``, and ``dY - exp(y) sum(dY)`` of the logarithm."""
     op = log_softmax_backward_data if log else softmax_backward_data
@@ -50,10 +42,11 @@ SOFTMAX = tuple(
         ),
         orders={getattr(F, name): ("input", "dim", STACKLEVEL, "dtype")},
         reads=(Read(operand="result", use=Use.REDUCE, needed_by=("input",)),),
-        run=run,
+        run=getattr(torch, name),
+        schema=getattr(aten, name).int,
         backward=_softmax_backward(log=name == "log_softmax"),
     )
-    for name, run in (("softmax", _softmax), ("log_softmax", _log_softmax))
+    for name in ("softmax", "log_softmax")
 )
 
 
@@ -122,18 +115,10 @@ def _class_dim(input: Tensor) -> int:
 
 
 def _cross_entropy_saving(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: Any = "mean",
-    label_smoothing: float = 0.0,
+    input: Tensor, target: Tensor, weight: Tensor | None, *settings: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
     log_probs = torch.log_softmax(input, _class_dim(input))
-    out = _nll_loss(log_probs, target, weight, ignore_index=ignore_index, reduction=reduction)
-    return out, {"log_probs": log_probs}
+    return _nll_loss(log_probs, target, weight, *settings[:-1]), {"log_probs": log_probs}
 
 
 def _cross_entropy_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:

@@ -73,10 +73,6 @@ def _scaled(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1 else x * factor
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.linear(input, weight, bias)
-
-
 def _linear_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """``input: (*, in)``, ``weight: (out, in)``, ``bias: (out,)``, ``grad: (*, out)``."""
     if grad.dim() < 2 or len(call.shapes["weight"]) != 2:
@@ -105,14 +101,11 @@ LINEAR = OpRule(
     name="linear",
     targets=(F.linear, aten.linear.default),
     reads=LAYER,
-    run=_linear,
+    run=F.linear,
+    schema=aten.linear.default,
     backward=_linear_backward,
     autocast="lower",
 )
-
-
-def _matmul(input: Tensor, other: Tensor) -> Tensor:
-    return torch.matmul(input, other)
 
 
 def _matmul_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
@@ -162,7 +155,8 @@ MATMUL = OpRule(
         aten.matmul.default,
     ),
     reads=_product("input", "other"),
-    run=_matmul,
+    run=torch.matmul,
+    schema=aten.matmul.default,
     backward=_matmul_backward,
     autocast="lower",
 )
@@ -205,29 +199,23 @@ def _of_addend(grad: Tensor, call: Called, left: str) -> Grads:
     return {"input": _scaled(grad, call.args["beta"]).sum_to_size(call.shapes["input"])}
 
 
-def _mm(input: Tensor, mat2: Tensor) -> Tensor:
-    return torch.mm(input, mat2)
-
-
 MM = OpRule(
     name="mm",
     targets=(torch.mm, "mm", aten.mm.default),
     reads=_product("input", "mat2"),
-    run=_mm,
+    run=torch.mm,
+    schema=aten.mm.default,
     backward=_of_matrices("input", "mat2"),
     autocast="lower",
 )
-
-
-def _bmm(input: Tensor, mat2: Tensor) -> Tensor:
-    return torch.bmm(input, mat2)
 
 
 BMM = OpRule(
     name="bmm",
     targets=(torch.bmm, "bmm", aten.bmm.default),
     reads=_product("input", "mat2"),
-    run=_bmm,
+    run=torch.bmm,
+    schema=aten.bmm.default,
     backward=_of_batches("input", "mat2"),
     autocast="lower",
 )

@@ -32,16 +32,6 @@ def _norm(*statistics: str, by_channel: bool = False) -> tuple[Read, ...]:
     )
 
 
-def _layer_norm(
-    input: Tensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    return F.layer_norm(input, normalized_shape, weight, bias, eps)
-
-
 def _layer_norm_saving(
     input: Tensor, normalized_shape: Any, *affine: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -75,7 +65,7 @@ def _layer_norm_again(
 ) -> Tensor:
     """From statistics that are kept: one pass over ``input``, no sums."""
     if mean is None or rstd is None:
-        return _layer_norm(input, normalized_shape, weight, bias, eps)
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
     out = (input - mean).mul_(rstd)  # in place from here on: one tensor is alive, not four
     out = out if weight is None else out.mul_(weight)
     out = out if bias is None else out.add_(bias)
@@ -93,21 +83,11 @@ LAYER_NORM = OpRule(
         *_norm("mean", "rstd"),
         Read(operand="bias", use=Use.SHAPE, needed_by=("input", "weight")),
     ),
-    run=_layer_norm,
+    run=F.layer_norm,
     run_saving=_layer_norm_saving,
     backward=_layer_norm_backward,
     derive=_layer_norm_again,
 )
-
-
-def _group_norm(
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    return F.group_norm(input, num_groups, weight, bias, eps)
 
 
 def _group_format(x: Tensor) -> torch.memory_format:
@@ -159,20 +139,11 @@ GROUP_NORM = OpRule(
         ("input", "num_groups", "weight", "bias", "eps", "cudnn_enabled"),
     ),
     reads=_norm("mean", "rstd", by_channel=True),
-    run=_group_norm,
+    run=F.group_norm,
     run_saving=_group_norm_saving,
     backward=_group_norm_backward,
-    derive=_group_norm,
+    derive=F.group_norm,
 )
-
-
-def _rms_norm(
-    input: Tensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> Tensor:
-    return F.rms_norm(input, list(normalized_shape), weight, eps)
 
 
 RMS_NORM = OpRule(  # PyTorch computes it from simpler ops, whose saved tensors are made again
@@ -183,22 +154,9 @@ RMS_NORM = OpRule(  # PyTorch computes it from simpler ops, whose saved tensors 
         Read(operand="weight", use=Use.REDUCE, needed_by=("input",), lossy=False),
         Read(operand=INSIDE, use=Use.SHAPE, needed_by=("input", "weight")),
     ),
-    run=_rms_norm,
-    derive=_rms_norm,
+    run=F.rms_norm,
+    derive=F.rms_norm,
 )
-
-
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def _batch_norm_saving(
@@ -296,7 +254,7 @@ BATCH_NORM = OpRule(
         Read(operand="running_mean", use=Use.REDUCE, needed_by=("input", "weight"), lossy=False),
         Read(operand="running_var", use=Use.REDUCE, needed_by=("input", "weight"), lossy=False),
     ),
-    run=_batch_norm,
+    run=F.batch_norm,
     run_saving=_batch_norm_saving,
     backward=_batch_norm_backward,
     derive=_batch_norm_again,

@@ -65,7 +65,7 @@ def _hardtanh(
 
 
 def _hardtanh_saving(
-    input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+    input: Tensor, min_val: float, max_val: float, inplace: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The result says where it was cut, unless a bound is none of the numbers of its dtype."""
     out = F.hardtanh(input, min_val, max_val)
@@ -103,10 +103,8 @@ def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fal
     return F.leaky_relu(input, negative_slope)
 
 
-def _leaky_relu_saving(
-    input: Tensor, negative_slope: float = 0.01, inplace: bool = False
-) -> tuple[Tensor, dict[str, Tensor]]:
-    return F.leaky_relu(input, negative_slope), {"input": input > 0}
+def _leaky_relu_saving(input: Tensor, *settings: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    return _leaky_relu(input, *settings), {"input": input > 0}
 
 
 def _leaky_relu_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
@@ -141,9 +139,7 @@ def _passes_at_bounds() -> bool:
 _PASSES_AT_BOUNDS = _passes_at_bounds()
 
 
-def _clamp_saving(
-    input: Tensor, min: Any = None, max: Any = None
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _clamp_saving(input: Tensor, min: Any, max: Any) -> tuple[Tensor, dict[str, Tensor]]:
     passed = torch.ones_like(input, dtype=torch.bool)
     if min is not None:
         passed = input >= min if _PASSES_AT_BOUNDS else input > min

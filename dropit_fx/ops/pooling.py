@@ -168,43 +168,6 @@ def _shape_only(name: str, run: Callable[..., Any], *targets: Any, **row: Any) -
     return OpRule(name=name, targets=targets, reads=(read,), run=run, **row)
 
 
-def _avg_pool1d(
-    input: Tensor,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-) -> Tensor:
-    stride = kernel_size if stride is None else stride
-    return F.avg_pool1d(input, kernel_size, stride, padding, ceil_mode, count_include_pad)
-
-
-AVG_POOL1D = _shape_only(
-    "avg_pool1d", _avg_pool1d, F.avg_pool1d, torch.avg_pool1d, aten.avg_pool1d.default
-)
-
-
-def _avg_pool(dims: int) -> Callable[..., Tensor]:
-    """Of 2 or 3 dimensions: that of 1 knows no divisor."""
-    op = (F.avg_pool2d, F.avg_pool3d)[dims - 2]
-
-    def avg_pool(
-        input: Tensor,
-        kernel_size: Any,
-        stride: Any = None,
-        padding: Any = 0,
-        ceil_mode: bool = False,
-        count_include_pad: bool = True,
-        divisor_override: int | None = None,
-    ) -> Tensor:
-        return op(
-            input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
-        )
-
-    return avg_pool
-
-
 def _avg_pool2d_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """Reads only the shape of the input: the tensor given here is blank memory."""
     a = call.args
@@ -216,35 +179,33 @@ def _avg_pool2d_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     return {"input": out}
 
 
-AVG_POOL2D, AVG_POOL3D = (
-    _shape_only(name, _avg_pool(d), getattr(F, name), getattr(aten, name).default, backward=formula)
-    for d, name, formula in ((2, "avg_pool2d", _avg_pool2d_backward), (3, "avg_pool3d", None))
-)
-
-
-def _adaptive_avg_pool(dims: int) -> Callable[..., Tensor]:
-    op = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[dims - 1]
-
-    def adaptive_avg_pool(input: Tensor, output_size: Any) -> Tensor:
-        return op(input, output_size)
-
-    return adaptive_avg_pool
-
-
-ADAPTIVE_AVG_POOL = tuple(
-    _shape_only(name, _adaptive_avg_pool(d), getattr(F, name), plain, getattr(aten, name).default)
-    for d, name, plain in (
-        (1, "adaptive_avg_pool1d", torch.adaptive_avg_pool1d),
-        (2, "adaptive_avg_pool2d", c_nn("adaptive_avg_pool2d")),
-        (3, "adaptive_avg_pool3d", c_nn("adaptive_avg_pool3d")),
+AVG_POOL = tuple(
+    _shape_only(
+        name,
+        op,
+        *dict.fromkeys((op, getattr(torch, name, op))),
+        getattr(aten, name).default,
+        schema=getattr(aten, name).default,
+        backward=formula,
+    )
+    for name, op, formula in (
+        ("avg_pool1d", F.avg_pool1d, None),
+        ("avg_pool2d", F.avg_pool2d, _avg_pool2d_backward),
+        ("avg_pool3d", F.avg_pool3d, None),
     )
 )
 
 
-def _pad(input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Tensor:
-    return F.pad(input, list(pad), mode, value)
+ADAPTIVE_AVG_POOL = tuple(
+    _shape_only(name, getattr(F, name), getattr(F, name), plain, op, schema=op)
+    for name, plain, op in (
+        ("adaptive_avg_pool1d", torch.adaptive_avg_pool1d, aten.adaptive_avg_pool1d.default),
+        ("adaptive_avg_pool2d", c_nn("adaptive_avg_pool2d"), aten.adaptive_avg_pool2d.default),
+        ("adaptive_avg_pool3d", c_nn("adaptive_avg_pool3d"), aten.adaptive_avg_pool3d.default),
+    )
+)
 
 
-PAD = _shape_only("pad", _pad, F.pad, c_nn("pad"), aten.pad.default)
+PAD = _shape_only("pad", F.pad, F.pad, c_nn("pad"), aten.pad.default)
 
-ROWS = (*MAX_POOL, AVG_POOL1D, AVG_POOL2D, AVG_POOL3D, *ADAPTIVE_AVG_POOL, PAD)
+ROWS = (*MAX_POOL, *AVG_POOL, *ADAPTIVE_AVG_POOL, PAD)

@@ -7,13 +7,15 @@ how, and is what joins the table of ops and the list of codecs. A :class:`Call` 
 from __future__ import annotations
 
 import enum
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch.fx.operator_schemas import get_signature_for_torch_op
 
-from dropit_fx.private import STACKLEVEL
+from dropit_fx.private import STACKLEVEL, OpOverload
 
 
 class Use(enum.StrEnum):
@@ -96,7 +98,11 @@ class OpRule:
             of the operands. None where that costs more.
         obstacle: From the arguments of a call, and its ``result`` where the row reads nothing, to
             why the row does not cover it (dropout in eval mode), or ``""``.
+        schema: The ATen op that takes what ``run`` takes, where that is a builtin, which does not
+            tell (``self`` of the schema is ``input``).
+        signature: Of ``run``.
         inputs: Names of the arguments of ``run``, in order.
+        defaults: Of the last of them; None where not all may be given by position.
     """
 
     name: str
@@ -110,11 +116,19 @@ class OpRule:
     autocast: str = ""
     derive: Callable[..., Tensor] | None = None
     obstacle: Callable[[Mapping[str, Any]], str] = lambda args: ""
+    schema: OpOverload | None = None
+    signature: inspect.Signature = field(init=False, repr=False)
     inputs: tuple[str, ...] = field(init=False, repr=False)
+    defaults: tuple[Any, ...] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        inputs = tuple(n for n in self.run.__annotations__ if n != "return")
-        object.__setattr__(self, "inputs", inputs)
+        told: Any = get_signature_for_torch_op(self.schema) if self.schema else None
+        object.__setattr__(self, "signature", told[0] if told else inspect.signature(self.run))
+        object.__setattr__(self, "inputs", tuple(self.signature.parameters))
+        found = self.signature.parameters.values()
+        if all(p.kind is p.POSITIONAL_OR_KEYWORD for p in found):
+            defaults = tuple(p.default for p in found if p.default is not p.empty)
+            object.__setattr__(self, "defaults", defaults)
 
     def read(self, operand: str) -> Read | None:
         """The row's read of ``operand`` (``inputs`` for ``inputs.0``), or None."""

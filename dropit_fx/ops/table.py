@@ -8,13 +8,11 @@ family: its spellings, what its backward reads, how to run it, and a formula (or
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from dropit_fx.ops import (
@@ -98,22 +96,6 @@ def _row(rows: dict[Any, OpRule], node: fx.Node) -> OpRule | None:
     return rows.get(node.target) if calls and isinstance(node.target, Hashable) else None
 
 
-_signature = functools.cache(inspect.signature)
-
-
-@functools.cache
-def _positional(run: Callable[..., Any]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-    """Names and defaults of what ``run`` takes by position; nothing where it takes more kinds.
-
-    To bind by a signature takes longer than many an op.
-    """
-    found = _signature(run).parameters.values()
-    if any(p.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD for p in found):
-        return (), ()
-    defaults = (p.default for p in found if p.default is not inspect.Parameter.empty)
-    return tuple(p.name for p in found), tuple(defaults)
-
-
 def bind(
     rule: OpRule, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any = None
 ) -> dict[str, Any] | None:
@@ -123,14 +105,13 @@ def bind(
 
     None where the call has arguments that the row does not know (``out=``), which keeps it dense.
     """
-    # Dynamo traces no caches
-    compiling = torch.compiler.is_compiling()
-    if target is None and not kwargs and not compiling:
-        names, defaults = _positional(rule.run)
-        missing = len(names) - len(args)
-        if 0 <= missing <= len(defaults):
-            return dict(zip(names, (*args, *defaults[len(defaults) - missing :]), strict=True))
-    signature = inspect.signature(rule.run) if compiling else _signature(rule.run)
+    # to bind by a signature takes longer than many an op
+    missing = len(rule.inputs) - len(args)
+    plain = target is None and not kwargs
+    if plain and rule.defaults is not None and 0 <= missing <= len(rule.defaults):
+        given = (*args, *rule.defaults[len(rule.defaults) - missing :])
+        return dict(zip(rule.inputs, given, strict=True))
+    signature = rule.signature
     known = {(k if k in signature.parameters else _ALIASES.get(k, k)): v for k, v in kwargs.items()}
     order = rule.orders.get(target) if isinstance(target, Hashable) else None
     if order is not None:

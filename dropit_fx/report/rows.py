@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import StringIO
 from os import PathLike
@@ -99,12 +99,8 @@ class Report:
 
     def table(self) -> Table:
         """The rows as a rich table, with totals below."""
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for name in ("saved tensor", "module", "op", "where"):
-            table.add_column(name, overflow="fold")
-        for name in ("dense", "kept"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("codec, or why it is kept", overflow="fold")
+        names = ("saved tensor", "module", "op", "where", "dense", "kept")
+        table = plain_table(*names, "codec, or why it is kept", figures=("dense", "kept"))
         for r in self.rows:
             cells = (r.name, r.module, r.op, short(r.where), mib(r.dense_bytes), mib(r.kept_bytes))
             text = r.codec if not r.reason else f"kept: {r.reason}"
@@ -125,11 +121,8 @@ class Report:
         for r in self.rows:
             if not r.region:
                 groups.setdefault((r.op, "kept dense" if r.reason else r.codec), []).append(r)
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        table.add_column("read by", overflow="fold")
-        for name in ("tensors", "dense", "kept"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("codec", overflow="fold")
+        figures = ("tensors", "dense", "kept")
+        table = plain_table("read by", *figures, "codec", figures=figures)
         dense = {key: sum(r.dense_bytes for r in rows) for key, rows in groups.items()}
         for (op, codec), rows in sorted(groups.items(), key=lambda group: -dense[group[0]]):
             kept = sum(r.kept_bytes for r in rows)
@@ -165,6 +158,17 @@ class Report:
         from dropit_fx.report.page import write_page
 
         write_page(self, path, about)
+
+
+def plain_table(*names: str, figures: Collection[str] = (), **settings: Any) -> Table:
+    """A table without lines; columns of ``figures`` stand to the right, and are never broken."""
+    table = Table(box=None, header_style="bold", pad_edge=False, **settings)
+    for name in names:
+        if name in figures:
+            table.add_column(name, justify="right", no_wrap=True)
+        else:
+            table.add_column(name, overflow="fold")
+    return table
 
 
 def as_text(table: Table) -> str:

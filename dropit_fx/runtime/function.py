@@ -38,10 +38,10 @@ class _SavedTensors(backwards.Saved):
         # a formula asks for its shape only: the gradients that read its values are not wanted
         return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=spec.device)
 
-    def masked(self, operand: str, grad: Tensor, off: float = 0.0) -> Tensor:
+    def masked(self, operand: str, grad: Tensor) -> Tensor:
         """As the base class says."""
         spec, (_, parts) = self._specs[operand], self._slots[operand]
-        out = torch.ops.dropit.apply_mask(parts[0], in_order(grad, spec.order), off)
+        out = torch.ops.dropit.apply_mask(parts[0], in_order(grad, spec.order), 0.0)
         return unflatten(out, spec.shape, spec.order)
 
     def rounded(self, operand: str) -> bool:
@@ -107,7 +107,8 @@ class PackedFunction(torch.autograd.Function):
                 continue
             like = own[0] if kept.codec == "keep" else _shaped_like(rule, operand, args, out)
             specs[operand] = spec_of(like)
-            if is_wanted(rule, operand, needs):  # it may be made for others alone
+            read = rule.read(operand)
+            if read is not None and is_wanted_by(read, needs):  # it may be made for others alone
                 all_kept.append(Kept(operand, kept.codec, kept.options, like.dtype, len(own)))
                 saved += own
         ctx.save_for_backward(*saved)
@@ -214,12 +215,6 @@ _LIBRARY.impl("once", _Once.apply, "CompositeImplicitAutograd")
 # nobody asks which mode it runs in.
 dynamo_skips(PackedFunction.backward)
 dynamo_skips(_Once.backward)
-
-
-def is_wanted(rule: OpRule, operand: str, needs: tuple[str, ...]) -> bool:
-    """Whether a gradient that is asked for reads an operand of a row."""
-    read = rule.read(operand)
-    return read is not None and is_wanted_by(read, needs)
 
 
 def is_wanted_by(read: Read, needs: tuple[str, ...]) -> bool:

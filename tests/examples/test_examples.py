@@ -22,6 +22,7 @@ import bytes as whole_models  # noqa: E402
 import demo  # noqa: E402
 import digits  # noqa: E402
 import figures  # noqa: E402
+import picture  # noqa: E402
 import training  # noqa: E402
 
 VARIANTS = ["dense", "lossless", "balanced"]
@@ -161,3 +162,13 @@ def test_verdict_names_what_is_less_accurate_than_dense() -> None:
 def test_too_few_examples_are_an_error() -> None:
     with pytest.raises(SystemExit, match="5 examples are not one batch of 64"):
         digits.main(["--limit", "5", "--models", "resnet", "--no-compile"])
+
+
+def test_demo_picture(tmp_path: Path) -> None:
+    """As training.py calls it: with and without compiled runs, of one and two seeds."""
+    run = {"accuracy": [0.3, 0.8, 0.9], "loss": [2.0, 1.0, 0.5, 0.4]}
+    got = {"runs": [run, run], "saved_bytes": 9, "peak_memory": 9, "time": 1.2}
+    way = {"dense": got, "balanced": got, "max": {**got, "runs": [run]}}
+    models = {"vit": {"eager": way, "compiled": way}, "resnet": {"eager": way}}
+    picture.demo_picture({"models": models}, tmp_path / "demo.png")
+    assert (tmp_path / "demo.png").stat().st_size > 5_000

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -24,7 +23,7 @@ from dropit_fx.ops.table import OP_RULES, RULES
 def writing() -> list[Any]:
     """(row, target, settings) of every spelling that writes into its input."""
     by_name = [(name, target, {}) for name, target in spellings() if writes(target)]
-    takes = [r for r in OP_RULES if "inplace" in inspect.signature(r.run).parameters]
+    takes = [r for r in OP_RULES if "inplace" in r.signature.parameters]
     rows = [r.name for r in takes if isinstance(r.targets[0], FunctionType)]  # no operators
     return by_name + [(name, RULES[name].targets[0], {"inplace": True}) for name in rows]
 

@@ -9,7 +9,6 @@ from torch import nn
 
 import dropit_fx
 from dropit_fx import measure
-from dropit_fx.bench.plot import demo_picture
 from dropit_fx.report.plot import report_picture
 from dropit_fx.report.rows import Report, Row
 
@@ -135,16 +134,6 @@ def test_picture_of_many_tensors(report: Report, tmp_path: Path) -> None:
 def test_picture_of_nothing() -> None:
     with pytest.raises(ValueError, match="saves no tensor"):
         report_picture(Report(()), "unused.png")
-
-
-def test_demo_picture(tmp_path: Path) -> None:
-    """As examples/training.py calls it: with and without compiled runs, of one and two seeds."""
-    run = {"accuracy": [0.3, 0.8, 0.9], "loss": [2.0, 1.0, 0.5, 0.4]}
-    got = {"runs": [run, run], "saved_bytes": 9, "peak_memory": 9, "time": 1.2}
-    way = {"dense": got, "balanced": got, "max": {**got, "runs": [run]}}
-    models = {"vit": {"eager": way, "compiled": way}, "resnet": {"eager": way}}
-    demo_picture({"models": models}, tmp_path / "demo.png")
-    assert (tmp_path / "demo.png").stat().st_size > 5_000
 
 
 def _line_of(code: str) -> int:

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dropit_fx.capture.faithful.numbering import WORD, Numbers, constant, frozen
 from dropit_fx.capture.fake import fake_mode_of, fake_state, fakes_of
+from dropit_fx.measure import nodes_behind
 from dropit_fx.private import checkpoints_run_by, pytree
 
 _OVERWRITTEN = "modified by an inplace operation"
@@ -188,7 +189,9 @@ def _backward(
     wanted = {n: t for n, t in leaves.items() if t.requires_grad and t.is_leaf}
     if not differentiated or not wanted:
         return dict.fromkeys(wanted), ()
-    functions = _custom_functions(differentiated)
+    behind: list[Any] = nodes_behind(differentiated, 0)
+    custom = [n for n in behind if isinstance(n, torch.autograd.function.BackwardCFunction)]
+    functions = tuple(dict.fromkeys(type(n).__name__.removesuffix("Backward") for n in custom))
     absent = not torch.cuda.is_available()
     if absent and any(t.device.type == "cuda" for t in differentiated):
         return {}, functions  # fake tensors of a GPU that is not there: no backward runs
@@ -210,20 +213,6 @@ def _backward(
             raise
         return {_OVERWRITTEN: 1}, functions  # the same is due in the graph
     return grads, functions
-
-
-def _custom_functions(outputs: list[Tensor]) -> tuple[str, ...]:
-    stack: list[Any] = [t.grad_fn for t in outputs]
-    seen, found = set[Any](), dict[str, None]()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            found[type(node).__name__.removesuffix("Backward")] = None
-        stack.extend(following for following, _ in node.next_functions)
-    return tuple(found)
 
 
 class _TensorHooks(TorchFunctionMode):

@@ -36,7 +36,7 @@ class Held(Part):
 
     def _written(self, now: dict[Any, Any]) -> bool:
         if self.copy is not None and now[""] == self.was[""]:
-            return not _equal_bits(self.owner, self.copy)
+            return not equal_bits(self.owner, self.copy)
         return bool(now["written"] != self.was["written"])
 
     def changes(self) -> Iterator[Change]:
@@ -54,7 +54,7 @@ class Held(Part):
             self.owner.__class__ = kind
         if now[""] != self.was[""] and self.alias is not None:
             self.owner.data = self.alias
-        if self.copy is not None and not _equal_bits(self.owner, self.copy):
+        if self.copy is not None and not equal_bits(self.owner, self.copy):
             self.owner.data.copy_(self.copy)
         written = now["written"] != self.was["written"]
         if self.copy is not None and written and self.preserved is not None:
@@ -102,7 +102,8 @@ def _cloned(tensor: Tensor) -> Tensor | None:
         return None
 
 
-def _equal_bits(one: Tensor, other: Tensor) -> bool:
+def equal_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether both hold the same values, NaN in the same places."""
     one = one.detach()
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
