@@ -20,7 +20,7 @@ from dropit_fx.config import ConfigError
 from dropit_fx.private import dynamo_skips
 from dropit_fx.private_hooks import forward_hooks, hooks_in_force
 from dropit_fx.report.rows import Report, Row
-from dropit_fx.runtime.checkpoints import CheckpointPacker
+from dropit_fx.runtime.checkpoints import CheckpointPacker, may_be_called_as_such
 from dropit_fx.runtime.saved_copies import Copies
 from dropit_fx.runtime.saved_hooks import Packing, outside_of_ours, unpack
 from dropit_fx.runtime.saved_notes import Note, Notes
@@ -132,6 +132,7 @@ class PackedCheckpoints:
 
     def __init__(self, model: nn.Module, bits: int) -> None:
         self._hook = CheckpointPacker(_options(bits), line_at_work)
+        may_be_called_as_such(model)
         self._handles = (
             model.register_forward_pre_hook(self._hook.before),
             model.register_forward_hook(self._hook),

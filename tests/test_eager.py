@@ -418,8 +418,12 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("name", CALLS)
+EVERY = [(name, torch.float32) for name in CALLS]
+EVERY += [("attention", d) for d in (torch.bfloat16, torch.float16, torch.float64)]
+EVERY += [(name, torch.bfloat16) for name in ("dropout", "pooling", "views of one storage")]
+
+
+@pytest.mark.parametrize(("name", "dtype"), EVERY, ids=str)
 def test_any_forward_has_its_bits_and_nearly_its_gradients(name: str, dtype: torch.dtype) -> None:
     run, x = CALLS[name], activation(16, 16, 64, dtype=dtype)
     torch.manual_seed(3)
@@ -820,3 +824,41 @@ def test_timm_and_diffusers() -> None:
         report = packed.report()
         assert len(report.rows) >= 3
         assert report.ratio < 0.3
+
+
+def test_a_model_whose_forward_is_called_and_not_the_model() -> None:
+    """As wrappers do that hand on to what they wrap: no hook of the model runs then."""
+
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner.forward(x)
+
+    model, x = Wrapper(), batch()
+    grads = step(model, x)[1]
+    packed = pack_checkpoints(model.inner, bits=8)
+    for _ in range(2):
+        assert 0 < error(step(model, x)[1], grads) < 0.02
+    assert len(packed.report().rows) == 3
+    packed.remove()
+    assert error(step(model, x)[1], grads) == 0
+
+
+def test_a_model_inside_of_peft() -> None:
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64}
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, use_cache=False)
+    base = transformers.GPT2LMHeadModel(config).train()
+    base.activation_checkpointing_enable()
+    packed = pack_checkpoints(base, bits=8)
+    lora = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
+    model = peft.get_peft_model(base, lora)
+    ids = torch.arange(128).view(2, 64) % 64
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+    rows = packed.report().rows
+    assert [row.codec for row in rows if row.op == "checkpoint"] == ["quant(bits=8)"] * 3
