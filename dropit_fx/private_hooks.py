@@ -51,6 +51,14 @@ def forward_hooks(module: nn.Module) -> list[Any]:
     return list(getattr(module, HOOK_DICTS[2]).values())
 
 
+def drop_hooks(module: nn.Module, kind: type) -> None:
+    """Removes the forward hooks and pre-hooks of a module that are of a kind, or methods of one."""
+    for hooks in (getattr(module, HOOK_DICTS[0]), getattr(module, HOOK_DICTS[2])):
+        for key, hook in list(hooks.items()):
+            if isinstance(hook, kind) or isinstance(getattr(hook, "__self__", None), kind):
+                del hooks[key]
+
+
 def modules_at_work(forwards: Collection[CodeType] = ()) -> Iterator[nn.Module]:
     """The modules that this thread is in a call of, the innermost first.
 

@@ -140,14 +140,21 @@ def test_a_model_without_checkpoints_is_told_how_to_turn_them_on() -> None:
     model(batch()).sum().backward()
 
 
-def test_a_second_call_is_an_error_and_says_what_to_do() -> None:
-    model = net()
-    packed = pack_checkpoints(model)
-    with pytest.raises(RuntimeError, match=r"packed already: call remove\(\)"):
-        pack_checkpoints(model)
-    packed.remove()
-    packed.remove()
-    pack_checkpoints(model, bits=4)
+def test_a_second_call_takes_the_place_of_the_first() -> None:
+    """That of a copy undoes what the copy took along."""
+    model, x = net(), batch()
+    grads = step(model, x)[1]
+    first = pack_checkpoints(model, bits=2)
+    second = pack_checkpoints(model, bits=8)
+    first.remove()
+    assert 0 < error(step(model, x)[1], grads) < 0.02
+    assert {row.codec for row in second.report().rows} == {"quant(bits=8)"}
+    other = copy.deepcopy(model)
+    pack_checkpoints(other).remove()
+    assert error(step(other, x)[1], grads) == 0
+    second.remove()
+    second.remove()
+    assert error(step(model, x)[1], grads) == 0
 
 
 @pytest.mark.parametrize("bits", [0, 9, 2.5, True, "4", None])
