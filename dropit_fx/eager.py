@@ -18,9 +18,9 @@ from dropit_fx.codecs import CODEC
 from dropit_fx.codecs.mink import whole
 from dropit_fx.config import ConfigError
 from dropit_fx.private import dynamo_skips
-from dropit_fx.private_hooks import forward_hooks, hooks_in_force
+from dropit_fx.private_hooks import drop_hooks, hooks_in_force
 from dropit_fx.report.rows import Report, Row
-from dropit_fx.runtime.checkpoints import CheckpointPacker
+from dropit_fx.runtime.checkpoints import CheckpointPacker, may_be_called_as_such
 from dropit_fx.runtime.saved_copies import Copies
 from dropit_fx.runtime.saved_hooks import Packing, outside_of_ours, unpack
 from dropit_fx.runtime.saved_notes import Note, Notes
@@ -132,6 +132,8 @@ class PackedCheckpoints:
 
     def __init__(self, model: nn.Module, bits: int) -> None:
         self._hook = CheckpointPacker(_options(bits), line_at_work)
+        drop_hooks(model, CheckpointPacker)
+        may_be_called_as_such(model)
         self._handles = (
             model.register_forward_pre_hook(self._hook.before),
             model.register_forward_hook(self._hook),
@@ -165,15 +167,10 @@ def pack_checkpoints(model: nn.Module, *, bits: int = 6) -> PackedCheckpoints:
         bits: Of a kept value, 1 to 8.
 
     Returns:
-        What undoes it, and reports.
+        What undoes it, and reports. A second call, of a copy too, takes the place of the first.
 
     Raises:
         ConfigError: No kept value has so many bits.
-        RuntimeError: It is packed already. In the first forward that trains: no checkpoint ran.
+        RuntimeError: In the first forward that trains: no checkpoint ran.
     """
-    if any(isinstance(hook, CheckpointPacker) for hook in forward_hooks(model)):
-        raise RuntimeError(
-            f"the checkpoints of this {type(model).__name__} are packed already: call remove() of"
-            " what pack_checkpoints returned first, to pack them otherwise."
-        )
     return PackedCheckpoints(model, bits)

@@ -6,9 +6,9 @@ As ``private.py``, of which it is a part: ``private_names.py`` has a line for ea
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,12 +51,24 @@ def forward_hooks(module: nn.Module) -> list[Any]:
     return list(getattr(module, HOOK_DICTS[2]).values())
 
 
-def modules_at_work() -> Iterator[nn.Module]:
-    """The modules that this thread is in a call of, the innermost first."""
-    code = look_up("torch.nn.Module._call_impl").__code__
+def drop_hooks(module: nn.Module, kind: type) -> None:
+    """Removes the forward hooks and pre-hooks of a module that are of a kind, or methods of one."""
+    for hooks in (getattr(module, HOOK_DICTS[0]), getattr(module, HOOK_DICTS[2])):
+        for key, hook in list(hooks.items()):
+            if isinstance(hook, kind) or isinstance(getattr(hook, "__self__", None), kind):
+                del hooks[key]
+
+
+def modules_at_work(forwards: Collection[CodeType] = ()) -> Iterator[nn.Module]:
+    """The modules that this thread is in a call of, the innermost first.
+
+    Args:
+        forwards: The code of methods that are called as such too, not by calling the module.
+    """
+    codes = {look_up("torch.nn.Module._call_impl").__code__, *forwards}
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is code:
+        if frame.f_code in codes and "self" in frame.f_locals:
             yield frame.f_locals["self"]
         frame = frame.f_back
 

@@ -8,9 +8,11 @@ error, or kept apart for threads. Checkpoints in a region are left to it: it mak
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any
 
 import torch
@@ -26,9 +28,10 @@ from dropit_fx.private_hooks import (
     save_checkpoints_in,
 )
 from dropit_fx.runtime.saved_copies import Copies
-from dropit_fx.runtime.saved_hooks import Packing, outside_of_ours, unpack
+from dropit_fx.runtime.saved_hooks import Held, Packing, outside_of_ours
 from dropit_fx.runtime.saved_notes import Notes
 
+_FORWARDS: set[CodeType] = set()  # of models that are packed: wrappers may call these
 NO_CHECKPOINT = (
     "pack_checkpoints: {name} ran forward in training mode, and no checkpoint ran in it, so that"
     " nothing is packed. Turn checkpoints on: model.gradient_checkpointing_enable() or"
@@ -109,6 +112,8 @@ class CheckpointPacker:
             return
         if not hasattr(self.copies, "shared"):
             self.copies.shared = Copies()
+        if self.notes is None:  # nothing has called `before`
+            self.notes, self._noting = Notes(self._look), True
         notes = self.notes if self._noting else None
         hooks = outside_of_ours(around)
         packing = Packing(self.options, self.copies.shared, hooks, notes, at_checkpoint=True)
@@ -124,15 +129,20 @@ class CheckpointPacker:
 
             return run
 
-        with saved_tensors_hooks(packing.pack, unpack):
+        with saved_tensors_hooks(packing.pack, self.unpack):
             yield wrapped
+
+    def unpack(self, held: Held) -> Tensor:
+        """The unpack hook: a backward ends the first forward, where nothing else does."""
+        self._noting = False
+        return held.restored()
 
 
 @contextmanager
 def _saving() -> Iterator[Callable[[Any], Any]]:
     """Around the saving of a checkpoint's inputs, and around all of a reentrant one."""
     if torch.is_grad_enabled():
-        for module in modules_at_work():
+        for module in modules_at_work(_FORWARDS):
             for hook in forward_hooks(module):
                 if isinstance(hook, CheckpointPacker):
                     with hook.saving() as wrapped:
@@ -141,8 +151,15 @@ def _saving() -> Iterator[Callable[[Any], Any]]:
     yield lambda function: function
 
 
-for _function in (CheckpointPacker.before, CheckpointPacker.__call__, CheckpointPacker.saving):
-    dynamo_skips(_function)
+for _name in ("before", "__call__", "saving", "unpack"):
+    dynamo_skips(vars(CheckpointPacker)[_name])
+
+
+def may_be_called_as_such(model: nn.Module) -> None:
+    """Has checkpoints know a model also where its ``forward`` is called, and not the model."""
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    if code is not None:
+        _FORWARDS.add(code)
 
 
 @functools.cache

@@ -61,8 +61,8 @@ class Copy:
 
     @property
     def is_finite(self) -> bool:
-        """Whether every scale is a number: those of blocks with NaN or infinity are none."""
-        return not self.is_rounded or bool(torch.isfinite(self.parts[1]).all())
+        """Whether no scale is NaN, as those of blocks with NaN or infinity are."""
+        return not self.is_rounded or not self.parts[1].sum(dtype=torch.float32).isnan().item()
 
     def hand_to(self, hooks: Hooks | None) -> None:
         """Keeps the parts as other saved-tensor hooks have them: on another device, say."""
