@@ -57,15 +57,16 @@ TESTS ?= tests/gpu
 gpu:
 	$(PYTHON) -m dropit_fx.bench.gpu $(if $(TESTS),--tests $(TESTS)) $(if $(OUT),--copy-to '$(OUT)') $(ARGS)
 
-# The models of the tests are built from configs or installed as packages: nothing is downloaded.
+# The models of the tests are built from configs or installed as packages: nothing is downloaded. Each worker has one
+# thread: those of two workers on two cores would wait for each other, at full load.
 test: $(VENV)/.installed-test
-	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 slice: $(VENV)/.installed-test
-	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 2 --dist worksteal -k 'not ($(LONG))' $(wildcard $(SLICE:%=tests/%) $(SLICE:%=tests/%.py))
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal -k 'not ($(LONG))' $(wildcard $(SLICE:%=tests/%) $(SLICE:%=tests/%.py))
 
 whole: $(VENV)/.installed-test
-	HF_HUB_OFFLINE=1 DROPIT_WHOLE=1 $(BIN)/pytest --numprocesses 2 --dist worksteal tests/ops/test_pairs.py \
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 DROPIT_WHOLE=1 $(BIN)/pytest --numprocesses 2 --dist worksteal tests/ops/test_pairs.py \
 		tests/passes/test_bytes.py -k 'behind_every_other or compiled_case'
 
 # Random models, other ones with another SEED. WORKERS: processes. Prints the smallest program for each kind of

@@ -21,6 +21,7 @@ eager ones.
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -216,7 +217,7 @@ def _leaving_no_trace() -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         held = [
             (module, name, buffer, buffer.detach().clone())
-            for module in _alive(nn.Module)
+            for module in alive(nn.Module)
             for name, buffer in buffers(module).items()
             if buffer is not None
             and not buffer.is_meta
@@ -348,10 +349,19 @@ def _plain(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor.to_dense()
 
 
-def _alive(kind: type) -> list[Any]:
-    # By type(): isinstance() would ask lazy proxies for their __class__, which makes them import
-    # things.
-    return [o for o in gc.get_objects() if issubclass(type(o), kind)]
+def alive(*kinds: type) -> list[Any]:
+    """Objects of these classes, wherever they are held.
+
+    A million objects may live: a set of classes is asked by ``map``, without a line of Python for
+    each. By type(): isinstance() would ask lazy proxies for their __class__, which makes them
+    import things.
+    """
+    classes, todo = set[type](), [*kinds]
+    while todo:
+        classes.add(kind := todo.pop())
+        todo += kind.__subclasses__()
+    everything = gc.get_objects()
+    return [*itertools.compress(everything, map(classes.__contains__, map(type, everything)))]
 
 
 def storages_alive() -> dict[int, Tensor]:
@@ -361,7 +371,7 @@ def storages_alive() -> dict[int, Tensor]:
     closures, globals, attributes of objects.
     """
     storages: dict[int, Tensor] = {}
-    for tensor in _alive(Tensor):
+    for tensor in alive(Tensor):
         try:
             storages.update((storage_id(part), part) for part in _plain(tensor))
         except (RuntimeError, NotImplementedError):

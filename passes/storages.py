@@ -110,8 +110,9 @@ class Storages:
                 self._alive[n.name] = Keeper.NUMBER
             return
         self._shapes[n.name] = tuple(result.shape)
-        self._last[storage_id(result)] = result.detach()  # counts on with the tensor
-        self._first.setdefault(storage_id(result), (result.detach(), []))[1].append(n.name)
+        seen = result.detach()  # counts on with the tensor
+        self._last[storage_id(result)] = seen
+        self._first.setdefault(storage_id(result), (seen, []))[1].append(n.name)
         if result.requires_grad:
             self._differentiable.add(n.name)
         keeper = self.of(result).kept_by

@@ -1,6 +1,8 @@
+import gc
 import os
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 
 # Before transformers or huggingface_hub are imported: the tests never reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,14 +11,35 @@ import hypothesis
 import pytest
 import torch
 
+# Fake tensors ask whether there is a GPU at each op, and each time its driver is searched for.
+if not torch.cuda.is_available():
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 # No deadline: the first example of a test may compile a kernel.
 hypothesis.settings.register_profile("dropit_fx", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("dropit_fx")
 
+# What libraries hold is set aside before a test module is imported: measuring bytes and proving a
+# graph search all objects that live, and most are theirs. A worker of `make test` needs them all.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for name in (
+        "torch._inductor.compile_fx",
+        "torch.testing._internal.common_methods_invocations",
+        "transformers.models.bert.modeling_bert",
+        *("lightning", "matplotlib.figure", "peft", "sklearn.datasets", "timm", "torchvision"),
+    ):
+        import_module(name)
+gc.collect()
+gc.freeze()
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest comes first: no worker is left with it when the others have ended."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Files with what takes longest come first: no worker is left with it when others have ended.
+
+    As a whole: a fixture of a file would be made once more for those of its tests that come later.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)

@@ -89,6 +89,7 @@ def model_on(device: str, name: str, precision: str) -> Faked:
     return captured(case, device, *PRECISIONS[precision], layout)
 
 
+@functools.cache
 def report(device: str, name: str, precision: str, kernel: str = "math") -> Report:
     return Report(tuple(rows(model_on(device, name, precision).plan(kernel))))
 
@@ -360,7 +361,7 @@ def dtype_of(x: Tensor) -> torch.dtype:
 
 def test_what_cudnn_hands_to_its_backward_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norms, "cudnn_reserve_nbytes", lambda x: 1000)
-    expected = report("cuda", "resnet", "float32")
+    expected = report.__wrapped__("cuda", "resnet", "float32")
     found = [r for r in expected.rows if r.kept_bytes == 1000]
     packed = {r.name.split(".")[0] for r in expected.rows if r.name.endswith(".invstd")}
     assert len(found) == len(packed) > 0

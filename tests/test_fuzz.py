@@ -5,10 +5,8 @@ The same programs in each run. ``fuzz_programs`` draws them, ``fuzz_check`` says
 
 from __future__ import annotations
 
-import gc
 import zlib
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -32,15 +30,6 @@ SETTINGS: dict[str, Any] = {
     "phases": [Phase.generate, Phase.shrink],
 }
 OUTCOMES: dict[str, Counter[str]] = {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def only_what_is_new_is_looked_through() -> Iterator[None]:
-    """Counting bytes asks for every object that there is, which other tests have left many of."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def counts(program: Program) -> bool:

@@ -86,11 +86,7 @@ def test_the_number_of_threads_changes_nothing(
         levels = cpu.decode_steps(steps, [1.0, 2.0], bits, x.numel(), x.dtype)
         return [*packed, steps, back, levels]
 
-    before = torch.get_num_threads()
-    try:
-        alone, together = there_and_back(1), there_and_back(3)
-    finally:
-        torch.set_num_threads(before)
+    alone, together = there_and_back(1), there_and_back(3)
     for left, right in zip(alone, together, strict=True):
         assert left.view(torch.uint8).equal(right.view(torch.uint8))
 

@@ -41,24 +41,34 @@ def vit() -> tuple[Any, Tensor]:
     return model, torch.randn(8, 3, 64, 64)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_blocks_one_by_one_keep_little_more_than_the_model_as_a_whole(way: str) -> None:
-    torch._dynamo.reset()
+def gradients(run: Any, x: Tensor) -> Tensor:
+    run.zero_grad()
+    run(x).square().sum().backward()
+    return torch.cat([p.grad.flatten() for p in run.parameters()])
+
+
+@pytest.fixture(scope="module")
+def bound() -> tuple[Any, Tensor, int, Tensor]:
+    """A model and its input, what its blocks one by one may keep of it, and its gradients."""
+    torch.manual_seed(0)
     model, x = vit()
-    dense = saved_bytes(model, x)
     whole = dropit_fx.transform(copy.deepcopy(model), preset="balanced", example_args=(x,))
-    parts = WAYS[way](copy.deepcopy(model), x, {"preset": "balanced"})
     # what is left outside the blocks: two norms of a class token, the head and a copy of the pixels
     blocks = sum(saved_bytes(b, torch.randn(8, 17, 192)) for b in model.blocks)
     between = 4 * 8 * 17 * 192 * 4
-    outside = dense - blocks - between
-    assert saved_bytes(parts, x) < saved_bytes(whole, x) + outside
-    model.zero_grad()
-    gradients = []
-    for run, owner in ((model, model), (parts, parts)):
-        run(x).square().sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in owner.parameters()]))
-    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.98
+    outside = saved_bytes(model, x) - blocks - between
+    return model, x, saved_bytes(whole, x) + outside, gradients(model, x)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_blocks_one_by_one_keep_little_more_than_the_model_as_a_whole(
+    way: str, bound: tuple[Any, Tensor, int, Tensor]
+) -> None:
+    torch._dynamo.reset()
+    model, x, most, expected = bound
+    parts = WAYS[way](copy.deepcopy(model), x, {"preset": "balanced"})
+    assert saved_bytes(parts, x) < most
+    assert torch.nn.functional.cosine_similarity(gradients(parts, x), expected, dim=0) > 0.98
 
 
 class Inner(nn.Module):  # a class of its own: older PyTorch leaves a Linear itself uncompiled

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-import gc
-import itertools
 import pickle
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dropit_fx.measure import alive
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def sources(living: bool) -> Iterator[Source]:
         own.add(id(getattr(numpy.random.random, "__self__", None)))
         yield Source("NumPy's random", numpy.random.get_state, numpy.random.set_state)
         kinds += (numpy.random.Generator, numpy.random.RandomState)
-    for found in _living(kinds) if living else ():
+    for found in alive(*kinds) if living else ():
         if id(found) in own or isinstance(found, random.SystemRandom):
             continue
         kind = f"a {type(found).__module__}.{type(found).__qualname__}"
@@ -58,20 +58,6 @@ def sources(living: bool) -> Iterator[Source]:
                 functools.partial(getattr, bits, "state"),
                 functools.partial(setattr, bits, "state"),
             )
-
-
-def _living(kinds: tuple[type, ...]) -> Iterable[Any]:
-    """Objects of these classes, wherever they are held.
-
-    A million objects may live: a set of classes is asked by ``map``, without a line of Python for
-    each.
-    """
-    classes, todo = set[type](), [*kinds]
-    while todo:
-        classes.add(kind := todo.pop())
-        todo += kind.__subclasses__()
-    everything = gc.get_objects()
-    return itertools.compress(everything, map(classes.__contains__, map(type, everything)))
 
 
 def same_state(one: Any, other: Any) -> bool:
