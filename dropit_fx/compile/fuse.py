@@ -42,8 +42,8 @@ class FusePacking(CustomGraphPass):
     "custom_partitioner_fn": KeepPacked(), "post_grad_custom_pre_pass": FusePacking()})``.
 
     Args:
-        fuse: True: on every device; False: nowhere; None: where it is faster, which is on CUDA. On
-            CPUs the C kernels are.
+        fuse: True: on every device; False: nowhere; None: on CUDA, and not on CPUs, whose C kernels
+            cost no launches.
     """
 
     def __init__(self, fuse: bool | None = None) -> None:

@@ -52,7 +52,8 @@ def sparsify(
         at = places(rows * length, x).view(rows, length)
         table, valid = take(x, at.clamp(max=numel - 1)), at < numel
     blocks = coder.blocks_of(table, valid, form)
-    scale = torch.stack(blocks.columns, 1).to(torch.bfloat16).view(-1)
+    # Rounded one by one, each column is stored by the kernel that has reduced the blocks
+    scale = torch.stack([c.to(torch.bfloat16) for c in blocks.columns], 1).view(-1)
 
     def code(at: Tensor) -> Tensor:
         row = at // length
