@@ -76,6 +76,7 @@ if TYPE_CHECKING:  # the names to import, with their types
     log_softmax_backward_data: Callable[..., Tensor]
     softmax_backward_data: Callable[..., Tensor]
     native_batch_norm_legit: Any
+    unsafe_index: Any
     embedding_bag: Any
     to_copy: Any
     unsafe_view: Any
@@ -447,6 +448,7 @@ def checkpoints_run_by(
 
 
 PARTITIONER = "custom_partitioner_fn"
+PRE_PASS = "post_grad_custom_pre_pass"
 POST_PASS = "post_grad_custom_post_pass"
 CACHEABLE = "unsafe_marked_cacheable_functions"
 

@@ -339,6 +339,12 @@ TABLE: tuple[Name, ...] = (
         probe=lambda: torch.xpu._lazy_seed_tracker.manual_seed_all_cb,
     ),
     Name(
+        "torch.ops.aten._unsafe_index",
+        _lack("fused packing checks each of its indices", "backend='dropit'"),
+        "reading at places that are known to be inside",
+        instead=torch.ops.aten.index,
+    ),
+    Name(
         "torch.ops.aten._native_batch_norm_legit",
         _lack("inputs of batch norm cannot be packed"),
         "mean and deviation of channels",
@@ -444,6 +450,13 @@ TABLE: tuple[Name, ...] = (
         "asking whether inductor lays out convolutions channels-last",
     ),
     Name("torch._inductor.config.custom_partitioner_fn", _PLUGIN, "handing over the guard"),
+    Name(
+        "torch._inductor.config.post_grad_custom_pre_pass",
+        _lack(
+            "packing stays custom ops in compiled graphs: `fuse` does nothing", "backend='dropit'"
+        ),
+        "handing over the pass that replaces packing by plain tensor ops",
+    ),
     Name(
         "torch._inductor.config.post_grad_custom_post_pass",
         _COPIES,

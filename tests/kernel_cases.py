@@ -60,6 +60,6 @@ def assert_same_bits(left: torch.Tensor, right: torch.Tensor) -> None:
     assert left.dtype == right.dtype
     if left.is_floating_point():
         assert torch.equal(left.isnan(), right.isnan())
-        as_int = {4: torch.int32, 2: torch.int16}[left.element_size()]
+        as_int = {8: torch.int64, 4: torch.int32, 2: torch.int16}[left.element_size()]
         left, right = (torch.where(t.isnan(), 0.0, t).view(as_int) for t in (left, right))
     torch.testing.assert_close(left, right, rtol=0, atol=0)

@@ -98,6 +98,7 @@ settable(f"{_SHAPES}.SYMPY_INTERP", dict)
 settable("torch._dynamo.config.recompile_limit", int)
 settable("torch._dynamo.config.accumulated_recompile_limit", int)
 settable("torch._inductor.config.custom_partitioner_fn", type(None))
+settable("torch._inductor.config.post_grad_custom_pre_pass", type(None))
 settable("torch._inductor.config.post_grad_custom_post_pass", type(None))
 settable("torch._inductor.config.unsafe_marked_cacheable_functions", dict)
 parameters("torch._inductor.list_mode_options", "mode")
@@ -406,6 +407,12 @@ def _softmax_has_an_argument_of_no_meaning() -> None:
         assert list(inspect.signature(function).parameters)[2] == private.STACKLEVEL
 
 
+@of("torch.ops.aten._unsafe_index")
+def _places_are_read() -> None:
+    found = private.unsafe_index.Tensor(torch.arange(4.0), [torch.tensor([[3, 1]])])
+    assert found.tolist() == [[3.0, 1.0]]
+
+
 @of("torch.ops.aten._native_batch_norm_legit")
 def _batch_norm_returns_its_statistics() -> None:
     x = torch.randn(8, 3, 5)
@@ -602,7 +609,9 @@ def _backends_have_names() -> None:
 @of("torch._inductor.list_options")
 def _options_have_names() -> None:
     known = private.list_options()
-    assert {private.PARTITIONER, private.POST_PASS, private.CACHEABLE} <= set(known)
+    assert {*(private.PARTITIONER, private.PRE_PASS, private.POST_PASS, private.CACHEABLE)} <= set(
+        known
+    )
 
 
 @of(f"{_GRAPH_PASS}.CustomGraphPass", f"{_GRAPH_PASS}.CustomPartitionerFn")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import dropit_fx.kernels.masks  # noqa: F401  registers its ops
 from dropit_fx.codecs.codec import Codec, Options
+from dropit_fx.kernels import fused
 from dropit_fx.kernels.format import uint_nbytes
 from dropit_fx.ops.rule import Use
 
@@ -54,4 +55,10 @@ BITMASK = Codec(
     nbytes=_nbytes,
     lossless=lambda options: True,
     codes=True,
+    fused={
+        "pack_uint": fused.pack_uint,
+        "unpack_uint": fused.unpack_uint,
+        "pack_between": fused.pack_between,
+        "apply_mask": fused.apply_mask,
+    },
 )

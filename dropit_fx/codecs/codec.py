@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,6 +45,9 @@ class Codec:
         faithful: Whether other values may be made from what these options give back.
         slope: ``unpack`` gives the derivative at the packed values, not the values.
         codes: It keeps reads that are small integers (``Read.bits``), and no others.
+        fused: Custom ops of ``pack`` and ``unpack`` (their names in namespace ``dropit``), each
+            with a function of the same arguments in ops of PyTorch that a compiler fuses; it gives
+            None for arguments of which there is no such form.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Codec:
     faithful: Callable[[Options], bool] = lambda options: False
     slope: bool = False
     codes: bool = False
+    fused: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     def can_keep(self, read: Read) -> bool:
         """Whether the backward of ``read`` may read what the codec gives back."""

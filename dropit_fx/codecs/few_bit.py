@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dropit_fx.codecs.codec import Codec, Option, Options
 from dropit_fx.codecs.mink import whole
+from dropit_fx.kernels import fused
 from dropit_fx.kernels.format import uint_nbytes
 from dropit_fx.ops.rule import Use
 from dropit_fx.ops.step_tables import FUNCTIONS, StepTable, table
@@ -56,4 +57,5 @@ FEW_BIT = Codec(
     unpack=_unpack,
     nbytes=lambda numel, dtype, options: uint_nbytes(numel, options["bits"]),
     slope=True,
+    fused={"encode_steps": fused.encode_steps, "decode_steps": fused.decode_steps},
 )

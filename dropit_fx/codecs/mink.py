@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dropit_fx.codecs.codec import Codec, Option, Options
-from dropit_fx.kernels import FULL, SPACINGS, Format
+from dropit_fx.kernels import FULL, SPACINGS, Format, fused
 from dropit_fx.ops.rule import Use
 
 
@@ -163,6 +163,7 @@ MINK = Codec(
     buffers=3,
     lossless=_keeps_all,
     faithful=_faithful,
+    fused={"sparsify": fused.sparsify, "unsparsify": fused.unsparsify},
 )
 
 RANDOM = replace(MINK, name="random", options=(GAMMA, BLOCK, SCOPE), pack=_sample)
@@ -174,4 +175,9 @@ QUANT = replace(
     options=(QUANT_BITS, BLOCK, RANGE, ROUNDING),
     pack_channels=_pack_channels,
     unpack_channels=_unpack_channels,
+    fused={
+        **MINK.fused,
+        "sparsify_channels": fused.sparsify_channels,
+        "unsparsify_channels": fused.unsparsify_channels,
+    },
 )

@@ -18,6 +18,7 @@ from torch import fx
 from dropit_fx.capture.expand import expand, opaque_nodes
 from dropit_fx.capture.fake import concrete_fakes, propagate
 from dropit_fx.compile.channels_last import channels_last
+from dropit_fx.compile.fuse import FusePacking
 from dropit_fx.compile.partition import KeepPacked
 from dropit_fx.compile.returned import ReturnInputsAsTheyAre, in_turn
 from dropit_fx.compile.saved import Partition
@@ -30,6 +31,7 @@ from dropit_fx.private import (
     CACHEABLE,
     PARTITIONER,
     POST_PASS,
+    PRE_PASS,
     inductor_has,
     list_options,
     lookup_backend,
@@ -42,7 +44,7 @@ from dropit_fx.words import closest, did_you_mean
 
 log = logging.getLogger(__name__)
 
-OPTIONS = ("config", "preset", "strategy", "gamma", "bits", "inner")
+OPTIONS = ("config", "preset", "strategy", "gamma", "bits", "inner", "fuse")
 Compiled = Callable[..., Any]
 
 
@@ -92,9 +94,10 @@ def dropit(
         example_inputs: Its inputs, as fake tensors.
         mode: One of inductor's modes.
         options: ``config``, ``preset``, ``strategy``, ``gamma``, ``bits`` as for ``transform``;
-            ``inner``: the backend that compiles the rewritten graph; anything else goes to
-            inductor. Each of ours has a default in the environment (``DROPIT_PRESET=...``), for
-            callers that cannot pass options.
+            ``inner``: the backend that compiles the rewritten graph; ``fuse``: whether inductor
+            gets packing as plain tensor ops, to fuse them (True, False; None: on CUDA); anything
+            else goes to inductor. Each of ours has a default in the environment
+            (``DROPIT_PRESET=...``), for callers that cannot pass options.
 
     Raises:
         ConfigError: An unknown option, or a value that cannot mean anything.
@@ -120,26 +123,48 @@ def _compile(
     mode: str | None,
     options: dict[str, Any],
 ) -> Compiled:
-    ours = {k: os.environ.get(f"DROPIT_{k.upper()}") for k in OPTIONS}
-    for key, convert in (("gamma", float), ("bits", int)):
+    ours: dict[str, Any] = {k: os.environ.get(f"DROPIT_{k.upper()}") for k in OPTIONS}
+    for key, (convert, kind) in _FROM_TEXT.items():
         value = ours[key]
         try:
-            ours[key] = None if value is None else convert(value)  # type: ignore[assignment]
-        except ValueError as error:
-            raise ConfigError(f"DROPIT_{key.upper()}={value!r} is no number") from error
+            ours[key] = None if value is None else convert(value)
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"DROPIT_{key.upper()}={value!r} is {kind}") from error
     given = {k: options.pop(k) for k in OPTIONS if k in options}
     ours |= {k: v for k, v in given.items() if v is not None}
     if "config" in given and "preset" not in given:
         # a config says its own preset: the environment's is for callers without one
         ours["preset"] = None
     inner = ours.pop("inner") or inner
+    fuse = _checked_fuse(ours.pop("fuse"), inner)
     _check_inductor_options(options)
-    config = make_config(ours.pop("config"), **ours)  # type: ignore[arg-type]
+    config = make_config(ours.pop("config"), **ours)
     compiler = _inner(inner)
     if compiler is _inductor:
         channels_last(gm, _patches(mode, options))
     record = rewrite_dynamo_graph(gm, example_inputs, config)
-    return compiler(_Job(gm, example_inputs, mode, options, record))
+    return compiler(_Job(gm, example_inputs, mode, options, record, fuse))
+
+
+_FROM_TEXT: dict[str, tuple[Callable[[Any], Any], str]] = {  # of the environment
+    "gamma": (float, "no number"),
+    "bits": (int, "no number"),
+    "fuse": (
+        {"1": True, "true": True, "0": False, "false": False}.__getitem__,
+        "not true or false",
+    ),
+}
+
+
+def _checked_fuse(fuse: Any, inner: str) -> bool | None:
+    if fuse is not None and not isinstance(fuse, bool):
+        raise ConfigError(f"fuse={fuse!r}: must be True, False, or None for the default")
+    if fuse and inner != "inductor":
+        raise ConfigError(
+            f"fuse=True: inner backend {inner!r} fuses nothing. Leave `fuse` away, or choose"
+            " inner='inductor'."
+        )
+    return fuse
 
 
 def _check_inductor_options(options: Mapping[str, Any]) -> None:
@@ -196,6 +221,7 @@ class _Job(NamedTuple):
     mode: str | None
     options: dict[str, Any]
     record: CompiledGraph | None
+    fuse: bool | None
 
     def guard(self, base: Callable[..., Any] | None) -> KeepPacked:
         """The partitioner guard, which reads what is saved into the record."""
@@ -234,6 +260,8 @@ def _inductor(job: _Job) -> Compiled:
 
     patches = _patches(job.mode, job.options)
     patches[PARTITIONER] = job.guard(patches.get(PARTITIONER))
+    if inductor_has(PRE_PASS):
+        patches[PRE_PASS] = in_turn(patches.get(PRE_PASS), FusePacking(job.fuse))
     if inductor_has(POST_PASS):
         patches[POST_PASS] = in_turn(patches.get(POST_PASS), ReturnInputsAsTheyAre())
     # our functions are safe to cache under a version that changes with the formulas and kernels

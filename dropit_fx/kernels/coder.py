@@ -67,7 +67,7 @@ def encode(values: Tensor, form: Format, draws: Tensor | None) -> tuple[Tensor, 
         magnitude = x.abs()
         low, high = magnitude.amin(1, keepdim=True), magnitude.amax(1, keepdim=True)
         if chance is not None and bits == 1:
-            scale = _round_up(high)
+            scale = upper_bfloat16(high)
             negative = (chance * (scale + scale)) >= x + scale
             codes = negative.to(torch.int64)
         else:
@@ -121,12 +121,12 @@ def _grid(start: Tensor, end: Tensor, step: Tensor, count: int) -> Tensor:
     return root * root
 
 
-def _inverse(count: int, span: Tensor) -> Tensor:
+def inverse(count: int, span: Tensor) -> Tensor:
     """Count / span, and 0 for an empty span."""
     return torch.where(span > 0, torch.full_like(span, count) / span, 0.0)
 
 
-def _sqrt(x: Tensor) -> Tensor:
+def exact_sqrt(x: Tensor) -> Tensor:
     """The correctly rounded float32 square root, which torch's own on CPU (MKL's) is not."""
     return x.double().sqrt().float()
 
@@ -138,13 +138,13 @@ def _divide(x: Tensor, count: int) -> Tensor:
 
 def _encode_affine(x: Tensor, bits: int, chance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     count = 2**bits
-    base = _floor(x.amin(1, keepdim=True))
+    base = floor_bfloat16(x.amin(1, keepdim=True))
     above = (x - base).clamp(min=0)
     widest = above.amax(1, keepdim=True)
     overflow = widest.isinf()
     above = torch.where(overflow, 0.0, above)
-    top = _round_up(_sqrt(torch.where(overflow, 0.0, widest)))
-    position = _sqrt(above) * _inverse(count - 1, top)
+    top = upper_bfloat16(exact_sqrt(torch.where(overflow, 0.0, widest)))
+    position = exact_sqrt(above) * inverse(count - 1, top)
 
     def level(step: Tensor) -> Tensor:
         root = step.to(torch.float32) * _divide(top, count - 1)
@@ -157,13 +157,13 @@ def _encode_affine(x: Tensor, bits: int, chance: Tensor | None) -> tuple[Tensor,
 def _encode_uniform(x: Tensor, bits: int, chance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     count = 2**bits
     most = x.amax(1, keepdim=True)
-    base, top = _floor(x.amin(1, keepdim=True)), _ceiling(most)
+    base, top = floor_bfloat16(x.amin(1, keepdim=True)), ceil_bfloat16(most)
     overflow = (torch.maximum(most, top) - base).isinf()
     span = torch.where(overflow, 0.0, top - base)
     above = torch.where(overflow, 0.0, (x - base).clamp(min=0))
     # The inverse of a span near the subnormal numbers would overflow
     zoom = torch.where(span < 2.0**-64, 2.0**64, 1.0)
-    position = above * zoom * _inverse(count - 1, span * zoom)
+    position = above * zoom * inverse(count - 1, span * zoom)
 
     def level(step: Tensor) -> Tensor:
         return torch.minimum(step.to(torch.float32) * _divide(span, count - 1), span)
@@ -176,8 +176,8 @@ def _encode_grid(
     magnitude: Tensor, low: Tensor, high: Tensor, bits: int, chance: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     count = 2 ** (bits - 1)
-    start, end = _round_down(_sqrt(low)), _round_up(_sqrt(high))
-    position = (_sqrt(magnitude) - start) * _inverse(count - 1, end - start)
+    start, end = lower_bfloat16(exact_sqrt(low)), upper_bfloat16(exact_sqrt(high))
+    position = (exact_sqrt(magnitude) - start) * inverse(count - 1, end - start)
 
     def level(step: Tensor) -> Tensor:
         return _grid(start, end, step.to(torch.float32), count)
@@ -205,9 +205,9 @@ def _encode_codebook(
     magnitude: Tensor, low: Tensor, high: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:
     count = 2 ** (bits - 1)
-    first, last = _sqrt(low), _sqrt(high)
+    first, last = exact_sqrt(low), exact_sqrt(high)
     if bits == 3:
-        first, last = _sqrt(first), _sqrt(last)
+        first, last = exact_sqrt(first), exact_sqrt(last)
     first, last = first.double(), last.double()
     step = torch.zeros_like(magnitude, dtype=torch.int64)
     for j in range(1, count):
@@ -216,7 +216,7 @@ def _encode_codebook(
         if bits == 3:
             border = border * border
         step += magnitude >= border.to(torch.float32)
-    fixed, exponent = _fixed_point(magnitude, high)
+    fixed, exponent = fixed_point(magnitude, high)
     sums = fixed.new_zeros(fixed.shape[0], 2, count)
     sums[:, 0].scatter_add_(1, step, fixed)
     sums[:, 1].scatter_add_(1, step, fixed * fixed)
@@ -229,8 +229,8 @@ def _encode_codebook_stochastic(
     magnitude: Tensor, low: Tensor, high: Tensor, bits: int, chance: Tensor
 ) -> tuple[Tensor, Tensor]:
     count = 2 ** (bits - 1)
-    first, last = _round_down(low), _round_up(high)
-    inner = _grid(_sqrt(low), _sqrt(high), _steps(count, low), count)[:, 1:-1]
+    first, last = lower_bfloat16(low), upper_bfloat16(high)
+    inner = _grid(exact_sqrt(low), exact_sqrt(high), _steps(count, low), count)[:, 1:-1]
     inner = inner.to(torch.bfloat16).float().clamp(first, last)
     levels = torch.cat([first, inner, last], 1)
     step = torch.zeros_like(magnitude, dtype=torch.int64)
@@ -240,7 +240,7 @@ def _encode_codebook_stochastic(
     return step + (chance * (upper - lower) < magnitude - lower), levels
 
 
-def _fixed_point(magnitude: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+def fixed_point(magnitude: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """`magnitude` as integers up to 2**15 in units of 2**exponent, rounded; one exponent a row.
 
     From the bit pattern, by shifts: exact for subnormals and independent of any rounding mode.
@@ -261,21 +261,21 @@ def _pattern(bits: Tensor) -> Tensor:
     return bits.to(torch.int32).view(torch.float32)
 
 
-def _floor(x: Tensor) -> Tensor:
+def floor_bfloat16(x: Tensor) -> Tensor:
     """The greatest bfloat16 <= x; the least finite one where there is none."""
-    return torch.where(x < 0, -_round_up(-x), _round_down(x))
+    return torch.where(x < 0, -upper_bfloat16(-x), lower_bfloat16(x))
 
 
-def _ceiling(x: Tensor) -> Tensor:
+def ceil_bfloat16(x: Tensor) -> Tensor:
     """The least bfloat16 >= x, never -0.0; the greatest finite one where there is none."""
-    return torch.where(x < 0, 0.0 - _round_down(-x), _round_up(x))
+    return torch.where(x < 0, 0.0 - lower_bfloat16(-x), upper_bfloat16(x))
 
 
-def _round_down(x: Tensor) -> Tensor:
+def lower_bfloat16(x: Tensor) -> Tensor:
     """The greatest bfloat16 <= x, for x >= 0."""
     return _pattern(_bits(x) & 0x7FFF0000)
 
 
-def _round_up(x: Tensor) -> Tensor:
+def upper_bfloat16(x: Tensor) -> Tensor:
     """The least finite bfloat16 >= x, for x >= 0; the greatest finite one where there is none."""
     return _pattern(((_bits(x) + 0xFFFF) & 0x7FFF0000).clamp(max=_TOP))

@@ -1,0 +1,106 @@
+"""Bit streams in plain tensor ops, for compilers that fuse: each element by itself, from its index.
+
+Places are computed from an ``arange``, which inductor folds into the loop that it writes: reading a
+code costs one or two loads and no tensor in between. Whatever reads a decoded tensor then reads the
+bytes instead. The bytes are those of `reference.pack_uint`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropit_fx.kernels.dtypes import INT_OF
+from dropit_fx.kernels.format import uint_nbytes
+from dropit_fx.private import unsafe_index
+
+
+def places(count: Any, like: Tensor) -> Tensor:
+    """0, 1, ..., count - 1 (int64); count may be symbolic."""
+    return torch.arange(count, device=like.device)
+
+
+def take(x: Tensor, at: Tensor) -> Tensor:
+    """``x[at]`` of a flat ``x``, whose places are known to be in it."""
+    out: Tensor = unsafe_index.Tensor(x, [at])
+    return out
+
+
+def divides(length: int, numel: Any) -> bool:
+    """Whether ``numel`` is known to be a multiple of ``length``; no guard on a symbolic one."""
+    return isinstance(numel, int) and numel % length == 0
+
+
+def is_empty(numel: Any) -> bool:
+    """Whether ``numel`` is known to be 0; no guard on a symbolic one."""
+    return isinstance(numel, int) and numel == 0
+
+
+def codes_at(stream: Tensor, at: Tensor, bits: int) -> Tensor:
+    """The codes (int32) at places of a bit stream.
+
+    Args:
+        stream: (ceil(n * bits / 8),) uint8.
+        at: places, each in 0..n - 1; any shape.
+        bits: 1..8.
+    """
+    if 8 % bits == 0:
+        each = 8 // bits
+        word = take(stream, at // each).to(torch.int32)
+        shift = (at % each) * bits
+    else:  # by groups of 8 codes, so that no place is multiplied beyond 32 bits
+        bit = (at % 8) * bits
+        first, shift = at // 8 * bits + bit // 8, bit % 8
+        low = take(stream, first).to(torch.int32)
+        high = take(stream, (first + 1).clamp(max=stream.numel() - 1)).to(torch.int32)
+        word = low | (high << 8)
+    codes: Tensor = (word >> shift.to(torch.int32)) & (2**bits - 1)
+    return codes
+
+
+def bytes_of(code: Callable[[Tensor], Tensor], numel: Any, bits: int, like: Tensor) -> Tensor:
+    """Packs codes into a bit stream; every byte is made by itself.
+
+    Args:
+        code: places -> codes (int32), each below 2**bits.
+        numel: number of codes, at least 1.
+        bits: 1..8.
+        like: on the device of the result.
+    """
+    byte = places(uint_nbytes(numel, bits), like)
+    if 8 % bits == 0:
+        each = 8 // bits
+        whole = divides(each, numel)
+        parts = [_code(code, byte * each + i, numel, whole) << (i * bits) for i in range(each)]
+    else:
+        group, byte = byte // bits * 8, byte % bits
+        first = byte * 8 // bits  # the first of the group's 8 codes that has a bit in the byte
+        most = max((8 * k + 7) // bits - 8 * k // bits + 1 for k in range(bits))
+        parts = []
+        for i in range(most):
+            shift = ((first + i) * bits - byte * 8).to(torch.int32)
+            one = _code(code, group + first + i, numel, False)
+            parts.append((one << shift.clamp(min=0)) >> (-shift).clamp(min=0))
+    word = parts[0]
+    for part in parts[1:]:
+        word = word | part
+    return (word & 0xFF).to(torch.uint8)
+
+
+def _code(code: Callable[[Tensor], Tensor], at: Tensor, numel: Any, whole: bool) -> Tensor:
+    """The codes at these places, 0 behind the last one; ``whole``: none lies there."""
+    return code(at) if whole else torch.where(at < numel, code(at.clamp(max=numel - 1)), 0)
+
+
+def as_stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, rounded as in memory.
+
+    A compiler that fuses would go on in float32; it does not see through a change of type and back.
+    """
+    out = x.to(dtype)
+    if dtype not in (torch.bfloat16, torch.float16):
+        return out
+    return out.view(INT_OF[dtype]).view(dtype)
