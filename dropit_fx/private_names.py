@@ -340,7 +340,7 @@ TABLE: tuple[Name, ...] = (
     ),
     Name(
         "torch.ops.aten._unsafe_index",
-        _lack("fused packing checks each of its indices", "backend='dropit'"),
+        _lack("fused packing checks each of its indices"),
         "reading at places that are known to be inside",
         instead=torch.ops.aten.index,
     ),
