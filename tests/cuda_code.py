@@ -22,6 +22,7 @@ from torch._inductor.fx_passes.post_grad import post_grad_passes
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime import triton_helpers
 from torch._inductor.virtualized import V
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from triton.backends.compiler import GPUTarget
@@ -74,6 +75,7 @@ def told_of_a_gpu() -> Iterator[None]:
         answer(torch.cuda, "_lazy_init", lambda: None)
         answer(CudaInterface, "get_compute_capability", staticmethod(lambda *args: CAPABILITY))
         answer(driver, "_active", active)
+        answer(fake_tensor, "init_gpu_context", lambda device: None)
         answer(scheduler, "has_triton", lambda *args: True)
         answer(triton_helpers, "set_driver_to_gpu", lambda: None)
         yield

@@ -158,7 +158,8 @@ def decode(
         else:
             root = column(0) + _product(step, _part(column(1) - column(0), count - 1))
             magnitude = root * root
-        return torch.where(negative, -magnitude, magnitude)
+        # Times -1 and not negated, which Triton may do by a subtraction from 0: -0.0 is lost
+        return magnitude * torch.where(negative, -1.0, 1.0)
     base, top = column(0), column(1)
     if form.spacing == UNIFORM:
         return torch.minimum(base + _product(codes, _part(top - base, count - 1)), top)
