@@ -79,9 +79,9 @@ def plan(models: Sequence[str] = (), variants: Sequence[str] = ()) -> list[Row]:
     budgets = tuple(v for v in gpu_rows.MODES["compiled"] if v.startswith("budget"))
     found = [
         *rows(first, "eager", "dense", "balanced", "no logits"),
-        *rows(first, "compiled", "dense", "balanced", "no logits"),
+        *rows(first, "compiled", "dense", "balanced", "fused", "no logits"),
         *({"kind": "kernel", "name": name} for name in gpu_rows.kernels()),
-        *rows(first, gpu_rows.GRAPHS, "dense", "balanced", "no logits"),
+        *rows(first, gpu_rows.GRAPHS, "dense", "balanced", "fused", "no logits"),
         *rows(first, "eager", "checkpoint"),
         *rows(rest, "eager", "dense", "balanced", "no logits", "checkpoint"),
         *rows(first, "eager", "save_on_cpu", "max", "lossless", "dropit"),

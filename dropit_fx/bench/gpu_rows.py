@@ -38,11 +38,12 @@ PRESETS = ("balanced", "lossless", "max", "dropit")
 BUDGETS = (0.5, 0.2)
 DENSE, CHECKPOINT, OFFLOAD = "dense", "checkpoint", "save_on_cpu"
 NO_LOGITS = "no logits"  # balanced with drop_logits: of language models
+FUSED = "fused"  # balanced with packing fused by inductor
 GRAPHS = "cuda graphs"  # compiled, and launched as CUDA graphs: what the host takes is not in it
 MODES: dict[str, tuple[str, ...]] = {
     "eager": (DENSE, *PRESETS, NO_LOGITS, CHECKPOINT, OFFLOAD),
-    "compiled": (DENSE, *PRESETS, NO_LOGITS, CHECKPOINT, *(f"budget={b}" for b in BUDGETS)),
-    GRAPHS: (DENSE, *PRESETS, NO_LOGITS, CHECKPOINT),
+    "compiled": (DENSE, *PRESETS, FUSED, NO_LOGITS, CHECKPOINT, *(f"budget={b}" for b in BUDGETS)),
+    GRAPHS: (DENSE, *PRESETS, FUSED, NO_LOGITS, CHECKPOINT),
 }
 
 
@@ -50,16 +51,23 @@ def way(model: nn.Module, blocks: Sequence[str], mode: str, variant: str, inner:
     """What is called in the place of ``model``, and the bench's record of its compilation."""
     if variant == CHECKPOINT:
         _checkpoint(model, blocks)
-    preset = variant if variant in PRESETS else "balanced" if variant == NO_LOGITS else None
-    budget = float(variant.partition("=")[2] or 1)
-    record = Variant(variant, preset, budget, variant == CHECKPOINT, variant == NO_LOGITS)
+    balanced = "balanced" if variant in (NO_LOGITS, FUSED) else None
+    preset = variant if variant in PRESETS else balanced
+    record = Variant(
+        variant,
+        preset,
+        budget=float(variant.partition("=")[2] or 1),
+        checkpoint=variant == CHECKPOINT,
+        drop_logits=variant == NO_LOGITS,
+        fuse=variant == FUSED and inner == "inductor",
+    )
     if mode == "compiled":
         return record.compiled(model, inner), record
     if mode == GRAPHS:
         graphs: dict[str, Any] = {"triton.cudagraphs": True} if inner == "inductor" else {}
         if not preset:
             return torch.compile(model, backend=inner, options=graphs or None), record
-        ours: dict[str, Any] = {"config": record.config, "inner": inner}
+        ours: dict[str, Any] = {"config": record.config, "inner": inner, "fuse": record.fuse}
         return torch.compile(model, backend="dropit", options=ours | graphs), record
     return (record.compiled(model, "eager") if preset else model), record
 

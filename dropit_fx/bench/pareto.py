@@ -43,6 +43,7 @@ class Variant:
         budget: ``activation_memory_budget`` while it is compiled.
         checkpoint: Whether the model recomputes each of its blocks.
         drop_logits: As a config has it.
+        fuse: As an option of the plug-in's has it.
         graphs: How many graphs were compiled for it.
     """
 
@@ -51,6 +52,7 @@ class Variant:
     budget: float = 1
     checkpoint: bool = False
     drop_logits: bool = False
+    fuse: bool = False
     graphs: int = field(default=0, compare=False)
 
     @property
@@ -66,7 +68,8 @@ class Variant:
             with at_memory_budget(self.budget):
                 if self.preset is None:
                     return lookup_backend(inner)(gm, inputs)
-                return backend.dropit(gm, inputs, options={"config": self.config, "inner": inner})
+                options = {"config": self.config, "inner": inner, "fuse": self.fuse}
+                return backend.dropit(gm, inputs, options=options)
 
         compiled: Callable[..., Any] = torch.compile(model, backend=compile_graph)
         return compiled

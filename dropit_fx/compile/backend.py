@@ -95,7 +95,7 @@ def dropit(
         mode: One of inductor's modes.
         options: ``config``, ``preset``, ``strategy``, ``gamma``, ``bits`` as for ``transform``;
             ``inner``: the backend that compiles the rewritten graph; ``fuse``: whether inductor
-            gets packing as plain tensor ops, to fuse them (True, False; None: on CUDA); anything
+            gets packing as plain tensor ops, to fuse them (True, False; None: False); anything
             else goes to inductor. Each of ours has a default in the environment
             (``DROPIT_PRESET=...``), for callers that cannot pass options.
 
@@ -156,7 +156,7 @@ _FROM_TEXT: dict[str, tuple[Callable[[Any], Any], str]] = {  # of the environmen
 }
 
 
-def _checked_fuse(fuse: Any, inner: str) -> bool | None:
+def _checked_fuse(fuse: Any, inner: str) -> bool:
     if fuse is not None and not isinstance(fuse, bool):
         raise ConfigError(f"fuse={fuse!r}: must be True, False, or None for the default")
     if fuse and inner != "inductor":
@@ -164,7 +164,7 @@ def _checked_fuse(fuse: Any, inner: str) -> bool | None:
             f"fuse=True: inner backend {inner!r} fuses nothing. Leave `fuse` away, or choose"
             " inner='inductor'."
         )
-    return fuse
+    return bool(fuse)
 
 
 def _check_inductor_options(options: Mapping[str, Any]) -> None:
@@ -221,7 +221,7 @@ class _Job(NamedTuple):
     mode: str | None
     options: dict[str, Any]
     record: CompiledGraph | None
-    fuse: bool | None
+    fuse: bool
 
     def guard(self, base: Callable[..., Any] | None) -> KeepPacked:
         """The partitioner guard, which reads what is saved into the record."""
@@ -260,8 +260,8 @@ def _inductor(job: _Job) -> Compiled:
 
     patches = _patches(job.mode, job.options)
     patches[PARTITIONER] = job.guard(patches.get(PARTITIONER))
-    if inductor_has(PRE_PASS):
-        patches[PRE_PASS] = in_turn(patches.get(PRE_PASS), FusePacking(job.fuse))
+    if job.fuse and inductor_has(PRE_PASS):
+        patches[PRE_PASS] = in_turn(patches.get(PRE_PASS), FusePacking())
     if inductor_has(POST_PASS):
         patches[POST_PASS] = in_turn(patches.get(POST_PASS), ReturnInputsAsTheyAre())
     # our functions are safe to cache under a version that changes with the formulas and kernels

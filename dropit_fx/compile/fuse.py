@@ -40,32 +40,19 @@ class FusePacking(CustomGraphPass):
 
     For a rewritten model, beside the guard: ``torch.compile(rewritten, options={
     "custom_partitioner_fn": KeepPacked(), "post_grad_custom_pre_pass": FusePacking()})``.
-
-    Args:
-        fuse: True: on every device; False: nowhere; None: on CUDA, and not on CPUs, whose C kernels
-            cost no launches.
     """
-
-    def __init__(self, fuse: bool | None = None) -> None:
-        self.fuse = fuse
 
     def uuid(self) -> Any:
         """Part of the compile caches' keys."""
-        return get_hash_for_files((__file__,)), CACHE_VERSION, self.fuse
+        return get_hash_for_files((__file__,)), CACHE_VERSION
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrites ``graph`` in place."""
         known: dict[Any, fx.Graph | None] = {}
         for node in list(graph.nodes):
             form = FORMS.get(_name(node))
-            if form is not None and self._wants(node):
+            if form is not None and isinstance(node.all_input_nodes[0].meta.get(VALUE), FakeTensor):
                 _replace(graph, node, form, known)
-
-    def _wants(self, node: fx.Node) -> bool:
-        value = node.all_input_nodes[0].meta.get(VALUE)
-        if not isinstance(value, FakeTensor) or self.fuse is False:
-            return False
-        return self.fuse is True or value.device.type == "cuda"
 
 
 def _name(node: fx.Node) -> str:
