@@ -289,9 +289,9 @@ TABLE: tuple[Name, ...] = (
     Name(
         "torch.utils.checkpoint._CheckpointFrame.save_inputs",
         *(_HOOKS, "packing the inputs of a region"),
-        since="2.14.1",
+        since="2.13.0",
     ),
-    Name("torch.utils.checkpoint._NoopSaveInputs.apply", _HOOKS, "the same", until="2.13.0"),
+    Name("torch.utils.checkpoint._NoopSaveInputs.apply", _HOOKS, "the same", until="2.11.0"),
     # transforms of functions, and what Dynamo makes of ours
     Name(
         "torch._C._functorch.peek_interpreter_stack",
