@@ -32,6 +32,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
 def pytest_on_gpu_tests(*arguments: str, rehearsal: str = "0") -> str:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     environment = os.environ | {"DROPIT_GPU_REHEARSAL": rehearsal}
+    environment.pop("PYTEST_XDIST_WORKER", None)  # it is none
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

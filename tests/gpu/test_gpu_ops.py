@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,9 +16,12 @@ from dropit_fx.ops.table import RULES
 
 
 @pytest.fixture(autouse=True)
-def the_same_algorithms_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def the_same_algorithms_again() -> Iterator[None]:
     """Some of cuDNN's algorithms add up in another order at every call."""
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    as_it_is = torch.backends.cudnn.allow_tf32
+    # PyTorch's own test helpers, which a worker may have imported, forbid setting the flag alone
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=as_it_is):
+        yield
 
 
 def tensors_of(
