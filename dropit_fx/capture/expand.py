@@ -182,9 +182,15 @@ def _open_function(graph_module: fx.GraphModule, node: fx.Node, values: dict[str
         traces.append((inner, _needed(conditions, inner, runs(flag), blanks)))
     inner = traces[0][0]
     copied = dict(zip(inner.graph.find_nodes(op="placeholder"), tensors, strict=True))
+
+    @functools.cache
+    def switch() -> fx.Node:
+        """A placeholder of the trace for the flag, once the two traces are known to be alike."""
+        made = inner.graph.placeholder("switch")
+        copied[made] = flags[0]
+        return made
+
     if flags:
-        switch = inner.graph.placeholder("switch")
-        copied[switch] = flags[0]
         lay_over(inner.graph, traces[1][0].graph, functools.partial(_switched, switch))
     _fill_with_numbers(inner)
     result = inner.graph.find_nodes(op="output")[0].args[0]
@@ -206,10 +212,12 @@ def _open_function(graph_module: fx.GraphModule, node: fx.Node, values: dict[str
     graph.erase_node(node)
 
 
-def _switched(switch: fx.Node, node: fx.Node, in_training: Any, in_eval: Any) -> fx.Node:
-    """``switch`` in the place of a constant that is what the mode is."""
+def _switched(
+    switch: Callable[[], fx.Node], node: fx.Node, in_training: Any, in_eval: Any
+) -> fx.Node:
+    """``switch()`` in the place of a constant that is what the mode is."""
     if in_training is True and in_eval is False:
-        return switch
+        return switch()
     raise RuntimeError("in eval mode it does other things than in training")
 
 
