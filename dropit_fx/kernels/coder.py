@@ -205,17 +205,9 @@ def _encode_codebook(
     magnitude: Tensor, low: Tensor, high: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:
     count = 2 ** (bits - 1)
-    first, last = exact_sqrt(low), exact_sqrt(high)
-    if bits == 3:
-        first, last = exact_sqrt(first), exact_sqrt(last)
-    first, last = first.double(), last.double()
     step = torch.zeros_like(magnitude, dtype=torch.int64)
-    for j in range(1, count):
-        root = first + (last - first) * (j / count)
-        border = root * root
-        if bits == 3:
-            border = border * border
-        step += magnitude >= border.to(torch.float32)
+    for border in codebook_borders(low, high, bits):
+        step += magnitude >= border
     fixed, exponent = fixed_point(magnitude, high)
     sums = fixed.new_zeros(fixed.shape[0], 2, count)
     sums[:, 0].scatter_add_(1, step, fixed)
@@ -223,6 +215,21 @@ def _encode_codebook(
     mean = sums[:, 1].double() / sums[:, 0].clamp(min=1).double()
     level = torch.ldexp(mean, exponent).to(torch.float32)
     return step, _pattern(_bits(level.to(torch.bfloat16).float()).clamp(max=_TOP))
+
+
+def codebook_borders(low: Tensor, high: Tensor, bits: int) -> list[Tensor]:
+    """The least magnitudes (float32) of the steps 1, 2, ... between a row's least and greatest."""
+    count = 2 ** (bits - 1)
+    first, last = exact_sqrt(low), exact_sqrt(high)
+    if bits == 3:
+        first, last = exact_sqrt(first), exact_sqrt(last)
+    first, last = first.double(), last.double()
+    borders = []
+    for j in range(1, count):
+        root = first + (last - first) * (j / count)
+        border = root * root
+        borders.append((border * border if bits == 3 else border).to(torch.float32))
+    return borders
 
 
 def _encode_codebook_stochastic(

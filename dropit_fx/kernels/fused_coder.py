@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dropit_fx.kernels.coder import (
     ceil_bfloat16,
+    codebook_borders,
     exact_sqrt,
     fixed_point,
     floor_bfloat16,
@@ -68,7 +69,7 @@ def blocks_of(x: Tensor, valid: Tensor | None, form: Format) -> Blocks:
     if not form.is_codebook:
         ends = [lower_bfloat16(exact_sqrt(low)), upper_bfloat16(exact_sqrt(high))]
         return Blocks(_poisoned(ends, bad), [])
-    borders = _borders(low, high, form.bits)
+    borders = codebook_borders(low, high, form.bits)
     step = _step(magnitude, [b[:, None] for b in borders])
     fixed, exponent = fixed_point(magnitude, high[:, None])
     if valid is not None:
@@ -86,19 +87,6 @@ def blocks_of(x: Tensor, valid: Tensor | None, form: Format) -> Blocks:
 
 def _poisoned(columns: list[Tensor], bad: Tensor) -> list[Tensor]:
     return [torch.where(bad, torch.nan, column) for column in columns]
-
-
-def _borders(low: Tensor, high: Tensor, bits: int) -> list[Tensor]:
-    count = 2 ** (bits - 1)
-    first, last = exact_sqrt(low), exact_sqrt(high)
-    if bits == 3:
-        first, last = exact_sqrt(first), exact_sqrt(last)
-    first, last = first.double(), last.double()
-    borders = []
-    for j in range(1, count):
-        border = (first + (last - first) * (j / count)).square()
-        borders.append((border.square() if bits == 3 else border).to(torch.float32))
-    return borders
 
 
 def _step(magnitude: Tensor, borders: list[Tensor]) -> Tensor:
