@@ -99,11 +99,11 @@ class _Probe(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         operands = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self._needing = {id(t) for t in operands if t.requires_grad}
-        before = {storage_id(t): version(t) for t in operands}
         self.storages.enter(n, self.env, operands)
         life: Callable[[], object] | None = None  # of a region
         self._fixed_before = self._fixed.intersection(n.all_input_nodes)
-        is_fixed = n in self._fixed or (n.op != "placeholder" and self._is_made_of_fixed(n))
+        made_of_fixed = len(self._fixed_before) == len(n.all_input_nodes)
+        is_fixed = n in self._fixed or (n.op != "placeholder" and made_of_fixed)
         chance = Chance() if is_fixed else nullcontext()
         try:
             with self.autograd.noting() as saved, chance:
@@ -128,7 +128,7 @@ class _Probe(fx.Interpreter):
         written = {storage_id(t) for t in unseen if isinstance(t, Tensor)}
         self.written |= written
         if n not in self._fixed:
-            written |= {s for t in operands if version(t) != before[s := storage_id(t)]}
+            written |= self.storages.written(operands)
             self._fixed -= {m for m in self._fixed if written & self._storages_of(m)}
         self.autograd.mark_result(n, result)
         if life is not None:
@@ -146,9 +146,6 @@ class _Probe(fx.Interpreter):
             for kept in self._not_free(saved):
                 self._add(_Ran(n), kept)
         return result
-
-    def _is_made_of_fixed(self, n: fx.Node) -> bool:
-        return self._fixed.issuperset(n.all_input_nodes)
 
     def _storages_of(self, n: fx.Node) -> set[int]:
         leaves = pytree.tree_leaves(self.env.get(n))

@@ -83,6 +83,10 @@ class Storages:
         """An operand of the node as it was before the node ran."""
         return elements(x, self._before.get(id(x), version(x)))
 
+    def written(self, operands: list[Tensor]) -> set[int]:
+        """The storages among the operands that the node has written to."""
+        return {storage_id(t) for t in operands if version(t) != self._before[id(t)]}
+
     def leave(self, n: fx.Node, operands: list[Tensor], result: Any) -> None:
         """Notes what a node has made, and what it has written."""
         now = self._versions_of(operands)
