@@ -67,8 +67,8 @@ def way(model: nn.Module, blocks: Sequence[str], mode: str, variant: str, inner:
         graphs: dict[str, Any] = {"triton.cudagraphs": True} if inner == "inductor" else {}
         if not preset:
             return torch.compile(model, backend=inner, options=graphs or None), record
-        ours: dict[str, Any] = {"config": record.config, "inner": inner, "fuse": record.fuse}
-        return torch.compile(model, backend="dropit", options=ours | graphs), record
+        options = record.options(inner) | graphs
+        return torch.compile(model, backend="dropit", options=options), record
     return (record.compiled(model, "eager") if preset else model), record
 
 

@@ -55,10 +55,10 @@ class Variant:
     fuse: bool = False
     graphs: int = field(default=0, compare=False)
 
-    @property
-    def config(self) -> dict[str, Any]:
+    def options(self, inner: str) -> dict[str, Any]:
         """What the plug-in is given, where it is one of ours."""
-        return {"preset": self.preset, "drop_logits": self.drop_logits}
+        config = {"preset": self.preset, "drop_logits": self.drop_logits}
+        return {"config": config, "inner": inner, "fuse": self.fuse}
 
     def compiled(self, model: nn.Module, inner: str) -> Callable[..., Any]:
         """``model`` compiled this way: nothing is shared with what was compiled another way."""
@@ -68,8 +68,7 @@ class Variant:
             with at_memory_budget(self.budget):
                 if self.preset is None:
                     return lookup_backend(inner)(gm, inputs)
-                options = {"config": self.config, "inner": inner, "fuse": self.fuse}
-                return backend.dropit(gm, inputs, options=options)
+                return backend.dropit(gm, inputs, options=self.options(inner))
 
         compiled: Callable[..., Any] = torch.compile(model, backend=compile_graph)
         return compiled
