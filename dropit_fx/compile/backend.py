@@ -275,7 +275,11 @@ def _inductor(job: _Job) -> Compiled:
     return compiled
 
 
-def _aot(decompose: bool) -> Callable[[_Job], Compiled]:
+def _aot(
+    decompose: bool, compiler: Callable[[fx.GraphModule, list[Any]], Compiled] | None = None
+) -> Callable[[_Job], Compiled]:
+    """AOTAutograd as inner backend; ``compiler``: of forwards and backwards, None: as they are."""
+
     def compile_aot(job: _Job) -> Compiled:
         from dropit_fx.private import (
             aot_autograd,
@@ -297,8 +301,8 @@ def _aot(decompose: bool) -> Callable[[_Job], Compiled]:
             extra["decompositions"] = select_decomp_table
         base = None if decompose else min_cut_rematerialization_partition
         return aot_autograd(
-            fw_compiler=nop,
-            bw_compiler=nop,
+            fw_compiler=compiler or nop,
+            bw_compiler=compiler or nop,
             partition_fn=job.guard(base),
             keep_inference_input_mutations=True,
             **extra,

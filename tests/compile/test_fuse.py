@@ -15,12 +15,7 @@ from dropit_fx.codecs import CODECS
 from dropit_fx.compile import backend, fuse
 from dropit_fx.compile.fuse import FORMS, FusePacking
 from dropit_fx.compile.partition import KeepPacked
-from dropit_fx.private import (
-    CustomGraphPass,
-    aot_autograd,
-    make_boxed_func,
-    select_decomp_table,
-)
+from dropit_fx.private import CustomGraphPass, make_boxed_func
 
 WIDTH = 48
 
@@ -78,14 +73,7 @@ def unfused(job: Any) -> Callable[..., Any]:
         boxed: Callable[..., Any] = make_boxed_func(graph.forward)
         return boxed
 
-    compiled: Callable[..., Any] = aot_autograd(
-        fw_compiler=run,
-        bw_compiler=run,
-        partition_fn=job.guard(None),
-        decompositions=select_decomp_table,
-        keep_inference_input_mutations=True,
-    )(job.graph_module, job.inputs)
-    return compiled
+    return backend._aot(True, run)(job)
 
 
 @pytest.fixture

@@ -21,10 +21,8 @@ from dropit_fx.compile.fuse import FusePacking
 from dropit_fx.kernels import AFFINE, FULL, SPACINGS, SYMMETRIC, UNIFORM
 from dropit_fx.private import (
     FakeTensorMode,
-    aot_autograd,
     make_boxed_func,
     make_fx,
-    select_decomp_table,
 )
 
 WIDTH, TOKENS = 64, 48
@@ -79,23 +77,17 @@ def graphs(name: str) -> list[fx.GraphModule]:
     """Forward and backward behind the cut."""
     kept: list[fx.GraphModule] = []
 
-    def keep(job: Any) -> Callable[..., Any]:
-        def note(graph: fx.GraphModule, inputs: list[Any]) -> Any:
-            kept.append(copy.deepcopy(graph))
-            return make_boxed_func(graph.forward)
-
-        run: Callable[..., Any] = aot_autograd(
-            fw_compiler=note,
-            bw_compiler=note,
-            partition_fn=job.guard(None),
-            decompositions=select_decomp_table,
-        )(job.graph_module, job.inputs)
-        return run
+    def note(graph: fx.GraphModule, inputs: list[Any]) -> Any:
+        kept.append(copy.deepcopy(graph))
+        return make_boxed_func(graph.forward)
 
     block, depth = BLOCKS[name]
     model = nn.Sequential(*(block() for _ in range(depth))).to(torch.bfloat16)
     x = torch.randn(4, TOKENS, WIDTH, dtype=torch.bfloat16)
-    with mock.patch.dict(backend._INNER, {"inductor": keep}), sdpa_kernel(SDPBackend.MATH):
+    with (
+        mock.patch.dict(backend._INNER, {"inductor": backend._aot(True, note)}),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
         torch._dynamo.reset()
         torch.compile(model, backend="dropit", options={"config": CONFIG})(x).sum().backward()
     return kept
