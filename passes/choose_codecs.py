@@ -14,6 +14,7 @@ from dropit_fx.codecs.codec import Options
 from dropit_fx.config import Config, ConfigError
 from dropit_fx.kernels.dtypes import FLOATS
 from dropit_fx.ops.rule import Use
+from dropit_fx.ops.table import CHECKPOINT
 from dropit_fx.passes.plan import Decision, Plan, SavedRead, Site
 from dropit_fx.runtime.copies import channel_nbytes
 
@@ -37,7 +38,11 @@ def choose_codecs(plan: Plan) -> Plan:
 
 
 def _few_values(plan: Plan) -> dict[str, int]:
-    """Norms whose statistics come from few values each, by node, with how many."""
+    """Norms whose statistics come from few values each, by node, with how many.
+
+    A checkpointed region that has one stands for it: what the region is made again from, its norm
+    is made again from.
+    """
     if plan.config.force:
         return {}
     reads = [r for site in plan.sites for r in site.reads if r.read is not None]
@@ -50,15 +55,23 @@ def _few_values(plan: Plan) -> dict[str, int]:
         for r in reads
         if r.operand == "input" and statistics.get(r.node)
     }
-    return {node: n for node, n in counts.items() if n < plan.config.norm_values}
+    few = {node: n for node, n in counts.items() if n < plan.config.norm_values}
+    for node, call in plan.calls.items():
+        if call.rule is CHECKPOINT:
+            inside = _few_values(plan.bodies[str(call.operands["body"].target)])
+            few |= {node: min(inside.values())} if inside else {}
+    return few
 
 
 def _exact_for_few(decision: Decision, few: dict[str, int]) -> Decision:
     """What a norm reads whose gradient is a small difference of large numbers stays exact."""
-    count = few.get(decision.read.node)
-    if count is None or decision.own or not decision.packed or decision.read.operand != "input":
+    count, region = few.get(decision.read.node), decision.read.row is CHECKPOINT
+    if count is None or decision.own or not decision.packed:
         return decision
-    return keep(decision, f"its statistics come from {count} values each: it stays exact")
+    if not region and decision.read.operand != "input":
+        return decision
+    whose = "the statistics of a norm in the region" if region else "its statistics"
+    return keep(decision, f"{whose} come from {count} values each: it stays exact")
 
 
 def check_rules_matched(plans: tuple[Plan, ...], config: Config) -> None:

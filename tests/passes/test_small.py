@@ -8,6 +8,8 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import dropit_fx
 from dropit_fx.config import ConfigError, load_config
@@ -84,6 +86,56 @@ def test_a_norm_over_few_values_reads_them_exactly(batch: int, side: int, exact:
     made = dropit_fx.transform(model, {"norm_values": 0}, example_args=(x,))
     rows = dropit_fx.report(made).rows
     assert all("come from" not in r.reason for r in rows)
+
+
+class Region(nn.Module):
+    """A norm in a region of a region, behind other ops, over so many values."""
+
+    def __init__(self, values: int, nested: bool) -> None:
+        super().__init__()
+        self.values, self.nested, self.inner = values, nested, nn.Linear(16, 64)
+
+    def normed(self, h: Tensor) -> Tensor:
+        def norm(h: Tensor) -> Tensor:
+            return F.selu(F.layer_norm(F.relu(h + 3), (self.values,)))
+
+        out: Tensor = checkpoint(norm, h, use_reentrant=False) if self.nested else norm(h)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.inner(x)).reshape(-1, self.values)
+        out: Tensor = checkpoint(self.normed, h, use_reentrant=False)
+        return out
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(("values", "exact"), [(2, True), (64, False)])
+def test_a_region_with_such_a_norm_is_made_again_from_what_is_exact(
+    values: int, exact: bool, compiled: bool, nested: bool
+) -> None:
+    model, x = Region(values, nested), torch.randn(64, 16)
+    if compiled:
+        torch._dynamo.reset()
+        packed: Any = torch.compile(model, backend="dropit_eager")
+        packed(x)
+        found = dropit_fx.compile.backend.compiled_graphs()[-1].report
+    else:
+        packed = dropit_fx.transform(model, example_args=(x,))
+        found = dropit_fx.report(packed)
+    (read,) = [r for r in found.rows if r.op == "checkpoint" and not r.region]
+    assert (read.codec == "keep") == exact
+    assert not exact or "a norm in the region come from 2 values each" in read.reason
+    assert dropit_fx.measure.saved_bytes(packed, x) == found.kept_bytes
+
+    def gradient(run: Any) -> Tensor:
+        model.zero_grad()
+        (run(x) * torch.linspace(-1, 1, values)).sum().backward()
+        assert model.inner.weight.grad is not None
+        return model.inner.weight.grad.clone()
+
+    dense = gradient(model)
+    assert (gradient(packed) - dense).norm() < 0.1 * dense.norm()
 
 
 def test_settings_are_checked() -> None:
