@@ -12,6 +12,7 @@ import collections
 import contextlib
 import gc
 import io
+import linecache
 import logging
 import multiprocessing
 import os
@@ -247,6 +248,10 @@ def work(number: int, todo: Any, told: Any) -> None:
     """Does tasks until there are no more."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.ERROR)
+    # PyTorch notes the stack in each fake mode and each seed, and looks at the file of each line;
+    # at each op on fakes it asks for a GPU, whose driver is searched for
+    linecache.checkcache = lambda filename=None: None
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
     worker = Worker(number, told)
     while (task := todo.get()) is not None:
