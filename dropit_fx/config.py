@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dropit_fx import yaml_files
 from dropit_fx.codecs import CODEC
 from dropit_fx.codecs.codec import Codec, Options
 from dropit_fx.ops.rule import INSIDE, Read, Use
 from dropit_fx.ops.table import RULES
-from dropit_fx.words import did_you_mean, matches
+from dropit_fx.words import did_you_mean, matches, shortened
 
 DEFAULT_PRESET = "balanced"
 _COUNTS = {"norm_values": "values", "loss_classes": "classes"}  # settings that are numbers
@@ -27,6 +27,9 @@ PAPER_PRESET = "dropit"  # of the published call, which names a strategy or a ra
 
 class ConfigError(ValueError):
     """A config that cannot mean anything; the message prints the rule and what would be legal."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(message))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,14 +155,18 @@ def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None 
     if isinstance(source, (str, PathLike)):
         origin = str(source)
         try:
-            loaded = yaml.safe_load(Path(source).read_text())
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{origin} is not YAML: {error}") from error
+            loaded = yaml_files.read(source)
+        except yaml_files.YamlError as error:
+            raise ConfigError(f"{origin}: {error}") from error
+        except FileNotFoundError as error:
+            hint = f"; a preset is named by preset={origin!r}" if origin in presets() else ""
+            raise FileNotFoundError(f"no config file {origin!r}{hint}") from error
         source = {} if loaded is None else loaded
     if not isinstance(source, Mapping):
         raise ConfigError(f"{origin}: a mapping was expected, not {type(source).__name__}")
     _known(source, ("preset", "rules", *PRESET_KEYS, *_OWN_KEYS), origin)
-    rules = source.get("rules") or []
+    rules = source.get("rules")
+    rules = [] if rules is None else rules
     if not isinstance(rules, list | tuple):
         raise ConfigError(f"{origin}: 'rules' is a list of rules, not {type(rules).__name__}")
     preset = source.get("preset", DEFAULT_PRESET)
@@ -171,7 +178,8 @@ def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None 
         what = _COUNTS.get(key)
         if what is None and not isinstance(value, bool):
             raise ConfigError(f"{origin}: {key!r} is true or false, not {value!r}")
-        if what and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        is_count = isinstance(value, int) and not isinstance(value, bool)
+        if what and not (is_count and 0 <= value < 2**63):
             raise ConfigError(f"{origin}: {key!r} is a number of {what}, 0 or more: {value!r}")
     own = tuple(_rule(r, f"{origin}, rule {i + 1}") for i, r in enumerate(rules))
     return Config(rules=own + base.rules, preset=preset, **settings)
@@ -288,21 +296,26 @@ def _rule(source: Any, where: str, preset: bool = False) -> Rule:
         preset=preset,
     )
     for glob in rule.op:
-        named = [r for r in RULES.values() if matches(r.name, (glob,))]
-        if not named:
-            raise ConfigError(
-                f"{where} {rule}: no op {glob!r} in the op table.{did_you_mean(glob, RULES)}"
-            )
-        reads = [read for row in named for read in row.reads if read.use is not Use.SHAPE]
-        if not any(map(codec.can_keep, reads)):
-            read = named[0].reads[0]
-            able = [c for c in _named() if CODEC[c].can_keep(read)]
-            raise ConfigError(
-                f"{where} {rule}: {named[0].name}.{read.operand} cannot be saved as {name!r}: the"
-                f" backward of {named[0].name} uses it as '{read.use}'."
-                f" Choose one of: {', '.join(able)}."
-            )
+        if why := _unsuited(glob, name):
+            raise ConfigError(f"{where} {rule}: {why}")
     return rule
+
+
+def _unsuited(glob: str, name: str) -> str:
+    """Why no op that a glob names has a tensor that a codec can keep, or ``""``."""
+    codec = CODEC[name]
+    named = [r for r in RULES.values() if matches(r.name, (glob,))]
+    if not named:
+        return f"no op {glob!r} in the op table.{did_you_mean(glob, RULES)}"
+    reads = [read for row in named for read in row.reads if read.use is not Use.SHAPE]
+    if any(map(codec.can_keep, reads)):
+        return ""
+    read = named[0].reads[0]
+    able = [c for c in _named() if CODEC[c].can_keep(read)]
+    return (
+        f"{named[0].name}.{read.operand} cannot be saved as {name!r}: the backward of"
+        f" {named[0].name} uses it as '{read.use}'. Choose one of: {', '.join(able)}."
+    )
 
 
 def _named() -> tuple[str, ...]:

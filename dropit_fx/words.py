@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
+
+LONGEST = 200  # characters of a word in a message
 
 
 def did_you_mean(word: object, legal: Iterable[str]) -> str:
@@ -15,7 +18,7 @@ def did_you_mean(word: object, legal: Iterable[str]) -> str:
 
 def closest(word: object, legal: Iterable[str], count: int = 1) -> str:
     """`` Did you mean 'linear'?``, with at most ``count`` words; empty where none is close."""
-    close = difflib.get_close_matches(str(word), list(legal), n=count)
+    close = difflib.get_close_matches(str(word)[:LONGEST], list(legal), n=count)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
@@ -28,3 +31,8 @@ def unmatched(globs: Iterable[str], names: Iterable[str]) -> Iterator[str]:
     """The globs that match none of the names."""
     known = tuple(names)
     return (glob for glob in globs if not any(fnmatchcase(name, glob) for name in known))
+
+
+def shortened(message: str) -> str:
+    """The message without the middle of words that are longer than a word is."""
+    return re.sub(rf"\S{{{LONGEST},}}", lambda word: f"{word[0][:40]}...{word[0][-20:]}", message)

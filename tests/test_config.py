@@ -369,7 +369,16 @@ def test_sugar_without_anything_to_sweeten_is_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("rules: [", " is not YAML: "),
+        ("rules: [", ": not YAML: "),
+        ("preset: !!python/name:os.system", ": not YAML: could not determine a constructor"),
+        ("preset: max\npreset: gact", ": 'preset' stands twice, in lines 1 and 2"),
+        ('{"rules": [{"codec": "quant", "bits": 4, "bits": 8}]}', ": 'bits' stands twice, in"),
+        ("rules: false", ": 'rules' is a list of rules, not bool"),
+        ("rules: {}", ": 'rules' is a list of rules, not dict"),
+        ("a: " + "[" * 500 + "]" * 500, ": nested more than 50 deep"),
+        ("[" * 100_000, ": nested more than 50 deep"),
+        ("preset: 2026-99-99", ": month must be in 1..12"),
+        (f"norm_values: {10**30}", ": 'norm_values' is a number of values, 0 or more: 1000"),
         ("- a\n- b\n", ": a mapping was expected, not list"),
         ("just words", ": a mapping was expected, not str"),
         ("rules:\n  - codec: minke\n", ", rule 1: no codec 'minke'."),
@@ -380,6 +389,26 @@ def test_errors_of_a_file_name_the_file(tmp_path: Path, text: str, reason: str) 
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     assert f"{path}{reason}" in refusal(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_a_file_in_another_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "other.yaml"
+    path.write_bytes("# é\npreset: max".encode(encoding))
+    assert f"{path}: not UTF-8: byte " in refusal(path)
+    path.write_text("# é\npreset: max", encoding="utf-8-sig")  # as some editors do
+    assert load_config(path).preset == "max"
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    assert f"{tmp_path}: it cannot be read: Is a directory" in refusal(tmp_path)
+    with pytest.raises(FileNotFoundError, match="'max'; a preset is named by preset='max'"):
+        load_config("max")
+
+
+def test_long_words_stay_out_of_messages() -> None:
+    for config in ({"preset": "x" * 10**6}, {"rules": [{"codec": "quant", "op": "x" * 10**6}]}):
+        assert len(refusal(config)) < 2000
 
 
 def test_a_rule_that_matches_nothing_is_printed_with_what_there_is() -> None:

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dropit_fx"
 
 # From below to above: a room imports from rooms below it. Rooms of one line stand side by side.
 ORDER = (
-    ("private_names", "logs", "words"),
+    ("private_names", "logs", "words", "yaml_files"),
     ("private",),
     ("private_hooks",),
     ("kernels", "measure"),

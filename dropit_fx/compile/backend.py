@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -123,13 +124,7 @@ def _compile(
     mode: str | None,
     options: dict[str, Any],
 ) -> Compiled:
-    ours: dict[str, Any] = {k: os.environ.get(f"DROPIT_{k.upper()}") for k in OPTIONS}
-    for key, (convert, kind) in _FROM_TEXT.items():
-        value = ours[key]
-        try:
-            ours[key] = None if value is None else convert(value)
-        except (ValueError, KeyError) as error:
-            raise ConfigError(f"DROPIT_{key.upper()}={value!r} is {kind}") from error
+    ours = _from_environment()
     given = {k: options.pop(k) for k in OPTIONS if k in options}
     ours |= {k: v for k, v in given.items() if v is not None}
     if "config" in given and "preset" not in given:
@@ -154,6 +149,23 @@ _FROM_TEXT: dict[str, tuple[Callable[[Any], Any], str]] = {  # of the environmen
         "not true or false",
     ),
 }
+
+
+def _from_environment() -> dict[str, Any]:
+    """The options that ``DROPIT_...`` variables set, None for others; an empty one is not set."""
+    names = {option: f"DROPIT_{option.upper()}" for option in OPTIONS}
+    known = (*names.values(), "DROPIT_LOG")
+    for name in os.environ:
+        if name.startswith("DROPIT_") and name not in known and (hint := closest(name, known)):
+            warnings.warn(f"{name} in the environment means nothing.{hint}", stacklevel=2)
+    found: dict[str, Any] = {option: os.environ.get(name) or None for option, name in names.items()}
+    for option, (convert, kind) in _FROM_TEXT.items():
+        value = found[option]
+        try:
+            found[option] = None if value is None else convert(value)
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"{names[option]}={value!r} is {kind}") from error
+    return found
 
 
 def _checked_fuse(fuse: Any, inner: str) -> bool:

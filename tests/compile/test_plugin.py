@@ -194,6 +194,19 @@ def test_the_environment_gives_defaults_to_callers_without_options(monkeypatch):
         torch.compile(mlp(), backend="dropit")(torch.randn(16, 64))
 
 
+def test_an_empty_variable_is_not_set_and_a_misspelt_one_is_a_warning(monkeypatch):
+    for option in backend.OPTIONS:
+        monkeypatch.setenv(f"DROPIT_{option.upper()}", "")
+    monkeypatch.setenv("DROPIT_PRESETS", "max")
+    monkeypatch.setenv("DROPIT_INNER", "aot_eager")
+    with pytest.warns(UserWarning, match="PRESETS .* means nothing. Did you mean 'DROPIT_PRESET'?"):
+        torch.compile(mlp(), backend="dropit")(torch.randn(16, 64)).sum().backward()
+    monkeypatch.setenv("DROPIT_INNER", "dropit")
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="no inner backend 'dropit'"):
+        torch.compile(mlp(), backend="dropit")(torch.randn(16, 64))
+
+
 _CACHED = """
 import sys, torch, dropit_fx
 from dropit_fx import backend

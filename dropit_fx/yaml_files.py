@@ -1,0 +1,66 @@
+"""YAML as it was meant: a key stands once, bytes are UTF-8, and nesting has an end."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+DEEPEST = 50  # lists and mappings in each other; a config has three
+
+
+class YamlError(ValueError):
+    """What a file or text is, instead of YAML of one meaning."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's own, which takes the last of two equal keys and recurses as deep as a text does."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise YamlError(f"nested more than {DEEPEST} deep")
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line, word = key.start_mark.line + 1, (key.tag, key.value)
+            if word in seen:
+                raise YamlError(f"{key.value!r} stands twice, in lines {seen[word]} and {line}")
+            seen[word] = line
+        return super().construct_mapping(node, deep)
+
+
+def read(path: str | PathLike[str]) -> Any:
+    """What a YAML file says.
+
+    Raises:
+        YamlError: It is no file that can be read, or not YAML of one meaning.
+        FileNotFoundError: There is no such file.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise
+    except UnicodeDecodeError as error:
+        raise YamlError(
+            f"not UTF-8: byte {error.start} is {error.object[error.start]:#x}"
+        ) from None
+    except OSError as error:
+        raise YamlError(f"it cannot be read: {error.strerror}") from error
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise YamlError(f"not YAML: {error}") from error
+    except ValueError as error:  # of a scalar: a date such as 2026-99-99
+        raise YamlError(str(error)) from error
