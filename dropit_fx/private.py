@@ -75,6 +75,7 @@ if TYPE_CHECKING:  # the names to import, with their types
     tag_activation_checkpoint: Callable[..., Any]
     log_softmax_backward_data: Callable[..., Tensor]
     softmax_backward_data: Callable[..., Tensor]
+    safe_softmax: Callable[..., Tensor]
     native_batch_norm_legit: Any
     unsafe_index: Any
     embedding_bag: Any
@@ -112,10 +113,8 @@ def __getattr__(short: str) -> Any:
 
 
 def _sentence(row: Name) -> str:
-    return (
-        f"PyTorch {torch.__version__} has no {row.name}: {row.lack.text}."
-        f" dropit_fx was run with PyTorch {', '.join(RUN)}."
-    )
+    ran = f"dropit_fx was run with PyTorch {', '.join(RUN)}."
+    return f"PyTorch {torch.__version__} has no {row.name}: {row.lack.text}. {ran}"
 
 
 def _raise(row: Name, *args: Any, **kwargs: Any) -> NoReturn:

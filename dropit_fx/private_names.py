@@ -367,11 +367,8 @@ TABLE: tuple[Name, ...] = (
     ),
     Name("torch.ops.aten._embedding_bag", _SEEN, "bytes that a fake tensor leaves out"),
     Name("torch.ops.aten._to_copy", _SPELLING, "dtype casts in exported graphs"),
-    Name(
-        "torch.ops.aten._softmax_backward_data",
-        _lack("softmax cannot be packed"),
-        "its backward",
-    ),
+    Name("torch.ops.aten._safe_softmax", _lack("attention with dropout fails"), "its weights"),
+    Name("torch.ops.aten._softmax_backward_data", _lack("softmax cannot be packed"), "backward"),
     Name(
         "torch.ops.aten._log_softmax_backward_data",
         _lack("log_softmax and cross_entropy cannot be packed"),

@@ -54,7 +54,7 @@ class Tokens(nn.Module):
 
 
 def gpt2() -> nn.Module:
-    # attention's own dropout keeps attention dense; it is 0 in most recipes of today
+    # attention's own dropout is 0 in most recipes of today
     config = transformers.GPT2Config(attn_pdrop=0.0)
     return Tokens(transformers.GPT2LMHeadModel(config))
 

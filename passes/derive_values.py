@@ -129,6 +129,7 @@ class Bases:
     """What the backward has whatever is derived."""
 
     packed: dict[Elements, Decision] = field(default_factory=dict)  # faithful copies
+    codes: set[tuple[str, str]] = field(default_factory=set)  # (node, what it made): masks, indices
     whole: set[Elements] = field(default_factory=set)
 
 
@@ -137,6 +138,8 @@ def bases_of(plan: Plan) -> Bases:
     bases = Bases(whole=whole_values(plan))
     for decision in plan.decisions:
         read = decision.read
+        if read.bits is not None and decision.packed and read.wanted:
+            bases.codes.add((read.node, read.operand))
         if read.identity is None or not read.wanted or read.read is None or read.bits is not None:
             continue
         if _by_value(decision) and CODEC[decision.codec].faithful(decision.options):
@@ -172,6 +175,8 @@ def recipe(name: str, plan: Plan, bases: Bases) -> dict[str, Decision | str] | N
     values = plan.values
     call = None if name in values.lost else plan.calls.get(name)
     if call is None or call.rule.derive is None:
+        return None
+    if any((name, made) not in bases.codes for made in call.rule.derive_from):
         return None
     found: dict[str, Decision | str] = {}
     for operand, value in call.operands.items():

@@ -247,6 +247,7 @@ def _others(rule: OpRule, bound: dict[str, Any], packed: dict[str, Any]) -> dict
         read.operand: DROP if read.use is Use.SHAPE else KEEP
         for read in rule.reads
         if read.operand not in packed
+        and read.is_of(bound)
         and (read.operand not in rule.inputs or isinstance(bound[read.operand], fx.Node))
     }
 

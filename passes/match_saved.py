@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -26,8 +27,8 @@ def match_saved(
     """
     wanted = [read for read in reads if read.operand not in unwanted]
     likely = [*wanted, *(read for read in reads if read.operand in unwanted)]
-    found: list[Read | None] = [None] * len(tensors)
-    taken: set[str] = set()
+    found = _of_their_size(tensors, reads, operands)
+    taken = {read.operand for read in found if read is not None}
     for fits in _WAYS:
         if fits is _is_copy and any(r.operand == INSIDE for r in reads):
             continue  # what is computed inside may look like an operand
@@ -41,6 +42,23 @@ def match_saved(
                     found[i] = read
                     taken |= {read.operand} - {INSIDE}
                     break
+    return found
+
+
+def _of_their_size(
+    tensors: list[Tensor], reads: tuple[Read, ...], operands: Mapping[str, Any]
+) -> list[Read | None]:
+    """The reads of which the row knows the shape, each with the first tensor made in that size."""
+    found: list[Read | None] = [None] * len(tensors)
+    outside = {storage_id(x) for x in operands.values() if isinstance(x, Tensor)}
+    for read in (r for r in reads if r.shape is not None and operands):
+        assert read.shape is not None
+        numel = math.prod(read.shape(operands))
+        for i, tensor in enumerate(tensors):
+            inside = storage_id(tensor) not in outside
+            if found[i] is None and inside and tensor.numel() == numel:
+                found[i] = read
+                break
     return found
 
 

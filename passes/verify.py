@@ -229,7 +229,8 @@ def says_all_that_is_kept(plan: Plan) -> Iterator[str]:
         for read in rule.reads if rule is not CHECKPOINT else ():
             value, decision = bound.get(read.operand), decided.get(f"{call.name}.{read.operand}")
             how = packed.get(read.operand)
-            is_there = read.operand not in rule.inputs or isinstance(value, fx.Node)
+            is_inner = read.operand not in rule.inputs and read.is_of(bound)
+            is_there = is_inner or isinstance(value, fx.Node)
             if how is None and is_there:
                 yield f"'{call.name}' does not say how {read.operand!r} is kept"
             if how == DROP and read.use is not Use.SHAPE:

@@ -433,6 +433,15 @@ def _softmax_has_its_formula() -> None:
         assert torch.equal(backward(grad, y.detach(), -1, x.dtype), expected), "other bits"
 
 
+@of("torch.ops.aten._safe_softmax")
+def _softmax_of_what_is_masked_altogether_is_zero() -> None:
+    x = torch.randn(3, 5)
+    x[1] = -torch.inf
+    found = private.safe_softmax(x, -1)
+    assert not found[1].any()
+    assert torch.equal(found[::2], x.softmax(-1)[::2]), "other bits"
+
+
 @of("torch._C._select_conv_backend", "torch.ops.aten._embedding_bag")
 def _what_is_larger_than_it_shows_is_told() -> None:
     x, weight = torch.ones(1, 4, 2, 2, 8), torch.ones(4, 4, 2, 2, 2)

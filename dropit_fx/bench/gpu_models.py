@@ -61,7 +61,7 @@ def _images(name: str, batch: int, small: dict[str, Any], last: bool = False) ->
 def _gpt2(title: str, rehearse: bool) -> Task:
     import transformers
 
-    # attention with dropout stays dense: its random numbers would have to be drawn again
+    # on a GPU, attention with dropout stays dense: its kernel draws the mask inside
     layers, width, heads, words = (2, 64, 2, 4096) if rehearse else (12, 768, 12, 50257)
     config = transformers.GPT2Config(
         n_layer=layers,

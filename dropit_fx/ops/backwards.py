@@ -49,12 +49,16 @@ class Saved(Mapping[str, Tensor]):
 Formula = Callable[[Tensor, Saved, Called], Grads]
 
 
-def vjp(grad: Tensor, saved: Saved, call: Called) -> Grads:
+def vjp(
+    grad: Tensor, saved: Saved, call: Called, forward: Callable[..., Any] | None = None
+) -> Grads:
     """The generic backward: the vector-Jacobian product of the row's ``run``, which it repeats.
 
     By autograd itself where plain tensors are computed with: ``torch.func.vjp`` runs the same
     kernels, and takes about ten times the host's time. Tracers and transforms get the latter.
+    ``forward`` is in the place of ``run`` where that would draw random numbers again.
     """
+    again = forward or call.rule.run
     wanted = tuple(n for n in call.shapes if n in call.needs)
     fixed = {n: call.args[n] for n in call.args if n not in call.shapes}
     fixed |= {n: saved[n] for n in call.shapes if n not in wanted}
@@ -62,10 +66,10 @@ def vjp(grad: Tensor, saved: Saved, call: Called) -> Grads:
     def run(*tensors: Tensor) -> Any:
         given = dict(zip(wanted, tensors, strict=True))
         # positional, in signature order: some builtins take no keywords
-        return call.rule.run(*[given[n] if n in given else fixed[n] for n in call.args])
+        return again(*[given[n] if n in given else fixed[n] for n in call.args])
 
     given = [saved[n] for n in wanted]
-    if not _is_plain(grad, *given):
+    if not is_plain(grad, *given):
         pull = torch.func.vjp(run, *given)[1]
         return dict(zip(wanted, pull(grad), strict=True))
     with torch.enable_grad():
@@ -77,7 +81,7 @@ def vjp(grad: Tensor, saved: Saved, call: Called) -> Grads:
     return dict(zip(wanted, grads, strict=True))
 
 
-def _is_plain(*tensors: Tensor) -> bool:
+def is_plain(*tensors: Tensor) -> bool:
     """Whether autograd may be run on ``tensors`` here: no compiler, no transform, no subclass."""
     return not (
         torch.compiler.is_compiling()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dropit_fx.ops.backwards import Called, Grads, Saved
+from dropit_fx.ops.backwards import Called, Grads, Saved, is_plain
 from dropit_fx.ops.rule import OpRule, Read, Use, one_bit
 
 aten = torch.ops.aten
@@ -25,19 +25,55 @@ def _dropout_saving(
     if inplace and input.is_cuda:  # other random numbers there than those of the fused kernel
         scaled = torch.empty_like(input).bernoulli_(1 - p).div_(1 - p)
         return input * scaled, {"mask": scaled != 0}
-    # draws the same random numbers as F.dropout, whose own saved tensor is a mask of floats
-    out, mask = torch.native_dropout(input, p, True)
+    out, mask = drop(input, p)
     return out, {"mask": mask}
+
+
+def drop(input: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """Dropout with its mask: the random numbers and the bits of ``F.dropout``, 0 < p < 1.
+
+    What that keeps is a tensor of floats.
+    """
+    if not _by_factors(input):
+        return torch.native_dropout(input, p, True)
+    mask = torch.empty_like(input, dtype=torch.bool).bernoulli_(1 - p)
+    return (input * mask).mul_(_factor(input, p)), mask
+
+
+def dropped_again(input: Tensor, mask: Tensor, p: float) -> Tensor:
+    """What :func:`drop` gives for the mask that it drew; autograd goes through it."""
+    scale = _factor(input, p) if _by_factors(input) else 1 / (1 - p)
+    return input * (mask.to(input.dtype) * scale)
+
+
+def _by_factors(x: Tensor) -> bool:
+    """Whether autograd multiplies by a tensor of factors: on CPUs, where nothing is traced."""
+    return x.is_cpu and is_plain(x)
+
+
+def _factor(x: Tensor, p: float) -> float:
+    """One of those factors, as the dtype of ``x`` has rounded it."""
+    return torch.ones((), dtype=x.dtype, device=x.device).div_(1 - p).item()
 
 
 def _dropout_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """``dX = dY * mask / (1 - p)``."""
     p = call.args["p"]
-    scale = 0.0 if p == 1 else 1 / (1 - p)
-    if (grad.is_cpu or call.args["inplace"]) and type(grad) is Tensor:
-        # there autograd, in eager mode, multiplies by a tensor: its dtype has rounded the scale
-        scale = torch.tensor(scale, dtype=grad.dtype).item()
+    by_factors = _by_factors(grad) or (call.args["inplace"] and type(grad) is Tensor)
+    scale = _factor(grad, p) if by_factors else 1 / (1 - p)
     return {"input": aten.native_dropout_backward(grad, saved["mask"], scale)}
+
+
+def _dropout_again(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """From the mask that is kept: no random number is drawn again."""
+    assert mask is not None or not training
+    return input if mask is None else dropped_again(input, mask, p)
 
 
 def _dropout_draws(args: Mapping[str, Any]) -> str:
@@ -58,6 +94,8 @@ DROPOUT = OpRule(
     run=_dropout,
     run_saving=_dropout_saving,
     backward=_dropout_backward,
+    derive=_dropout_again,
+    derive_from=("mask",),
     obstacle=_dropout_draws,
 )
 

@@ -55,6 +55,10 @@ class Read:
             it must round each channel around its own mean and in units of that deviation.
         nbytes: For what the op makes itself in a size that fake tensors do not tell: from the
             call's arguments to its bytes.
+        shape: For what the op makes itself, contiguous and in the shape of no argument: from the
+            call's arguments to its shape.
+        when: For what some calls alone read: from the call's arguments to whether this one does. An
+            argument that is not known yet may be anything.
     """
 
     operand: str
@@ -68,6 +72,12 @@ class Read:
     function: Callable[[Mapping[str, Any]], str] | None = None
     by_channel: bool = False
     nbytes: Callable[[Mapping[str, Any]], int] | None = None
+    shape: Callable[[Mapping[str, Any]], tuple[Any, ...]] | None = None
+    when: Callable[[Mapping[str, Any]], bool] | None = None
+
+    def is_of(self, args: Mapping[str, Any]) -> bool:
+        """Whether a call with these arguments reads it."""
+        return self.when is None or self.when(args)
 
 
 def one_bit(args: Mapping[str, Any]) -> int:
@@ -96,6 +106,8 @@ class OpRule:
         derive: Makes the result again, from the arguments of ``run`` and without side effects, at
             the cost of a pass over memory. A reader of the result may then live on what is packed
             of the operands. None where that costs more.
+        derive_from: What the op makes itself without which ``derive`` cannot do (a mask). Its other
+            parameters beside those of ``run`` are given where the call packs anything.
         obstacle: From the arguments of a call, and its ``result`` where the row reads nothing, to
             why the row does not cover it (dropout in eval mode), or ``""``.
         schema: The ATen op that takes what ``run`` takes, where that is a builtin, which does not
@@ -115,6 +127,7 @@ class OpRule:
     ignored: frozenset[str] = frozenset({STACKLEVEL, "cudnn_enabled", "cudnn_enable"})
     autocast: str = ""
     derive: Callable[..., Tensor] | None = None
+    derive_from: tuple[str, ...] = ()
     obstacle: Callable[[Mapping[str, Any]], str] = lambda args: ""
     schema: OpOverload | None = None
     signature: inspect.Signature = field(init=False, repr=False)

@@ -139,7 +139,7 @@ def reads_of(rule: OpRule, operands: Mapping[str, Any]) -> tuple[Read, ...]:
     """The reads of one call; a read of variadic arguments becomes one of each tensor."""
     found: list[Read] = []
     tensors = [n for n, value in operands.items() if isinstance(value, Tensor)]
-    for read in rule.reads:
+    for read in (r for r in rule.reads if r.is_of(operands)):
         each = tuple(n for n in tensors if n.startswith(f"{read.operand}."))
         found += [replace(read, operand=n, needed_by=each) for n in each] or [read]
     return tuple(found)

@@ -17,7 +17,7 @@ from dropit_fx.ops.rule import OpRule, Read
 from dropit_fx.ops.table import RULES
 from dropit_fx.private import base_of, dynamo_skips, storage_id, unsafe_view
 from dropit_fx.runtime.copies import Kept, is_rounded, parts_of, read_back, shared_out
-from dropit_fx.runtime.tensor_spec import in_order, memory_order, spec_of, unflatten
+from dropit_fx.runtime.tensor_spec import TensorSpec, in_order, spec_of, unflatten
 
 
 class _SavedTensors(backwards.Saved):
@@ -80,7 +80,7 @@ class PackedFunction(torch.autograd.Function):
             if kept.tensors and kept.codec == "keep":
                 parts.append(operands[kept.operand])
             elif kept.tensors:
-                order = memory_order(_shaped_like(rule, kept.operand, args, out))
+                order = _spec_inside(rule, kept.operand, args, out).order
                 parts += parts_of(operands[kept.operand], order, kept.codec, dict(kept.options))
         return (_no_view(out, args), *parts)
 
@@ -105,11 +105,12 @@ class PackedFunction(torch.autograd.Function):
                 all_kept.append(Kept(operand, "keep", dtype=tensor.dtype))
                 saved.append(tensor)
                 continue
-            like = own[0] if kept.codec == "keep" else _shaped_like(rule, operand, args, out)
-            specs[operand] = spec_of(like)
+            whole = kept.codec == "keep"
+            spec = spec_of(own[0]) if whole else _spec_inside(rule, operand, args, out)
+            specs[operand] = spec
             read = rule.read(operand)
             if read is not None and is_wanted_by(read, needs):  # it may be made for others alone
-                all_kept.append(Kept(operand, kept.codec, kept.options, like.dtype, len(own)))
+                all_kept.append(Kept(operand, kept.codec, kept.options, spec.dtype, len(own)))
                 saved += own
         ctx.save_for_backward(*saved)
         ctx.rule_name, ctx.needs, ctx.kept, ctx.specs = rule_name, needs, all_kept, specs
@@ -236,9 +237,14 @@ def _no_view(out: Tensor, args: Sequence[Any]) -> Tensor:
     return again if again.stride() == out.stride() else out
 
 
-def _shaped_like(rule: OpRule, operand: str, args: Sequence[Any], out: Tensor) -> Tensor:
-    """The argument or result that has the shape of what the op makes under the name ``operand``."""
+def _spec_inside(rule: OpRule, operand: str, args: Sequence[Any], out: Tensor) -> TensorSpec:
+    """The spec of what the op makes under the name ``operand``: of its shape, or as it says."""
     read = rule.read(operand)
     assert read is not None
-    like: Tensor = out if read.like == "result" else args[rule.inputs.index(read.like)]
-    return like
+    if read.shape is None:
+        return spec_of(out if read.like == "result" else args[rule.inputs.index(read.like)])
+    shape = read.shape(dict(zip(rule.inputs, args, strict=True)))
+    strides = [1] * len(shape)
+    for d in reversed(range(len(shape) - 1)):
+        strides[d] = strides[d + 1] * shape[d + 1]
+    return TensorSpec(shape, tuple(strides), list(range(len(shape))), out.dtype, out.device)

@@ -162,7 +162,8 @@ def derived(
         if packed is None:
             continue
         kept.append(kept_as(name, packed))
-        specs.append(spec_of(value if isinstance(value, Tensor) else packed.parts[0]))
+        whole = packed.parts[0] if packed.codec == "keep" else like  # of what the op made itself
+        specs.append(spec_of(value if isinstance(value, Tensor) else whole))
         parts += packed.parts
     plain = tuple(None if isinstance(a, Tensor) else a for a in args)
     recipe = Recipe(rule_name, plain, tuple(kept), tuple(specs), spec_of(like))
@@ -235,7 +236,7 @@ def _what_is_kept(
     to_keep: list[Kept] = []
     copied: list[Kept] = []
     parts: list[Tensor] = []
-    for read in rule.reads:
+    for read in (r for r in rule.reads if r.is_of(bound)):
         operand = read.operand
         wanted = is_wanted_by(read, needs)
         statistic = operand not in bound and read.exact  # formulas ask for its shape

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from op_calls import Case, T, biases, case, coins, turned
 from op_record import Behind, Calls, Entry, Given, OpInfo, Pairs, RowTests
@@ -13,8 +14,38 @@ Q, K, V = T((2, 4, 6, 8)), T((2, 4, 5, 8)), T((2, 4, 5, 8))
 BLOCKS = T((2, 6, 9, 16))
 
 
+def _some_rows(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    mask = coins(shape, generator)
+    mask[1::3] = False
+    return mask
+
+
 def _heads(x: Any) -> Any:
     return x.transpose(1, 2)
+
+
+DROPOUT = [
+    case("dropout", Q, K, V, dropout_p=0.3),
+    case("dropout whose factor is rounded", Q, K, V, dropout_p=0.15),
+    case("dropout, causal", Q, Q, Q, None, 0.1, True),
+    case("dropout, causal, longer queries", Q, K, V, dropout_p=0.1, is_causal=True),
+    case("dropout, bool mask", Q, K, V, T((6, 5), make=coins), 0.3),
+    case("dropout, nothing to attend to", Q, K, V, T((6, 5), make=_some_rows), 0.3),
+    case("dropout, float mask", Q, K, V, T((2, 4, 6, 5), make=biases), 0.3),
+    case("dropout, float mask, broadcast", Q, K, V, T((1, 1, 6, 5), make=biases), 0.3),
+    case("dropout, learned mask", Q, K, V, T((4, 6, 5)), 0.3),
+    case("dropout, scale", Q, K, V, dropout_p=0.3, scale=0.2),
+    case("dropout, negative scale", Q, K, V, dropout_p=0.3, scale=-0.2),
+    case("dropout, grouped-query", Q, *[T((2, 2, 5, 8))] * 2, dropout_p=0.3, enable_gqa=True),
+    case("dropout, wider values", Q, K, T((2, 4, 5, 12)), dropout_p=0.3),
+    case("dropout, 3-D", T((4, 6, 8)), T((4, 5, 8)), T((4, 5, 8)), dropout_p=0.3),
+    case("dropout, 2-D", T((6, 8)), T((5, 8)), T((5, 8)), dropout_p=0.3),
+    case("dropout, heads second", *[T((2, 6, 4, 8), _heads)] * 3, dropout_p=0.3),
+    case("dropout, keys transposed", Q, T((2, 4, 8, 5), turned), V, dropout_p=0.3),
+    case("dropout, slice", T((2, 4, 6, 16), lambda x: x[..., ::2]), K, V, dropout_p=0.3),
+    case("dropout, one key for all heads", Q, *[T((2, 1, 5, 8))] * 2, dropout_p=0.3),
+    case("dropout, empty batch", *[T((0, 4, 6, 8))] * 3, dropout_p=0.3),
+]
 
 
 def _with_mask(found: Pairs) -> Pairs:
@@ -47,16 +78,25 @@ ATTENTION = RowTests(
         case("one key for all heads", Q, T((2, 1, 5, 8), lambda x: x.expand(2, 4, 5, 8)), V),
         case("one query", T((2, 4, 1, 8)), K, V),
         case("empty batch", *[T((0, 4, 6, 8))] * 3),
+        *DROPOUT,
     ],
     obstacles=(
         (
             F.scaled_dot_product_attention,
             Case(
-                "dropout",
+                "dropout of everything",
                 (*[T((2, 3, 5, 8))] * 3,),
+                {"dropout_p": 1.0},
+                obstacle="attention dropout that leaves nothing",
+            ),
+        ),
+        (
+            F.scaled_dot_product_attention,
+            Case(
+                "dropout, keys of more batches",
+                (T((1, 3, 5, 8)), *[T((2, 3, 5, 8))] * 2),
                 {"dropout_p": 0.3},
-                obstacle="attention dropout: its random state would have to be replayed in the "
-                "backward",
+                obstacle="attention dropout over a batch that is not the query's",
             ),
         ),
     ),
@@ -66,6 +106,7 @@ ATTENTION = RowTests(
         case("mask", *[BLOCKS] * 3, T((9, 9), make=coins)),
         case("learned mask", *[BLOCKS] * 3, T((6, 9, 9))),
         case("grouped-query", BLOCKS, *[T((2, 2, 9, 16))] * 2, enable_gqa=True),
+        case("dropout", *[BLOCKS] * 3, T((9, 9), make=coins), 0.3),
     ),
     rounds_quantised="a kernel of our own sums in another order",
     modules=lambda: [

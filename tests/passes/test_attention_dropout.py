@@ -1,0 +1,193 @@
+"""Attention with dropout is packed: its mask in one bit, the draws and the bits of dense"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+import dropit_fx
+from dropit_fx import measure
+
+BATCH, TOKENS, WORDS = 2, 64, 100
+
+
+class Encoder(nn.Module):
+    """An encoder of text, and a loss of what it says of each token."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.model(input_ids=ids).last_hidden_state
+        return out.square().mean()
+
+
+class Translator(Encoder):
+    """The same of an encoder with its decoder."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out = self.model(input_ids=ids, decoder_input_ids=ids, use_cache=False)
+        loss: Tensor = out.last_hidden_state.square().mean()
+        return loss
+
+
+def gpt2(**how: Any) -> nn.Module:
+    sizes = {"n_positions": TOKENS, "n_embd": 64, "n_layer": 1, "n_head": 4}
+    config = transformers.GPT2Config(vocab_size=WORDS, use_cache=False, **sizes, **how)
+    return Encoder(transformers.GPT2Model(config))
+
+
+def t5(**how: Any) -> nn.Module:
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads": 4}
+    return Translator(transformers.T5Model(transformers.T5Config(vocab_size=WORDS, **sizes, **how)))
+
+
+def bert(heads: int = 4, **how: Any) -> nn.Module:
+    sizes = {"hidden_size": 96, "num_hidden_layers": 1, "intermediate_size": 384}
+    config = transformers.BertConfig(vocab_size=WORDS, num_attention_heads=heads, **sizes, **how)
+    return Encoder(transformers.BertModel(config, add_pooling_layer=False))
+
+
+OFF = {  # the dropouts of each, which are on by default
+    gpt2: ("attn_pdrop", "resid_pdrop", "embd_pdrop"),
+    t5: ("dropout_rate",),
+    bert: ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+}
+MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
+    "gpt2": (gpt2, {}),
+    "t5": (t5, {}),
+    "bert": (bert, {}),
+    "minilm": (bert, {"heads": 12}),  # twelve narrow heads: the most masks beside its activations
+}
+every_model = pytest.mark.parametrize("name", MODELS)
+both_spellings = pytest.mark.parametrize("spelling", ["sdpa", "eager"])
+
+
+def built(name: str, spelling: str, drops: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    build, how = MODELS[name]
+    off = {} if drops else dict.fromkeys(OFF[build], 0.0)
+    return build(attn_implementation=spelling, **how, **off).train()
+
+
+def ids() -> Tensor:
+    return torch.randint(WORDS, (BATCH, TOKENS), generator=torch.Generator().manual_seed(1))
+
+
+def packed(model: nn.Module, preset: str) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(model, backend="dropit_eager", options={"preset": preset})
+
+
+def step(function: Any, model: nn.Module, *inputs: Tensor) -> list[Tensor]:
+    """Output, gradients, and the next random number behind a step."""
+    model.zero_grad()
+    torch.manual_seed(5)
+    out = function(*inputs)
+    out.square().sum().backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return [out.detach(), *grads, torch.rand(1)]
+
+
+@both_spellings
+@every_model
+def test_default_dropout_takes_little_more_than_none(name: str, spelling: str) -> None:
+    without = measure.saved_bytes(packed(built(name, spelling, drops=False), "balanced"), ids())
+    found = measure.saved_bytes(packed(built(name, spelling), "balanced"), ids())
+    assert found <= 1.3 * without
+
+
+@both_spellings
+@every_model
+def test_lossless_steps_have_the_bits_and_the_draws_of_dense(name: str, spelling: str) -> None:
+    model = built(name, spelling)
+    ours = packed(copied := copy.deepcopy(model), "lossless")
+    expected, found = step(model, model, ids()), step(ours, copied, ids())
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert measure.saved_bytes(ours, ids()) < measure.saved_bytes(model, ids())
+
+
+class Attention(nn.Module):
+    """Causal attention of four heads over 32 channels, in training with dropout."""
+
+    def __init__(self, spelled: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+        self.spelled = spelled
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = [f(x).unflatten(2, (4, 8)).transpose(1, 2) for f in (self.q, self.k, self.v)]
+        out = self.spelled(*heads, 0.15 if self.training else 0.0)
+        return F.dropout(self.o(out.transpose(1, 2).flatten(2)), 0.1, self.training)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+
+
+def spelled_out(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    weights = (q @ k.transpose(-1, -2)).softmax(-1)
+    return F.dropout(weights, p) @ v
+
+
+def with_scores_capped(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    window = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril().triu(-4)
+    scores = 5 * torch.tanh(q @ k.transpose(-1, -2) / 5)
+    weights = scores.masked_fill(~window, -torch.inf).softmax(-1)
+    return F.dropout(weights, p) @ v
+
+
+every_spelling = pytest.mark.parametrize("spelled", [fused, spelled_out, with_scores_capped])
+
+
+@every_spelling
+@pytest.mark.parametrize("preset", ["lossless", "balanced"])
+def test_transform_draws_as_dense_and_says_what_is_measured(spelled: Any, preset: str) -> None:
+    model, x = Attention(spelled).train(), torch.randn(4, 64, 32)
+    ours = dropit_fx.transform(copied := copy.deepcopy(model), preset=preset, example_args=(x,))
+    expected, found = step(model, model, x), step(ours, copied, x)
+    if preset == "balanced":  # whose gradients are rounded
+        expected, found = [expected[0], expected[-1]], [found[0], found[-1]]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    report = dropit_fx.report(ours)
+    assert measure.saved_bytes(ours, x) == report.kept_bytes
+    # spelled out, lossless makes nothing again: of three copies of the weights, two stay
+    assert report.ratio < (0.15 if preset == "balanced" else 0.3 if spelled is fused else 0.8)
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "aot_eager_decomp_partition"])
+def test_compiled_it_draws_as_the_dense_model_does(inner: str) -> None:
+    model, x = Attention(fused).train(), torch.randn(4, 64, 32)
+    torch._dynamo.reset()
+    theirs = torch.compile(copied := copy.deepcopy(model), backend=inner)
+    options = {"preset": "balanced", "inner": inner}
+    ours = torch.compile(model, backend="dropit", options=options)
+    expected, found = step(theirs, copied, x), step(ours, model, x)
+    torch.testing.assert_close([found[0], found[-1]], [expected[0], expected[-1]], rtol=0, atol=0)
+    assert measure.saved_bytes(ours, x) < 0.15 * measure.saved_bytes(theirs, x)
+
+
+def test_in_eval_mode_nothing_is_dropped() -> None:
+    model, x = Attention(fused).train(), torch.randn(4, 64, 32)
+    ours = dropit_fx.transform(copied := copy.deepcopy(model), example_args=(x,))
+    expected, found = step(model.eval(), model, x), step(ours.eval(), copied, x)
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
+
+
+def test_what_dropout_gave_is_made_again_of_its_mask() -> None:
+    x = torch.randn(64, 32)
+    layers = nn.Linear(32, 64), nn.GELU(), nn.Dropout(0.15), nn.Linear(64, 32)
+    model = nn.Sequential(*layers).train()
+    ours = dropit_fx.transform(copied := copy.deepcopy(model), example_args=(x,))
+    rows = [r for r in dropit_fx.report(ours).rows if r.codec == "derived"]
+    assert [(r.op, r.kept_bytes) for r in rows] == [("linear", 0)]
+    expected, found = step(model, model, x)[3], step(ours, copied, x)[3]  # of the second weight
+    assert 0 < (found - expected).norm() < 0.1 * expected.norm()  # another mask: about as large
