@@ -18,7 +18,10 @@ Requires: decisions whose formats are settled. Ensures: every derived value come
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 from torch import fx
 
@@ -130,11 +133,12 @@ class Bases:
 
     packed: dict[Elements, Decision] = field(default_factory=dict)  # faithful copies
     whole: set[Elements] = field(default_factory=set)
+    swapped: set[str] = field(default_factory=set)  # nodes that hand over what they make inside
 
 
 def bases_of(plan: Plan) -> Bases:
     """The values that others may be made from."""
-    bases = Bases(whole=whole_values(plan))
+    bases = Bases(whole=whole_values(plan), swapped=swapped_nodes(plan.decisions))
     for decision in plan.decisions:
         read = decision.read
         if read.identity is None or not read.wanted or read.read is None or read.bits is not None:
@@ -173,6 +177,8 @@ def recipe(name: str, plan: Plan, bases: Bases) -> dict[str, Decision | str] | N
     call = None if name in values.lost else plan.calls.get(name)
     if call is None or call.rule.derive is None:
         return None
+    if name not in bases.swapped and _needs_its_own(call.rule.derive, tuple(call.operands)):
+        return None
     found: dict[str, Decision | str] = {}
     for operand, value in call.operands.items():
         if not isinstance(value, fx.Node) or (value.name not in values.shapes):
@@ -192,6 +198,13 @@ def recipe(name: str, plan: Plan, bases: Bases) -> dict[str, Decision | str] | N
         else:
             return None
     return found
+
+
+@cache
+def _needs_its_own(derive: Callable[..., object], operands: tuple[str, ...]) -> bool:
+    """Whether a value is made again from what its op makes inside as well: dropout's mask."""
+    parameters = inspect.signature(derive).parameters.values()
+    return any(p.default is p.empty and p.name not in operands for p in parameters)
 
 
 def _has_form_of(copy: Decision, value: str, maker: str | None, plan: Plan) -> bool:

@@ -40,6 +40,12 @@ def _dropout_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     return {"input": aten.native_dropout_backward(grad, saved["mask"], scale)}
 
 
+def _dropout_again(input: Tensor, p: float, training: bool, inplace: bool, mask: Tensor) -> Tensor:
+    """With the mask that was drawn."""
+    out: Tensor = aten.native_dropout_backward(input, mask, 1 / (1 - p))
+    return out
+
+
 def _dropout_draws(args: Mapping[str, Any]) -> str:
     return "" if args["training"] and 0 < args["p"] < 1 else "this dropout draws no mask"
 
@@ -58,6 +64,7 @@ DROPOUT = OpRule(
     run=_dropout,
     run_saving=_dropout_saving,
     backward=_dropout_backward,
+    derive=_dropout_again,
     obstacle=_dropout_draws,
 )
 

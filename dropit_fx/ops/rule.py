@@ -95,7 +95,9 @@ class OpRule:
             packed. (In which dtypes it runs is asked of PyTorch: ``autocasting.py``.)
         derive: Makes the result again, from the arguments of ``run`` and without side effects, at
             the cost of a pass over memory. A reader of the result may then live on what is packed
-            of the operands. None where that costs more.
+            of the operands. None where that costs more. Parameters that ``run`` does not have are
+            what the op makes itself (statistics, masks), and have a default where it can do
+            without.
         obstacle: From the arguments of a call, and its ``result`` where the row reads nothing, to
             why the row does not cover it (dropout in eval mode), or ``""``.
         schema: The ATen op that takes what ``run`` takes, where that is a builtin, which does not

@@ -149,7 +149,8 @@ def derived(
         if has_own_ops(tensors):
             return None
         return handle_torch_function(derived, tensors, rule_name, args, packs, like)
-    named = dict(zip(DERIVABLE[rule_name].inputs, args, strict=True))
+    rule = DERIVABLE[rule_name]
+    named = dict(zip(rule.inputs, args, strict=True))
     kept: list[Kept] = []
     specs: list[TensorSpec] = []
     parts: list[Tensor] = []
@@ -162,11 +163,23 @@ def derived(
         if packed is None:
             continue
         kept.append(kept_as(name, packed))
-        specs.append(spec_of(value if isinstance(value, Tensor) else packed.parts[0]))
+        if not isinstance(value, Tensor):  # made inside: statistics, or codes of some shape
+            value = (
+                packed.parts[0] if packed.codec == "keep" else _laid_out_as(rule, name, named, like)
+            )
+        specs.append(spec_of(value))
         parts += packed.parts
     plain = tuple(None if isinstance(a, Tensor) else a for a in args)
     recipe = Recipe(rule_name, plain, tuple(kept), tuple(specs), spec_of(like))
     return Packed(tuple(parts), DERIVED, (("recipe", recipe),), like.dtype)
+
+
+def _laid_out_as(rule: OpRule, operand: str, named: Mapping[str, Any], result: Tensor) -> Tensor:
+    """The tensor of whose shape is what the op makes under the name ``operand``."""
+    read = rule.read(operand)
+    assert read is not None
+    like: Tensor = named.get(read.like, result)
+    return like
 
 
 def _packed_op(rule: OpRule) -> Callable[..., Any]:
