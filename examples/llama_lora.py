@@ -24,12 +24,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import peft
 import tokenizers
 import torch
 import transformers
 import trl
-from gpt2 import arguments, table, train, windows
+from gpt2 import Windows, arguments, table, train, windows
 from rich.console import Console
 from training import DENSE, positive
 
@@ -75,13 +76,19 @@ def sft() -> dict[str, Any]:
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer(words), eos_token="<eos>", pad_token="<eos>"
     )
-    collate = transformers.default_data_collator
-    settings = partial(
-        trl.SFTConfig,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        gradient_checkpointing=False,
-    )
-    make = partial(trl.SFTTrainer, processing_class=tokenizer, data_collator=collate)
+    settings = partial(trl.SFTConfig, gradient_checkpointing=False)
+    datasets.disable_progress_bars()
+
+    def make(model: Any, args: Any, *, train_dataset: Windows, callbacks: Any) -> trl.SFTTrainer:
+        rows = train_dataset.rows.tolist()
+        return trl.SFTTrainer(
+            model,
+            args,
+            train_dataset=datasets.Dataset.from_dict({"input_ids": rows}),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+
     return {"make": make, "settings": settings}
 
 

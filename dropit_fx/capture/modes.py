@@ -218,10 +218,13 @@ def _read_alike(a: fx.Node, b: fx.Node, twins: dict[fx.Node, fx.Node]) -> None:
         pairs = zip(mine, theirs, strict=True)
         read = [_as_read(x, twins.get(y) if isinstance(y, fx.Node) else None) for x, y in pairs]
         if any(x is not y for x, y in zip(mine, read, strict=True)):
-            left = iter(read)
-            node.args, node.kwargs = map_aggregate(
-                (node.args, node.kwargs), lambda _, left=left: next(left)
-            )
+            node.args, node.kwargs = _laid_in((node.args, node.kwargs), read)
+
+
+def _laid_in(nested: Any, leaves: list[Any]) -> Any:
+    """Nested arguments with others in their places, in the same order."""
+    left = iter(leaves)
+    return map_aggregate(nested, lambda _: next(left))
 
 
 def _as_read(x: Any, twin: fx.Node | None) -> Any:
@@ -287,7 +290,7 @@ def _idle_dropout(
     node.args, node.kwargs = tuple(bound[name] for name in order), {}
     idle = bound | {"input": source, "training": False}
     with graph.inserting_before(ahead):
-        added = graph.call_function(node.target, tuple(idle[name] for name in order))
+        added = graph.create_node(node.op, node.target, tuple(idle[name] for name in order))
     added.meta = dict(source.meta)
     return added
 

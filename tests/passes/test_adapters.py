@@ -200,7 +200,8 @@ def test_nothing_is_kept_for_what_is_frozen(door: str) -> None:
 def test_the_thin_tensor_is_exact_whatever_its_rank() -> None:
     """PEFT's names: the preset goes by them, however large the rank."""
     torch.manual_seed(0)
-    layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.LayerNorm(WIDTH))] * 3
+    parts = [[nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.LayerNorm(WIDTH)] for _ in range(3)]
+    layers = [nn.Sequential(*part) for part in parts]
     config = peft.LoraConfig(r=64, target_modules=r".*\.0", lora_dropout=0.1)
     model = peft.get_peft_model(nn.Sequential(*layers), config)
     x = torch.randn(64, WIDTH)
