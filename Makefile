@@ -44,6 +44,7 @@ examples: $(VENV)/.installed-test
 	$(BIN)/python examples/detection.py
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/bert.py --seeds 1 --no-compile
 	$(BIN)/python examples/gpt2.py
+	$(BIN)/python examples/llama_lora.py
 	$(BIN)/torchrun --nproc-per-node 2 examples/ddp.py
 	$(BIN)/torchrun --nproc-per-node 2 examples/fsdp.py
 

@@ -11,7 +11,14 @@ preset: the same weights, batches and dropout.
 Attention runs as matmul, softmax, dropout and matmul (`attn_implementation="eager"`). That is what
 to choose to save memory where attention has dropout: `scaled_dot_product_attention` draws the
 dropout inside, so that what it saves is kept dense. On CPU the dense model saves as much either
-way. Needs the extra `test`.
+way.
+
+With --lora the encoder is frozen, and low-rank factors beside its linear layers are trained, and
+the linear layer behind it:
+
+    python examples/bert.py --lora --presets adapters --seeds 5
+
+Needs the extra `test`.
 """
 
 import ast
@@ -21,10 +28,12 @@ import random
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import transformers
 from torch import Tensor, nn
@@ -127,8 +136,29 @@ BERT = Example(
 )
 
 
+def with_adapters() -> Any:
+    config = peft.LoraConfig(
+        r=8,
+        lora_alpha=16,
+        lora_dropout=0.1,
+        target_modules=["query", "key", "value", "dense"],
+        modules_to_save=["head"],
+    )
+    return peft.get_peft_model(build(), config)
+
+
+LORA = replace(
+    BERT,
+    name="bert_lora",
+    tasks={"bert_lora": Task(build=with_adapters, data=load, batch=32, lr=3e-3, epochs=3)},
+    packages=(*BERT.packages, "peft"),
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    return run(BERT, __doc__, argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    options = [text for text in given if text != "--lora"]
+    return run(BERT if options == given else LORA, __doc__, options)
 
 
 if __name__ == "__main__":

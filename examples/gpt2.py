@@ -20,7 +20,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,14 @@ def read(path: Path | None) -> bytes:
     return b"\n".join(module.read_bytes() for module in modules)
 
 
+def windows(options: argparse.Namespace) -> Windows:
+    """The sequences to train on."""
+    data = Windows(read(options.text), options.length)
+    if len(data) < options.batch:
+        raise SystemExit(f"the text has {len(data)} sequences, fewer than one batch")
+    return data
+
+
 def build(options: argparse.Namespace) -> GPT2LMHeadModel:
     torch.manual_seed(options.seed)
     config = GPT2Config(
@@ -75,17 +83,23 @@ def build(options: argparse.Namespace) -> GPT2LMHeadModel:
 
 
 def train(
-    variant: str, data: Windows, options: argparse.Namespace, folder: str, console: Console
+    variant: str,
+    model: Any,
+    data: Windows,
+    options: argparse.Namespace,
+    folder: str,
+    console: Console,
+    make: Callable[..., Trainer] = Trainer,
+    settings: Callable[..., TrainingArguments] = TrainingArguments,
 ) -> dict[str, Any]:
     """One training: the loss of its first and its last tenth, saved bytes, and seconds."""
-    model = build(options)
     callback = (
         None if variant == DENSE else DropITCallback(**packing(variant), backend=options.backend)
     )
     every = max(1, options.steps // 10)
-    trainer = Trainer(
+    trainer = make(
         model,
-        TrainingArguments(
+        settings(
             output_dir=folder,
             max_steps=options.steps,
             per_device_train_batch_size=options.batch,
@@ -139,13 +153,13 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
     return made
 
 
-def arguments() -> argparse.ArgumentParser:
+def arguments(description: str | None, presets: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--text", type=Path, metavar="FILE", help="any file (default: see above)")
     parser.add_argument(
-        "--presets", nargs="+", type=preset, default=["balanced"], help="or config files"
+        "--presets", nargs="+", type=preset, default=list(presets), help="or config files"
     )
     parser.add_argument("--backend", choices=BACKENDS, default="dropit_eager")
     parser.add_argument("--steps", type=positive, default=150)
@@ -161,16 +175,15 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = arguments().parse_args(argv)
+    options = arguments(__doc__, ["balanced"]).parse_args(argv)
     transformers.logging.set_verbosity_error()
     console = Console()
-    data = Windows(read(options.text), options.length)
-    if len(data) < options.batch:
-        raise SystemExit(f"the text has {len(data)} sequences, fewer than one batch")
+    data = windows(options)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for variant in (DENSE, *options.presets):
-            results[variant] = train(variant, data, options, folder, console)
+            model = build(options)
+            results[variant] = train(variant, model, data, options, folder, console)
     console.print(table(results))
     return 0
 

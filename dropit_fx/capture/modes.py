@@ -21,6 +21,8 @@ from dropit_fx.capture.graph_module import adopt
 from dropit_fx.capture.input_guards import InputGuards
 from dropit_fx.capture.provenance import node_module, node_where
 from dropit_fx.capture.regions import REGION
+from dropit_fx.ops.masks import DROPOUT
+from dropit_fx.ops.table import bind, rule_of
 from dropit_fx.private import OpOverload
 from dropit_fx.runtime.packed_call import by_mode, require_mode
 
@@ -186,7 +188,9 @@ def _level(mine: fx.Graph, other: fx.Graph) -> None:
     """Gives each graph what the other has and what changes nothing in it.
 
     Those are ``contiguous`` calls (export drops those that have nothing to do, which depends on the
-    attention kernel, and that on dropout), and in eval mode, a count of batches that adds 0.
+    attention kernel, and that on dropout), and in eval mode, a count of batches that adds 0 and
+    dropout behind ``if self.training``. There dropout returns its input, and export takes the one
+    for the other: both graphs read what the one reads in which it drops something.
     """
     twins: dict[fx.Node, fx.Node] = {}
     a, b = next(iter(mine.nodes)), next(iter(other.nodes))
@@ -199,8 +203,46 @@ def _level(mine: fx.Graph, other: fx.Graph) -> None:
                     break
             else:
                 return
+        _read_alike(a, b, twins)
         twins[a], twins[b] = b, a
         a, b = a.next, b.next
+    _read_alike(a, b, twins)
+
+
+def _read_alike(a: fx.Node, b: fx.Node, twins: dict[fx.Node, fx.Node]) -> None:
+    """Lets a node of either graph read the twins of what the other reads, where that is equal."""
+    for node, other in ((a, b), (b, a)):
+        (mine, nesting), (theirs, nesting_too) = (_flat((n.args, n.kwargs)) for n in (node, other))
+        if nesting != nesting_too:
+            return
+        pairs = zip(mine, theirs, strict=True)
+        read = [_as_read(x, twins.get(y) if isinstance(y, fx.Node) else None) for x, y in pairs]
+        if any(x is not y for x, y in zip(mine, read, strict=True)):
+            node.args, node.kwargs = _laid_in((node.args, node.kwargs), read)
+
+
+def _laid_in(nested: Any, leaves: list[Any]) -> Any:
+    """Nested arguments with others in their places, in the same order."""
+    left = iter(leaves)
+    return map_aggregate(nested, lambda _: next(left))
+
+
+def _as_read(x: Any, twin: fx.Node | None) -> Any:
+    """``twin`` in the place of ``x``, where dropout that drops nothing is all between them."""
+    return twin if isinstance(x, fx.Node) and twin and _behind(x) is _behind(twin) else x
+
+
+def _behind(node: fx.Node) -> fx.Node:
+    """The value that a node returns: dropout that drops nothing returns its input."""
+    while (bound := _dropout_of(node)) and bound["training"] is False:
+        node = bound["input"]
+    return node
+
+
+def _dropout_of(node: fx.Node) -> dict[str, Any] | None:
+    """The arguments of a call of dropout by name; None of any other."""
+    rule = rule_of(node)
+    return bind(rule, node.args, node.kwargs, node.target) if rule is DROPOUT else None
 
 
 def _copy_of_no_effect(
@@ -215,6 +257,8 @@ def _copy_of_no_effect(
         source.replace_all_uses_with(added, delete_user_cb=lambda u: u is not added)
         added.meta = dict(source.meta)
         return added
+    if bound := _dropout_of(node):
+        return _idle_dropout(node, bound, graph, ahead, twins)
     counter = node.args[0] if node.args else node
     if not isinstance(counter, fx.Node) or not str(counter.target).endswith(COUNTER):
         return None
@@ -228,6 +272,26 @@ def _copy_of_no_effect(
         else:
             return None
     added.meta = dict(node.meta)
+    return added
+
+
+def _idle_dropout(
+    node: fx.Node,
+    bound: dict[str, Any],
+    graph: fx.Graph,
+    ahead: fx.Node,
+    twins: dict[fx.Node, fx.Node],
+) -> fx.Node | None:
+    """A dropout before ``ahead`` that drops nothing, for a graph in whose mode there is none."""
+    source = twins.get(bound["input"])
+    if source is None:
+        return None
+    order = DROPOUT.orders.get(node.target, DROPOUT.inputs)
+    node.args, node.kwargs = tuple(bound[name] for name in order), {}
+    idle = bound | {"input": source, "training": False}
+    with graph.inserting_before(ahead):
+        added = graph.create_node(node.op, node.target, tuple(idle[name] for name in order))
+    added.meta = dict(source.meta)
     return added
 
 

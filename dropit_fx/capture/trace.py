@@ -36,7 +36,7 @@ from dropit_fx.capture.modes import both_modes, is_one_mode, one_mode
 from dropit_fx.capture.provenance import error_line, first_line
 from dropit_fx.capture.regions import checkpointing, from_annotations, mark, marking
 from dropit_fx.capture.symbolic import SymbolicProxy, as_in_eager
-from dropit_fx.capture.untouched import untouched
+from dropit_fx.capture.untouched import has_own_train, untouched
 from dropit_fx.private import (
     HOOK_DICTS,
     MODULE_DICTS,
@@ -65,15 +65,17 @@ class Tracer(fx.Tracer):
 
     A module stays a leaf where its forward reads ``self.training`` to do more than pass it on:
     batch norm with a cumulative average, instance norm, and any module without children whose own
-    code names ``training`` (DropPath).
+    code names ``training`` (DropPath). One that has parameters (an adapter) is a leaf only where
+    it is not ``opened``: what it saves can be packed in a graph alone.
     """
 
     record_stack_traces = True
     # what is computed from a buffer is computed in each step, not once while tracing
     proxy_buffer_attributes = True
 
-    def __init__(self) -> None:
+    def __init__(self, opened: bool = False) -> None:
         super().__init__()
+        self.opened = opened
         self._thread = threading.get_ident()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -89,8 +91,7 @@ class Tracer(fx.Tracer):
             return True
         if type(m).__module__.startswith("torch.nn"):
             return isinstance(m, fx.GraphModule)
-        reads_mode = "training" in _names(type(m).forward)
-        return reads_mode and not any(True for _ in m.children())
+        return _reads_mode(m) and not (self.opened and _has_parameters(m))
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """A graph of functions does not know what ran under ``no_grad``: that is for export."""
@@ -116,6 +117,15 @@ class Tracer(fx.Tracer):
         if threading.get_ident() != self._thread:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+def _reads_mode(m: nn.Module) -> bool:
+    """Whether a module without children may do something else in each mode."""
+    return "training" in _names(type(m).forward) and not any(True for _ in m.children())
+
+
+def _has_parameters(m: nn.Module) -> bool:
+    return any(True for _ in m.parameters())
 
 
 def _names(function: Callable[..., Any]) -> tuple[str, ...]:
@@ -182,13 +192,16 @@ def _captured(
         study = Study(model, tuple(args or ()), dict(kwargs or {})) if known else None
     except NotCarried as error:
         raise CaptureError(_refusal(model, str(error))) from error
+    opened = _opened(model, study)
+    if opened is not None:
+        return opened
     stopped: list[tuple[str, Exception]] = []
     tracers: dict[str, Trace] = {"torch.fx.symbolic_trace": _symbolic}
     if study is not None:
         tracers["torch.export"] = lambda m: _export(m, study.args, study.kwargs)
     for name, trace in tracers.items():
         try:
-            with untouched(model):
+            with untouched(model, values=has_own_train(model)):
                 graph_module = both_modes(model, trace)
             if study is not None:
                 _prove(graph_module, study, exported=name == "torch.export")
@@ -214,6 +227,37 @@ def _captured(
         'Use torch.compile(model, backend="dropit"), which takes such models piece by piece, or'
         " transform(model, modules=...) for the submodules that can be traced."
     ) from stopped[-1][1]
+
+
+def _opened(model: nn.Module, study: Study | None) -> fx.GraphModule | None:
+    """A symbolic trace through modules that may stay leaves; None where it knows one mode alone.
+
+    As leaves they do in each mode what they do, but what they save is not packed.
+    """
+    whole, through = Tracer(), Tracer(opened=True)
+    names = [
+        n
+        for n, m in model.named_modules()
+        if n and whole.is_leaf_module(m, n) and not through.is_leaf_module(m, n)
+    ]
+    if not names:
+        return None
+    try:
+        with untouched(model, values=has_own_train(model)):
+            graph_module = both_modes(model, lambda m: _symbolic(m, opened=True))
+        if study is not None:
+            _prove(graph_module, study, exported=False)
+    except Exception as error:  # a tracer runs the user's code: anything can be raised
+        log.info("torch.fx.symbolic_trace through %s: %s", ", ".join(names), error)
+        return None
+    if not is_one_mode(graph_module):
+        return graph_module
+    log.warning(
+        "%s: so that the graph serves both modes, what these save is not packed: %s",
+        type(model).__name__,
+        ", ".join(names),
+    )
+    return None
 
 
 def _refusal(model: nn.Module, reason: str) -> str:
@@ -251,9 +295,9 @@ def _check_fit(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         ) from error
 
 
-def _symbolic(model: nn.Module) -> fx.GraphModule:
+def _symbolic(model: nn.Module, opened: bool = False) -> fx.GraphModule:
     own = set(vars(model))
-    tracer = Tracer()
+    tracer = Tracer(opened)
     with torch.enable_grad(), as_in_eager(tracer), marking():
         graph = tracer.trace(model)
     graph_module = fx.GraphModule(model, graph, type(model).__name__)

@@ -22,6 +22,7 @@ import bytes as whole_models  # noqa: E402
 import demo  # noqa: E402
 import digits  # noqa: E402
 import figures  # noqa: E402
+import llama_lora  # noqa: E402
 import picture  # noqa: E402
 import training  # noqa: E402
 
@@ -68,6 +69,20 @@ def test_loss_falls_and_less_is_saved(written: Path) -> None:
 def test_variants_start_from_the_same_weights_batches_and_dropout(written: Path) -> None:
     for ways in json.loads(written.read_text())["models"].values():
         assert ways["eager"]["lossless"]["runs"] == ways["eager"]["dense"]["runs"]
+
+
+def test_adapters_of_a_llama_lose_as_dense_does_and_save_an_eighth(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sizes = "--steps 2 --base-steps 2 --layers 1 --width 64 --heads 2 --batch 2 --length 64"
+    assert llama_lora.main([*sizes.split(), "--presets", "lossless", "adapters", "--sft"]) == 0
+    shown = capsys.readouterr().out
+    dense = re.search(r"dense +([\d.]+) +([\d.]+)", shown)
+    assert dense is not None, shown
+    assert re.search(rf"lossless +{dense[1]} +{dense[2]} ", shown), shown
+    share = re.search(r"adapters .*\((\d+)%\)", shown)
+    assert share is not None, shown
+    assert int(share[1]) <= 14
 
 
 def test_demo_shows_a_step_a_page_and_a_training(

@@ -569,3 +569,45 @@ def test_what_a_write_alone_makes_need_a_gradient_is_not_counted_for_it(
     told = dropit_fx.report(made)
     assert measure.saved_bytes(model, x) == told.dense_bytes
     assert measure.saved_bytes(made, x) == told.kept_bytes
+
+
+class Dropped(nn.Module):
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.inplace = inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.first(x))
+        out: Tensor = self.last(F.dropout(h, 0.25, self.training, self.inplace))
+        return out
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("door", ["transform", "dropit_eager"])
+def test_what_dropout_leaves_is_made_again_with_its_mask(door: str, inplace: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Dropped(inplace), torch.randn(128, 64)
+    if door == "transform":
+        packed: Any = dropit_fx.transform(model, example_args=(x,))
+        assert "derived" in codecs(packed).values()  # by the name of the storage: gelu, in place
+        assert dropit_fx.report(packed).kept_bytes == measure.saved_bytes(packed, x)
+    else:
+        packed = torch.compile(model, backend=door)
+        assert measure.saved_bytes(packed, x) < 0.2 * measure.saved_bytes(model, x)
+    grad = torch.randn(128, 64)
+    torch.manual_seed(1)
+    packed(x).backward(grad)
+    found = model.last.weight.grad
+    torch.manual_seed(1)
+    mask = F.dropout(torch.ones(128, 64), 0.25)
+    again = F.gelu(rounded(model.first(x))) * mask
+    torch.testing.assert_close(found, grad.t() @ again)
+
+
+def test_without_its_mask_packed_nothing_is_made_again_of_dropout() -> None:
+    x = torch.randn(128, 64)
+    rules = [{"op": "dropout", "codec": "keep"}]
+    packed = dropit_fx.transform(Dropped(False), {"rules": rules}, example_args=(x,))
+    assert codecs(packed)["dropout"] == "mink(gamma=0.5, bits=4)"
+    assert dropit_fx.report(packed).kept_bytes == measure.saved_bytes(packed, x)

@@ -12,7 +12,7 @@ from torch import nn
 from dropit_fx.capture.faithful.hooks import INSIDE, NotCarried, called, is_torchs, place_of
 from dropit_fx.capture.faithful.one_run import Meaning, difference, meaning, named
 from dropit_fx.capture.provenance import error_line, first_line
-from dropit_fx.capture.untouched import Change, untouched
+from dropit_fx.capture.untouched import Change, has_own_train, untouched
 from dropit_fx.private import HOOK_DICTS, FakeTensor, compiling_state_context
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def _in_mode(module: nn.Module, training: bool) -> Iterator[None]:
     if module.training == training:
         yield
         return
-    with untouched(module):  # train() and eval() may be the user's own
+    with untouched(module, values=has_own_train(module)):  # which is the user's own then
         module.train(training)
         yield
 

@@ -19,7 +19,16 @@ from dropit_fx.capture.untouched.chance import same_state, sources
 from dropit_fx.capture.untouched.parts import Change
 from dropit_fx.capture.untouched.reach import Reached
 
-__all__ = ["Change", "Untouched", "untouched"]
+__all__ = ["Change", "Untouched", "has_own_train", "untouched"]
+
+
+def has_own_train(model: nn.Module) -> bool:
+    """Whether a module of the model's has a ``train()`` of its own, which may write into weights.
+
+    Adapters merge theirs into the weights that they stand beside. A block that changes the mode of
+    such a model copies its values.
+    """
+    return any(type(m).train is not nn.Module.train for m in model.modules())
 
 
 @dataclass
