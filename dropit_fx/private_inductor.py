@@ -115,7 +115,8 @@ def lowered(graph: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) 
     debug = look_up("torch._inductor.debug.DebugContext")()
     with context.set_fake_mode(mode), context.set_debug_handler(debug):
         (out,) = graph.graph.find_nodes(op="output")
-        values = [n.meta.get(VALUE) if isinstance(n, fx.Node) else None for n in out.args[0]]
+        results = out.args[0] if isinstance(out.args[0], list | tuple) else out.args
+        values = [n.meta.get(VALUE) if isinstance(n, fx.Node) else None for n in results]
         out.meta.setdefault(
             STRIDES, [v.stride() if isinstance(v, Tensor) else None for v in values]
         )
