@@ -19,7 +19,15 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils.flop_counter import flop_registry
 
 from dropit_fx.kernels import attention as attention_kernel
-from dropit_fx.private import VALUE, FakeTensor, FakeTensorMode, OpOverload, pytree, schema
+from dropit_fx.private import (
+    VALUE,
+    FakeTensor,
+    FakeTensorMode,
+    OpOverload,
+    make_boxed_func,
+    pytree,
+    schema,
+)
 from dropit_fx.private_inductor import (
     ORIGINAL_OP,
     accesses,
@@ -192,14 +200,14 @@ def _stand_in(results: Sequence[Any]) -> Callable[..., Any]:
     """What is called in the place of a compiled graph: results of the right kind, of no values."""
     made = [(tuple(r.shape), r.stride(), r.dtype) if isinstance(r, Tensor) else r for r in results]
 
-    def run(_: list[Any]) -> list[Any]:
+    def run(*_: Any) -> list[Any]:
         return [
             torch.empty_strided(one[0], one[1], dtype=one[2]) if isinstance(one, tuple) else one
             for one in made
         ]
 
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run
+    boxed: Callable[..., Any] = make_boxed_func(run)
+    return boxed
 
 
 # What a kernel takes ------------------------------------------------------------------------------
