@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd.graph import Node
 
-from dropit_fx.private_names import RUN, TABLE, Name, look_up
+from dropit_fx.private_table import RUN, TABLE, Name, look_up
 
 if TYPE_CHECKING:  # the names to import, with their types
     import torch._inductor.lowering as lowering

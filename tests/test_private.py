@@ -23,9 +23,9 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from dropit_fx import private, private_hooks
+from dropit_fx import private, private_hooks, private_inductor
 from dropit_fx.private import minor
-from dropit_fx.private_names import RUN, TABLE, Name, look_up
+from dropit_fx.private_table import RUN, TABLE, Name, look_up
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = min(minor(torch.__version__), minor(RUN[-1]))  # newer ones are to have what the newest has
@@ -102,7 +102,20 @@ settable("torch._inductor.config.post_grad_custom_pre_pass", type(None))
 settable("torch._inductor.config.post_grad_custom_post_pass", type(None))
 settable("torch._inductor.config.unsafe_marked_cacheable_functions", dict)
 parameters("torch._inductor.list_mode_options", "mode")
-parameters("torch._inductor.compile_fx.compile_fx", "model_", "example_inputs_", "config_patches")
+parameters(
+    "torch._inductor.compile_fx.compile_fx",
+    *("model_", "example_inputs_", "config_patches", private_inductor.INNER_COMPILE),
+)
+parameters(
+    "torch._inductor.scheduler.BaseSchedulerNode.get_read_write_buffer_accesses",
+    *("self", "include_reads", "include_writes"),
+)
+parameters("torch._inductor.fx_passes.post_grad.post_grad_passes", "gm", "is_inference")
+parameters("torch._inductor.graph.GraphLowering", "gm", "example_inputs", "is_inference")
+members("torch._inductor.virtualized.V", "graph", "set_graph_handler", "set_fake_mode")
+members("torch._dynamo.device_interface.CudaInterface", "Worker", "get_compute_capability")
+settable("torch._functorch.config.force_non_lazy_backward_lowering", bool)
+settable("torch._functorch.config.enable_autograd_cache", bool)
 parameters(
     f"{_CUT}.min_cut_rematerialization_partition",
     *("joint_module", "_joint_inputs", "compiler", "num_fwd_outputs"),
@@ -363,6 +376,19 @@ def _a_selective_checkpoint_is_a_tagged_region() -> None:
     (x,) = graph.graph.find_nodes(op="placeholder")
     value = x.meta.get(private.EXAMPLE_VALUE)
     assert isinstance(value, private.FakeTensor), f"an input's meta has {sorted(x.meta)}"
+
+
+@of("meta['original_aten']")
+def _a_node_of_a_traced_graph_knows_its_op() -> None:
+    seen: list[Any] = []
+
+    def note(graph: fx.GraphModule, inputs: list[Any]) -> Any:
+        seen.extend(n.meta.get(private_inductor.ORIGINAL_OP) for n in graph.graph.nodes)
+        return private.make_boxed_func(graph.forward)
+
+    inner = private.aot_autograd(fw_compiler=note, decompositions=private.select_decomp_table())
+    torch.compile(F.silu, backend=inner)(torch.ones(3))
+    assert "aten.silu.default" in map(str, seen), f"nodes know {set(seen)}"
 
 
 @of("meta['tensor_dict']")
@@ -836,7 +862,7 @@ SOURCES = [
     path
     for folder in ("dropit_fx", "passes")
     for path in sorted((ROOT / folder).rglob("*.py"))
-    if path.name not in ("private.py", "private_hooks.py", "private_names.py")
+    if not path.name.startswith("private")
 ]
 
 

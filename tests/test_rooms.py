@@ -14,8 +14,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dropit_fx"
 # From below to above: a room imports from rooms below it. Rooms of one line stand side by side.
 ORDER = (
     ("private_names", "logs", "words", "yaml_files"),
+    ("private_table",),
     ("private",),
-    ("private_hooks",),
+    ("private_hooks", "private_inductor"),
     ("kernels", "measure"),
     ("ops",),
     ("codecs",),

@@ -75,6 +75,17 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
     pareto.add_argument("--inner", choices=inner, default="inductor", help="what compiles them")
     _add_rounds(pareto)
 
+    roofline = bench(
+        "roofline",
+        "what a step costs on a GPU, told without one",
+        description="Predicts compiled training steps on a GPU that need not be there, from the"
+        " FLOPs and bytes of the kernels that inductor schedules for it: dense, packed, packed and"
+        " fused, checkpointed, and at memory budgets; and says which kernels cost most.",
+        epilog="example: dropit-fx bench roofline --model timm:deit_base_patch16_224 --device a100",
+    )
+    add_model(roofline)
+    _add_roofline_options(roofline)
+
     kernels = bench("kernels", "time of packing and unpacking")
     kernels.add_argument("--shape", type=int, nargs="+", default=(16, 197, 768), metavar="N")
     kernels.add_argument("--dtypes", nargs="+", default=("float32", "bfloat16"), metavar="DTYPE")
@@ -99,7 +110,7 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
         one.add_argument("--loss", choices=LOSSES, default="mlm", help="default: mlm")
     for one in (step, pareto, kernels):
         one.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    for one in (step, pareto, kernels, formats, gradients):
+    for one in (step, pareto, roofline, kernels, formats, gradients):
         one.add_argument(
             "--json", dest="json_path", metavar="FILE", help="write the figures to FILE too"
         )
@@ -143,6 +154,46 @@ def _add_gpu_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rehearse", action="store_true", help="small models on the CPU")
     parser.add_argument("--copy-to", metavar="DIR", help="gets a copy after every row")
     parser.add_argument("--tests", metavar="DIR", help="tests to run first")
+
+
+def _add_roofline_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        default="h100",
+        metavar="CARD",
+        help="h100 (default), a100, 4090, or PEAK,BANDWIDTH in TFLOP/s and TB/s",
+    )
+    parser.add_argument(
+        "--variants",
+        dest="only",
+        nargs="+",
+        default=(),
+        metavar="GLOB",
+        help="which of packed, fused, checkpoint, budget=0.5, ... (default: all)",
+    )
+    for name, kind, text in PRESET_OPTIONS:
+        parser.add_argument(f"--{name}", type=kind, help=text)
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32", "autocast"),
+        default="bfloat16",
+        help="of parameters and inputs (default: bfloat16); autocast: float32, run in bfloat16",
+    )
+    parser.add_argument(
+        "--schedule",
+        choices=("cuda", "cpu"),
+        help="whose kernels are counted (default: a GPU's; the CPU's where Triton is missing)",
+    )
+    parser.add_argument(
+        "--launch",
+        type=float,
+        default=0.0,
+        metavar="US",
+        help="microseconds of each kernel beside its work (default: 0)",
+    )
+    parser.add_argument(
+        "--optimizer", action="store_true", help="count SGD with momentum too, an op at a time"
+    )
 
 
 def _positive(text: str) -> int:

@@ -149,6 +149,6 @@ def _resized(tensor: Tensor, batch: int, size: int | None) -> Tensor:
     if size is not None and tensor.dim() == 4:
         shape[2:] = [size, size]
     if tensor.is_floating_point():
-        return torch.randn(shape, dtype=tensor.dtype)
+        return torch.randn(shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
     rows = tensor[torch.arange(batch) % tensor.shape[0]]  # codes keep their range
     return rows.expand(shape)

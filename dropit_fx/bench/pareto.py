@@ -169,9 +169,12 @@ def bench_pareto(
     return result
 
 
-def choose(only: Sequence[str]) -> tuple[Variant, ...]:
-    """The variants that some glob matches, and the dense one; all for no globs."""
-    every = variants()
+def choose(only: Sequence[str], every: Sequence[Variant] | None = None) -> tuple[Variant, ...]:
+    """Of ``every`` (None: of :func:`variants`), those that some glob matches, and the dense one.
+
+    All for no globs.
+    """
+    every = variants() if every is None else every
     names = [v.name for v in every]
     for glob in unmatched(only, names):
         raise ConfigError(f"no variant matches {glob!r}.{did_you_mean(glob, names)}")

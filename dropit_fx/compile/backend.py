@@ -37,6 +37,7 @@ from dropit_fx.private import (
     list_options,
     lookup_backend,
 )
+from dropit_fx.private_inductor import INNER_COMPILE
 from dropit_fx.report.rows import Report, mib, rows
 from dropit_fx.runtime.linear_loss import LOSSES
 from dropit_fx.runtime.packed_call import CACHE_VERSION, PACKED_OPS, VERSIONS, derived, pack
@@ -117,12 +118,34 @@ def dropit_eager(
     return _compile(gm, example_inputs, "eager", mode, dict(options or {}))
 
 
+def dropit_lowered_by(
+    lower: Callable[..., Any],
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """As :func:`dropit`, with ``lower`` in the place of what inductor makes code of a graph with.
+
+    Args:
+        lower: Called with each forward and backward behind the cut and its fake inputs, within
+            inductor's config of this compilation; as ``inner_compile`` of ``compile_fx``.
+        gm: Dynamo's graph; it is rewritten in place.
+        example_inputs: Its inputs, as fake tensors.
+        options: As for :func:`dropit`.
+
+    Raises:
+        ConfigError: As of :func:`dropit`.
+    """
+    return _compile(gm, example_inputs, "inductor", None, dict(options or {}), lower)
+
+
 def _compile(
     gm: fx.GraphModule,
     example_inputs: list[Any],
     inner: str,
     mode: str | None,
     options: dict[str, Any],
+    lower: Callable[..., Any] | None = None,
 ) -> Compiled:
     ours = _from_environment()
     given = {k: options.pop(k) for k in OPTIONS if k in options}
@@ -138,7 +161,7 @@ def _compile(
     if compiler is _inductor:
         channels_last(gm, _patches(mode, options))
     record = rewrite_dynamo_graph(gm, example_inputs, config)
-    return compiler(_Job(gm, example_inputs, mode, options, record, fuse))
+    return compiler(_Job(gm, example_inputs, mode, options, record, fuse, lower))
 
 
 _FROM_TEXT: dict[str, tuple[Callable[[Any], Any], str]] = {  # of the environment
@@ -234,6 +257,7 @@ class _Job(NamedTuple):
     options: dict[str, Any]
     record: CompiledGraph | None
     fuse: bool
+    lower: Callable[..., Any] | None = None
 
     def guard(self, base: Callable[..., Any] | None) -> KeepPacked:
         """The partitioner guard, which reads what is saved into the record."""
@@ -283,7 +307,8 @@ def _inductor(job: _Job) -> Compiled:
     }
     if inductor_has(CACHEABLE):
         patches[CACHEABLE] = names | dict(patches.get(CACHEABLE) or {})
-    compiled: Compiled = compile_fx(job.graph_module, job.inputs, config_patches=patches)  # type: ignore[assignment]
+    lower: dict[str, Any] = {INNER_COMPILE: job.lower} if job.lower is not None else {}
+    compiled: Compiled = compile_fx(job.graph_module, job.inputs, config_patches=patches, **lower)  # type: ignore[assignment]
     return compiled
 
 

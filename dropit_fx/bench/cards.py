@@ -1,0 +1,91 @@
+"""Cards for ``bench roofline``: what a GPU computes and moves in a second at most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from dropit_fx.bench.model_spec import SpecError
+
+TERA = 1e12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """A GPU, as its maker describes it.
+
+    Attributes:
+        name: For people.
+        peaks: FLOP/s of matrix products by dtype of their operands, sums in float32.
+        bandwidth: Of its memory, bytes/s.
+        capability: Of its instruction set, times ten: what inductor schedules for.
+        processors: How many streaming multiprocessors it has.
+    """
+
+    name: str
+    peaks: Mapping[torch.dtype, float] = field(repr=False)
+    bandwidth: float
+    capability: int = 90
+    processors: int = 132
+
+    def seconds(self, nbytes: int, flops: int = 0, dtype: torch.dtype | None = None) -> float:
+        """Of a kernel that reaches the card's limits: of its arithmetic, or of its memory."""
+        peak = self.peaks.get(dtype or torch.float32, self.peaks[torch.float32])
+        return max(flops / peak, nbytes / self.bandwidth)
+
+
+def _peaks(half: float, single: float) -> dict[torch.dtype, float]:
+    """Of tensor cores without sparsity; float32 without TF32, which PyTorch leaves off."""
+    halves = dict.fromkeys((torch.float16, torch.bfloat16), half * TERA)
+    return {**halves, torch.float32: single * TERA}
+
+
+# NVIDIA's data sheets: "H100 Tensor Core GPU" (SXM), "A100 Tensor Core GPU" (SXM, 80 GB), and "Ada
+# GPU Architecture", appendix A (GeForce RTX 4090)
+CARDS = {
+    "h100": Card(name="H100 SXM", peaks=_peaks(989, 67), bandwidth=3.35 * TERA),
+    "a100": Card(
+        name="A100 SXM 80 GB",
+        peaks=_peaks(312, 19.5),
+        bandwidth=2.039 * TERA,
+        capability=80,
+        processors=108,
+    ),
+    "4090": Card(
+        name="RTX 4090",
+        peaks=_peaks(165.2, 82.6),
+        bandwidth=1.008 * TERA,
+        capability=89,
+        processors=128,
+    ),
+}
+
+
+def find_card(name: str) -> Card:
+    """A card by name, or one of a peak and a bandwidth, scheduled for as an H100 is.
+
+    Args:
+        name: One of :data:`CARDS`; or ``PEAK,BANDWIDTH`` in TFLOP/s, of all dtypes, and TB/s.
+
+    Raises:
+        SpecError: It is neither.
+    """
+    if name.lower() in CARDS:
+        return CARDS[name.lower()]
+    try:
+        peak, bandwidth = (float(part) for part in name.split(","))
+    except ValueError:
+        peak = bandwidth = math.nan
+    if not (0 < peak < math.inf and 0 < bandwidth < math.inf):
+        raise SpecError(
+            f"--device {name}: write {', '.join(CARDS)}, or PEAK,BANDWIDTH in TFLOP/s and TB/s,"
+            " as in 600,2.8"
+        )
+    return Card(
+        name=f"{peak:g} TFLOP/s, {bandwidth:g} TB/s",
+        peaks=_peaks(peak, peak),
+        bandwidth=bandwidth * TERA,
+    )

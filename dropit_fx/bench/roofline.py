@@ -1,0 +1,323 @@
+"""``dropit-fx bench roofline``: what a compiled step costs on a GPU, told without one.
+
+Inductor schedules forward and backward of each variant; a kernel takes as long as its arithmetic at
+the card's peak, or as its bytes at the card's bandwidth, whichever is longer. What is predicted is
+a step of kernels at their best, launched by a host that keeps up: a bound, of which the ratios of
+variants are worth more than the times. The loss outside the model is no part of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, fx, nn
+
+from dropit_fx.bench.cards import Card, find_card
+from dropit_fx.bench.model_spec import SpecError, build
+from dropit_fx.bench.pareto import Variant, checkpoint_blocks, choose
+from dropit_fx.bench.schedule import Kernel, kernels_of_step
+from dropit_fx.compile import backend
+from dropit_fx.config import make_config
+from dropit_fx.private import at_memory_budget, compile_fx, pytree
+from dropit_fx.report.rows import plain_table
+
+LAUNCH = 0.0  # seconds that a kernel takes beside its work: 0, the host is ahead of the card
+COSTLIEST = 5
+BUDGETS = (0.5, 0.2)
+DENSE, CHECKPOINT, PACKED, FUSED = "dense", "checkpoint", "packed", "fused"
+DTYPES = ("bfloat16", "float16", "float32", "autocast")
+SCHEDULES = ("cuda", "cpu")
+_SGD = (5, 3)  # of SGD with momentum, an op at a time: reads and writes of each trained element
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What one variant's step takes.
+
+    Attributes:
+        variant: Its name.
+        kernels: In the order of their launches, the forward's first.
+        card: On which.
+        launch: Seconds of each kernel beside its work.
+    """
+
+    variant: str
+    kernels: tuple[Kernel, ...]
+    card: Card
+    launch: float = LAUNCH
+
+    @cached_property
+    def seconds(self) -> float:
+        """Of the step."""
+        return sum(map(self.seconds_of, self.kernels))
+
+    @property
+    def nbytes(self) -> int:
+        """That its kernels read and write."""
+        return sum(k.nbytes for k in self.kernels)
+
+    @property
+    def flops(self) -> int:
+        """Of its products, convolutions and attention."""
+        return sum(k.flops for k in self.kernels)
+
+    def seconds_of(self, kernel: Kernel) -> float:
+        """Of one launch of a kernel."""
+        return self.card.seconds(kernel.nbytes, kernel.flops, kernel.dtype) + self.launch
+
+    def costliest(self, beside: Prediction | None = None) -> list[tuple[Kernel, int, float]]:
+        """The kernels that cost most, alike ones as one.
+
+        Args:
+            beside: Whose kernels are left out, as often as it has them; None: none.
+
+        Returns:
+            At most :data:`COSTLIEST` kernels, how often each is launched, and seconds of these
+            launches together.
+        """
+        counts = Counter(self.kernels)
+        if beside is not None:
+            counts -= Counter(beside.kernels)
+        rows = [(k, n, n * self.seconds_of(k)) for k, n in counts.items()]
+        return sorted(rows, key=lambda row: -row[2])[:COSTLIEST]
+
+
+def variants() -> tuple[Variant, ...]:
+    """Every variant, the dense step first; those that are packed name no preset yet."""
+    return (
+        Variant(DENSE),
+        Variant(PACKED, PACKED),
+        Variant(FUSED, PACKED, fuse=True),
+        Variant(CHECKPOINT, checkpoint=True),
+        *(Variant(f"budget={b}", budget=b) for b in BUDGETS),
+    )
+
+
+def predict(
+    model: nn.Module,
+    args: Sequence[Any],
+    variant: Variant,
+    card: Card,
+    *,
+    config: Any = None,
+    schedule: str = SCHEDULES[0],
+    launch: float = LAUNCH,
+    autocast: torch.dtype | None = None,
+    optimizer: bool = False,
+) -> Prediction:
+    """Predicts the step of one variant of a model, which stays as it is.
+
+    Args:
+        model: On the CPU, in training mode.
+        args: Its positional inputs.
+        variant: Of :func:`variants`.
+        card: What it runs on.
+        config: What packs it, as for ``transform``, where the variant packs.
+        schedule: ``"cuda"``: the kernels of a GPU; ``"cpu"``: those that inductor makes for this
+            machine, where Triton is not installed.
+        launch: Seconds of each kernel beside its work.
+        autocast: The dtype that the forward runs in under autocast; None: without.
+        optimizer: Also count SGD with momentum, as PyTorch runs it: an op at a time.
+
+    Returns:
+        The kernels and what they take. For a record of each: ``Prediction.kernels``.
+
+    Raises:
+        ConfigError: Of ``config``.
+        SpecError: The model cannot recompute its blocks.
+        RuntimeError: Nothing was compiled.
+    """
+    # parameters are read by nobody; buffers are written into
+    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    reason = checkpoint_blocks(twin) if variant.checkpoint else ""
+    if reason:
+        raise SpecError(reason)
+
+    def compile_graph(
+        graph: fx.GraphModule, inputs: list[Any], lower: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        with at_memory_budget(variant.budget):
+            if variant.preset is None:
+                return compile_fx(graph, inputs, inner_compile=lower)  # type: ignore[return-value]
+            options = {"config": config, "fuse": variant.fuse}
+            return backend.dropit_lowered_by(lower, graph, inputs, options)
+
+    torch.compiler.reset()
+    before = len(backend.compiled_graphs())
+    kernels = kernels_of_step(
+        *(twin, args, compile_graph, schedule),
+        capability=card.capability,
+        processors=card.processors,
+        autocast=autocast,
+    )
+    backend.forget_compiled_graphs(before)
+    if optimizer:
+        kernels.append(_sgd([p for p in model.parameters() if p.requires_grad]))
+    return Prediction(variant=variant.name, kernels=tuple(kernels), card=card, launch=launch)
+
+
+def _sgd(trained: Iterable[Tensor]) -> Kernel:
+    size = sum(p.nbytes for p in trained)
+    reads, writes = _SGD
+    return Kernel(
+        phase="optimizer",
+        name="SGD with momentum",
+        extern=True,
+        read_bytes=reads * size,
+        write_bytes=writes * size,
+    )
+
+
+def bench_roofline(
+    model: str,
+    batch: int = 16,
+    size: int | None = None,
+    device: str = "h100",
+    only: Sequence[str] = (),
+    preset: str | None = None,
+    gamma: float | None = None,
+    bits: int | None = None,
+    dtype: str = DTYPES[0],
+    schedule: str | None = None,
+    launch: float = LAUNCH * 1e6,
+    optimizer: bool = False,
+    json_path: str | None = None,
+) -> dict[str, Prediction]:
+    """Predicts the steps of one model's variants, and prints them.
+
+    Args:
+        model: A spec as for ``dropit-fx report``.
+        batch: Batch size.
+        size: Height and width of images; None: the model's own.
+        device: As for :func:`~dropit_fx.bench.cards.find_card`.
+        only: Globs on the names of :func:`variants`; empty: all. The dense one is always there.
+        preset: What packs it; None: the default.
+        gamma: As for ``transform``.
+        bits: As for ``transform``.
+        dtype: Of parameters and inputs; ``"autocast"``: float32 under autocast to bfloat16.
+        schedule: As for :func:`predict`; None: ``"cuda"`` where Triton is installed.
+        launch: Microseconds of each kernel beside its work.
+        optimizer: As for :func:`predict`.
+        json_path: Where to write the result.
+
+    Returns:
+        Name of the variant -> what is predicted of it.
+
+    Raises:
+        ConfigError: A glob that matches no variant, or settings that mean nothing.
+        FileNotFoundError: The folder of a path is missing.
+        SpecError: There is no such model or card.
+    """
+    card = find_card(device)
+    chosen = choose(only, variants())
+    config = make_config(None, preset=preset, gamma=gamma, bits=bits)
+    schedule = schedule or SCHEDULES[importlib.util.find_spec("triton") is None]
+    if json_path is not None and not Path(json_path).absolute().parent.is_dir():
+        raise FileNotFoundError(f"no folder to write {json_path} into")
+    torch.manual_seed(0)
+    module, args = build(model, batch, size)
+    settings: dict[str, Any] = {"config": config, "schedule": schedule, "launch": launch / 1e6}
+    settings |= {"autocast": torch.bfloat16 if dtype == "autocast" else None}
+    if dtype != "autocast":
+        module.to(getattr(torch, dtype))
+        args = pytree.tree_map_only(Tensor, lambda t: _in_dtype(t, getattr(torch, dtype)), args)
+    found: dict[str, Prediction] = {}
+    skipped: dict[str, str] = {}
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("", total=len(chosen))
+        for variant in chosen:
+            progress.update(bar, description=f"scheduling: {variant.name}")
+            try:
+                found[variant.name] = predict(
+                    module, args, variant, card, optimizer=optimizer, **settings
+                )
+            except SpecError as error:
+                skipped[variant.name] = str(error)
+            progress.advance(bar)
+    console = Console()
+    title = f"{model}, batch {batch}, {dtype}, {card.name}"
+    console.print(table(title, found, schedule))
+    for prediction in found.values():
+        console.print(costs(prediction, found[DENSE]))
+    for name, reason in skipped.items():
+        console.print(f"{name} is left out: {reason}", highlight=False)
+    if json_path is not None:
+        about = {"model": model, "batch": batch, "size": size, "dtype": dtype, "device": device}
+        about |= {"schedule": schedule, "preset": config.preset, "gamma": gamma, "bits": bits}
+        rows = {name: as_row(one, found[DENSE]) for name, one in found.items()}
+        text = json.dumps(about | {"variants": rows, "skipped": skipped}, indent=2)
+        Path(json_path).write_text(text)
+    return found
+
+
+def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if not x.is_floating_point():
+        return x
+    return x.detach().to(dtype).requires_grad_(x.requires_grad)
+
+
+def as_row(one: Prediction, dense: Prediction) -> dict[str, Any]:
+    """A prediction for JSON: its totals, ratios to the dense step, and a record of each kernel."""
+    return {
+        "seconds": one.seconds,
+        "ratio": one.seconds / dense.seconds,
+        "bytes": one.nbytes,
+        "bytes_ratio": one.nbytes / dense.nbytes,
+        "flops": one.flops,
+        "kernels": [
+            asdict(k) | {"dtype": str(k.dtype or ""), "seconds": one.seconds_of(k)}
+            for k in one.kernels
+        ],
+    }
+
+
+def table(title: str, found: dict[str, Prediction], schedule: str) -> Table:
+    """The variants for people."""
+    figures = ("step", "of dense", "GB", "of dense", "TFLOP", "kernels")
+    where = {"cuda": "a GPU", "cpu": "the CPU"}[schedule]
+    text = plain_table("variant", *figures, figures=figures, title=title, padding=(0, 1, 0, 0))
+    dense = found[DENSE]
+    for name, one in found.items():
+        text.add_row(
+            name,
+            f"{one.seconds * 1e3:.3f} ms",
+            f"{one.seconds / dense.seconds:.3f}x",
+            f"{one.nbytes / 1e9:.3f}",
+            f"{one.nbytes / dense.nbytes:.3f}x",
+            f"{one.flops / 1e12:.3f}",
+            str(len(one.kernels)),
+        )
+    text.caption = f"predicted, not measured: kernels as inductor schedules them for {where}"
+    return text
+
+
+def costs(one: Prediction, dense: Prediction) -> Table:
+    """The kernels that cost most; of a variant, those that the dense step does not have."""
+    beside = None if one is dense else dense
+    title = f"{one.variant}: what costs most" + (" and is not in the dense step" * bool(beside))
+    figures = ("times", "us", "share", "MB in", "MB out", "GFLOP")
+    text = plain_table("kernel", *figures, figures=figures, title=title, padding=(0, 1, 0, 0))
+    for kernel, count, seconds in one.costliest(beside):
+        name = kernel.name if len(kernel.name) < 30 else kernel.name[:28] + ".."
+        text.add_row(
+            f"{kernel.phase[0]} {name}",
+            str(count),
+            f"{seconds * 1e6:.1f}",
+            f"{seconds / one.seconds:.1%}",
+            *(f"{count * n / 1e6:.1f}" for n in (kernel.read_bytes, kernel.write_bytes)),
+            f"{count * kernel.flops / 1e9:.1f}" if kernel.flops else "",
+        )
+    text.caption = "f: forward, b: backward, o: optimizer; alike ones together"
+    return text

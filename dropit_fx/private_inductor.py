@@ -1,0 +1,222 @@
+"""Inductor's schedules, asked without a GPU, as far as their names are private.
+
+As ``private.py``, of which it is a part: ``private_table.py`` has a line for each name.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx
+
+from dropit_fx.private import STRIDES, VALUE, FakeTensorMode, inductor_config, schema
+from dropit_fx.private_names import look_up
+
+INNER_COMPILE = "inner_compile"
+ORIGINAL_OP = "original_aten"
+
+
+@contextmanager
+def told_of_a_gpu(capability: int = 90, processors: int = 132) -> Iterator[None]:
+    """PyTorch and Triton take it that there is a GPU; nothing may run on it.
+
+    Args:
+        capability: Of its instruction set: 90 of an H100.
+        processors: How many streaming multiprocessors it has.
+
+    Raises:
+        ModuleNotFoundError: Triton is not installed.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    target = GPUTarget("cuda", capability, 32)
+    active = SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: 0,
+        get_device_interface=lambda: torch.cuda,
+    )
+    major, minor = divmod(capability, 10)
+    properties = SimpleNamespace(
+        name="NVIDIA GPU",
+        major=major,
+        minor=minor,
+        multi_processor_count=processors,
+        regs_per_multiprocessor=65536,
+        max_threads_per_multi_processor=2048,
+        max_threads_per_block=1024,
+        warp_size=32,
+        total_memory=80 << 30,
+        shared_memory_per_block=48 << 10,
+        shared_memory_per_block_optin=227 << 10,
+        L2_cache_size=50 << 20,
+        gcnArchName="",
+    )
+    interface: Any = look_up("torch._dynamo.device_interface.CudaInterface")
+    answers: dict[str, Callable[..., Any]] = {
+        "get_device_properties": lambda *args, **kwargs: properties,
+        "current_device": lambda: 0,
+    }
+    present = {"device_count": lambda: 1, "is_available": lambda: True}
+    with ExitStack() as stack:
+
+        def answer(owner: Any, name: str, value: Any) -> None:
+            stack.enter_context(mock.patch.object(owner, name, value))
+
+        def answer_named(name: str, value: Any) -> None:
+            owner, _, last = name.rpartition(".")
+            answer(look_up(owner), last, value)
+
+        for name, value in {**answers, **present}.items():
+            answer(torch.cuda, name, value)
+            answer(interface, name, staticmethod(value))
+        for name, value in answers.items():
+            answer(interface.Worker, name, staticmethod(value))
+        answer(torch.cuda, "get_device_capability", lambda *args: (major, minor))
+        answer_named("torch.cuda._lazy_init", lambda: None)
+        answer(interface, "get_compute_capability", staticmethod(lambda *args: capability))
+        answer(driver, "_active", active)
+        answer_named("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None)
+        answer_named("torch._inductor.scheduler.has_triton", lambda *args: True)
+        answer_named("torch._inductor.runtime.triton_helpers.set_driver_to_gpu", lambda: None)
+        yield
+
+
+@contextmanager
+def compiling_afresh() -> Iterator[None]:
+    """Compiles without caches, and each backward together with its forward."""
+    config = look_up("torch._functorch.config")
+    with (
+        warnings.catch_warnings(),
+        config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False),
+        inductor_config(force_disable_caches=True),
+    ):
+        warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")  # as asked
+        yield
+
+
+@contextmanager
+def lowered(graph: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> Iterator[Any]:
+    """What inductor makes of a forward or backward behind the cut: its graph of loops and calls.
+
+    Args:
+        graph: With ``meta["val"]`` of each node; inductor's passes rewrite it in place.
+        inputs: Fake, of ``mode``.
+        mode: Of all its values.
+    """
+    context = look_up("torch._inductor.virtualized.V")
+    debug = look_up("torch._inductor.debug.DebugContext")()
+    with context.set_fake_mode(mode), context.set_debug_handler(debug):
+        (out,) = graph.graph.find_nodes(op="output")
+        results = out.args[0] if isinstance(out.args[0], list | tuple) else out.args
+        values = [n.meta.get(VALUE) if isinstance(n, fx.Node) else None for n in results]
+        out.meta.setdefault(
+            STRIDES, [v.stride() if isinstance(v, Tensor) else None for v in values]
+        )
+        look_up("torch._inductor.fx_passes.post_grad.post_grad_passes")(graph, False)
+        made = look_up("torch._inductor.graph.GraphLowering")(
+            graph, example_inputs=inputs, is_inference=False
+        )
+        with context.set_graph_handler(made), context.set_extern_kernel_nodes([]):
+            made.run(*inputs)
+            yield made
+
+
+def written(made: Any) -> str:
+    """The code that inductor writes of what it has lowered."""
+    wrapper, _ = made.codegen()
+    return str(getattr(wrapper, "value", wrapper))
+
+
+def schedule(made: Any) -> list[Any]:
+    """The kernels of what inductor has lowered, in the order of their launches."""
+    made.init_wrapper_code()
+    made._update_scheduler()
+    return list(made.scheduler.nodes)
+
+
+def accesses(kernel: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes that a kernel of a schedule reads, and that it writes, of each buffer.
+
+    By inductor's count, each byte once and nothing of what does not outlive the kernel; but of a
+    buffer of which only a part is read, that part, where inductor counts all of it.
+    """
+    both, writes = (
+        kernel.get_read_write_buffer_accesses(include_reads=reads, include_writes=True)
+        for reads in (True, False)
+    )  # asked for reads alone, it counts those of what stays inside
+    parts = _parts_of_operands(kernel) if kernel.is_extern() else _parts_of_loops(kernel)
+    reads = {
+        name: min(int(nbytes), parts.get(name, int(nbytes)))
+        for name, nbytes in both.items()
+        if nbytes and name not in writes
+    }
+    return reads, {name: int(n) for name, n in writes.items() if n}
+
+
+def _parts_of_operands(kernel: Any) -> dict[str, int]:
+    """Bytes of the operands of a call, by the buffer that each is a view of."""
+    given = getattr(kernel.node, "inputs", None) or ()
+    flat = [v for one in given for v in (one if isinstance(one, list | tuple) else (one,))]
+    views = {
+        (v.get_name(), _place(v)): math.prod(map(int, v.get_size())) * v.get_dtype().itemsize
+        for v in flat
+        if hasattr(v, "get_size") and v.has_tensor_output()
+    }
+    parts: dict[str, int] = {}
+    for (name, _), nbytes in views.items():
+        parts[name] = parts.get(name, 0) + nbytes
+    return parts
+
+
+def _place(view: Any) -> str:
+    """Where a view begins, how it steps and how far, for telling views of one buffer apart."""
+    layout = view.get_layout()
+    return f"{getattr(layout, 'offset', 0)} {getattr(layout, 'stride', ())} {view.get_size()}"
+
+
+def _parts_of_loops(kernel: Any) -> dict[str, int]:
+    """Bytes that loops read of each buffer: each index once, as often as it takes other values."""
+    graph = look_up("torch._inductor.virtualized.V").graph
+    parts: dict[str, int] = {}
+    whole: set[str] = set()
+    for dep in kernel.read_writes.reads:
+        if type(dep).__name__ != "MemoryDep" or dep.is_indirect():
+            whole.add(dep.name)
+            continue
+        nbytes = int(dep.get_numel()) * graph.get_dtype(dep.name).itemsize
+        parts[dep.name] = parts.get(dep.name, 0) + nbytes
+    return {name: nbytes for name, nbytes in parts.items() if name not in whole}
+
+
+def origins(kernel: Any) -> list[fx.Node]:
+    """The nodes of the graph that a kernel of a schedule computes, in a fixed order."""
+    found = {n for part in kernel.get_nodes() if part.node is not None for n in part.node.origins}
+    return sorted(found, key=lambda n: n.name)
+
+
+def calls(kernel: Any) -> str:
+    """What a kernel of a schedule calls of a library: ``"mm"``, ``"dropit.sparsify"``.
+
+    Empty where inductor writes it itself.
+    """
+    if not kernel.is_extern():
+        return ""
+    op = getattr(kernel.node, "op_overload", None)
+    if op is not None:
+        return spelling(op)
+    name = getattr(kernel.node, "python_kernel_name", None) or type(kernel.node).__name__
+    return str(name).rpartition(".")[2]
+
+
+def spelling(op: Any) -> str:
+    """An op of PyTorch in short: ``"mm"``, ``"dropit.sparsify"``; on a GPU it is the same one."""
+    name = schema(op).name.removeprefix("aten::").replace("::", ".")
+    return name.replace("_for_cpu", "").removeprefix("_")
