@@ -44,7 +44,7 @@ from dropit_fx.words import closest, did_you_mean
 
 log = logging.getLogger(__name__)
 
-OPTIONS = ("config", "preset", "strategy", "gamma", "bits", "inner", "fuse")
+OPTIONS = ("config", "preset", "strategy", "gamma", "bits", "drop_logits", "inner", "fuse")
 Compiled = Callable[..., Any]
 
 
@@ -94,10 +94,11 @@ def dropit(
         example_inputs: Its inputs, as fake tensors.
         mode: One of inductor's modes.
         options: ``config``, ``preset``, ``strategy``, ``gamma``, ``bits`` as for ``transform``;
-            ``inner``: the backend that compiles the rewritten graph; ``fuse``: whether inductor
-            gets packing as plain tensor ops, to fuse them (True, False; None: False); anything
-            else goes to inductor. Each of ours has a default in the environment
-            (``DROPIT_PRESET=...``), for callers that cannot pass options.
+            ``drop_logits``: where given, in the place of the config's; ``inner``: the backend that
+            compiles the rewritten graph; ``fuse``: whether inductor gets packing as plain tensor
+            ops, to fuse them (True, False; None: False); anything else goes to inductor. Each of
+            ours has a default in the environment (``DROPIT_PRESET=...``), for callers that cannot
+            pass options.
 
     Raises:
         ConfigError: An unknown option, or a value that cannot mean anything.
@@ -146,13 +147,12 @@ def _compile(
     return compiler(_Job(gm, example_inputs, mode, options, record, fuse))
 
 
+_TRUTH = ({"1": True, "true": True, "0": False, "false": False}.__getitem__, "not true or false")
 _FROM_TEXT: dict[str, tuple[Callable[[Any], Any], str]] = {  # of the environment
     "gamma": (float, "no number"),
     "bits": (int, "no number"),
-    "fuse": (
-        {"1": True, "true": True, "0": False, "false": False}.__getitem__,
-        "not true or false",
-    ),
+    "drop_logits": _TRUTH,
+    "fuse": _TRUTH,
 }
 
 
