@@ -19,6 +19,7 @@ from dropit_fx.capture.expand import expand, opaque_nodes
 from dropit_fx.capture.fake import concrete_fakes, propagate
 from dropit_fx.compile.channels_last import channels_last
 from dropit_fx.compile.fuse import FusePacking
+from dropit_fx.compile.lookups import AddLookups
 from dropit_fx.compile.partition import KeepPacked
 from dropit_fx.compile.returned import ReturnInputsAsTheyAre, in_turn
 from dropit_fx.compile.saved import Partition
@@ -260,8 +261,10 @@ def _inductor(job: _Job) -> Compiled:
 
     patches = _patches(job.mode, job.options)
     patches[PARTITIONER] = job.guard(patches.get(PARTITIONER))
-    if job.fuse and inductor_has(PRE_PASS):
-        patches[PRE_PASS] = in_turn(patches.get(PRE_PASS), FusePacking())
+    if inductor_has(PRE_PASS):
+        patches[PRE_PASS] = in_turn(patches.get(PRE_PASS), AddLookups())
+        if job.fuse:
+            patches[PRE_PASS] = in_turn(patches[PRE_PASS], FusePacking())
     if inductor_has(POST_PASS):
         patches[POST_PASS] = in_turn(patches.get(POST_PASS), ReturnInputsAsTheyAre())
     # our functions are safe to cache under a version that changes with the formulas and kernels
