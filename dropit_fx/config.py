@@ -192,6 +192,7 @@ def make_config(
     strategy: str | None = None,
     gamma: float | None = None,
     bits: int | None = None,
+    drop_logits: bool | None = None,
 ) -> Config:
     """A config with the sugar of ``transform`` and of the backend's options applied.
 
@@ -199,7 +200,8 @@ def make_config(
     and leave rules of one's own as they are. ``strategy`` names the codec of its rules that drop
     elements of matmul and convolution inputs. Where a strategy is named and neither a preset nor a
     config, the preset is ``dropit``: the call of the published code,
-    ``transform(model, strategy="mink", gamma=0.9)``.
+    ``transform(model, strategy="mink", gamma=0.9)``. ``drop_logits`` is the config's of that name,
+    which None leaves as it is.
 
     Raises:
         ConfigError: The config cannot mean anything, or the preset has no rule with such an option.
@@ -219,7 +221,11 @@ def make_config(
         loaded = _with_strategy(loaded, strategy, changes)
     for name, value in changes.items():
         loaded = _with_option(loaded, name, value)
-    return loaded
+    if drop_logits is None:
+        return loaded
+    if not isinstance(drop_logits, bool):
+        raise ConfigError(f"drop_logits is true or false, not {drop_logits!r}")
+    return replace(loaded, drop_logits=drop_logits)
 
 
 def _with_strategy(config: Config, strategy: str, changes: Mapping[str, Any]) -> Config:

@@ -21,12 +21,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from dropit_fx.capture.fake import propagate
-from dropit_fx.ops.table import RULES, bind, is_inplace, rule_of
+from dropit_fx.ops.table import is_inplace, rule_of
 from dropit_fx.passes.find_saved import find_saved
-from dropit_fx.passes.match_losses import Loss, Matcher, NoMatch, Output, is_check
+from dropit_fx.passes.match_layers import Layer, is_check, layer_of
+from dropit_fx.passes.match_losses import Loss, Matcher, NoMatch, Output
 from dropit_fx.passes.plan import Plan
 from dropit_fx.private import ORIGIN, OpOverload, schema
 from dropit_fx.runtime.linear_loss import logits_unless_training
@@ -44,8 +45,7 @@ _MODES = ("_enter_", "_exit_", "_set_grad_enabled", "_saved_tensors_hooks")  # b
 class _Head:
     """A linear layer, and all that reads its logits."""
 
-    node: fx.Node
-    operands: tuple[Any, ...]  # input, weight and bias, as they stand in the graph
+    layer: Layer
     readers: tuple[Loss | Output, ...]
 
     @property
@@ -60,15 +60,15 @@ def fuse_losses(plan: Plan) -> Plan:
         FakeRunError: A node cannot run on fake tensors of the example's shapes.
     """
     graph = plan.module.graph
-    layers = [n for n in graph.nodes if rule_of(n) is RULES["linear"] and any(_losses_of(n))]
-    if not plan.config.loss_classes or not layers:
+    if not plan.config.loss_classes or not any(map(_is_loss, graph.nodes)):
         return plan
     heads: list[_Head] = []
     notes = dict(plan.notes)
     values = propagate(plan.module, plan.inputs)
-    for node in layers:
+    for layer in filter(None, (layer_of(n, values) for n in graph.nodes)):
+        node = layer.node
         try:
-            heads += _head(node, values, plan)
+            heads += _head(layer, values, plan)
         except NoMatch as why:
             log.debug("the logits of '%s' stay whole: %s", node.name, why)
             said = f"the logits of '{node.name}' stay whole: {why}"
@@ -93,36 +93,29 @@ def _losses_of(node: fx.Node) -> Iterator[fx.Node]:
             continue
         seen.add(user)
         todo += user.users
-        rule = rule_of(user)
-        if name_of(user) == "logsumexp" or (rule is not None and rule.name in _LOSSES):
+        if _is_loss(user):
             yield user
+
+
+def _is_loss(node: fx.Node) -> bool:
+    rule = rule_of(node)
+    return name_of(node) == "logsumexp" or (rule is not None and rule.name in _LOSSES)
 
 
 _LOSSES = ("cross_entropy", "nll_loss", "log_softmax")
 
 
-def _head(node: fx.Node, values: Mapping[str, Any], plan: Plan) -> list[_Head]:
+def _head(layer: Layer, values: Mapping[str, Any], plan: Plan) -> list[_Head]:
     """The head that a layer is, or none: it has few classes, or no loss reads it.
 
     Raises:
         NoMatch: The logits have to stay.
     """
-    call = bind(RULES["linear"], node.args, node.kwargs, node.target) or {}
-    x, weight, z = (
-        values.get(n.name) if isinstance(n, fx.Node) else None
-        for n in (call.get("input"), call.get("weight"), node)
-    )
-    floats = all(isinstance(t, Tensor) and t.is_floating_point() for t in (x, weight, z))
-    if not floats or weight.dim() != 2 or weight.shape[0] < plan.config.loss_classes:  # type: ignore[union-attr]
+    x, z = values[layer.x.name], values[layer.node.name]
+    if z.shape[-1] < plan.config.loss_classes or not any(_losses_of(layer.node)):
         return []
-    assert isinstance(x, Tensor)
-    assert isinstance(z, Tensor)
     width, classes = x.shape[-1], z.shape[-1]
-    head = _Head(
-        node=node,
-        operands=tuple(call.values()),
-        readers=tuple(Matcher(width, values).readers(node)),
-    )
+    head = _Head(layer=layer, readers=tuple(Matcher(width, values).readers(layer.node)))
     if not head.losses:
         return []
     if width * x.element_size() + _NUMBERS >= classes * z.element_size():
@@ -133,15 +126,15 @@ def _head(node: fx.Node, values: Mapping[str, Any], plan: Plan) -> list[_Head]:
             f"the model returns them; 'drop_logits: true' returns None for them while gradients"
             f" are on, and frees {freed:,} bytes"
         )
-    _check_between(node, [loss.node for loss in head.losses], plan)
+    _check_between([layer.node, *layer.nodes], [loss.node for loss in head.losses], plan)
     return [head]
 
 
-def _check_between(layer: fx.Node, losses: Iterable[fx.Node], plan: Plan) -> None:
+def _check_between(layer: Iterable[fx.Node], losses: Iterable[fx.Node], plan: Plan) -> None:
     """Raises NoMatch where a layer may do otherwise in the place of its losses."""
     order = {n: i for i, n in enumerate(plan.module.graph.nodes)}
-    last = max(order[loss] for loss in losses)
-    for node in [n for n, at in order.items() if order[layer] < at < last]:
+    first, last = min(order[n] for n in layer), max(order[loss] for loss in losses)
+    for node in [n for n, at in order.items() if first < at < last]:
         if name_of(node).startswith(_MODES):
             raise NoMatch(f"'{node.name}' stands between them and their loss")
         if _writes(node):
@@ -157,23 +150,26 @@ def _writes(node: fx.Node) -> bool:
 
 def _fuse(graph: fx.Graph, head: _Head) -> dict[str, str]:
     """Replaces what reads the logits of a head, and erases it; what to say of the new calls."""
-    x, *layer = head.operands
+    layer = head.layer
     dropped = DROPPED if len(head.losses) < len(head.readers) else ""
     notes: dict[str, str] = {}
-    dead = {head.node, *(n for n in head.node.users if is_check(n))}
+    dead = {layer.node, *layer.nodes}
+    dead |= {user for n in dead for user in n.users if is_check(user)}
     for reader in head.readers:
         loss = reader if isinstance(reader, Loss) else None
         dead |= {*reader.path.nodes, *([loss.node] if loss else [])}
         dead |= {user for n in reader.path.nodes for user in n.users if is_check(user)}
         output = graph.find_nodes(op="output")[0]
         with graph.inserting_before(loss.node if loss else output):
-            rows = x
+            rows, weight = layer.x, layer.weight
             for move in reader.path.moves:
-                rows = _from(head.node, move(graph, rows))
+                rows = _from(layer.node, move(graph, rows))
+            if layer.transposed:
+                weight = _from(layer.node, graph.call_method("t", (weight,)))
             args, kwargs = (loss.args, loss.kwargs) if loss else ((), {})
             function = loss.function if loss else logits_unless_training
             kwargs = {**kwargs, "steps": reader.path.steps}
-            call = graph.call_function(function, (rows, *layer, *args), dict(kwargs))
+            call = graph.call_function(function, (rows, weight, layer.bias, *args), dict(kwargs))
         _from(reader.node, call)
         if loss:
             loss.node.replace_all_uses_with(call)

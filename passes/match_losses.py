@@ -17,15 +17,14 @@ from torch import Tensor, fx
 from dropit_fx.ops.losses import reduction_enum
 from dropit_fx.ops.rule import OpRule
 from dropit_fx.ops.table import RULES, bind, rule_of
+from dropit_fx.passes.match_layers import called, is_check
 from dropit_fx.runtime.linear_loss import linear_cross_entropy, linear_log_probs, linear_logsumexp
-from dropit_fx.runtime.regions import name_of
 
 _CASTS = ("float", "double", "half", "bfloat16", "to", "type", "to_copy")
 _COPIES = ("contiguous", "clone")
 _SCALES = {"mul": "mul", "div": "div", "truediv": "div"}
 _SHAPES = ("view", "reshape", "unsafe_view")
 _CUTS = {"slice": 1, "narrow": 1, "select": 1}  # the place of the dimension
-_CHECKS = ("assert_tensor_metadata",)  # of torch.export: they read no value
 _WHOLE = slice(None, None, None)
 
 
@@ -104,7 +103,7 @@ class Matcher:
 
     def _loss(self, user: fx.Node, node: fx.Node, path: Path) -> Loss | None:
         """The loss that ``user`` is, or None."""
-        name, z = _name(user), self.values[node.name]
+        name, z = called(user), self.values[node.name]
         rule = rule_of(user)
         if (rule is RULES["cross_entropy"] and not path.log) or (
             rule is RULES["nll_loss"] and path.log
@@ -133,10 +132,11 @@ class Matcher:
             raise NoMatch(f"'{user.name}' is called otherwise than with logits")
         if call["size_average"] is not None or call["reduce"] is not None:
             raise NoMatch(f"'{user.name}' is called with deprecated arguments")
-        target = self.values[call["target"].name]
-        if target.dtype != torch.int64:
+        target, z = self.values[call["target"].name], self.values[node.name]
+        soft = target.is_floating_point()
+        if target.dtype != torch.int64 and (path.log or not soft):
             raise NoMatch(f"the targets of '{user.name}' are no classes")
-        if self.values[node.name].dim() != 2 or target.dim() != 1:
+        if z.dim() != 2 or target.shape != (z.shape if soft else z.shape[:1]):
             raise NoMatch(f"'{user.name}' reads no matrix of rows and classes")
         kwargs = {
             "reduction": reduction_enum(call["reduction"]),
@@ -149,7 +149,7 @@ class Matcher:
 
     def _step(self, user: fx.Node, node: fx.Node, path: Path) -> Path:
         """The path with one op more."""
-        name, before, after = _name(user), self.values[node.name], self.values[user.name]
+        name, before, after = called(user), self.values[node.name], self.values[user.name]
         other = NoMatch(f"'{user.name}' ({name}) reads them")
         if not isinstance(after, Tensor):
             raise other
@@ -175,7 +175,7 @@ class Matcher:
         self, user: fx.Node, node: fx.Node, before: Tensor, after: Tensor
     ) -> Callable[[fx.Graph, fx.Node], fx.Node] | None:
         """What ``user`` does to rows, as something done to the layer's input; or None."""
-        name, last = _name(user), before.dim() - 1
+        name, last = called(user), before.dim() - 1
         if not after.dim() or after.shape[-1] != before.shape[-1] or user.args[0] is not node:
             return None
         args = user.args[1:]
@@ -196,16 +196,6 @@ class Matcher:
         return None
 
 
-def _name(node: fx.Node) -> str:
-    """What a node calls, without overload and underscores: ``mul`` of ``__mul__``."""
-    return name_of(node).strip("_")
-
-
-def is_check(node: fx.Node) -> bool:
-    """Whether a node reads only what kind of tensor it is given."""
-    return _name(node) in _CHECKS and not node.users
-
-
 def _again(graph: fx.Graph, user: fx.Node, x: fx.Node) -> fx.Node:
     """The call of ``user`` with another first argument."""
     return graph.create_node(user.op, user.target, (x, *user.args[1:]), dict(user.kwargs))
@@ -214,7 +204,7 @@ def _again(graph: fx.Graph, user: fx.Node, x: fx.Node) -> fx.Node:
 def _arguments(user: fx.Node, node: fx.Node, *names: str) -> tuple[Any, ...]:
     """The arguments behind ``node`` by name, None where they are not given."""
     if not user.args or user.args[0] is not node:
-        raise NoMatch(f"'{user.name}' ({_name(user)}) reads them")
+        raise NoMatch(f"'{user.name}' ({called(user)}) reads them")
     given = dict(zip(names, user.args[1:], strict=False)) | dict(user.kwargs)
     return tuple(given.get(name) for name in names)
 
@@ -240,7 +230,7 @@ def _logit_step(
     user: fx.Node, node: fx.Node, before: Tensor, after: Tensor
 ) -> tuple[str, float] | None:
     """What ``user`` does to each logit by itself, or None."""
-    name = _name(user)
+    name = called(user)
     others = [n for n in user.all_input_nodes if n is not node]
     if others or before.shape != after.shape or before.device != after.device:
         return None

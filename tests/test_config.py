@@ -441,3 +441,12 @@ def test_a_config_object_can_be_written_by_hand() -> None:
     config = Config(rules=(Rule(codec="mink", op=("linear",)), Rule(codec="bitmask")), preset=None)
     packed = dropit_fx.transform(model(), config, example_args=(x,))
     assert not any(r.reason for r in dropit_fx.report(packed).rows)
+
+
+def test_drop_logits_is_the_configs_unless_it_is_given() -> None:
+    for own in (True, False):
+        assert make_config({"drop_logits": own}).drop_logits is own
+        for given in (True, False):
+            assert make_config({"drop_logits": own}, drop_logits=given).drop_logits is given
+    with pytest.raises(ConfigError, match="drop_logits is true or false, not 1"):
+        make_config(drop_logits=1)  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from dropit_fx.capture.expand import expand, opaque_nodes
 from dropit_fx.capture.fake import concrete_fakes, propagate
 from dropit_fx.compile.channels_last import channels_last
 from dropit_fx.compile.fuse import FusePacking
+from dropit_fx.compile.lookups import AddLookups
 from dropit_fx.compile.partition import KeepPacked
 from dropit_fx.compile.returned import ReturnInputsAsTheyAre, in_turn
 from dropit_fx.compile.saved import Partition
@@ -46,7 +47,7 @@ from dropit_fx.words import closest, did_you_mean
 
 log = logging.getLogger(__name__)
 
-OPTIONS = ("config", "preset", "strategy", "gamma", "bits", "inner", "fuse")
+OPTIONS = ("config", "preset", "strategy", "gamma", "bits", "drop_logits", "inner", "fuse")
 Compiled = Callable[..., Any]
 
 
@@ -96,10 +97,11 @@ def dropit(
         example_inputs: Its inputs, as fake tensors.
         mode: One of inductor's modes.
         options: ``config``, ``preset``, ``strategy``, ``gamma``, ``bits`` as for ``transform``;
-            ``inner``: the backend that compiles the rewritten graph; ``fuse``: whether inductor
-            gets packing as plain tensor ops, to fuse them (True, False; None: False); anything
-            else goes to inductor. Each of ours has a default in the environment
-            (``DROPIT_PRESET=...``), for callers that cannot pass options.
+            ``drop_logits``: where given, in the place of the config's; ``inner``: the backend that
+            compiles the rewritten graph; ``fuse``: whether inductor gets packing as plain tensor
+            ops, to fuse them (True, False; None: False); anything else goes to inductor. Each of
+            ours has a default in the environment (``DROPIT_PRESET=...``), for callers that cannot
+            pass options.
 
     Raises:
         ConfigError: An unknown option, or a value that cannot mean anything.
@@ -164,13 +166,12 @@ def _compile(
     return compiler(_Job(gm, example_inputs, mode, options, record, fuse, lower))
 
 
+_TRUTH = ({"1": True, "true": True, "0": False, "false": False}.__getitem__, "not true or false")
 _FROM_TEXT: dict[str, tuple[Callable[[Any], Any], str]] = {  # of the environment
     "gamma": (float, "no number"),
     "bits": (int, "no number"),
-    "fuse": (
-        {"1": True, "true": True, "0": False, "false": False}.__getitem__,
-        "not true or false",
-    ),
+    "drop_logits": _TRUTH,
+    "fuse": _TRUTH,
 }
 
 
@@ -296,8 +297,10 @@ def _inductor(job: _Job) -> Compiled:
 
     patches = _patches(job.mode, job.options)
     patches[PARTITIONER] = job.guard(patches.get(PARTITIONER))
-    if job.fuse and inductor_has(PRE_PASS):
-        patches[PRE_PASS] = in_turn(patches.get(PRE_PASS), FusePacking())
+    if inductor_has(PRE_PASS):
+        patches[PRE_PASS] = in_turn(patches.get(PRE_PASS), AddLookups())
+        if job.fuse:
+            patches[PRE_PASS] = in_turn(patches[PRE_PASS], FusePacking())
     if inductor_has(POST_PASS):
         patches[POST_PASS] = in_turn(patches.get(POST_PASS), ReturnInputsAsTheyAre())
     # our functions are safe to cache under a version that changes with the formulas and kernels

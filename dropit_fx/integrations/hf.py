@@ -16,10 +16,11 @@ from torch import fx, nn
 
 from dropit_fx.compile.backend import CompiledGraph, compiled_graphs, dropit, dropit_eager
 from dropit_fx.config import Config, ConfigError, make_config
+from dropit_fx.measure import alive
 from dropit_fx.private import compiled_in_place, undo_compile
 
 try:
-    from transformers import PreTrainedModel, TrainerCallback
+    from transformers import PreTrainedModel, Trainer, TrainerCallback
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"dropit_fx.integrations.hf needs the package {error.name} (pip install 'dropit-fx[hf]')",
@@ -34,6 +35,23 @@ log = logging.getLogger(__name__)
 BACKENDS: dict[str, Callable[..., Any]] = {"dropit_eager": dropit_eager, "dropit": dropit}
 
 
+def _reads_no_logits(callback: TrainerCallback) -> bool:
+    """Whether the training step of the callback's trainer reads the loss alone of an output.
+
+    ``Trainer``'s own does: where it computes a loss itself, the model is given no labels, and its
+    logits are no part of a fused loss. A subclass with a step of its own may read them (TRL's
+    ``SFTTrainer`` counts right tokens).
+    """
+    trainers = [t for t in alive(Trainer) if callback in t.callback_handler.callbacks]
+    return bool(trainers) and all(map(_steps_as_it_does, trainers))
+
+
+def _steps_as_it_does(trainer: Trainer) -> bool:
+    parts = [(getattr(trainer, n), getattr(Trainer, n)) for n in ("training_step", "compute_loss")]
+    reads_by_place = getattr(trainer.args, "past_index", -1) >= 0  # None has no place in an output
+    return not reads_by_place and all(getattr(p, "__func__", p) is usual for p, usual in parts)
+
+
 class DropITCallback(TrainerCallback):
     """Packs what the training step of a ``Trainer`` saves for the backward.
 
@@ -43,14 +61,15 @@ class DropITCallback(TrainerCallback):
     ``saved_bytes_packed``; ``graphs`` has the reports.
 
     Args:
-        config: As for ``transform``; so are `preset`, `strategy`, `gamma` and `bits`. With
-            ``drop_logits: true`` the logits of a language model are never whole in training, where
-            the model returns None for them; evaluation has them.
+        config: As for ``transform``; so are `preset`, `strategy`, `gamma` and `bits`.
         preset: Name of a preset.
         strategy: Codec of linear and convolution inputs; without a preset or a config, the preset
             is then ``"dropit"``.
         gamma: Dropping rate in [0, 1), for all rules of the preset whose codec has one.
         bits: Bits of a kept value, 1 to 8, for all rules of the preset whose codec has them.
+        drop_logits: Whether the logits of a language model are never whole in training, where the
+            model returns None for them; evaluation has them. None: where the loop does not read
+            them, which is so where it is ``Trainer``'s own, and where the config says so.
         backend: ``"dropit_eager"`` runs the rewritten graphs as they are: every value that is not
             approximated has the bits of training without the callback. ``"dropit"`` compiles them.
         options: More options of the backend: ``inner``, and inductor's own.
@@ -70,25 +89,28 @@ class DropITCallback(TrainerCallback):
         strategy: str | None = None,
         gamma: float | None = None,
         bits: int | None = None,
+        drop_logits: bool | None = None,
         backend: str = "dropit_eager",
         options: Mapping[str, Any] | None = None,
     ) -> None:
         if backend not in BACKENDS:
             raise ConfigError(f"no backend {backend!r}. Choose one of: {', '.join(BACKENDS)}.")
-        make_config(config, preset=preset, strategy=strategy, gamma=gamma, bits=bits)  # errors now
-        ours = {
+        ours: dict[str, Any] = {
             "config": config,
             "preset": preset,
             "strategy": strategy,
             "gamma": gamma,
             "bits": bits,
+            "drop_logits": drop_logits,
         }
+        self._drops = make_config(**ours).drop_logits  # errors now
         self.backend = backend
         self.options = {k: v for k, v in ours.items() if v is not None} | dict(options or {})
         self.graphs: tuple[CompiledGraph, ...] = ()
         self._model: nn.Module | None = None
         self._compiled: list[CompiledGraph] = []  # in the whole life of the callback
         self._before: int | None = None  # how many before the first batch; None after it
+        self._unread = False  # whether the loop reads no logits of a training step
 
     def on_train_begin(
         self,
@@ -111,6 +133,7 @@ class DropITCallback(TrainerCallback):
                 " with inductor."
             )
         self._model, self._before = model, len(self._compiled)
+        self._unread = self._drops or _reads_no_logits(self)
         for part in model.modules():
             if isinstance(part, PreTrainedModel):  # looked up now: the look-up may log a warning,
                 part.loss_function = part.loss_function  # which would cut the graph in two
@@ -134,7 +157,8 @@ class DropITCallback(TrainerCallback):
 
     def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         before = len(compiled_graphs())
-        compiled = BACKENDS[self.backend](gm, example_inputs, options=self.options)
+        options = {"drop_logits": self._unread} | self.options
+        compiled = BACKENDS[self.backend](gm, example_inputs, options=options)
         self._compiled += compiled_graphs()[before:]
         return compiled
 

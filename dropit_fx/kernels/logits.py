@@ -11,6 +11,10 @@ of float32, of float64 where the logits are. ``linear_rows_backward`` takes a gr
 these numbers; of the forward it reads the operands and ``lse``, one number a row, since
 ``dz = exp(z - lse) d(lse) + onehot(target) d(picked) + factors d(spread)``.
 
+Where ``target`` is of floats, ``(rows, classes)``, it says how much each class counts (soft
+targets): ``picked`` is ``sum(z * target * factors)``, and ``mass`` is ``sum(target * factors)``,
+which is empty for class numbers. Such a target has a gradient.
+
 ``steps`` are done one after the other to each logit: ``mul`` and ``div`` with the number of the
 same place in ``numbers``, ``tanh``, or the name of the dtype that it is cast to. ``dtype`` is that
 of the product, to which blocks of weight and bias are cast: under autocast it is not theirs.
@@ -115,33 +119,48 @@ def linear_rows(
     steps: Sequence[str],
     numbers: Sequence[float],
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """In PyTorch, for every device.
 
-    ``target`` is int64; where it is ``ignored``, ``picked`` is 0. Without ``target`` or
-    ``factors``, what comes of them is empty.
+    ``target`` is int64, or of floats; where it is ``ignored``, ``picked`` is 0. Without ``target``
+    or ``factors``, what comes of them is empty.
     """
     logits = _Logits(x, weight, bias, steps, numbers, dtype)
-    picked, lse, spread = _fake_rows(
-        x, weight, bias, target, factors, ignored, steps, numbers, dtype
-    )
-    picked.zero_()
-    spread.zero_()
+    found = _fake_rows(x, weight, bias, target, factors, ignored, steps, numbers, dtype)
+    picked, lse, spread, mass = (t.zero_() for t in found)
     sums: list[Tensor] = []
-    if target is not None:
+    soft = _is_soft(target)
+    if target is not None and not soft:
         _in_range(target, weight.shape[0], ignored)
     with torch.autocast(x.device.type, enabled=False):
         for first, last, block in logits.blocks():
             z = logits.of(first, last, block)[-1].to(lse.dtype)
             sums.append(z.logsumexp(1))
-            if target is not None:
+            if target is not None and soft:
+                counted = _counted(target, factors, first, last, z.dtype)
+                mass += counted.sum(1)
+                picked += counted.mul_(z).sum(1)
+            elif target is not None:
                 inside, at = _at(target, first, last)
                 picked = torch.where(inside, z.gather(1, at), picked[:, None])[:, 0]
             if factors is not None:
                 spread += z @ factors[first:last].to(z.dtype)
     lse = torch.stack(sums).logsumexp(0)
     # where a logit is infinite there is no softmax
-    return picked, lse.masked_fill_(lse == float("inf"), float("nan")), spread
+    return picked, lse.masked_fill_(lse == float("inf"), float("nan")), spread, mass
+
+
+def _is_soft(target: Tensor | None) -> bool:
+    """Whether it says of each class how much it counts, and is no class number."""
+    return target is not None and target.is_floating_point()
+
+
+def _counted(
+    target: Tensor, factors: Tensor | None, first: int, last: int, dtype: torch.dtype
+) -> Tensor:
+    """How much each class of a block counts, by soft targets: a tensor that may be overwritten."""
+    part = target[:, first:last].to(dtype, copy=True)
+    return part if factors is None else part.mul_(factors[first:last].to(dtype))
 
 
 def _statistics(steps: Sequence[str], dtype: torch.dtype) -> torch.dtype:
@@ -150,18 +169,19 @@ def _statistics(steps: Sequence[str], dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types([dtype, *casts][-1], torch.float32)
 
 
-def _fake_rows(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_rows(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, _, target, factors, _, steps, _, dtype = rest
     rows, kind = x.shape[0], _statistics(steps, dtype)
-    given = (target is not None, True, factors is not None)
-    picked, lse, spread = (x.new_empty(rows if one else 0, dtype=kind) for one in given)
-    return picked, lse, spread
+    given = (target is not None, True, factors is not None, _is_soft(target))
+    picked, lse, spread, mass = (x.new_empty(rows if one else 0, dtype=kind) for one in given)
+    return picked, lse, spread, mass
 
 
 def linear_rows_backward(
     picked: Tensor,
     total: Tensor,
     spread: Tensor,
+    mass: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -172,23 +192,30 @@ def linear_rows_backward(
     numbers: Sequence[float],
     dtype: torch.dtype,
     wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and bias from those of the three, that of ``lse`` as ``total``.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, weight, bias and target from those of the rows, ``lse``'s as ``total``.
 
     Those that are not ``wanted`` are empty. Of the weights, each is one product, as in autograd; of
     x, products of all blocks are summed, in float32 where they are shorter.
     """
     logits = _Logits(x, weight, bias, steps, numbers, dtype)
-    empty = _fake_grads(picked, total, spread, x, weight, bias, *[None] * 6, wanted)
-    dx, dw, db = empty
+    given = (picked, total, spread, mass, x, weight, bias, target)
+    dx, dw, db, dt = _fake_grads(*given, *[None] * 5, wanted)
+    soft = _is_soft(target)
     sums = torch.zeros_like(dx, dtype=torch.promote_types(dx.dtype, torch.float32))
     with torch.autocast(x.device.type, enabled=False):
         for first, last, block in logits.blocks():
             made = logits.of(first, last, block)
+            if wanted[3]:
+                by_class = picked[:, None] * made[-1] + mass[:, None]
+                dt[:, first:last] = by_class if factors is None else by_class * factors[first:last]
             own = not steps and made[-1].dtype == lse.dtype  # else a step's gradient reads it
             shifted = made[-1].sub_(lse[:, None]) if own else made[-1] - lse[:, None]
             dz = shifted.exp_().mul_(total[:, None])
-            if target is not None:
+            if target is not None and soft:
+                counted = _counted(target, factors, first, last, dz.dtype)
+                dz.addcmul_(counted, picked[:, None])
+            elif target is not None:
                 inside, at = _at(target, first, last)
                 dz.scatter_add_(1, at, picked[:, None].where(inside, 0))
             if factors is not None:
@@ -199,17 +226,26 @@ def linear_rows_backward(
             elif wanted[0]:
                 sums += dz @ block
             if wanted[1]:
-                dw[first:last] = dz.t() @ x
+                _product_into(dw[first:last], dz.t(), x)
             if wanted[2]:
                 db[first:last] = dz.sum(0)
-    return sums.to(dx.dtype), dw, db
+    return sums.to(dx.dtype), dw, db, dt
 
 
-def _fake_grads(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight, bias, wanted = *args[3:6], args[-1]
-    like = (x, weight, x if bias is None else bias)
-    dx, dw, db = (t.new_empty(t.shape if ask else 0) for t, ask in zip(like, wanted, strict=True))
-    return dx, dw, db
+def _product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """Without a temporary where the dtypes are one."""
+    if out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(left @ right)
+
+
+def _fake_grads(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wanted, like = args[-1], [args[4] if t is None else t for t in args[4:8]]
+    dx, dw, db, dt = (
+        torch.empty_like(t) if ask else t.new_empty(0) for t, ask in zip(like, wanted, strict=True)
+    )
+    return dx, dw, db, dt
 
 
 _OPERANDS = "Tensor x, Tensor weight, Tensor? bias, Tensor? target, Tensor? factors"
@@ -217,13 +253,13 @@ _LOGITS = "str[] steps, float[] numbers, ScalarType dtype"
 _OPS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
     (
         f"linear_rows({_OPERANDS}, int ignored, {_LOGITS})"
-        " -> (Tensor picked, Tensor lse, Tensor spread)",
+        " -> (Tensor picked, Tensor lse, Tensor spread, Tensor mass)",
         linear_rows,
         _fake_rows,
     ),
     (
-        f"linear_rows_backward(Tensor picked, Tensor total, Tensor spread, {_OPERANDS},"
-        f" Tensor lse, {_LOGITS}, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+        "linear_rows_backward(Tensor picked, Tensor total, Tensor spread, Tensor mass,"
+        f" {_OPERANDS}, Tensor lse, {_LOGITS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
         linear_rows_backward,
         _fake_grads,
     ),

@@ -40,9 +40,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     refuse_second_derivatives(grads[0], "linear_cross_entropy")
-    wanted = [bool(asked) for asked in ctx.needs_input_grad[:3]]
+    wanted = [bool(asked) for asked in ctx.needs_input_grad[:4]]
     found = torch.ops.dropit.linear_rows_backward(*grads, *ctx.saved_tensors, *ctx.how, wanted)
-    return (*[g if ask else None for g, ask in zip(found, wanted, strict=True)], *[None] * 6)
+    return (*[g if ask else None for g, ask in zip(found, wanted, strict=True)], *[None] * 5)
 
 
 torch.library.register_autograd("dropit::linear_rows", _backward, setup_context=_setup)
@@ -65,19 +65,24 @@ def _rows(
     target: Tensor | None = None,
     factors: Tensor | None = None,
     ignored: int = _NONE,
-) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
-    """``picked``, ``lse``, ``spread`` of each row, and the dtype of ``loss`` on dense logits."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, torch.dtype]:
+    """The numbers of each row, see ``kernels/logits.py``; the dtype of ``loss`` on dense logits."""
     flat = x.reshape(-1, x.shape[-1])
-    if target is not None and target.numel() != flat.shape[0]:
+    if target is not None and target.shape[0] != flat.shape[0]:
         raise ValueError(
             f"Expected input batch_size ({flat.shape[0]}) to match target batch_size"
-            f" ({target.numel()})."
+            f" ({target.shape[0]})."
+        )
+    if target is not None and target.is_floating_point() and target.shape[1:] != weight.shape[:1]:
+        raise ValueError(
+            f"Expected probabilities of {weight.shape[0]} classes in each row of the target, not"
+            f" of shape {tuple(target.shape)}."
         )
     with torch.no_grad():  # autocast is asked: by no rows of one class
         few = flat[:0], weight[:1], None if bias is None else bias[:1]
         product = F.linear(*few)
         dtype = loss(dense_logits(*few, steps)).dtype
-    picked, lse, spread = torch.ops.dropit.linear_rows(
+    numbers = torch.ops.dropit.linear_rows(
         flat.to(product.dtype),
         weight,
         bias,
@@ -88,7 +93,7 @@ def _rows(
         [float(number) for _, number in steps],
         product.dtype,
     )
-    return picked, lse, spread, dtype
+    return (*numbers, dtype)
 
 
 def _log_softmax(z: Tensor) -> Tensor:
@@ -124,11 +129,11 @@ def linear_cross_entropy(
         x: (rows, width), as ``weight`` (classes, width) of float32, bfloat16, float16 or float64.
         weight: Of the layer.
         bias: (classes,).
-        target: (rows,), int64.
+        target: (rows,), int64; or (rows, classes), probabilities, which may want a gradient.
         class_weight: (classes,).
         steps: What is done to the logits: see ``kernels/logits.py``.
         reduction: 0: none, 1: mean, 2: sum.
-        ignore_index: The class of which rows do not count.
+        ignore_index: The class of which rows do not count; without a meaning for probabilities.
         label_smoothing: In [0, 1].
         log_softmax: Where the model has ``F.nll_loss(F.log_softmax(...))``, to which autocast may
             give another dtype.
@@ -138,7 +143,7 @@ def linear_cross_entropy(
 
     Raises:
         IndexError: A target is no class (on a GPU, an assertion there).
-        ValueError: There are more or fewer targets than rows.
+        ValueError: There are more or fewer targets than rows, or than probabilities of a row.
     """
     tensors = (x, weight, bias, target, class_weight)
     how: Any = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
@@ -149,45 +154,49 @@ def linear_cross_entropy(
             return F.nll_loss(rows, target, factors, reduction=size, ignore_index=ignore_index)
         return F.cross_entropy(z, target, factors, reduction=size, **how)
 
-    if _is_plain(*tensors):
+    own = class_weight is not None and class_weight.requires_grad  # a gradient of its own
+    if own or _is_plain(*tensors):
         z = dense_logits(x, weight, bias, steps)
         return dense(z, target, class_weight, _SIZES[reduction])
     if has_torch_function(_tensors(*tensors)):
         how |= {"steps": steps, "reduction": reduction, "log_softmax": log_softmax}
         seen: Tensor = _handed_on(linear_cross_entropy, *tensors, **how)
         return seen
-    classes = weight.shape[0]
-    factors = None
-    if label_smoothing:
-        factors = x.new_ones(classes) if class_weight is None else class_weight
+    soft, classes = target.is_floating_point(), weight.shape[0]
+    factors = class_weight if label_smoothing or soft else None
+    if label_smoothing and factors is None:
+        factors = x.new_ones(classes)
 
     def loss_of(z: Tensor) -> Tensor:
-        return dense(z, target[:0], None if class_weight is None else class_weight[:1], "sum")
+        few = target[:0, :1] if soft else target[:0]
+        return dense(z, few, None if class_weight is None else class_weight[:1], "sum")
 
     rows = _rows(x, weight, bias, steps, loss_of, target, factors, ignore_index)
-    picked, lse, spread, dtype = rows
-    ignored = target == ignore_index
-    each = lse - picked
-    weights: Tensor | None = None
-    if class_weight is not None:
-        weights = class_weight.to(each.dtype)[target.masked_fill(ignored, 0)]
-        each = each * weights
-        weights = weights.masked_fill(ignored, 0)
-    loss = _reduced(each, ignored, weights, reduction)
-    if factors is not None:
-        smooth = _reduced(lse * factors.to(lse.dtype).sum() - spread, ignored, weights, reduction)
-        loss = (1 - label_smoothing) * loss + (label_smoothing / classes) * smooth
-    return loss.to(dtype)
+    picked, lse, spread, mass, dtype = rows
+    ignored: Tensor | None = None
+    counts = torch.ones_like(lse)  # what each row counts in the mean
+    if soft:
+        each = lse * mass - picked
+    else:
+        each, ignored = lse - picked, target == ignore_index
+        if class_weight is not None:
+            counts = class_weight.to(each.dtype)[target.masked_fill(ignored, 0)]
+            each = each * counts
+        counts = counts.masked_fill(ignored, 0)
+    if label_smoothing:
+        assert factors is not None
+        smooth = lse * factors.to(lse.dtype).sum() - spread
+        each = (1 - label_smoothing) * each + (label_smoothing / classes) * smooth
+    return _reduced(each, ignored, counts, reduction).to(dtype)
 
 
-def _reduced(each: Tensor, ignored: Tensor, weights: Tensor | None, reduction: int) -> Tensor:
+def _reduced(each: Tensor, ignored: Tensor | None, counts: Tensor, reduction: int) -> Tensor:
     """The loss of rows that count: of each, of all, or by their weight. Of none the mean is NaN."""
-    each = each.masked_fill(ignored, 0)
+    if ignored is not None:
+        each = each.masked_fill(ignored, 0)
     if reduction == 0:
         return each
-    if reduction == 2:
-        return each.sum()
-    return each.sum() / (~ignored if weights is None else weights).sum()
+    return each.sum() if reduction == 2 else each.sum() / counts.sum()
 
 
 def linear_log_probs(
@@ -219,7 +228,7 @@ def linear_log_probs(
     if has_torch_function(_tensors(*tensors)):
         seen: Tensor = _handed_on(linear_log_probs, *tensors, steps=steps)
         return seen
-    picked, lse, _, dtype = _rows(x, weight, bias, steps, _log_softmax, index.reshape(-1))
+    picked, lse, *_, dtype = _rows(x, weight, bias, steps, _log_softmax, index.reshape(-1))
     return (picked - lse).reshape(index.shape).to(dtype)
 
 
@@ -241,7 +250,7 @@ def linear_logsumexp(
     if has_torch_function(_tensors(*tensors)):
         seen: Tensor = _handed_on(linear_logsumexp, *tensors, steps=steps, keepdim=keepdim)
         return seen
-    _, lse, _, dtype = _rows(x, weight, bias, steps, _logsumexp)
+    _, lse, *_, dtype = _rows(x, weight, bias, steps, _logsumexp)
     return lse.reshape(*x.shape[:-1], *[1] * keepdim).to(dtype)
 
 

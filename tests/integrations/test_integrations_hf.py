@@ -49,7 +49,11 @@ def counting(size: int = 64) -> list[dict[str, Tensor]]:
 
 
 def trainer(
-    model: nn.Module, folder: Path, callback: DropITCallback | None = None, **options: Any
+    model: nn.Module,
+    folder: Path,
+    callback: DropITCallback | None = None,
+    kind: type[Trainer] = Trainer,
+    **options: Any,
 ) -> Trainer:
     settings: dict[str, Any] = {
         "output_dir": str(folder),
@@ -64,7 +68,7 @@ def trainer(
         "save_strategy": "no",
         "seed": 0,
     }
-    made = Trainer(
+    made = kind(
         model,
         TrainingArguments(**settings | options),
         train_dataset=counting(),
@@ -138,18 +142,67 @@ def test_compiled_graphs_log_what_their_partition_saves(tmp_path: Path) -> None:
     assert logged["saved_bytes_packed"] == graph.partitions[-1].saved_bytes > 0
 
 
-def test_logits_that_nobody_reads_are_dropped_in_training_and_there_in_evaluation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def many(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A config for more words than the model is wide."""
     monkeypatch.setattr(sys.modules[__name__], "VOCABULARY", 256)
-    dense = losses(train(tmp_path))
-    callback = DropITCallback({"preset": "lossless", "loss_classes": 8, "drop_logits": True})
-    made = train(tmp_path, callback)
+    return {"preset": "lossless", "loss_classes": 8}
+
+
+def drops(callback: DropITCallback) -> bool:
+    """Whether the logits of training steps are never whole."""
     (graph,) = callback.graphs
-    assert "fused" in {row.codec for row in graph.report.rows}
-    assert losses(made) == [pytest.approx(pair, rel=1e-5) for pair in dense]
+    return "fused" in {row.codec for row in graph.report.rows}
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}], ids=["float32", "bf16"])
+def test_logits_that_nobody_reads_are_dropped_in_training_and_there_in_evaluation(
+    tmp_path: Path, many: dict[str, Any], options: dict[str, Any]
+) -> None:
+    dense = losses(train(tmp_path, **options))
+    callback = DropITCallback(many)
+    made = train(tmp_path, callback, **options)
+    assert drops(callback)
+    near = 2e-2 if options else 1e-5
+    assert losses(made) == [pytest.approx(pair, rel=near) for pair in dense]
     predicted = made.predict(counting(BATCH)).predictions
     assert predicted.shape == (BATCH, LENGTH, 256)
+
+
+class CountsRightWords(Trainer):
+    """As TRL's trainers do."""
+
+    right = 0
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, **kwargs)
+        self.right += (outputs.logits.argmax(-1) == inputs["labels"]).sum().item()
+        return loss
+
+
+@pytest.mark.parametrize("kind", ["subclass", "by hand", "off", "smoothed"])
+def test_logits_that_the_loop_may_read_stay(
+    tmp_path: Path, many: dict[str, Any], kind: str
+) -> None:
+    callback = DropITCallback(many, drop_logits=False if kind == "off" else None)
+    counts = CountsRightWords if kind == "subclass" else Trainer
+    options = {"label_smoothing_factor": 0.1} if kind == "smoothed" else {}
+    made = trainer(gpt2(), tmp_path, callback, counts, **options)
+    if kind == "by hand":
+        made.compute_loss = lambda model, inputs, **rest: model(**inputs)["loss"]
+    made.train()
+    assert len(losses(made)) == 4
+    assert not drops(callback)
+    assert kind != "subclass" or made.right >= 0
+
+
+def test_logits_are_dropped_where_the_caller_says_so(tmp_path: Path, many: dict[str, Any]) -> None:
+    for how in ({"drop_logits": True}, {"config": many | {"drop_logits": True}}):
+        callback = DropITCallback(**{"config": many, **how})
+        made = trainer(gpt2(), tmp_path, callback, max_steps=1)
+        made.compute_loss = lambda model, inputs, **rest: model(**inputs)["loss"]
+        made.train()
+        assert drops(callback)
 
 
 def test_the_model_stays_what_it_is(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from dropit_fx.kernels.logits import LEAST, block_of
-from dropit_fx.measure import saved_bytes
+from dropit_fx.measure import peak_memory, saved_bytes
 from dropit_fx.runtime.linear_loss import (
     dense_logits,
     linear_cross_entropy,
@@ -80,6 +80,58 @@ def test_cross_entropy_is_the_dense_one(steps: Any, dtype: torch.dtype, reductio
         fused, dense = cross_entropies(steps, **how)
         operands = [t.to(dtype) for t in (X, WEIGHT, *[BIAS] * bias)]
         assert error(outcome(fused, *operands), outcome(dense, *operands)) < NEAR[dtype]
+
+
+SOFT = torch.randn(ROWS, CLASSES).softmax(1)
+SOFT[2] = F.one_hot(torch.tensor(5), CLASSES)
+
+
+@pytest.mark.parametrize("steps", [STEPS["plain"], STEPS["soft cap"]], ids=["plain", "soft cap"])
+@pytest.mark.parametrize("dtype", NEAR, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+def test_soft_targets_are_those_of_dense(steps: Any, dtype: torch.dtype, reduction: int) -> None:
+    """Gradients of the targets too."""
+    for weighted, smooth, bias in itertools.product([False, True], [0.0, 0.1], [False, True]):
+        weight = torch.linspace(0, 2, CLASSES).to(dtype) if weighted else None
+        how = {"reduction": reduction, "label_smoothing": smooth, "class_weight": weight}
+
+        def either(which: int, target: Tensor, *layer: Tensor) -> Tensor:
+            return cross_entropies(steps, target=target, **how)[which](*layer)  # noqa: B023
+
+        operands = [t.to(dtype) for t in (SOFT, X, WEIGHT, *[BIAS] * bias)]
+        fused, dense = (outcome(functools.partial(either, i), *operands) for i in (0, 1))
+        assert error(fused, dense) < 2 * NEAR[dtype]
+
+
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+def test_soft_targets_without_rows(reduction: int) -> None:
+    fused, dense = cross_entropies((), reduction=reduction, target=SOFT[:0])
+    for ours, theirs in zip(
+        outcome(fused, X[:0], WEIGHT), outcome(dense, X[:0], WEIGHT), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+def test_soft_targets_of_another_shape_are_refused_and_class_weights_that_learn_run_dense() -> None:
+    for target in (SOFT[:, :-1], SOFT[:-1], SOFT[:, 0]):
+        with pytest.raises(ValueError, match="Expected"):
+            linear_cross_entropy(X, WEIGHT, None, target)
+    each = torch.ones(CLASSES, requires_grad=True)
+    linear_cross_entropy(X, WEIGHT, None, SOFT, each).backward()
+    assert each.grad is not None
+
+
+def test_nothing_of_rows_times_classes_is_allocated() -> None:
+    """Neither for class numbers nor for soft targets, whose own gradient nobody wants."""
+    rows, classes = 64, 32 * LEAST
+    w = torch.randn(classes, WIDTH).requires_grad_()
+    for target in (torch.randint(0, classes, (rows,)), torch.rand(rows, classes)):
+        x = torch.randn(rows, WIDTH, requires_grad=True)
+        weighted = {"class_weight": torch.rand(classes), "label_smoothing": 0.1}
+        fused, dense = cross_entropies((), target=target, **weighted)
+        logits, gradients = 4 * rows * classes, 4 * w.numel()
+        assert peak_memory(lambda: dense(x, w)) > logits + gradients  # noqa: B023
+        assert peak_memory(lambda: fused(x, w)) < logits / 4 + gradients  # noqa: B023
 
 
 def test_it_is_as_near_to_double_precision_as_the_dense_one() -> None:
@@ -212,5 +264,6 @@ def test_a_tracer_sees_one_call_that_copies(model: nn.Module) -> None:
 
 def test_the_ops_follow_pytorchs_rules() -> None:
     tensors = [t.requires_grad_() for t in (X.clone(), WEIGHT.clone(), BIAS.clone())]
-    args = (*tensors, TARGET, torch.ones(CLASSES), -100, ["mul"], [0.5], torch.float32)
-    torch.library.opcheck(torch.ops.dropit.linear_rows.default, args)
+    for target in (TARGET, SOFT.clone().requires_grad_()):
+        args = (*tensors, target, torch.ones(CLASSES), -100, ["mul"], [0.5], torch.float32)
+        torch.library.opcheck(torch.ops.dropit.linear_rows.default, args)
