@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 from torch import fx
@@ -24,8 +25,8 @@ from dropit_fx.passes.plan import Copy, Decision, Plan
 from dropit_fx.passes.share_packed import is_in_graph
 from dropit_fx.private import ORIGIN
 from dropit_fx.runtime.copies import DROP, KEEP
-from dropit_fx.runtime.packed_call import PACKED_OPS, derived, pack
-from dropit_fx.runtime.regions import place_of, stand_in
+from dropit_fx.runtime.packed_call import PACKED_OPS, derived, pack, unless_changed
+from dropit_fx.runtime.regions import name_of, place_of, stand_in
 
 
 def insert_packing(plan: Plan) -> Plan:
@@ -57,6 +58,7 @@ class _Writer:
             self._hoist_attributes()
         self.order = {n: i for i, n in enumerate(self.graph.nodes)}
         self.copies: dict[Copy, fx.Node] = {}  # and the node that makes each
+        self.packed_of: dict[fx.Node, fx.Node] = {}  # of such a node: the value as it saw it
         # the calls of rows as they stand in the graph, which changes
         self.calls = {name: dict(call.operands) for name, call in plan.calls.items()}
         # before anything changes: what each derived value is made from
@@ -105,7 +107,8 @@ class _Writer:
                 ):
                     gives["result"] = d.copy
             else:
-                packed[d.read.operand] = self._copy(d, node)
+                seen = bound.get(d.read.operand, node)
+                packed[d.read.operand] = self._as_read(self._copy(d, node), seen, node)
         if rule is not CHECKPOINT:  # whose other inputs are arguments of the region
             packed |= _others(rule, bound, packed)
         args, kwargs = node.args, dict(node.kwargs)
@@ -126,6 +129,7 @@ class _Writer:
             result.meta = dict(node.meta)
             for i, copy in enumerate(gives.values()):
                 self.copies[copy] = self._item(call, i + 1, at)
+                self.packed_of[self.copies[copy]] = result
         written = next(iter(bound.values())) if is_inplace(node, bound) else None
         self._replace(node, result, list(node.users))
         if isinstance(written, fx.Node) and written.name in self.plan.values.shapes:
@@ -164,14 +168,28 @@ class _Writer:
             self._need(self.copies[copy], [decision])
         return self.copies[copy]
 
+    def _as_read(self, copy: fx.Node, seen: fx.Node, reader: fx.Node) -> fx.Node:
+        """The copy for who sees the value as ``seen``, on other ways than the copy was made on."""
+        between = set(_changing(self.packed_of[copy])) ^ set(_changing(seen))
+        if not between:
+            return copy
+        views = tuple((name_of(n) in _PARTS, n, _seen_by(n)) for n in sorted(between))
+        with self.graph.inserting_before(reader):
+            checked = self.graph.call_function(unless_changed, (copy, views))
+        checked.meta = _origin(reader)
+        self.order[checked] = self.order[reader]
+        return checked
+
     def _pack(self, copy: Copy, lead: Decision, reader: fx.Node) -> fx.Node:
         row = lead.read.row
+        source = self._source(lead, reader)
         node = self.graph.call_function(
             pack,
-            (self._source(lead, reader), (), lead.codec, dict(lead.options)),
+            (source, (), lead.codec, dict(lead.options)),
             {"autocast": row is not None and row.autocast == "lower"},
         )
         node.meta = _origin(reader)
+        self.packed_of[node] = source
         self.order[node] = self.order[reader]  # behind an in-place op, its source is redirected too
         self._need(node, self.by_copy[copy])
         return node
@@ -189,7 +207,7 @@ class _Writer:
         """Names the tensors whose gradients read a copy, through derived values too."""
         if copy.target is derived:
             for inner in copy.args[2].values():
-                self._need(inner, decisions)
+                self._need(unchecked(inner), decisions)
         if copy.target is not pack:
             return
         needed = dict.fromkeys(copy.args[1])
@@ -210,9 +228,10 @@ class _Writer:
                 copy = Copy(source)
                 if copy not in self.copies:
                     self.copies[copy] = self._derived(source, reader)
-                packs[operand] = self.copies[copy]
+                made = self.copies[copy]
             else:
-                packs[operand] = self._copy(source, reader)
+                made = self._copy(source, reader)
+            packs[operand] = self._as_read(made, bound[operand], reader)
         for statistic in self.statistics.get(name, ()):
             packs[statistic] = self.copies[Copy(name, operand=statistic)]
         like = self.nodes[name]
@@ -221,8 +240,45 @@ class _Writer:
         args = (rule.name, tuple(bound.values()), packs, like)
         node = self.graph.call_function(derived, args)
         node.meta = _origin(reader)
+        self.packed_of[node] = self.nodes[name]
         self.order[node] = self.order[reader]
         return node
+
+
+# What gives the same elements for the example, and others at another layout (then it copies) or in
+# other sizes (then they are a part, or repeated): by name
+_VIEW_OR_COPY = (
+    *("reshape", "reshape_as", "flatten", "ravel", "contiguous"),
+    *("to", "type", "type_as", "float", "half", "double", "bfloat16"),
+)
+_PARTS = (
+    *("getitem", "narrow", "slice", "select", "diagonal", "unfold", "as_strided"),
+    *("expand", "expand_as", "broadcast_to"),
+)
+
+
+def _changing(node: fx.Node) -> Iterator[fx.Node]:
+    """Such ops on the way to a value, from first operand to first operand."""
+    while node.all_input_nodes:
+        item = name_of(node) == "getitem" and "gives" in node.all_input_nodes[0].kwargs
+        if name_of(node) in (*_VIEW_OR_COPY, *_PARTS) and not item:
+            yield node
+        node = node.all_input_nodes[0]
+
+
+def _seen_by(node: fx.Node) -> fx.Node:
+    """What such an op looks at; of a part of several, what all are parts of."""
+    before = node.all_input_nodes[0]
+    several = name_of(node) == "getitem" and name_of(before) in _SEVERAL
+    return before.all_input_nodes[0] if several else before
+
+
+_SEVERAL = ("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "hsplit", "vsplit")
+
+
+def unchecked(copy: fx.Node) -> fx.Node:
+    """The node that makes a copy, behind what checks how it is seen."""
+    return copy.all_input_nodes[0] if copy.target is unless_changed else copy
 
 
 def _take_packed(body: Plan, operands: tuple[str, ...]) -> None:

@@ -62,7 +62,7 @@ class Elements(NamedTuple):
         offset: Of the first element.
         numel: How many elements there are.
         strided: None where they fill memory without gaps (then their order in memory is the same
-            for every view of all of them), else shape and strides.
+            for every view of all of them), else strides and sizes, sorted.
         dtype: What a view of other width would read otherwise.
         version: How often the storage had been written to.
     """

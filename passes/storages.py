@@ -19,7 +19,7 @@ from dropit_fx.private import (
     storage_id,
     version,
 )
-from dropit_fx.runtime.tensor_spec import memory_order
+from dropit_fx.runtime.tensor_spec import has_gaps
 
 FREE = (Keeper.PARAMETER, Keeper.BUFFER, Keeper.INPUT)  # the caller's, and no part of a step
 _ALIVE = (*FREE, Keeper.CONSTANT)  # before and after
@@ -161,7 +161,8 @@ class Chance(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def elements(x: Tensor, written: int) -> Elements:
     """What ``x`` shows, at a version of its storage."""
-    strided = None if memory_order(x) is not None else (tuple(x.shape), tuple(x.stride()))
+    dims = zip(x.stride(), x.shape, strict=True)
+    strided = tuple(sorted(d for d in dims if d[1] != 1)) if has_gaps(x) else None
     return Elements(storage_id(x), int(x.storage_offset()), x.numel(), strided, x.dtype, written)
 
 

@@ -17,10 +17,11 @@ from dropit_fx.codecs import CODEC, DERIVED
 from dropit_fx.ops.rule import INSIDE, OpRule, Use
 from dropit_fx.ops.table import CHECKPOINT, DERIVABLE, RULES, bind
 from dropit_fx.passes.derive_values import whole_values
+from dropit_fx.passes.insert_packing import unchecked
 from dropit_fx.passes.plan import Keeper, Plan
 from dropit_fx.passes.share_packed import LET_GO, by_site, is_in_graph, packed_bytes, value_of
 from dropit_fx.runtime.copies import DROP, KEEP
-from dropit_fx.runtime.packed_call import PACKED_OPS, derived, pack
+from dropit_fx.runtime.packed_call import PACKED_OPS, derived, pack, unless_changed
 from dropit_fx.runtime.regions import stand_in
 
 
@@ -50,6 +51,7 @@ def _calls(plan: Plan) -> Iterator[tuple[fx.Node, OpRule, dict[str, Any], dict[s
         if n.target in rules:
             kwargs: dict[str, Any] = dict(n.kwargs)
             packed, _ = kwargs.pop("packed"), kwargs.pop("gives", None)
+            packed = {k: unchecked(v) if isinstance(v, fx.Node) else v for k, v in packed.items()}
             yield n, rules[n.target], bind(rules[n.target], n.args, kwargs) or {}, packed
 
 
@@ -57,6 +59,7 @@ def _derivations(plan: Plan) -> Iterator[tuple[fx.Node, str, dict[str, Any], dic
     """Each node that derives a value: of which row, its arguments by name, the copies it reads."""
     for n in plan.module.graph.find_nodes(op="call_function", target=derived):
         rule_name, args, copies, _ = _arguments(n)
+        copies = {operand: unchecked(copy) for operand, copy in copies.items()}
         row = DERIVABLE.get(rule_name)
         yield n, rule_name, (bind(row, args, {}) if row is not None else None) or {}, copies
 
@@ -184,7 +187,7 @@ def packs_are_read(plan: Plan) -> Iterator[str]:
         elif source not in operands[n]:
             yield f"'{n.name}' packs '{source}', which none of its readers reads"
         for user in n.users:
-            if user.target not in PACKED_OPS.values() and user.target is not derived:
+            if user.target not in (*PACKED_OPS.values(), derived, unless_changed):
                 yield f"'{n.name}' is read by '{user.name}', which is no packed call"
         if codec not in CODEC or set(CODEC[codec].defaults()) - set(options):
             yield f"'{n.name}' has options {sorted(options)} for codec {codec!r}"

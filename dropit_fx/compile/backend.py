@@ -41,7 +41,14 @@ from dropit_fx.private import (
 from dropit_fx.private_inductor import INNER_COMPILE
 from dropit_fx.report.rows import Report, mib, rows
 from dropit_fx.runtime.linear_loss import LOSSES
-from dropit_fx.runtime.packed_call import CACHE_VERSION, PACKED_OPS, VERSIONS, derived, pack
+from dropit_fx.runtime.packed_call import (
+    CACHE_VERSION,
+    PACKED_OPS,
+    VERSIONS,
+    derived,
+    pack,
+    unless_changed,
+)
 from dropit_fx.runtime.regions import run_regions, stand_in
 from dropit_fx.words import closest, did_you_mean
 
@@ -246,7 +253,7 @@ def rewrite_dynamo_graph(
     return record
 
 
-_OURS = {f.__name__: f for f in (pack, derived, stand_in, *LOSSES)}
+_OURS = {f.__name__: f for f in (pack, unless_changed, derived, stand_in, *LOSSES)}
 
 
 class _Job(NamedTuple):

@@ -128,9 +128,8 @@ def _pack_by_channel(
     return parts, mean.view(shape), inverse.reciprocal().view(shape)
 
 
-def _run(shape: Sequence[int], order: list[int] | None) -> Any:
+def _run(shape: Sequence[int], order: list[int]) -> Any:
     """How many elements of one channel (dimension 1) follow each other, in memory order."""
-    order = list(range(len(shape))) if order is None else order
     inner = 1
     for d in order[order.index(1) + 1 :]:
         inner = inner * shape[d]
@@ -143,7 +142,7 @@ def buffers_of(codec: str, options: Settings) -> int:
 
 
 def parts_of(
-    x: Tensor, order: list[int] | None, codec: str, options: dict[str, Any]
+    x: Tensor, order: list[int], codec: str, options: dict[str, Any]
 ) -> tuple[Tensor, ...]:
     """What a codec keeps of ``x``, whose elements are taken in ``order``."""
     if not options.get("by_channel"):

@@ -57,7 +57,14 @@ from dropit_fx.runtime.overrides import has_own_ops, is_complex, on_meta, transf
 from dropit_fx.runtime.regions import checkpointed as checkpointed  # as pickles name it
 from dropit_fx.runtime.regions import packed_checkpoint
 from dropit_fx.runtime.regions import stand_in as stand_in  # as pickles name it
-from dropit_fx.runtime.tensor_spec import TensorSpec, memory_order, spec_of, stays
+from dropit_fx.runtime.tensor_spec import (
+    TensorSpec,
+    is_view,
+    memory_order,
+    shows_all,
+    spec_of,
+    stays,
+)
 
 
 def _lowered(x: Tensor) -> Tensor:
@@ -106,6 +113,29 @@ def pack(
         x = _lowered(x) if autocast else x
         parts = parts_of(x, memory_order(x), codec, dict(options))
     return Packed(parts, codec, tuple(options.items()), x.dtype)
+
+
+def unless_changed(
+    packed: Packed | None, views: tuple[tuple[bool, Tensor, Tensor], ...]
+) -> Packed | None:
+    """A packed copy for a reader that sees the same elements through ``views``.
+
+    Args:
+        packed: The copy, in memory order.
+        views: What an op on the way gave, behind what it looked at; and whether it may give a part
+            (a slice, ``expand``), else a copy (``reshape``). All showed the same elements when the
+            graph was traced.
+
+    Returns:
+        None where one does not any more, for inputs of another layout or other sizes: the reader
+        keeps what it sees.
+    """
+    tensors = [t for _, *pair in views for t in pair]
+    if has_torch_function(tensors) and not has_own_ops(tensors):
+        return handle_torch_function(unless_changed, tensors, packed, views)
+    if all((shows_all if part else is_view)(made, x) for part, made, x in views):
+        return packed
+    return None
 
 
 def by_mode(training: bool, in_training: Any, in_eval: Any) -> Any:

@@ -14,11 +14,12 @@ from dropit_fx.kernels.dispatch import define
 from dropit_fx.ops.table import CHECKPOINT
 from dropit_fx.private import CHECKPOINT_CONTEXT, OpOverload, storage_id
 from dropit_fx.runtime.copies import Kept, Packed, kept_as, read_back, shared_out
-from dropit_fx.runtime.tensor_spec import TensorSpec, spec_of, stays
+from dropit_fx.runtime.tensor_spec import TensorSpec, copied_to, laid_out, spec_of, stays
 
 
 def _value(value: Tensor, x: Tensor) -> Tensor:
-    return value.clone()
+    """A copy with the strides of ``x``: views of both are views alike."""
+    return copied_to(value, x.stride())
 
 
 define("stands_for(Tensor value, Tensor x) -> Tensor", _value, _value, triton=False)
@@ -42,7 +43,8 @@ class _StandIn(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, kept: Kept, *parts: Tensor) -> Tensor:
-        value: Tensor = STANDS_FOR(read_back(kept, parts, spec_of(x)).to(x.dtype), x)
+        again = read_back(kept, parts, spec_of(x)).to(x.dtype)
+        value: Tensor = STANDS_FOR(laid_out(again, x.stride()), x)
         return value
 
     @staticmethod
@@ -135,7 +137,8 @@ def checkpointed(
         held = shared_out([kept for kept, _ in copies.values()], given[count:])
         for (at, (_, spec)), (kept, own) in zip(copies.items(), held, strict=True):
             with torch.no_grad():
-                values[at] = read_back(kept, own, spec).to(spec.dtype)
+                again = read_back(kept, own, spec).to(spec.dtype)
+                values[at] = laid_out(again, spec.stride)
             values[at].requires_grad_()
         return body(*values, *no_stand_ins)
 
@@ -153,7 +156,7 @@ def _copies(tensors: dict[int, Tensor]) -> dict[int, Tensor]:
     for at, x in tensors.items():
         shared = storage_id(x)
         if sharing[shared] == 1:
-            made[at] = x.detach().clone()
+            made[at] = copied_to(x.detach(), x.stride())
             continue
         if shared not in storages:
             storages[shared] = x.untyped_storage().clone()  # type: ignore[no-untyped-call]
