@@ -170,15 +170,30 @@ class _Writer:
 
     def _as_read(self, copy: fx.Node, seen: fx.Node, reader: fx.Node) -> fx.Node:
         """The copy for who sees the value as ``seen``, on other ways than the copy was made on."""
-        between = set(_changing(self.packed_of[copy])) ^ set(_changing(seen))
+        between = set(self._changing(self.packed_of[copy])) ^ set(self._changing(seen))
         if not between:
             return copy
-        views = tuple((name_of(n) in _PARTS, n, _seen_by(n)) for n in sorted(between))
+        views = tuple((name_of(n) in _PARTS, n, self._seen_by(n)) for n in sorted(between))
         with self.graph.inserting_before(reader):
             checked = self.graph.call_function(unless_changed, (copy, views))
         checked.meta = _origin(reader)
         self.order[checked] = self.order[reader]
         return checked
+
+    def _changing(self, node: fx.Node) -> Iterator[fx.Node]:
+        """Such ops on the way to a value, from first operand to first operand."""
+        while node.all_input_nodes:
+            if name_of(node) in (*_VIEW_OR_COPY, *_PARTS) and self._seen_by(node) is not None:
+                yield node
+            node = node.all_input_nodes[0]
+
+    def _seen_by(self, node: fx.Node) -> fx.Node | None:
+        """The tensor that such an op looks at: for one of several parts, what all are parts of."""
+        before = node.all_input_nodes[0]
+        if name_of(node) == "getitem" and name_of(before) in _SEVERAL:
+            before = before.all_input_nodes[0]
+        is_tensor = before.name in self.plan.values.shapes and "gives" not in before.kwargs
+        return before if is_tensor else None
 
     def _pack(self, copy: Copy, lead: Decision, reader: fx.Node) -> fx.Node:
         row = lead.read.row
@@ -255,22 +270,6 @@ _PARTS = (
     *("getitem", "narrow", "slice", "select", "diagonal", "unfold", "as_strided"),
     *("expand", "expand_as", "broadcast_to"),
 )
-
-
-def _changing(node: fx.Node) -> Iterator[fx.Node]:
-    """Such ops on the way to a value, from first operand to first operand."""
-    while node.all_input_nodes:
-        item = name_of(node) == "getitem" and "gives" in node.all_input_nodes[0].kwargs
-        if name_of(node) in (*_VIEW_OR_COPY, *_PARTS) and not item:
-            yield node
-        node = node.all_input_nodes[0]
-
-
-def _seen_by(node: fx.Node) -> fx.Node:
-    """What such an op looks at; of a part of several, what all are parts of."""
-    before = node.all_input_nodes[0]
-    several = name_of(node) == "getitem" and name_of(before) in _SEVERAL
-    return before.all_input_nodes[0] if several else before
 
 
 _SEVERAL = ("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "hsplit", "vsplit")

@@ -36,21 +36,28 @@ def memory_order(x: Tensor) -> list[int]:
     """The permutation of dimensions in which the elements of ``x`` lie in memory.
 
     Packing in memory order costs no copy for channels_last and transposed tensors, and views of the
-    same elements have them in the same order, be there gaps between them or not.
+    same elements have them in the same order, be there gaps between them or not. What is repeated
+    (``expand``) comes outermost.
     """
     if x.is_contiguous():
         return list(range(x.dim()))
-    shape, strides = x.shape, x.stride()
     order: list[int] = []
     for d in range(x.dim()):  # sizes may be symbolic, which Dynamo does not sort
         at = len(order)
-        while at and (
-            strides[d] > strides[order[at - 1]]
-            or (strides[d] == strides[order[at - 1]] and shape[d] > shape[order[at - 1]])
-        ):
+        while at and _is_outside(d, order[at - 1], x):
             at -= 1
         order.insert(at, d)
     return order
+
+
+def _is_outside(d: int, e: int, x: Tensor) -> bool:
+    """Whether dimension ``d`` comes before ``e`` in memory order, whatever their numbers are."""
+    (step, size), (other, others) = ((x.stride(i), x.shape[i]) for i in (d, e))
+    if step == other:
+        return size > others
+    if step == 0 or other == 0:
+        return step == 0
+    return step > other
 
 
 def has_gaps(x: Tensor) -> bool:

@@ -82,6 +82,14 @@ class DerivedThroughReshapes(nn.Module):
         return self.linear(h.flatten(1)).sum(1) + (h @ h.mT).sin().sum((1, 2, 3))
 
 
+class ResultOfRegion(nn.Module):
+    """Readers of a region's result, which stands behind an index into what the region gives."""
+
+    def forward(self, v: Tensor) -> Tensor:
+        h = checkpoint(lambda t: t.exp() - 1, v, use_reentrant=False)
+        return h.flatten(1).sin().sum(1) + h.sigmoid().sum((1, 2, 3)) * h.cos().sum((1, 2, 3))
+
+
 def gradients(run: Callable[[Tensor], Tensor], model: nn.Module, layout: View) -> list[Tensor]:
     torch.manual_seed(1)
     x = torch.randn(3, 4, 4, 4, requires_grad=True)
@@ -91,7 +99,9 @@ def gradients(run: Callable[[Tensor], Tensor], model: nn.Module, layout: View) -
 
 
 @pytest.mark.parametrize("made", LAYOUTS)
-@pytest.mark.parametrize("kind", [ConvolutionAndFlat, ProductsOfViews, DerivedThroughReshapes])
+@pytest.mark.parametrize(
+    "kind", [ConvolutionAndFlat, ProductsOfViews, DerivedThroughReshapes, ResultOfRegion]
+)
 def test_inputs_of_another_layout_than_the_examples(kind: type[nn.Module], made: str) -> None:
     model = kind()
     example = LAYOUTS[made](torch.randn(3, 4, 4, 4, requires_grad=True) * 1)
