@@ -358,7 +358,7 @@ def test_sugar_without_anything_to_sweeten_is_refused() -> None:
         text = refusal(config, gamma=0.5)
         assert f"gamma = 0.5 changes rules of the preset, and preset {config['preset']!r}" in text
         assert "Presets that have: balanced, dropit, max;" in text
-        assert "Presets that have: balanced, dropit, fewbit," in refusal(config, bits=4)
+        assert "Presets that have: adapters, balanced, dropit, fewbit," in refusal(config, bits=4)
         text = refusal(config, strategy="random")
         assert "strategy = 'random' takes the place of the codec that drops elements" in text
     assert "bits = 6 for codec 'few_bit': bits of an interval's number, 1 to 4" in refusal(
