@@ -576,7 +576,10 @@ class Trial:
             self.refused(_refusal(error))
             return
         except Exception as error:
-            if way != "transform" and (why := _dense_fails(yard, way)):
+            if count == STEPS and "view size is not compatible" in str(error):
+                # an exported graph has the views of its example's layout, and says so
+                self.verdict.refused.append((way, name, "another layout than the example's"))
+            elif way != "transform" and (why := _dense_fails(yard, way)):
                 self.verdict.refused.append((way, name, f"dense raises {why} on that backend"))
             else:
                 self.found(name, "crash", _tell(error))
