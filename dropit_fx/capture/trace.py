@@ -201,11 +201,7 @@ def _captured(
         tracers["torch.export"] = lambda m: _export(m, study.args, study.kwargs)
     for name, trace in tracers.items():
         try:
-            with untouched(model, values=has_own_train(model)):
-                graph_module = both_modes(model, trace)
-            if study is not None:
-                _prove(graph_module, study, exported=name == "torch.export")
-            return graph_module
+            return _proved(model, trace, study, exported=name == "torch.export")
         except Exception as error:  # a tracer runs the user's code: anything can be raised
             log.info("%s: %s", name, error)
             stopped.append((name, error))
@@ -229,6 +225,17 @@ def _captured(
     ) from stopped[-1][1]
 
 
+def _proved(
+    model: nn.Module, trace: Trace, study: Study | None, exported: bool = False
+) -> fx.GraphModule:
+    """A tracer's graph for both modes, shown to be faithful where there are inputs for that."""
+    with untouched(model, values=has_own_train(model)):
+        graph_module = both_modes(model, trace)
+    if study is not None:
+        _prove(graph_module, study, exported)
+    return graph_module
+
+
 def _opened(model: nn.Module, study: Study | None) -> fx.GraphModule | None:
     """A symbolic trace through modules that may stay leaves; None where it knows one mode alone.
 
@@ -243,10 +250,7 @@ def _opened(model: nn.Module, study: Study | None) -> fx.GraphModule | None:
     if not names:
         return None
     try:
-        with untouched(model, values=has_own_train(model)):
-            graph_module = both_modes(model, lambda m: _symbolic(m, opened=True))
-        if study is not None:
-            _prove(graph_module, study, exported=False)
+        graph_module = _proved(model, lambda m: _symbolic(m, opened=True), study)
     except Exception as error:  # a tracer runs the user's code: anything can be raised
         log.info("torch.fx.symbolic_trace through %s: %s", ", ".join(names), error)
         return None
