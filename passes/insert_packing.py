@@ -21,12 +21,13 @@ from torch.fx.node import map_arg
 from dropit_fx.ops.rule import OpRule, Use
 from dropit_fx.ops.table import CHECKPOINT, is_inplace
 from dropit_fx.passes.derive_values import bases_of, recipe
+from dropit_fx.passes.match_layers import called
 from dropit_fx.passes.plan import Copy, Decision, Plan
 from dropit_fx.passes.share_packed import is_in_graph
 from dropit_fx.private import ORIGIN
 from dropit_fx.runtime.copies import DROP, KEEP
 from dropit_fx.runtime.packed_call import PACKED_OPS, derived, pack, unless_changed
-from dropit_fx.runtime.regions import name_of, place_of, stand_in
+from dropit_fx.runtime.regions import place_of, stand_in
 
 
 def insert_packing(plan: Plan) -> Plan:
@@ -170,10 +171,13 @@ class _Writer:
 
     def _as_read(self, copy: fx.Node, seen: fx.Node, reader: fx.Node) -> fx.Node:
         """The copy for who sees the value as ``seen``, on other ways than the copy was made on."""
-        between = set(self._changing(self.packed_of[copy])) ^ set(self._changing(seen))
+        packed = self.packed_of[copy]
+        if seen is packed:
+            return copy
+        between = set(self._changing(packed)) ^ set(self._changing(seen))
         if not between:
             return copy
-        views = tuple((name_of(n) in _PARTS, n, self._seen_by(n)) for n in sorted(between))
+        views = tuple((called(n) in _PARTS, n, self._seen_by(n)) for n in sorted(between))
         with self.graph.inserting_before(reader):
             checked = self.graph.call_function(unless_changed, (copy, views))
         checked.meta = _origin(reader)
@@ -183,14 +187,14 @@ class _Writer:
     def _changing(self, node: fx.Node) -> Iterator[fx.Node]:
         """Such ops on the way to a value, from first operand to first operand."""
         while node.all_input_nodes:
-            if name_of(node) in (*_VIEW_OR_COPY, *_PARTS) and self._seen_by(node) is not None:
+            if called(node) in (*_VIEW_OR_COPY, *_PARTS) and self._seen_by(node) is not None:
                 yield node
             node = node.all_input_nodes[0]
 
     def _seen_by(self, node: fx.Node) -> fx.Node | None:
         """The tensor that such an op looks at: for one of several parts, what all are parts of."""
         before = node.all_input_nodes[0]
-        if name_of(node) == "getitem" and name_of(before) in _SEVERAL:
+        if called(node) == "getitem" and called(before) in _SEVERAL:
             before = before.all_input_nodes[0]
         is_tensor = before.name in self.plan.values.shapes and "gives" not in before.kwargs
         return before if is_tensor else None
@@ -270,8 +274,6 @@ _PARTS = (
     *("getitem", "narrow", "slice", "select", "diagonal", "unfold", "as_strided"),
     *("expand", "expand_as", "broadcast_to"),
 )
-
-
 _SEVERAL = ("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "hsplit", "vsplit")
 
 
