@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dropit_fx.runtime.tensor_spec import meets_itself
+
 
 class Place(NamedTuple):
     """Elements of a storage: ``offset``, and sizes with their strides, the widest first.
@@ -33,13 +35,12 @@ def place_of(x: Tensor) -> Place:
     """The place of a strided ``x`` with elements; of one that overlaps itself, all it spans."""
     merged: list[tuple[int, int]] = []
     known = [(t, n) for n, t in zip(x.shape, x.stride(), strict=True) if n != 1 and t]
+    if meets_itself([n for _, n in known], tuple(t for t, _ in known)):
+        span = 1 + sum((n - 1) * t for t, n in known)
+        return Place(int(x.storage_offset()), ((span, 1),))
     for stride, size in sorted(known, reverse=True):
-        wider = merged[-1] if merged else None
-        if wider and wider[1] == size * stride:
-            merged[-1] = (wider[0] * size, stride)
-        elif wider and wider[1] <= (size - 1) * stride:
-            span = 1 + sum((n - 1) * t for t, n in known)
-            return Place(int(x.storage_offset()), ((span, 1),))
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
         else:
             merged.append((size, stride))
     return Place(int(x.storage_offset()), tuple(merged) or ((1, 1),))

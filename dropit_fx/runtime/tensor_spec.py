@@ -141,7 +141,7 @@ def copied_to(x: Tensor, stride: tuple[Any, ...]) -> Tensor:
     for d, step in enumerate(stride):
         if step == 0 and x.shape[d] > 1:
             own = own.narrow(d, 0, 1)
-    if _meets_itself(own.shape, stride):
+    if meets_itself(own.shape, stride):
         span = 1 + sum((n - 1) * t for n, t in zip(own.shape, stride, strict=True))
         places = torch.arange(span, device=x.device).as_strided(own.shape, stride)
         room = x.new_empty(span).index_put((places.reshape(-1),), own.reshape(-1))
@@ -150,7 +150,7 @@ def copied_to(x: Tensor, stride: tuple[Any, ...]) -> Tensor:
     return room.copy_(own).expand(x.shape)
 
 
-def _meets_itself(shape: Any, stride: tuple[Any, ...]) -> bool:
+def meets_itself(shape: Any, stride: tuple[Any, ...]) -> bool:
     """Whether two elements lie in one place."""
     reach = 0
     for t, n in sorted((t, n) for n, t in zip(shape, stride, strict=True) if n > 1):
