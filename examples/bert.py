@@ -9,9 +9,8 @@ table of word embeddings is trained. Every seed is trained as the model is and r
 preset: the same weights, batches and dropout.
 
 Attention runs as matmul, softmax, dropout and matmul (`attn_implementation="eager"`). That is what
-to choose to save memory where attention has dropout: `scaled_dot_product_attention` draws the
-dropout inside, so that what it saves is kept dense. On CPU the dense model saves as much either
-way.
+to choose to save memory on a GPU where attention has dropout: there `scaled_dot_product_attention`
+draws it inside, so that what it saves is kept dense. On CPU both are packed.
 
 With --lora the encoder is frozen, and low-rank factors beside its linear layers are trained, and
 the linear layer behind it:
@@ -33,7 +32,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 import transformers
 from torch import Tensor, nn
@@ -137,6 +135,8 @@ BERT = Example(
 
 
 def with_adapters() -> Any:
+    import peft
+
     config = peft.LoraConfig(
         r=8,
         lora_alpha=16,

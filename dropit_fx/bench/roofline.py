@@ -31,6 +31,7 @@ from dropit_fx.bench.schedule import Kernel, kernels_of_step
 from dropit_fx.compile import backend
 from dropit_fx.config import make_config
 from dropit_fx.private import at_memory_budget, compile_fx, pytree
+from dropit_fx.private_inductor import INNER_COMPILE
 from dropit_fx.report.rows import plain_table
 
 LAUNCH = 0.0  # seconds that a kernel takes beside its work: 0, the host is ahead of the card
@@ -150,7 +151,8 @@ def predict(
     ) -> Callable[..., Any]:
         with at_memory_budget(variant.budget):
             if variant.preset is None:
-                return compile_fx(graph, inputs, inner_compile=lower)  # type: ignore[return-value]
+                inner: dict[str, Any] = {INNER_COMPILE: lower}
+                return compile_fx(graph, inputs, **inner)  # type: ignore[return-value]
             options = {"config": config, "fuse": variant.fuse}
             return backend.dropit_lowered_by(lower, graph, inputs, options)
 
