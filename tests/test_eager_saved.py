@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 
 from dropit_fx import measure, pack_checkpoints, pack_saved
+from dropit_fx.runtime.places import place_of, take
 
 
 def grads_of(run: Callable[..., Tensor], inputs: list[Tensor], **options: Any) -> list[Tensor]:
@@ -359,3 +360,17 @@ def test_compiled_code_inside_of_a_block_runs_as_it_is() -> None:
         out = fast(x).sum()
     assert all(map(torch.equal, torch.autograd.grad(out, list(layers.parameters())), exact))
     assert all("no gradient flows" in row.reason for row in packed.report().rows)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_no_element_of_a_place_is_there_twice(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shape = torch.randint(1, 4, (3,), generator=generator).tolist()
+    stride = torch.randint(0, 7, (3,), generator=generator).tolist()
+    for x in (
+        torch.arange(64).as_strided(shape, stride),
+        torch.arange(64).as_strided((2, 3, 2), (5, 2, 1)),
+    ):
+        taken = take(x, place_of(x))
+        assert taken.unique().numel() == taken.numel()
+        assert set(x.flatten().tolist()) <= set(taken.tolist())
