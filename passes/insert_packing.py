@@ -193,11 +193,17 @@ class _Writer:
 
     def _seen_by(self, node: fx.Node) -> fx.Node | None:
         """The tensor that such an op looks at: for one of several parts, what all are parts of."""
+        if not self._is_tensor(node):
+            return None  # some of several parts
         before = node.all_input_nodes[0]
-        if called(node) == "getitem" and called(before) in _SEVERAL:
+        while not self._is_tensor(before):
+            if "gives" in before.kwargs or not before.all_input_nodes:
+                return None
             before = before.all_input_nodes[0]
-        is_tensor = before.name in self.plan.values.shapes and "gives" not in before.kwargs
-        return before if is_tensor else None
+        return before
+
+    def _is_tensor(self, node: fx.Node) -> bool:
+        return node.name in self.plan.values.shapes and "gives" not in node.kwargs
 
     def _pack(self, copy: Copy, lead: Decision, reader: fx.Node) -> fx.Node:
         row = lead.read.row
@@ -274,7 +280,6 @@ _PARTS = (
     *("getitem", "narrow", "slice", "select", "diagonal", "unfold", "as_strided"),
     *("expand", "expand_as", "broadcast_to"),
 )
-_SEVERAL = ("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "hsplit", "vsplit")
 
 
 def unchecked(copy: fx.Node) -> fx.Node:
