@@ -156,7 +156,7 @@ def whole_values(plan: Plan) -> set[Elements]:
         if d.read.identity is not None
         and not d.packed
         and d.read.wanted
-        and (d.read.dense or d.read.node in swapped)
+        and ((d.read.dense and d.read.itself) or d.read.node in swapped)
         and d.read.dtype == d.read.identity.dtype
     }
 

@@ -173,7 +173,7 @@ class _Probe(fx.Interpreter):
         self.calls[n.name] = Call(rule=rule, operands=bound)
         values = {name: map_arg(value, self.env.__getitem__) for name, value in bound.items()}
         values["result"] = result
-        if not rule.reads and rule.obstacle(values):
+        if rule.obstacle(values):  # what `derive` makes may differ in its last bits
             self._lost.add(n.name)
         return _Ran(n, rule, values, bound | {"result": n})
 
@@ -397,6 +397,7 @@ class _Probe(fx.Interpreter):
             recast=self._is_recast(tensor, rule, operands.get(operand)),
             wanted=read is None or not operands or self._is_wanted(read, operands),
             dense=dense,
+            itself=not isinstance(x, Tensor) or storage_id(x) == storage_id(tensor),
             fixed=source in (self._fixed if source is n else self._fixed_before),
             number=obstacle == NUMBER,
         )

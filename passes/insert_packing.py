@@ -137,6 +137,7 @@ class _Writer:
             # out of place now: who read the written tensor afterwards reads the result
             later = [u for u in written.users if u is not call and self.order.get(u, -1) > at]
             self._replace(written, result, later)
+        self.packed_of |= {copy: result for copy, of in self.packed_of.items() if of is node}
         self.graph.erase_node(node)
         call.name = node.name  # decisions and reports go by name
         self.nodes[node.name] = result

@@ -104,6 +104,8 @@ class SavedRead:
             frozen weight too; its packed call does not.
         dense: Whether autograd keeps it. False where only the node's packed call would, which runs
             the op again in its backward.
+        itself: Whether that is the operand, and no tensor that the op made from it: a copy without
+            gaps, a reciprocal. Only then is the operand there for what is derived from it.
         fixed: Whether it depends on no input of the graph and on no chance, as it is read: a weight
             or a table, or what is made of these alone.
         written: Whether it is written to later in the graph. What autograd lets go must then not be
@@ -134,6 +136,7 @@ class SavedRead:
     recast: bool = False
     wanted: bool = True
     dense: bool = True
+    itself: bool = True
     fixed: bool = False
     written: bool = False
     number: bool = False

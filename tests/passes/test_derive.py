@@ -611,3 +611,57 @@ def test_without_its_mask_packed_nothing_is_made_again_of_dropout() -> None:
     packed = dropit_fx.transform(Dropped(False), {"rules": rules}, example_args=(x,))
     assert codecs(packed)["dropout"] == "mink(gamma=0.5, bits=4)"
     assert dropit_fx.report(packed).kept_bytes == measure.saved_bytes(packed, x)
+
+
+class Quotient(nn.Module):
+    """A number over a tensor: autograd keeps the reciprocal, and not the divisor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = 3 / (x.abs() + 1)
+        return F.gelu(F.relu(y))
+
+
+class Reshaped(nn.Module):
+    """What is made again from its own operand, behind a copy without gaps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm((x + 1).t().contiguous(), (x.shape[0],))
+        return F.sigmoid(y) * F.relu(y)
+
+
+class RowsSum(nn.Module):
+    """A product whose operand is copied by the op, so that the packed call reads another tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.abs() + 1
+        return (y @ self.weight).sum(0) + F.gelu(F.relu(y))
+
+
+@pytest.mark.parametrize("kind", [Quotient, Reshaped, RowsSum])
+@pytest.mark.parametrize("preset", ["balanced", "lossless"])
+def test_what_is_derived_holds_nothing_that_is_not_counted(kind: Any, preset: str) -> None:
+    x = torch.randn(8, 8, requires_grad=True)
+    model = kind()
+    packed = dropit_fx.transform(model, preset=preset, example_args=(x,))
+    told = dropit_fx.report(packed)
+    assert told.kept_bytes == measure.saved_bytes(packed, x)
+    assert told.dense_bytes == measure.saved_bytes(model, x)
+
+
+class QuotientOfWhole(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        whole = x.abs() + 1
+        y = 3 / whole
+        return whole.log() + F.relu(y) * F.sigmoid(y - 1)
+
+
+def test_a_number_over_a_tensor_is_not_made_again_by_another_rounding() -> None:
+    """``3 / x`` is ``x.reciprocal() * 3``, which a division of 3 by ``x`` is not."""
+    x = torch.randn(64, 64, requires_grad=True)
+    packed = dropit_fx.transform(QuotientOfWhole(), example_args=(x,))
+    assert codecs(packed)["add"] == "no row for log in the op table"
+    assert not [n for n in nodes(packed, derived) if n.args[0] == "div"]
