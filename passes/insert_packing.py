@@ -60,6 +60,7 @@ class _Writer:
         self.order = {n: i for i, n in enumerate(self.graph.nodes)}
         self.copies: dict[Copy, fx.Node] = {}  # and the node that makes each
         self.packed_of: dict[fx.Node, fx.Node] = {}  # of such a node: the value as it saw it
+        self.results: set[fx.Node] = set()  # of calls that give their packed copies besides
         # the calls of rows as they stand in the graph, which changes
         self.calls = {name: dict(call.operands) for name, call in plan.calls.items()}
         # before anything changes: what each derived value is made from
@@ -128,6 +129,7 @@ class _Writer:
         if gives:
             result = self._item(call, 0, at)
             result.meta = dict(node.meta)
+            self.results.add(result)
             for i, copy in enumerate(gives.values()):
                 self.copies[copy] = self._item(call, i + 1, at)
                 self.packed_of[self.copies[copy]] = result
@@ -204,6 +206,8 @@ class _Writer:
         return before
 
     def _is_tensor(self, node: fx.Node) -> bool:
+        if node in self.results:
+            return True
         return node.name in self.plan.values.shapes and "gives" not in node.kwargs
 
     def _pack(self, copy: Copy, lead: Decision, reader: fx.Node) -> fx.Node:

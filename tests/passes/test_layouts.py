@@ -90,6 +90,18 @@ class ResultOfRegion(nn.Module):
         return h.flatten(1).sin().sum(1) + h.sigmoid().sum((1, 2, 3)) * h.cos().sum((1, 2, 3))
 
 
+class ResultThatIsPacked(nn.Module):
+    """Ops that keep their result, which others read through a reshape: a call gives both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm2d(2), nn.Linear(64, 5)
+
+    def forward(self, v: Tensor) -> Tensor:
+        norm = self.norm(v.exp().reshape(v.shape[0], 2, 4, -1)).cos().sum((1, 2, 3))
+        return norm + self.linear(v.sigmoid().flatten(1)).sum(1) + v.tanh().mT.reshape(-1).sin()[:3]
+
+
 def gradients(run: Callable[[Tensor], Tensor], model: nn.Module, layout: View) -> list[Tensor]:
     torch.manual_seed(1)
     x = torch.randn(3, 4, 4, 4, requires_grad=True)
@@ -100,7 +112,14 @@ def gradients(run: Callable[[Tensor], Tensor], model: nn.Module, layout: View) -
 
 @pytest.mark.parametrize("made", LAYOUTS)
 @pytest.mark.parametrize(
-    "kind", [ConvolutionAndFlat, ProductsOfViews, DerivedThroughReshapes, ResultOfRegion]
+    "kind",
+    [
+        ConvolutionAndFlat,
+        ProductsOfViews,
+        DerivedThroughReshapes,
+        ResultOfRegion,
+        ResultThatIsPacked,
+    ],
 )
 def test_inputs_of_another_layout_than_the_examples(kind: type[nn.Module], made: str) -> None:
     model = kind()
