@@ -8,6 +8,7 @@ would be slow. `compile.fuse` puts them in the place of the ops.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from dropit_fx.kernels.fused_bits import (
     is_empty,
     places,
     take,
+    together,
 )
 
 Parts = tuple[Tensor, Tensor, Tensor]
@@ -42,18 +44,19 @@ def sparsify(
     numel = x.numel()
     if is_empty(numel):
         return nothing, x.new_empty(0, dtype=torch.bfloat16), nothing.clone()
-    x = x.to(torch.float32)
     length = block or numel
     rows = form.blocks(numel) if block else 1
+    each = math.lcm(bits, 8) // bits  # codes that fill whole bytes
+    if divides(length, numel) and divides(each, length) and not form.is_codebook:
+        return _in_one_pass(x.view(rows, length // each, each), form)
+    x = x.to(torch.float32)
     valid = None
     if divides(length, numel):
         table = x.view(rows, length)
     else:
         at = places(rows * length, x).view(rows, length)
         table, valid = take(x, at.clamp(max=numel - 1)), at < numel
-    blocks = coder.blocks_of(table, valid, form)
-    # Rounded one by one, each column is stored by the kernel that has reduced the blocks
-    scale = torch.stack([c.to(torch.bfloat16) for c in blocks.columns], 1).view(-1)
+    blocks = coder.blocks_of([table], valid, form)
 
     def code(at: Tensor) -> Tensor:
         row = at // length
@@ -64,7 +67,26 @@ def sparsify(
             form,
         )
 
+    scale = _stored(blocks.columns)
     return bytes_of(code, numel, bits, x), scale, nothing
+
+
+def _in_one_pass(groups: Tensor, form: Format) -> Parts:
+    """Of whole blocks, (blocks, groups of a block, codes that fill whole bytes).
+
+    The first codes of all groups are a tensor, the second ones too: so the loop over a block for
+    its scale has the iterations of the loop that writes its bytes, and a compiler makes one.
+    """
+    parts = [one.to(torch.float32) for one in groups.unbind(2)]
+    blocks = coder.blocks_of(parts, None, form)
+    codes = [coder.encode(x, lambda j: blocks.columns[j][:, None], None, form) for x in parts]
+    nothing = groups.new_empty(0, dtype=torch.uint8)
+    return together(codes, form.bits), _stored(blocks.columns), nothing
+
+
+def _stored(columns: list[Tensor]) -> Tensor:
+    # Rounded one by one, each column is stored by the kernel that has reduced the blocks
+    return torch.stack([c.to(torch.bfloat16) for c in columns], 1).view(-1)
 
 
 def unsparsify(

@@ -7,7 +7,8 @@ bytes instead. The bytes are those of `reference.pack_uint`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -88,6 +89,25 @@ def bytes_of(code: Callable[[Tensor], Tensor], numel: Any, bits: int, like: Tens
     for part in parts[1:]:
         word = word | part
     return (word & 0xFF).to(torch.uint8)
+
+
+def together(codes: Sequence[Tensor], bits: int) -> Tensor:
+    """The bit stream of codes that fill whole bytes, each byte made by itself.
+
+    Args:
+        codes: int32 of one shape, each below 2**bits: the first, second, ... of each group.
+        bits: 1..8; of as many codes as make whole bytes.
+
+    Returns:
+        (numel * bits / 8,) uint8.
+    """
+    made = []
+    for byte in range(len(codes) * bits // 8):
+        shifts = [(code, at * bits - byte * 8) for at, code in enumerate(codes)]
+        inside = [(code, shift) for code, shift in shifts if -bits < shift < 8]
+        parts = [code << shift if shift >= 0 else code >> -shift for code, shift in inside]
+        made.append((reduce(torch.bitwise_or, parts) & 0xFF).to(torch.uint8))
+    return made[0].reshape(-1) if len(made) == 1 else torch.stack(made, -1).view(-1)
 
 
 def _code(code: Callable[[Tensor], Tensor], at: Tensor, numel: Any, whole: bool) -> Tensor:

@@ -9,7 +9,8 @@ compiler may contract with the sum behind it, and no division that it may approx
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -44,16 +45,17 @@ class Blocks(NamedTuple):
     borders: list[Tensor]
 
 
-def blocks_of(x: Tensor, valid: Tensor | None, form: Format) -> Blocks:
-    """What the blocks of ``x``, (blocks, length) float32, are coded with.
+def blocks_of(parts: Sequence[Tensor], valid: Tensor | None, form: Format) -> Blocks:
+    """What blocks are coded with.
 
     Args:
-        x: the values; those that are not valid repeat a valid one.
+        parts: the values, in any number of tensors of (blocks, length) float32; in one, for a
+            codebook. Those that are not valid repeat a valid one.
         valid: which of them there are; None: all.
         form: of 1..8 bits, rounded to nearest.
     """
     if form.spacing != SYMMETRIC:
-        least, most = x.amin(1), x.amax(1)
+        least, most = _ends(parts)
         base = floor_bfloat16(least)
         if form.spacing == UNIFORM:
             top = ceil_bfloat16(most)
@@ -63,13 +65,13 @@ def blocks_of(x: Tensor, valid: Tensor | None, form: Format) -> Blocks:
             top = upper_bfloat16(exact_sqrt(width))
         bad = ~(least.isfinite() & most.isfinite() & width.isfinite())
         return Blocks(_poisoned([base, top], bad), [])
-    magnitude = x.abs()
-    low, high = magnitude.amin(1), magnitude.amax(1)
+    low, high = _ends([x.abs() for x in parts])
     bad = ~high.isfinite()
     if not form.is_codebook:
         ends = [lower_bfloat16(exact_sqrt(low)), upper_bfloat16(exact_sqrt(high))]
         return Blocks(_poisoned(ends, bad), [])
     borders = codebook_borders(low, high, form.bits)
+    magnitude = parts[0].abs()
     step = _step(magnitude, [b[:, None] for b in borders])
     fixed, exponent = fixed_point(magnitude, high[:, None])
     if valid is not None:
@@ -85,6 +87,11 @@ def blocks_of(x: Tensor, valid: Tensor | None, form: Format) -> Blocks:
     return Blocks(_poisoned(levels, bad), borders)
 
 
+def _ends(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The least and the greatest of each block; NaN where there is one."""
+    return reduce(torch.minimum, parts).amin(1), reduce(torch.maximum, parts).amax(1)
+
+
 def _poisoned(columns: list[Tensor], bad: Tensor) -> list[Tensor]:
     return [torch.where(bad, torch.nan, column) for column in columns]
 
@@ -96,14 +103,18 @@ def _step(magnitude: Tensor, borders: list[Tensor]) -> Tensor:
     return step
 
 
-def encode(x: Tensor, column: Column, border: Column, form: Format) -> Tensor:
-    """The codes (int32) of ``x``, float32, with what its blocks are coded with."""
+def encode(x: Tensor, column: Column, border: Column | None, form: Format) -> Tensor:
+    """The codes (int32) of ``x``, float32, with what its blocks are coded with.
+
+    ``border``: of a codebook.
+    """
     bits = form.bits
     first = column(0)
     bad = first.isnan()
     if form.spacing == SYMMETRIC:
         magnitude, count = x.abs(), 2 ** (bits - 1)
         if form.is_codebook:
+            assert border is not None
             step = _step(magnitude, [border(j) for j in range(count - 1)])
         else:
             position = (magnitude.sqrt() - first) * inverse(count - 1, column(1) - first)

@@ -110,8 +110,40 @@ def test_on_a_gpu_nothing_is_dispatched(name: str) -> None:
     packed = len(dispatched(forward))
     fused = codes(name, True)
     assert not any(map(dispatched, fused))
-    # a reduction of the blocks, and the bytes; what the ops launched is not counted here
-    assert len(launches(fused[0])) <= len(launches(forward)) + 2 * packed
+    # who reduces a block writes its bytes; what the ops launched is not counted here
+    assert len(launches(fused[0])) <= len(launches(forward)) + packed
+
+
+@pytest.mark.parametrize("bits", [4, 5, 8])
+@pytest.mark.parametrize("spacing", [SYMMETRIC, AFFINE, UNIFORM])
+def test_a_product_is_read_once_for_its_scale_and_its_codes(bits: int, spacing: int) -> None:
+    """Other kernels put scales and, of five bits, bytes in their order."""
+
+    def packed(a: Tensor, b: Tensor) -> Any:
+        numbers = FULL, 256, bits, spacing, False
+        return torch.ops.dropit.sparsify((a @ b).view(-1), *numbers)[:2]
+
+    with FakeTensorMode():
+        given = torch.empty(512, 512), torch.empty(512, 512)
+        graph = make_fx(packed, tracing_mode="fake")(*given)
+    code = code_of(graph, FusePacking())
+    products = {*re.findall(r"extern_kernels.mm\(.*, out=(\w+)\)", code)}
+    products |= {*re.findall(rf"(\w+) = {min(products)}; del {min(products)} .*# reuse", code)}
+    readers = [n for n, arguments in launches(code) if products & {*arguments.split(", ")}]
+    assert len(readers) == 1, launches(code)
+
+
+@pytest.mark.parametrize("spacing", [SYMMETRIC, AFFINE, UNIFORM])
+def test_eight_bits_are_written_by_the_kernel_that_makes_the_values(spacing: int) -> None:
+    def packed(x: Tensor) -> Any:
+        y = x.sin()
+        return y, *torch.ops.dropit.sparsify(y.view(-1), FULL, 256, 8, spacing, False)[:2]
+
+    with FakeTensorMode():
+        graph = make_fx(packed, tracing_mode="fake")(torch.empty(512, 512))
+    launched = launches(code_of(graph, FusePacking()))
+    readers = [n for n, arguments in launched if {"x_1", "buf0"} & {*arguments.split(", ")}]
+    assert len(readers) == 1, launched
 
 
 @pytest.mark.parametrize("name", BLOCKS)
