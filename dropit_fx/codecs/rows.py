@@ -6,7 +6,7 @@ backward multiplies the kept rows alone: (1 - gamma) of the dense product. ``sel
 
 * ``uniform``: at random, scaled by n / k. Right in the mean.
 * ``wta_crs``: the largest norms surely, others with a chance that grows with their norm, scaled by
-  its inverse (WTA-CRS, arXiv 2305.15265, equation 6). Right in the mean.
+  its inverse (WTA-CRS, arXiv 2305.15265). Right in the mean.
 * ``norm``: the largest norms as they are. Not right in the mean.
 
 The paper weighs with the norm of the row of dY too, as the last epoch left it for that training

@@ -7,7 +7,7 @@ chances are, as long as none is 0 where x_i is not.
 * `norm`: the largest norms, without weights: not right in the mean.
 * `uniform`: pi_i = count / rows.
 * `wta_crs`: pi_i proportional to the norm, and 1 where that gives more: the rule of the winners of
-  WTA-CRS (arXiv 2305.15265, theorem 2). With s_i the norms from the largest down,
+  WTA-CRS (arXiv 2305.15265). With s_i the norms from the largest down,
 
       r = min over c < count of (s_{c+1} + s_{c+2} + ...) / (count - c),    pi_i = min(1, s_i / r).
 
