@@ -318,9 +318,12 @@ def _unsuited(glob: str, name: str) -> str:
         return ""
     read = named[0].reads[0]
     able = [c for c in _named() if CODEC[c].can_keep(read)]
+    why = f"uses it as '{read.use}'"
+    if codec.contract is not None and read.use in codec.serves:
+        why = "is no product that sums over its rows"
     return (
         f"{named[0].name}.{read.operand} cannot be saved as {name!r}: the backward of"
-        f" {named[0].name} uses it as '{read.use}'. Choose one of: {', '.join(able)}."
+        f" {named[0].name} {why}. Choose one of: {', '.join(able)}."
     )
 
 

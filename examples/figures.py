@@ -347,7 +347,8 @@ def formats_table(results: dict[str, Any]) -> str:
     ]
     note = (
         f"The inputs of all linear layers of `{results['model']}` on English text; formats that"
-        " are the most accurate of their size, and the published one."
+        " are the most accurate of their size, and the published one. The layers read 2,048 rows;"
+        " rows that are drawn err less the more there are of them."
     )
     head = ["format", "bits an element", "relative error of dW", "projection on dW"]
     return markdown(head, rows) + "\n\n" + note

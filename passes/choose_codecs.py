@@ -16,10 +16,13 @@ from dropit_fx.kernels.dtypes import FLOATS
 from dropit_fx.ops.rule import Use
 from dropit_fx.ops.table import CHECKPOINT
 from dropit_fx.passes.plan import Decision, Plan, SavedRead, Site
-from dropit_fx.runtime.copies import channel_nbytes
+from dropit_fx.runtime.copies import WIDTH, channel_nbytes
 
 _STATISTICS = ("mean", "rstd", "invstd")  # of a norm: one each for so many values
 STRANDED = "a checkpointed region alone would hold it, behind an input that gets no gradient"
+_NO_ROWS = (
+    "this call of {} does not sum over its rows, or they do not lie one behind the other in memory"
+)
 _EXACT = {
     Use.CONTRACT: "the gradient of {} depends on it, and stays exact",
     Use.REDUCE: "small beside what is packed, it stays exact",
@@ -112,7 +115,7 @@ def _choose(read: SavedRead, config: Config, said: str) -> Decision:
         return Decision(read=read, codec="drop")
     if read.read.exact:
         return kept(_EXACT[Use.REDUCE])
-    codec = CODEC[rule.codec]
+    codec, sizes = CODEC[rule.codec], Options()
     options: Options = {"bits": read.bits} if read.bits is not None else rule.full_options()
     if read.between is not None:
         options |= dict(zip(("low", "high"), read.between, strict=True))
@@ -120,11 +123,15 @@ def _choose(read: SavedRead, config: Config, said: str) -> Decision:
         return kept(f"no table of slopes for these arguments of {read.row.name}")
     if codec.slope:
         options["function"] = read.function
+    if codec.contract is not None:
+        if not read.width:
+            return kept(_NO_ROWS.format(read.row.name))
+        sizes[WIDTH] = read.width
     if not read.lossy and not codec.lossless(options):
         return kept(_EXACT.get(read.read.use, _EXACT[Use.REDUCE]).format(read.read.needed_by[0]))
     if read.bits is None and read.dtype not in FLOATS:
         return kept(f"its dtype is {str(read.dtype).removeprefix('torch.')}")
-    nbytes = codec.nbytes(read.numel, read.dtype, options) if read.wanted else 0
+    nbytes = codec.nbytes(read.numel, read.dtype, options | sizes) if read.wanted else 0
     if read.read.by_channel and read.wanted and not codec.lossless(options):
         options["by_channel"] = True
         nbytes += channel_nbytes(read.shape)

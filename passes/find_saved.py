@@ -37,6 +37,7 @@ from dropit_fx.passes.storages import FREE, Chance, Storages, elements, is_state
 from dropit_fx.private import EXAMPLE_VALUE, pytree, storage_id, version
 from dropit_fx.runtime.overrides import is_complex
 from dropit_fx.runtime.regions import WRITTEN, name_of, written_unseen
+from dropit_fx.runtime.tensor_spec import ascends, memory_order
 
 NUMBER = "a Python number, which autograd keeps as a tensor"
 UNKNOWN = "?"  # the operand of a read that no row knows
@@ -393,6 +394,7 @@ class _Probe(fx.Interpreter):
             bits=read.bits(operands) if read and read.bits else None,
             between=read.between(operands) if read and read.between else None,
             function=read.function(operands) if read and read.function else "",
+            width=_width(read, operands),
             obstacle=obstacle,
             recast=self._is_recast(tensor, rule, operands.get(operand)),
             wanted=read is None or not operands or self._is_wanted(read, operands),
@@ -422,6 +424,14 @@ class _Probe(fx.Interpreter):
                 kept_by=self.storages.keeper(all_kept[0].tensor),
                 dense=any(r.dense for r in reads.values()),
             )
+
+
+def _width(read: Read | None, operands: Mapping[str, Any]) -> Any:
+    """``SavedRead.width``."""
+    x = operands.get(read.operand) if read is not None else None
+    if x is None or read is None or read.by_row is None or not read.by_row(operands):
+        return 0
+    return x.shape[-1] if x.dim() > 1 and ascends(memory_order(x)) else 0
 
 
 def _has_tensor(result: Any) -> bool:

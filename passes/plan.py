@@ -98,6 +98,8 @@ class SavedRead:
         bits: The fewest bits, for reads stored as codes.
         between: The bounds between which the slope is 1.
         function: The pointwise function that it is the input of, as ``step_tables`` names it.
+        width: Elements of a row, where its gradient sums over its rows and they lie one behind the
+            other in memory; 0 where not.
         obstacle: Why this very call cannot be packed, or ``""``.
         recast: Whether it is autocast's copy of a parameter, which a packed call makes again.
         wanted: Whether a gradient that reads it is asked for. A convolution keeps its input for a
@@ -132,6 +134,7 @@ class SavedRead:
     bits: int | None = None
     between: tuple[Any, Any] | None = None
     function: str = ""
+    width: Any = 0
     obstacle: str = ""
     recast: bool = False
     wanted: bool = True

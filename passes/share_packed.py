@@ -67,10 +67,18 @@ def _of_one_form(group: list[Decision], indices: list[int]) -> list[list[int]]:
 
 
 def _most_accurate(group: list[Decision]) -> Decision:
-    """The packing with the most bytes of those that serve every reader's use."""
-    uses = {d.read.read.use for d in group if d.read.read is not None}
-    able = [d for d in group if uses <= CODEC[d.codec].serves]
-    return max(able or group, key=lambda d: d.nbytes)
+    """The packing with the most bytes of those that serve every reader's use.
+
+    One of rows serves readers that see the same rows; else it is as the first reader sees them.
+    """
+    reads = [d.read.read for d in group if d.read.read is not None]
+    alike = len({d.read.width for d in group}) == 1
+    able = [
+        d
+        for d in group
+        if all(map(CODEC[d.codec].can_keep, reads)) and (alike or CODEC[d.codec].contract is None)
+    ]
+    return max(able, key=lambda d: d.nbytes) if able else group[0]
 
 
 def _leave_what_does_not_pay(plan: Plan, shared: list[Decision]) -> tuple[Decision, ...]:

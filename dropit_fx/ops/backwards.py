@@ -41,6 +41,14 @@ class Saved(Mapping[str, Tensor]):
         """``grad`` where the bits kept for ``operand`` are set, 0 elsewhere."""
         raise NotImplementedError
 
+    def by_row(self, operand: str, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``grad^T x`` is the product of, a sum over rows: ``grad: (rows, out)`` and ``x``.
+
+        ``x: (rows, width)`` is the operand, all its dimensions but the last in one. Where rows of
+        it were dropped, both are without them, and ``grad`` is weighted.
+        """
+        return grad, self[operand].flatten(0, -2)
+
     def rounded(self, operand: str) -> bool:
         """Whether ``operand`` differs from what the op read in the forward."""
         raise NotImplementedError

@@ -8,6 +8,8 @@ GEMM, ``Y = A B``: ``dA = dY B^T``, ``dB = A^T dY``; linear, ``Y = X W^T + b``: 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from dropit_fx.ops.rule import OpRule, Read, Use
 aten = torch.ops.aten
 
 
+ByRow = Callable[[Mapping[str, Any]], bool]  # ``Read.by_row``
+
 # The reads of linear and of convolutions: the weight stays exact, so that dX does.
 LAYER = (
     Read(operand="input", use=Use.CONTRACT, needed_by=("weight",)),
@@ -27,10 +31,15 @@ LAYER = (
 )
 
 
-def _product(left: str, right: str) -> tuple[Read, ...]:
+def _of_matrix(right: str) -> ByRow:
+    """``by_row`` of the left operand: the gradient of one matrix sums over all its rows."""
+    return lambda args: bool(args[right].dim() == 2)
+
+
+def _product(left: str, right: str, by_row: ByRow | None = None) -> tuple[Read, ...]:
     """The reads of a GEMM: each operand, for the gradient of the other."""
     return (
-        Read(operand=left, use=Use.CONTRACT, needed_by=(right,)),
+        Read(operand=left, use=Use.CONTRACT, needed_by=(right,), by_row=by_row),
         Read(operand=right, use=Use.CONTRACT, needed_by=(left,)),
     )
 
@@ -89,7 +98,8 @@ def _linear_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
             columns = grad.dim() == 2 and _column_major(shape, strides)
             out["input"] = _left(flat, saved["weight"].t(), columns).reshape(shape)
     if "weight" in call.needs:
-        out["weight"] = flat.t().mm(saved["input"].flatten(0, -2))  # (out, rows) @ (rows, in)
+        rows, x = saved.by_row("input", flat)
+        out["weight"] = rows.t().mm(x)  # (out, rows) @ (rows, in)
     if "bias" in call.needs:
         # contiguous inputs go through addmm on the flat view, others through a broadcast add
         whole = _contiguous(call.shapes["input"], call.strides["input"])
@@ -100,7 +110,7 @@ def _linear_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
 LINEAR = OpRule(
     name="linear",
     targets=(F.linear, aten.linear.default),
-    reads=LAYER,
+    reads=(replace(LAYER[0], by_row=_of_matrix("weight")), LAYER[1]),
     run=F.linear,
     schema=aten.linear.default,
     backward=_linear_backward,
@@ -133,7 +143,7 @@ def _matmul_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
                 out["input"] = _left(flat, saved["other"], columns).reshape(a_shape)
         if "other" in call.needs:
             columns = _column_major(b_shape, call.strides["other"])
-            out["other"] = _right(flat, saved["input"].flatten(0, -2), columns)
+            out["other"] = _right(*saved.by_row("input", flat), columns)
         return out
     flat = grad.flatten(0, -3)  # (batch, m, n)
     if "input" in call.needs:
@@ -154,7 +164,7 @@ MATMUL = OpRule(
         "__matmul__",
         aten.matmul.default,
     ),
-    reads=_product("input", "other"),
+    reads=_product("input", "other", _of_matrix("other")),
     run=torch.matmul,
     schema=aten.matmul.default,
     backward=_matmul_backward,
@@ -172,7 +182,7 @@ def _of_matrices(left: str, right: str) -> Formula:
             out[left] = _scaled(_left(grad, saved[right], columns), alpha)
         if right in call.needs:
             columns = _column_major(call.shapes[right], call.strides[right])
-            out[right] = _scaled(_right(grad, saved[left], columns), alpha)
+            out[right] = _scaled(_right(*saved.by_row(left, grad), columns), alpha)
         return out
 
     return backward
@@ -202,7 +212,7 @@ def _of_addend(grad: Tensor, call: Called, left: str) -> Grads:
 MM = OpRule(
     name="mm",
     targets=(torch.mm, "mm", aten.mm.default),
-    reads=_product("input", "mat2"),
+    reads=_product("input", "mat2", _of_matrix("mat2")),
     run=torch.mm,
     schema=aten.mm.default,
     backward=_of_matrices("input", "mat2"),
@@ -228,7 +238,7 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, beta: Any = 1, alpha: Any 
 ADDMM = OpRule(  # also Hugging Face's Conv1D
     name="addmm",
     targets=(torch.addmm, "addmm", aten.addmm.default),
-    reads=_product("mat1", "mat2"),
+    reads=_product("mat1", "mat2", _of_matrix("mat2")),
     run=_addmm,
     backward=_of_matrices("mat1", "mat2"),
     autocast="lower",

@@ -51,6 +51,8 @@ class Read:
             elsewhere: from the call's arguments to the bounds (None: no bound).
         function: For the input of a pointwise function f: from the call's arguments to the name of
             f in ``step_tables``, ``""`` where there is no table for these arguments.
+        by_row: For an operand of which the gradient is one product that sums over its rows (all
+            its dimensions but the last): from the call's arguments to whether this call is such.
         by_channel: The backward divides by the deviation of each channel (dimension 1): what rounds
             it must round each channel around its own mean and in units of that deviation.
         nbytes: For what the op makes itself in a size that fake tensors do not tell: from the
@@ -70,6 +72,7 @@ class Read:
     bits: Callable[[Mapping[str, Any]], int] | None = None
     between: Callable[[Mapping[str, Any]], tuple[Any, Any]] | None = None
     function: Callable[[Mapping[str, Any]], str] | None = None
+    by_row: Callable[[Mapping[str, Any]], bool] | None = None
     by_channel: bool = False
     nbytes: Callable[[Mapping[str, Any]], int] | None = None
     shape: Callable[[Mapping[str, Any]], tuple[Any, ...]] | None = None

@@ -16,6 +16,7 @@ from dropit_fx.ops.table import DERIVABLE
 from dropit_fx.private import native_batch_norm_legit
 from dropit_fx.runtime.tensor_spec import (
     TensorSpec,
+    ascends,
     flatten,
     in_order,
     memory_order,
@@ -34,6 +35,8 @@ def _marked(x: Tensor) -> AbstractContextManager[Any]:
 def _is_plain(x: Tensor) -> bool:
     return type(x) is Tensor and not torch.compiler.is_compiling()
 
+
+WIDTH = "width"  # beside the options of a codec of rows: elements of a row
 
 KEEP: tuple[str, dict[str, Any]] = ("keep", {})  # in ``packed=`` of a call: the tensor as it is
 DROP: tuple[str, dict[str, Any]] = ("drop", {})  # and: its shape alone
@@ -141,6 +144,11 @@ def buffers_of(codec: str, options: Settings) -> int:
     return CODEC[codec].buffers + 2 * bool(dict(options).get("by_channel"))
 
 
+def row_width(x: Tensor) -> Any:
+    """Elements of a row in memory: of ``x: (*, width)`` that is contiguous, ``width``."""
+    return x.shape[memory_order(x)[-1]] if x.dim() else 1
+
+
 def parts_of(
     x: Tensor, order: list[int], codec: str, options: dict[str, Any]
 ) -> tuple[Tensor, ...]:
@@ -172,6 +180,22 @@ def read_back(kept: Kept, parts: tuple[Tensor, ...], spec: TensorSpec) -> Tensor
         return unflatten(codec.unpack_channels(*given, options, numel, dtype), shape, order)
     value = unflatten(codec.unpack(tuple(codes), options, numel, dtype), shape, order)
     return value.mul_(deviation).add_(mean)
+
+
+def kept_rows(
+    kept: Kept, parts: tuple[Tensor, ...], spec: TensorSpec, grad: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """The rows of ``grad`` and of an operand that a sum over rows is to be made of.
+
+    None where that takes them all: the codec keeps no rows, or all of them, or none of those that
+    this reader sees, since it sees the elements in other rows or in another order.
+    """
+    codec, options = CODEC.get(kept.codec), dict(kept.options)
+    if codec is None or codec.contract is None or codec.lossless(options):
+        return None
+    if options[WIDTH] != spec.shape[-1] or not ascends(spec.order):
+        return None
+    return codec.contract(parts, options, grad, spec.dtype)
 
 
 def unpack(packed: Packed, like: Tensor) -> Tensor:

@@ -16,7 +16,14 @@ from dropit_fx.ops.autocasting import autocast_on
 from dropit_fx.ops.rule import OpRule, Read
 from dropit_fx.ops.table import RULES
 from dropit_fx.private import base_of, dynamo_skips, storage_id, unsafe_view
-from dropit_fx.runtime.copies import Kept, is_rounded, parts_of, read_back, shared_out
+from dropit_fx.runtime.copies import (
+    Kept,
+    is_rounded,
+    kept_rows,
+    parts_of,
+    read_back,
+    shared_out,
+)
 from dropit_fx.runtime.tensor_spec import TensorSpec, in_order, spec_of, unflatten
 
 
@@ -43,6 +50,14 @@ class _SavedTensors(backwards.Saved):
         spec, (_, parts) = self._specs[operand], self._slots[operand]
         out = torch.ops.dropit.apply_mask(parts[0], in_order(grad, spec.order), 0.0)
         return unflatten(out, spec.shape, spec.order)
+
+    def by_row(self, operand: str, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """As the base class says."""
+        if operand in self._slots:
+            rows = kept_rows(*self._slots[operand], self._specs[operand], grad)
+            if rows is not None:
+                return rows
+        return super().by_row(operand, grad)
 
     def rounded(self, operand: str) -> bool:
         """As the base class says."""

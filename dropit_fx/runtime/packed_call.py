@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from dropit_fx.codecs import DERIVED
+from dropit_fx.codecs import CODEC, DERIVED
 from dropit_fx.kernels.dtypes import NUMBER
 from dropit_fx.ops.autocasting import (
     autocast_on,
@@ -44,12 +44,14 @@ from dropit_fx.ops.rule import OpRule
 from dropit_fx.ops.table import CHECKPOINT, DERIVABLE, OP_RULES, bind
 from dropit_fx.runtime.copies import (
     KEEP,
+    WIDTH,
     Kept,
     Packed,
     Recipe,
     buffers_of,
     kept_as,
     parts_of,
+    row_width,
     shared_out,
 )
 from dropit_fx.runtime.function import PackedFunction, is_wanted_by
@@ -111,8 +113,11 @@ def pack(
         return None
     with torch.no_grad():
         x = _lowered(x) if autocast else x
-        parts = parts_of(x, memory_order(x), codec, dict(options))
-    return Packed(parts, codec, tuple(options.items()), x.dtype)
+        known = dict(options)
+        if CODEC[codec].contract is not None:
+            known[WIDTH] = row_width(x)
+        parts = parts_of(x, memory_order(x), codec, known)
+    return Packed(parts, codec, tuple(known.items()), x.dtype)
 
 
 def unless_changed(

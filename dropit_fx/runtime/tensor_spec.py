@@ -114,17 +114,17 @@ def flatten(x: Tensor) -> Tensor:
 
 def in_order(x: Tensor, order: list[int]) -> Tensor:
     """As :func:`flatten`, in an order that is known."""
-    return x.reshape(-1) if _ascends(order) else x.permute(order).reshape(-1)
+    return x.reshape(-1) if ascends(order) else x.permute(order).reshape(-1)
 
 
-def _ascends(order: list[int]) -> bool:
+def ascends(order: list[int]) -> bool:
     """Whether ``order`` permutes nothing."""
     return order == list(range(len(order)))
 
 
 def unflatten(flat: Tensor, shape: Any, order: list[int]) -> Tensor:
     """The inverse of :func:`flatten` for a tensor of ``shape`` and ``order``."""
-    if _ascends(order):
+    if ascends(order):
         return flat.reshape(shape)
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return flat.reshape([shape[d] for d in order]).permute(inverse)

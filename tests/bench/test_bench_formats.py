@@ -10,6 +10,7 @@ import torch
 
 from dropit_fx.bench import commands as bench
 from dropit_fx.bench.formats import Sample, collect, measure_format
+from dropit_fx.codecs import CODEC
 from dropit_fx.kernels import Format
 
 
@@ -33,6 +34,22 @@ def test_the_format_needs_a_fifth_of_the_published_bits(samples: list[Sample]) -
         assert row["bits"] <= bits
         assert row["error"] <= error
         assert row["projection"] >= projection
+
+
+def test_the_more_rows_the_less_error_where_rows_are_drawn(samples: list[Sample]) -> None:
+    options = CODEC["rows"].defaults() | {"gamma": 0.7, "bits": 4}
+    larger = collect("mlm")
+    torch.manual_seed(0)
+    few, many = (
+        [measure_format(batch, form) for form in (options, Format(1320, 1024, 2))]
+        for batch in (samples, larger)
+    )
+    assert many[0]["error"] < 0.75 * few[0]["error"]
+    assert many[1]["error"] > 0.9 * few[1]["error"]
+    assert many[0]["bits"] < many[1]["bits"]
+    assert many[0]["error"] < 0.9 * many[1]["error"]
+    assert abs(many[0]["projection"] - 1) < 0.1  # unbiased: nothing shrinks the gradient
+    assert many[1]["projection"] < 0.8
 
 
 def test_a_lossless_format_has_no_error(samples: list[Sample]) -> None:

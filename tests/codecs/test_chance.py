@@ -15,6 +15,7 @@ from dropit_fx.kernels.seeds import draw_seed
 CHANCE: dict[str, dict[str, Any]] = {
     "stochastic": {"preset": "gact"},
     "random": {"strategy": "random", "gamma": 0.5},
+    "rows": {"strategy": "rows", "gamma": 0.5},
     "by channel": {"config": {"rules": [{"codec": "quant", "rounding": "stochastic"}]}},
 }
 WAYS = ("transform", "dropit_eager", "aot_eager", "aot_eager_decomp_partition")

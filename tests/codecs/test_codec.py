@@ -11,6 +11,7 @@ from dropit_fx.kernels import FULL, Format
 from dropit_fx.ops.rule import INSIDE, Read, Use
 
 VALUE = Read(operand="input", use=Use.CONTRACT, needed_by=("weight",))
+ROW = replace(VALUE, by_row=lambda args: True)
 SLOPE = replace(VALUE, use=Use.SLOPE)
 CURVE = replace(SLOPE, function=lambda args: "gelu")
 CODES = replace(SLOPE, bits=lambda args: 1)
@@ -18,6 +19,7 @@ SUM = replace(VALUE, use=Use.REDUCE)
 SIZES = replace(VALUE, use=Use.SHAPE)
 READS = {
     "value": VALUE,
+    "row": ROW,
     "slope": SLOPE,
     "curve": CURVE,
     "codes": CODES,
@@ -28,9 +30,10 @@ READS = {
 KEPT = {
     "keep": set(READS),
     "drop": {"sizes", "inside"},
-    "mink": {"value"},
-    "random": {"value"},
-    "quant": {"value", "slope", "curve", "sum"},
+    "mink": {"value", "row"},
+    "random": {"value", "row"},
+    "rows": {"row"},
+    "quant": {"value", "row", "slope", "curve", "sum"},
     "few_bit": {"curve"},
     "bitmask": {"codes"},
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 import dropit_fx
 from dropit_fx.bench.gpu_rows import preset_codecs
 from dropit_fx.codecs import CODEC
-from dropit_fx.kernels import Format, reference
+from dropit_fx.kernels import Format, reference, rows
 from dropit_fx.runtime import packed_call
 from dropit_fx.runtime.linear_loss import linear_cross_entropy
 
@@ -43,7 +43,7 @@ TESTED = {
     *("sparsify", "unsparsify", "sample", "pack_uint", "unpack_uint"),
     *("encode_steps", "decode_steps", "pack_between", "apply_mask"),
     *("sparsify_channels", "unsparsify_channels", "encode_window", "decode_window"),
-    *("linear_rows", "linear_rows_backward", "stands_for"),
+    *("linear_rows", "linear_rows_backward", "stands_for", "select_rows"),
 }
 
 
@@ -99,6 +99,29 @@ def test_random_choices_are_those_of_the_reference(
         drawn = OPS.sample(moved(x, device), keep, block)
         for part, other in zip(drawn, reference.sample(x, Format(keep, block), seed), strict=True):
             assert_same_bits(part.cpu(), other)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("select", rows.SELECTIONS)
+def test_rows_are_chosen_in_order_and_with_the_weights_of_their_norms(
+    select: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    x = torch.randn(500, 33).to(dtype)
+    x[7] = torch.nan
+    for count in (0, 1, 150, 500):
+        seed = next_seed(device, count)
+        index, weight = OPS.select_rows(x.to(device), count, select)
+        if select == "uniform":  # norms are sums, which devices take in orders of their own
+            wanted = rows.select_rows(x, count, select, seed)
+            assert torch.equal(index.cpu(), wanted[0])
+            assert torch.equal(weight.cpu(), wanted[1])
+        assert index.dtype == torch.int32
+        assert index.device.type == weight.device.type == device.type
+        assert len(index.unique()) == count
+        assert torch.equal(index, index.sort().values)
+        assert count == 0 or 7 in index.tolist()
+        assert len(weight) == (0 if select == "norm" else count)
+        assert (weight >= 1).all()
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -102,6 +102,7 @@ COMPILED_CODECS = [
     ("split", {}),
     ("mink", {"gamma": 0.5, "bits": 4}),
     ("random", {"gamma": 0.5}),
+    ("rows", {"bits": 4}),
     ("quant", {"bits": 4}),
     ("few_bit", {}),
     ("bitmask", {}),
