@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 
 # About ten minutes on two cores: private names, kernels, passes, the plug-in with inductor, models.
 SLICE := test_private test_models kernels passes/test_graph passes/test_verify compile/test_plugin
-# inductor takes half a minute to a minute for each of these
+# inductor takes longest for these: three of them show that it does what it does on the newest
 LONG := within_float_rounding and not (gpt2 or resnet18 or deit)
 
 .PHONY: help demo study examples figures gpu test slice whole fuzz lint format wheel clean

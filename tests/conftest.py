@@ -7,7 +7,14 @@ from importlib import import_module
 
 # Before transformers or huggingface_hub are imported: the tests never reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before inductor is imported, here or in a process that a test starts: the processor is believed
+# what it says of its vectors. Else each new cache begins with programs that try them.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+# The cores belong to the workers of `make test`, not to two more processes of each.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
+import cpp_kernels
 import hypothesis
 import pytest
 import torch
@@ -32,6 +39,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
         *("lightning", "matplotlib.figure", "peft", "sklearn.datasets", "timm", "torchvision"),
     ):
         import_module(name)
+cpp_kernels.compile_graphs_as_one_file()
 gc.collect()
 gc.freeze()
 
