@@ -28,6 +28,7 @@ from torch.fx.node import map_arg
 
 from dropit_fx.capture.fake import RealStorages, fake_mode_of, fake_state
 from dropit_fx.capture.provenance import node_module, node_where
+from dropit_fx.ops.autocasting import autocast_on
 from dropit_fx.ops.rule import INSIDE, Call, OpRule, Read, Use
 from dropit_fx.ops.table import CHECKPOINT, bind, derivable_rule_of, is_inplace, reads_of, rule_of
 from dropit_fx.passes.ask_autograd import Autograd, Behind, Saved
@@ -276,7 +277,8 @@ class _Probe(fx.Interpreter):
         obstacle = self._obstacle(ran, rule)
         reads = reads_of(rule, operands)
         unwanted = {read.operand for read in reads if not self._is_wanted(read, operands)}
-        matched = match_saved([k.tensor for k in own], reads, operands, unwanted)
+        lowered = _lowered_to(rule, own[0].tensor.device.type)
+        matched = match_saved([k.tensor for k in own], reads, operands, unwanted, lowered)
         taken: set[str] = set()
         for kept, read in zip(own, matched, strict=True):
             copied = read is not None and not obstacle and not is_inplace(n, operands)
@@ -301,6 +303,8 @@ class _Probe(fx.Interpreter):
                 continue
             elif not self.storages.is_free(x):  # autograd lets it go, and the packed call reads it
                 self._add(ran, also, read, dense=False)
+            elif (cast := self._cast_of(x, rule)) is not None:
+                self._add(ran, Saved(cast, self.autograd.mark), read, dense=False)
             elif storage_id(x) not in {storage_id(k.tensor) for k in saved}:
                 self._whole.append((n.name, self.storages.before(x)))
 
@@ -341,6 +345,13 @@ class _Probe(fx.Interpreter):
             return False
         is_parameter = self.storages.keeper(operand) is Keeper.PARAMETER
         return is_parameter and tensor.dtype != operand.dtype
+
+    def _cast_of(self, x: Tensor, rule: OpRule) -> Tensor | None:
+        """Autocast's copy of an input of the graph, which a packed call keeps beside it."""
+        dtype = _lowered_to(rule, x.device.type)
+        if dtype in (None, x.dtype) or not x.is_floating_point():
+            return None
+        return None if self.storages.keeper(x) is Keeper.PARAMETER else x.detach().to(dtype)
 
     def _seen_by_others(self, ran: _Ran) -> str:
         """Who else sees the tensor that an in-place call writes, so that it cannot be packed."""
@@ -432,6 +443,12 @@ def _width(read: Read | None, operands: Mapping[str, Any]) -> Any:
     if x is None or read is None or read.by_row is None or not read.by_row(operands):
         return 0
     return x.shape[-1] if x.dim() > 1 and ascends(memory_order(x)) else 0
+
+
+def _lowered_to(rule: OpRule, device: str) -> torch.dtype | None:
+    """The dtype in which autocast hands its operands to an op, where it is on."""
+    is_lowered = rule.autocast == "lower" and autocast_on(device)
+    return torch.get_autocast_dtype(device) if is_lowered else None
 
 
 def _has_tensor(result: Any) -> bool:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dropit_fx.ops.rule import INSIDE, Read, Use
@@ -17,6 +18,7 @@ def match_saved(
     reads: tuple[Read, ...],
     operands: Mapping[str, Any],
     unwanted: Collection[str] = (),
+    lowered: torch.dtype | None = None,
 ) -> list[Read | None]:
     """The row's read that each tensor is, or None.
 
@@ -24,6 +26,14 @@ def match_saved(
     certain is settled first, since under autocast a weight may have the shape of an input. A copy
     is rather of an operand that a gradient asks for than of an unwanted one: what is written in
     place is saved as it was.
+
+    Args:
+        tensors: What autograd keeps.
+        reads: Of the row.
+        operands: Of the call, by name.
+        unwanted: Operands that no gradient asks for.
+        lowered: Whether autocast may have made lower copies of the operands, which are not what the
+            op makes inside.
     """
     wanted = [read for read in reads if read.operand not in unwanted]
     likely = [*wanted, *(read for read in reads if read.operand in unwanted)]
@@ -37,6 +47,8 @@ def match_saved(
             if not operands or found[i] is not None:
                 continue
             for read in among:
+                if fits is _is_cast and (read.operand == "result" or tensor.dtype != lowered):
+                    continue
                 x = operands.get(read.operand, _MADE_INSIDE)
                 if read.operand not in taken and fits(tensor, x):
                     found[i] = read
@@ -72,6 +84,13 @@ def _is_copy(tensor: Tensor, x: Any) -> bool:
     return x.dtype == tensor.dtype and x.shape == tensor.shape
 
 
+def _is_cast(tensor: Tensor, x: Any) -> bool:
+    """Autocast's."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return False
+    return x.dtype != tensor.dtype and x.shape == tensor.shape
+
+
 def _is_it(tensor: Tensor, x: Any) -> bool:
     return isinstance(x, Tensor) and storage_id(x) == storage_id(tensor)
 
@@ -79,6 +98,7 @@ def _is_it(tensor: Tensor, x: Any) -> bool:
 _WAYS: tuple[Callable[[Tensor, Any], bool], ...] = (  # the surest first
     _is_it,
     _is_copy,
+    _is_cast,
     lambda tensor, x: x is _MADE_INSIDE,
     lambda tensor, x: isinstance(x, Tensor) and sorted(x.shape) == sorted(tensor.shape),
     lambda tensor, x: (

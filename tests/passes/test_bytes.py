@@ -243,6 +243,43 @@ def test_what_autocast_makes_of_a_part_of_a_parameter_is_made_again(
     assert all(a is b or torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+READS_INPUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "attention": lambda a, b: F.scaled_dot_product_attention(
+        *(t.view(1, 4, 16, 64) for t in (a, b.relu(), b.relu()))
+    ),
+    "of inputs alone": lambda a, b: F.scaled_dot_product_attention(
+        *(t.view(1, 4, 16, 64) for t in (a, b, a))
+    ),
+    "without heads": lambda a, b: F.scaled_dot_product_attention(a, b.relu(), b.relu()),
+    "with a bias": lambda a, b: F.scaled_dot_product_attention(
+        *[b.relu()] * 3, attn_mask=a @ b.t()
+    ),
+    "a product": lambda a, b: a @ b.relu(),
+    "products": lambda a, b: torch.bmm(a.view(4, 16, 64), b.view(4, 16, 64).mT),
+}
+
+
+@pytest.mark.parametrize("preset", ["balanced", "lossless"])
+@pytest.mark.parametrize("leaves", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("name", READS_INPUTS)
+def test_autocasts_copies_of_inputs_are_counted(
+    name: str, leaves: tuple[bool, bool], preset: str
+) -> None:
+    """Autograd, or the packed call alone, keeps a copy beside the input, which stays anyway."""
+
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return READS_INPUTS[name](a, b).relu()
+
+    given = [torch.randn(64, 64, requires_grad=leaf) for leaf in leaves]
+    torch._dynamo.reset()
+    packed = torch.compile(run, backend="dropit_eager", options={"preset": preset})
+    kept = saved_bytes(packed, *given)
+    told = compiled_graphs()[-1].report
+    assert told.kept_bytes == kept
+    assert told.dense_bytes == saved_bytes(torch.compile(run, backend="eager"), *given)
+
+
 def test_channels_last_and_transposed_inputs_take_the_same_bytes() -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3))
     x = torch.randn(2, 3, 16, 16)
