@@ -10,6 +10,7 @@ from os import PathLike
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from dropit_fx import yaml_files
 from dropit_fx.codecs import CODEC
@@ -163,7 +164,10 @@ def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None 
             raise FileNotFoundError(f"no config file {origin!r}{hint}") from error
         source = {} if loaded is None else loaded
     if not isinstance(source, Mapping):
-        raise ConfigError(f"{origin}: a mapping was expected, not {type(source).__name__}")
+        leaves = source if isinstance(source, list | tuple) else [source]
+        given = "; the model's inputs are given as example_args=(x, ...)"
+        hint = given if any(isinstance(leaf, Tensor) for leaf in leaves) else ""
+        raise ConfigError(f"{origin}: a mapping was expected, not {type(source).__name__}{hint}")
     _known(source, ("preset", "rules", *PRESET_KEYS, *_OWN_KEYS), origin)
     rules = source.get("rules")
     rules = [] if rules is None else rules

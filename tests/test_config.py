@@ -314,6 +314,11 @@ ERRORS: list[tuple[str, Any, str]] = [
     ("rule that is no mapping", {"rules": ["mink"]}, "rule 1: a rule is a mapping, not 'mink'"),
     ("force that is no bool", {"force": "yes"}, "'force' is true or false, not 'yes'"),
     ("a list", [1, 2], "config: a mapping was expected, not list"),
+    (
+        "the model's inputs",
+        (torch.zeros(2), 3),
+        "not tuple; the model's inputs are given as example_args=(x, ...)",
+    ),
     ("module that is no glob", rule(module=3, codec="mink"), "'module' is a glob or a list of"),
     ("no module at all", rule(module=[], codec="mink"), "'module' is a glob or a list of globs"),
     ("an empty glob", rule(op="", codec="mink"), "'op' is a glob or a list of globs, not ''"),
