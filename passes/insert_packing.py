@@ -139,7 +139,8 @@ class _Writer:
             # out of place now: who read the written tensor afterwards reads the result
             later = [u for u in written.users if u is not call and self.order.get(u, -1) > at]
             self._replace(written, result, later)
-        self.packed_of |= {copy: result for copy, of in self.packed_of.items() if of is node}
+        if (own := self.copies.get(Copy(node.name))) is not None:  # made again of its operands
+            self.packed_of[own] = result
         self.graph.erase_node(node)
         call.name = node.name  # decisions and reports go by name
         self.nodes[node.name] = result
@@ -206,9 +207,8 @@ class _Writer:
         return before
 
     def _is_tensor(self, node: fx.Node) -> bool:
-        if node in self.results:
-            return True
-        return node.name in self.plan.values.shapes and "gives" not in node.kwargs
+        known = node.name in self.plan.values.shapes and "gives" not in node.kwargs
+        return known or node in self.results
 
     def _pack(self, copy: Copy, lead: Decision, reader: fx.Node) -> fx.Node:
         row = lead.read.row

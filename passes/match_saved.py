@@ -32,8 +32,8 @@ def match_saved(
         reads: Of the row.
         operands: Of the call, by name.
         unwanted: Operands that no gradient asks for.
-        lowered: Whether autocast may have made lower copies of the operands, which are not what the
-            op makes inside.
+        lowered: The dtype in which autocast hands its operands to the op: copies of them, which are
+            not what the op makes inside. None: it does not.
     """
     wanted = [read for read in reads if read.operand not in unwanted]
     likely = [*wanted, *(read for read in reads if read.operand in unwanted)]
@@ -46,9 +46,9 @@ def match_saved(
         for i, tensor in enumerate(tensors):
             if not operands or found[i] is not None:
                 continue
+            if fits is _is_cast and tensor.dtype != lowered:
+                continue
             for read in among:
-                if fits is _is_cast and (read.operand == "result" or tensor.dtype != lowered):
-                    continue
                 x = operands.get(read.operand, _MADE_INSIDE)
                 if read.operand not in taken and fits(tensor, x):
                     found[i] = read

@@ -85,10 +85,7 @@ def bytes_of(code: Callable[[Tensor], Tensor], numel: Any, bits: int, like: Tens
             shift = ((first + i) * bits - byte * 8).to(torch.int32)
             one = _code(code, group + first + i, numel, False)
             parts.append((one << shift.clamp(min=0)) >> (-shift).clamp(min=0))
-    word = parts[0]
-    for part in parts[1:]:
-        word = word | part
-    return (word & 0xFF).to(torch.uint8)
+    return _joined(parts)
 
 
 def together(codes: Sequence[Tensor], bits: int) -> Tensor:
@@ -105,9 +102,13 @@ def together(codes: Sequence[Tensor], bits: int) -> Tensor:
     for byte in range(len(codes) * bits // 8):
         shifts = [(code, at * bits - byte * 8) for at, code in enumerate(codes)]
         inside = [(code, shift) for code, shift in shifts if -bits < shift < 8]
-        parts = [code << shift if shift >= 0 else code >> -shift for code, shift in inside]
-        made.append((reduce(torch.bitwise_or, parts) & 0xFF).to(torch.uint8))
+        made.append(_joined([c << shift if shift >= 0 else c >> -shift for c, shift in inside]))
     return made[0].reshape(-1) if len(made) == 1 else torch.stack(made, -1).view(-1)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The bytes whose bits these are, int32 each; what lies above a byte is of the next one."""
+    return (reduce(torch.bitwise_or, parts) & 0xFF).to(torch.uint8)
 
 
 def _code(code: Callable[[Tensor], Tensor], at: Tensor, numel: Any, whole: bool) -> Tensor:

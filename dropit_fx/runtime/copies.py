@@ -144,11 +144,6 @@ def buffers_of(codec: str, options: Settings) -> int:
     return CODEC[codec].buffers + 2 * bool(dict(options).get("by_channel"))
 
 
-def row_width(x: Tensor) -> Any:
-    """Elements of a row in memory: of ``x: (*, width)`` that is contiguous, ``width``."""
-    return x.shape[memory_order(x)[-1]] if x.dim() else 1
-
-
 def parts_of(
     x: Tensor, order: list[int], codec: str, options: dict[str, Any]
 ) -> tuple[Tensor, ...]:

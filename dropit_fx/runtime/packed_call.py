@@ -51,7 +51,6 @@ from dropit_fx.runtime.copies import (
     buffers_of,
     kept_as,
     parts_of,
-    row_width,
     shared_out,
 )
 from dropit_fx.runtime.function import PackedFunction, is_wanted_by
@@ -113,10 +112,10 @@ def pack(
         return None
     with torch.no_grad():
         x = _lowered(x) if autocast else x
-        known = dict(options)
-        if CODEC[codec].contract is not None:
-            known[WIDTH] = row_width(x)
-        parts = parts_of(x, memory_order(x), codec, known)
+        order, known = memory_order(x), dict(options)
+        if CODEC[codec].contract is not None:  # of rows as they lie in memory
+            known[WIDTH] = x.shape[order[-1]] if order else 1
+        parts = parts_of(x, order, codec, known)
     return Packed(parts, codec, tuple(known.items()), x.dtype)
 
 
