@@ -3,7 +3,8 @@
 Inductor computes two-dimensional convolutions channels-last, whatever the model says: on CPUs
 wherever oneDNN is there (those of three dimensions too), on GPUs where it expects it to be faster.
 Tensors are packed in memory order, so a graph traced channels-first would have every one of them
-transposed on its way into the packed form and back.
+transposed on its way into the packed form and back. What draws random numbers for each element
+draws them in memory order too: it reads the layout of the model, for the dense model's masks.
 """
 
 from __future__ import annotations
@@ -16,9 +17,20 @@ from torch import Tensor, fx
 
 from dropit_fx.ops.table import bind, rule_of
 from dropit_fx.private import EXAMPLE_VALUE, VALUE, decides_layout, inductor_config
+from dropit_fx.runtime.tensor_spec import memory_order
 
 _FORMATS = {2: torch.channels_last, 3: torch.channels_last_3d}
 _DIMS: dict[str, int] = {f"conv{kind}{d}d": d for kind in ("", "_transpose") for d in (1, 2, 3)}
+
+# Functions and methods that draw a number for each element of what they read. Not those that draw
+# for each channel, whose noise is a small tensor of its own.
+_DRAW = frozenset(
+    (
+        *("dropout", "native_dropout", "alpha_dropout", "rrelu", "bernoulli", "poisson", "normal"),
+        *("rand_like", "randn_like", "randint_like", "uniform", "exponential", "geometric"),
+        *("cauchy", "log_normal", "random"),
+    )
+)
 
 # Nodes of the forward graph that inductor sees for each node of Dynamo's, packing included:
 # 2.3 in a ConvNeXt, 3.0 in a DeiT, 4.3 in a ResNet.
@@ -38,25 +50,105 @@ def channels_last(graph_module: fx.GraphModule, options: Mapping[str, Any] | Non
         if not inductor_lays_out(graph_module):
             return
     graph = graph_module.graph
+    drawing = {n: drawn for n in graph.nodes if (drawn := _drawn(graph_module, n))}
+    if any(_writes(n) for drawn in drawing.values() for n in drawn):
+        return  # what they write into is the tensor in the order that it has
+    orders = {n: memory_order(v) for n in graph.nodes if (v := _value(n)) is not None}
+    changed: dict[fx.Node, None] = {}
     for node, dims, value in list(_convolutions(graph)):
-        layout = _FORMATS.get(dims)
-        if layout is None or value.dim() != dims + 2:
-            continue
-        if dims == 3 and value.device.type != "cpu":
-            continue
-        with graph.inserting_after(node):
-            after = graph.call_method("contiguous", (node,), {"memory_format": layout})
-        after.meta = {k: v for k, v in node.meta.items() if k != EXAMPLE_VALUE}
-        node.replace_all_uses_with(after, delete_user_cb=after.__ne__)
+        layout = _layout(value, dims)
+        if layout is not None and value.dim() == dims + 2:
+            after = _laid_out(node, layout)
+            orders[after] = orders[node]
+            if not value.is_contiguous(memory_format=layout):
+                changed[after] = None
+    behind = _behind(changed)
+    for node in drawing:
+        for operand in node.all_input_nodes:
+            if operand in behind and operand in orders:
+                _as_in_the_model(node, operand, orders[operand])
+        made = _value(node)
+        if node in behind and made is not None and made.is_contiguous():
+            layout = _layout(made, made.dim() - 2)
+            if layout is not None:
+                _laid_out(node, layout)
     graph.lint()
     graph_module.recompile()
+
+
+def _layout(value: Tensor, dims: int) -> torch.memory_format | None:
+    """What inductor makes of a tensor with so many dimensions behind its channels, if it does."""
+    return None if dims == 3 and value.device.type != "cpu" else _FORMATS.get(dims)
+
+
+def _laid_out(node: fx.Node, layout: torch.memory_format) -> fx.Node:
+    """What reads a node reads it in a layout; the node that gives it."""
+    with node.graph.inserting_after(node):
+        after = node.graph.call_method("contiguous", (node,), {"memory_format": layout})
+    after.meta = {k: v for k, v in node.meta.items() if k != EXAMPLE_VALUE}
+    node.replace_all_uses_with(after, delete_user_cb=after.__ne__)
+    return after
+
+
+def _behind(nodes: Mapping[fx.Node, None]) -> set[fx.Node]:
+    """These nodes, and all that is made of them."""
+    found, todo = set[fx.Node](), [*nodes]
+    while todo:
+        if (node := todo.pop()) not in found:
+            found.add(node)
+            todo += node.users
+    return found
+
+
+def _drawn(graph_module: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+    """The nodes that draw a number for each element of a tensor: this one, or those of a region."""
+    if node.op not in ("call_function", "call_method"):
+        return []
+    parts = [
+        getattr(graph_module, str(n.target), None)
+        for n in node.all_input_nodes
+        if n.op == "get_attr"
+    ]
+    bodies = [part for part in parts if isinstance(part, fx.GraphModule)]
+    if bodies:
+        return [n for body in bodies for inner in body.graph.nodes for n in _drawn(body, inner)]
+    drawn = _name(node).rstrip("_") in _DRAW and any(
+        (value := _value(n)) is None or value.dim() > 2 for n in node.all_input_nodes
+    )
+    return [node] if drawn else []
+
+
+def _writes(node: fx.Node) -> bool:
+    at = 4 if _name(node) == "rrelu" else 3
+    inplace = node.args[at] if len(node.args) > at else node.kwargs.get("inplace")
+    return _name(node).endswith("_") or inplace is True
+
+
+def _value(node: fx.Node) -> Tensor | None:
+    """A node's result as Dynamo saw it, if it is a tensor."""
+    value = node.meta.get(EXAMPLE_VALUE)
+    return value if isinstance(value, Tensor) else None
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _as_in_the_model(node: fx.Node, operand: fx.Node, order: list[int]) -> None:
+    """Has a node read an operand in the order of memory that the model gives it."""
+    graph, back = node.graph, [order.index(d) for d in range(len(order))]
+    with graph.inserting_before(node):
+        made = graph.call_method("permute", (operand, order))
+        made = graph.call_method("contiguous", (made,))
+        made = graph.call_method("permute", (made, back))
+    node.replace_input_with(operand, made)
 
 
 def _convolutions(graph: fx.Graph) -> Iterator[tuple[fx.Node, int, Tensor]]:
     """Each convolution, the number of its dimensions, and its result as Dynamo saw it."""
     for node in graph.nodes:
-        rule, value = rule_of(node), node.meta.get(EXAMPLE_VALUE)
-        if rule is not None and rule.name in _DIMS and isinstance(value, Tensor):
+        rule, value = rule_of(node), _value(node)
+        if rule is not None and rule.name in _DIMS and value is not None:
             yield node, _DIMS[rule.name], value
 
 

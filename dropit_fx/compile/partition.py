@@ -109,17 +109,18 @@ class KeepPacked(CustomPartitionerFn):
                 for reader in readers:
                     if reader is not out and not must_recompute(reader):
                         reader.meta[PLACE] = IN_BACKWARD  # nothing else reads a packed tensor
-        out.args = ((*flat[:count], *packed, *flat[count:]),)
-        out.meta[OUTPUTS] = described[:count] + [None] * len(packed) + described[count:]
+        extra = [*packed, *_read_by_regions(gm, originals)]
+        out.args = ((*flat[:count], *extra, *flat[count:]),)
+        out.meta[OUTPUTS] = described[:count] + [None] * len(extra) + described[count:]
 
         def cut(budget: float) -> tuple[Graphs, Partition]:
-            fixed = count + len(packed)
+            fixed = count + len(extra)
             with at_memory_budget(budget):
                 graphs = self.base(gm, joint_inputs, num_fwd_outputs=fixed, **kwargs)
                 if lost := _saved_and_overwritten(graphs[0], fixed):
                     _copy_before_they_are_overwritten(gm, lost)
                     graphs = self.base(gm, joint_inputs, num_fwd_outputs=fixed, **kwargs)
-            _drop_outputs(graphs[0], slice(count, count + len(packed)))
+            _drop_outputs(graphs[0], slice(count, fixed))
             _read_originals(graphs[0], originals)
             return graphs, read_partition(*graphs, count)
 
@@ -249,6 +250,13 @@ def _take_stand_ins_out(joint: fx.GraphModule) -> dict[str, str]:
         node.replace_all_uses_with(value)
         joint.graph.erase_node(node)
     return found
+
+
+def _read_by_regions(joint: fx.GraphModule, originals: dict[str, str]) -> list[fx.Node]:
+    """What checkpointed regions read in the forward, where the joint graph has a stand-in of it."""
+    nodes = {n.name: n for n in joint.graph.nodes}
+    names = [o for v, o in originals.items() if v in nodes and must_recompute(nodes[v])]
+    return [nodes[name] for name in dict.fromkeys(names)]
 
 
 def _read_originals(forward: fx.GraphModule, originals: dict[str, str]) -> None:

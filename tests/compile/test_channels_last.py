@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 from dropit_fx.compile.channels_last import channels_last, inductor_lays_out
+from dropit_fx.private import inductor_config
 
 Function = Callable[..., Tensor]
 
@@ -115,3 +117,76 @@ def test_symbolic_sizes_stay_as_they_are_on_a_gpu() -> None:
         x, w = torch.empty(2, 128, 8, 8, device="cuda"), torch.empty(shape, device="cuda")
         torch.compile(lambda x, w: layer(x, w), backend=keep, dynamic=True)(x, w)
     assert not inductor_lays_out(captured[0])
+
+
+class Draws(nn.Module):
+    """A dropout of what a convolution gave, and numbers in another order of memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.ConvTranspose2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding="same")
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        h = F.dropout(F.relu(self.first(x)), 0.3)
+        return h, torch.rand_like(h.permute(0, 2, 3, 1)), self.second(h)
+
+
+class DrawsInPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        h = self.first(x)
+        return h, F.dropout(h, 0.3, inplace=True), torch.zeros_like(h).uniform_()
+
+
+def drawn(run: Callable[..., tuple[Tensor, ...]], x: Tensor) -> tuple[Tensor, ...]:
+    torch.manual_seed(5)
+    return tuple(t.detach() for t in run(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "as_in_eager"),
+    [(Draws, True), (Draws, False), (DrawsInPlace, True)],
+)
+def test_chance_is_that_of_the_dense_model(model: type[nn.Module], as_in_eager: bool) -> None:
+    x, dense = torch.randn(2, 4, 6, 10), model()
+    with inductor_config(fallback_random=as_in_eager):
+        expected = drawn(torch.compile(dense), x)
+        torch._dynamo.reset()
+        found = drawn(torch.compile(dense, backend="dropit"), x)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def dropped(h: Tensor) -> Tensor:
+    return F.dropout(h, 0.5)
+
+
+def in_region(h: Tensor) -> Tensor:
+    found: Tensor = checkpoint(lambda h: F.dropout(h.sin(), 0.5), h, use_reentrant=False)
+    return found
+
+
+LAID_OUT = {"memory_format": torch.channels_last}
+
+
+@pytest.mark.parametrize(
+    ("drawing", "layouts"),
+    [(dropped, [LAID_OUT, {}, LAID_OUT, LAID_OUT]), (in_region, [LAID_OUT, {}, LAID_OUT])],
+)
+def test_what_draws_reads_the_layout_of_the_model(drawing: Function, layouts: list[Any]) -> None:
+    def run(x: Tensor, w: Tensor) -> Tensor:
+        return F.conv2d(drawing(F.conv2d(x, w)), w)
+
+    captured: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        captured.append(gm)
+        return gm.forward
+
+    torch.compile(run, backend=keep)(torch.randn(2, 4, 6, 10), torch.randn(4, 4, 1, 1))
+    channels_last(captured[0], {"force_layout_optimization": True})
+    asked = captured[0].graph.find_nodes(op="call_method", target="contiguous")
+    assert [n.kwargs for n in asked] == layouts

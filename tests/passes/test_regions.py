@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
@@ -252,6 +253,33 @@ def test_dense_inputs_are_freed_in_the_forward(inner: str) -> None:
     keep = peak_memory(compiled(model, inner), x)
     # seven results of regions go; packed, eight inputs take an eighth each; one is unpacked
     assert peak_memory(compiled(model, inner, ROUGH), x) < keep - (7 - 1 - 1) * size
+
+
+class ReadsAView(nn.Module):
+    """A region reads a view of what is derived, which nothing else reads in the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv3d(4, 4, 1)
+        self.norm = nn.LayerNorm(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.softmax(F.relu(torch.sin(x)), -1).reshape(1, 4, 2, 2, -1)
+        self.mix(h)
+        return self.norm(checkpoint(self.region, h, use_reentrant=False))
+
+    def region(self, h: Tensor) -> Tensor:
+        return F.gelu(F.max_pool1d(h.reshape(2, 4, -1), 1, 2))
+
+
+@pytest.mark.parametrize("inner", INNERS)
+def test_a_region_reads_a_view_that_it_alone_reads(inner: str) -> None:
+    x, model = torch.randn(4, 8).requires_grad_(), ReadsAView()
+    exact, dense = step(model, model, x)
+    found, ours = step(compiled(model, inner, preset="balanced"), model, x)
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
+    for a, b in zip(ours, dense, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * b.abs().max().item())
 
 
 def test_the_graph_shows_what_happens() -> None:
