@@ -23,6 +23,9 @@ STRANDED = "a checkpointed region alone would hold it, behind an input that gets
 _NO_ROWS = (
     "this call of {} does not sum over its rows, or they do not lie one behind the other in memory"
 )
+AROUND_ZERO = "symmetric"  # with so many bits, 0 is a level wherever there is a 0
+_GRID_BITS = 4
+_ZEROS = "the slope of {} jumps at 0: a 0 stays one in a range around 0, in four bits or more"
 _EXACT = {
     Use.CONTRACT: "the gradient of {} depends on it, and stays exact",
     Use.REDUCE: "small beside what is packed, it stays exact",
@@ -131,13 +134,23 @@ def _choose(read: SavedRead, config: Config, said: str) -> Decision:
         return kept(_EXACT.get(read.read.use, _EXACT[Use.REDUCE]).format(read.read.needed_by[0]))
     if read.bits is None and read.dtype not in FLOATS:
         return kept(f"its dtype is {str(read.dtype).removeprefix('torch.')}")
+    note = ""
+    if read.jumps and options != (zeros := _keeping_zeros(options)):
+        options, note = zeros, _ZEROS.format(read.row.name)
     nbytes = codec.nbytes(read.numel, read.dtype, options | sizes) if read.wanted else 0
     if read.read.by_channel and read.wanted and not codec.lossless(options):
         options["by_channel"] = True
         nbytes += channel_nbytes(read.shape)
     return Decision(
-        read=read, codec=rule.codec, options=options, nbytes=nbytes, own=not rule.preset
+        read=read, codec=rule.codec, options=options, nbytes=nbytes, own=not rule.preset, note=note
     )
+
+
+def _keeping_zeros(options: Options) -> Options:
+    """The options of the values of a ``quant`` that gives back 0 for 0; others are as they are."""
+    if "range" not in options or options["bits"] is None:
+        return options
+    return options | {"range": AROUND_ZERO, "bits": max(options["bits"], _GRID_BITS)}
 
 
 def whole_or_none(site: Site, decisions: list[Decision], config: Config) -> list[Decision]:

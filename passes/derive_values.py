@@ -113,9 +113,11 @@ def _derive(plan: Plan) -> Plan:
 def _may_change(decision: Decision, site: Site) -> bool:
     """Packed by value for a preset's rule; a rule of the user's own says how to keep it.
 
-    What a checkpointed region reads has to be in its forward what it is, to the last bit.
+    What a checkpointed region reads has to be in its forward what it is, to the last bit; so has
+    a 0 at which a slope jumps.
     """
-    derivable = _by_value(decision) and decision.read.row is not CHECKPOINT
+    exact = decision.read.row is CHECKPOINT or decision.read.jumps
+    derivable = _by_value(decision) and not exact
     return derivable and not decision.own and not site.kept_by
 
 

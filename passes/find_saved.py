@@ -405,6 +405,7 @@ class _Probe(fx.Interpreter):
             bits=read.bits(operands) if read and read.bits else None,
             between=read.between(operands) if read and read.between else None,
             function=read.function(operands) if read and read.function else "",
+            jumps=bool(read and read.jumps and operands and read.jumps(operands)),
             width=_width(read, operands),
             obstacle=obstacle,
             recast=self._is_recast(tensor, rule, operands.get(operand)),

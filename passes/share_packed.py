@@ -22,7 +22,7 @@ from dataclasses import replace
 from dropit_fx.codecs import CAST, CODEC, UNREAD
 from dropit_fx.ops.rule import Use
 from dropit_fx.ops.table import CHECKPOINT
-from dropit_fx.passes.choose_codecs import keep, whole_or_none
+from dropit_fx.passes.choose_codecs import AROUND_ZERO, keep, whole_or_none
 from dropit_fx.passes.plan import Copy, Decision, Plan, Site
 
 LET_GO = (CAST, UNREAD, "drop")  # nothing is made of the tensor: the packed call has no use for it
@@ -55,8 +55,14 @@ def share_packed(plan: Plan) -> Plan:
 def _of_one_form(group: list[Decision], indices: list[int]) -> list[list[int]]:
     """Readers of one value that can share a copy.
 
-    What is packed by channel is read in the shape whose second dimension the channels are.
+    What is packed by channel is read in the shape whose second dimension the channels are. Whose
+    slope jumps at 0 reads no copy in which a 0 may be a number beside it.
     """
+    pairs = list(zip(group, indices, strict=True))
+    jumping = [i for d, i in pairs if d.read.jumps]
+    if jumping and not all(map(_keeps_zeros, group)):
+        others = [(d, i) for d, i in pairs if not d.read.jumps]
+        return [jumping, *_of_one_form([d for d, _ in others], [i for _, i in others])]
     shapes = {d.read.view for d in group if d.options.get("by_channel")}
     if not shapes or len({d.read.view for d in group}) == 1:
         return [indices]
@@ -64,6 +70,11 @@ def _of_one_form(group: list[Decision], indices: list[int]) -> list[list[int]]:
     for decision, i in zip(group, indices, strict=True):
         apart.setdefault(decision.read.view if decision.read.view in shapes else None, []).append(i)
     return list(apart.values())
+
+
+def _keeps_zeros(decision: Decision) -> bool:
+    options = decision.options
+    return not options.get("by_channel") and options.get("range", AROUND_ZERO) == AROUND_ZERO
 
 
 def _most_accurate(group: list[Decision]) -> Decision:
@@ -204,11 +215,12 @@ def is_copy(decision: Decision) -> bool:
 def value_of(decision: Decision) -> tuple[object, ...]:
     """Equal for reads of the same elements in the same precision; slopes are other values.
 
-    Packed by channel, it is read in one shape only.
+    Packed by channel, it is read in one shape only; packed around zero, by those that need that.
     """
     read = decision.read
     slopes = read.function if decision.codec in CODEC and CODEC[decision.codec].slope else ""
-    form = read.view if decision.options.get("by_channel") else None
+    view = read.view if decision.options.get("by_channel") else None
+    form = view, decision.options.get("range")
     return (read.identity, read.dtype, slopes, form)
 
 

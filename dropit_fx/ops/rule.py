@@ -51,6 +51,8 @@ class Read:
             elsewhere: from the call's arguments to the bounds (None: no bound).
         function: For the input of a pointwise function f: from the call's arguments to the name of
             f in ``step_tables``, ``""`` where there is no table for these arguments.
+        jumps: For a slope that jumps where the operand is 0, as selu's does: from the call's
+            arguments to whether it does. A 0 must then be read as 0, not as a number beside it.
         by_row: For an operand of which the gradient is one product that sums over its rows (all
             its dimensions but the last): from the call's arguments to whether this call is such.
         by_channel: The backward divides by the deviation of each channel (dimension 1): what rounds
@@ -72,6 +74,7 @@ class Read:
     bits: Callable[[Mapping[str, Any]], int] | None = None
     between: Callable[[Mapping[str, Any]], tuple[Any, Any]] | None = None
     function: Callable[[Mapping[str, Any]], str] | None = None
+    jumps: Callable[[Mapping[str, Any]], bool] | None = None
     by_row: Callable[[Mapping[str, Any]], bool] | None = None
     by_channel: bool = False
     nbytes: Callable[[Mapping[str, Any]], int] | None = None

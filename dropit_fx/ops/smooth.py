@@ -22,12 +22,14 @@ def _smooth(
     *,
     operand: str = "input",
     function: Callable[[Mapping[str, Any]], str] | None = None,
+    jumps: Callable[[Mapping[str, Any]], bool] | None = None,
     inside: bool = False,
     **row: Any,
 ) -> OpRule:
     """A row of a smooth pointwise function: what is read gives the slope, element by element."""
-    read = Read(operand=operand, use=Use.SLOPE, needed_by=("input",), function=function)
-    reads = (read, Read(operand=INSIDE, use=Use.SHAPE, needed_by=("input",)))[: 1 + inside]
+    needed = ("input",)
+    read = Read(operand=operand, use=Use.SLOPE, needed_by=needed, function=function, jumps=jumps)
+    reads = (read, Read(operand=INSIDE, use=Use.SHAPE, needed_by=needed))[: 1 + inside]
     return OpRule(name=name, targets=targets, reads=reads, run=run, derive=run, **row)
 
 
@@ -97,6 +99,7 @@ ELU = _smooth(
     (F.elu, F.elu_, aten.elu.default, aten.elu_.default),
     _elu,
     function=_table("elu", alpha=1.0),
+    jumps=lambda args: args["alpha"] != 1,
     backward=_elu_backward,
 )
 
@@ -105,6 +108,7 @@ SELU = _smooth(
     (F.selu, torch.selu, torch.selu_, aten.selu.default, aten.selu_.default),
     _in_place_or_not(F.selu),
     function=_table("selu"),
+    jumps=lambda args: True,
 )
 
 
