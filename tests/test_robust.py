@@ -649,6 +649,17 @@ def test_lossy_packing_of_other_batch_sizes(batch: int) -> None:
         assert p.isfinite().all()
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(8), nn.GroupNorm(2, 8)], ids=["batch", "group"])
+def test_an_empty_batch_is_packed_by_channel(norm: nn.Module) -> None:
+    """No element has a mean: the dense model runs in eval mode, and so does the packed one."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.SiLU(), nn.Conv2d(8, 4, 3)).eval()
+    packed = dropit_fx.transform(model, example_args=(torch.randn(2, 3, 12, 12),))
+    assert "by_channel" in str(packed.graph)
+    x = torch.randn(0, 3, 12, 12)
+    assert_same(packed(x), model(x))
+    assert_same(grads(packed, x), grads(model, x))
+
+
 def test_complex_tensors_are_kept_with_the_reason() -> None:
     class Complex(nn.Module):
         def __init__(self) -> None:

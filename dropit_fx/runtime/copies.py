@@ -12,6 +12,7 @@ from torch.fx.traceback import annotate
 
 from dropit_fx.codecs import CODEC, DERIVED
 from dropit_fx.codecs.codec import Codec
+from dropit_fx.kernels.fused_bits import is_empty
 from dropit_fx.ops.table import DERIVABLE
 from dropit_fx.private import native_batch_norm_legit
 from dropit_fx.runtime.tensor_spec import (
@@ -102,6 +103,8 @@ def standardise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     In a block of elements of several channels, all of them then have the same say. The kernel of
     batch norm does it in half the time of ``torch.std_mean``.
     """
+    if is_empty(x.numel()):  # which that kernel refuses
+        return x, x.new_zeros(x.shape[1]).float(), x.new_ones(x.shape[1]).float()
     norm = native_batch_norm_legit.no_stats
     out, mean, inverse = norm(x.float(), None, None, True, 0.0, _TINY)
     if memory_order(out) != memory_order(x):
@@ -117,7 +120,7 @@ def _pack_by_channel(
     On CUDA what is standardised never lies in memory: in eager mode batch norm's own kernel reads
     the statistics, for a compiler they are those that it computes for the norm behind.
     """
-    if not x.is_cuda or codec.pack_channels is None:
+    if not x.is_cuda or codec.pack_channels is None or is_empty(x.numel()):
         standard, mean, inverse = standardise(x)
         with _marked(x):
             parts = codec.pack(flatten(standard), options)
