@@ -56,9 +56,10 @@ class DropITCallback(TrainerCallback):
     """Packs what the training step of a ``Trainer`` saves for the backward.
 
     The model is rewritten from the first step to the end of ``train()``, and is the same object
-    before, meanwhile and afterwards. After the first batch the bytes that it saves, dense and
-    packed, are put into ``trainer.state.log_history``, as ``saved_bytes_dense`` and
-    ``saved_bytes_packed``; ``graphs`` has the reports.
+    before, meanwhile and afterwards. After the first batch the bytes that its graphs save, dense
+    and packed, are logged once, as ``saved_bytes_dense`` and ``saved_bytes_packed``: they are put
+    into ``trainer.state.log_history`` and handed to every callback's ``on_log`` (the console,
+    TensorBoard, W&B). ``graphs`` has the reports.
 
     Args:
         config: As for ``transform``; so are `preset`, `strategy`, `gamma` and `bits`.
@@ -143,7 +144,14 @@ class DropITCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Logs the saved bytes, once."""
-        self._log(state)
+        if (logs := self._count()) is None:
+            return
+        state.log_history.append(logs | {"step": state.global_step})
+        due = control.should_log  # of the step's own loss; the event says that it is done
+        for trainer in (t for t in alive(Trainer) if t.state is state):
+            # the event, not trainer.log(): a subclass's own (TRL's) would give out its averages
+            trainer.callback_handler.on_log(args, state, control, logs)
+        control.should_log = due
 
     on_substep_end = on_step_end  # where a step is several batches
 
@@ -162,9 +170,10 @@ class DropITCallback(TrainerCallback):
         self._compiled += compiled_graphs()[before:]
         return compiled
 
-    def _log(self, state: TrainerState) -> None:
+    def _count(self) -> dict[str, float] | None:
+        """What to log after the first batch; None after the others."""
         if self._before is None:
-            return
+            return None
         # in a second train() the graphs of the first may still be good
         self.graphs = tuple(self._compiled[self._before :]) or self.graphs
         self._before = None
@@ -173,10 +182,4 @@ class DropITCallback(TrainerCallback):
         if dense == 0:
             log.warning("nothing is packed: no compiled graph of the model saves anything")
         log.info("a batch saves %d bytes, %d without packing", packed, dense)
-        state.log_history.append(
-            {
-                "saved_bytes_dense": dense,
-                "saved_bytes_packed": packed,
-                "step": state.global_step,
-            }
-        )
+        return {"saved_bytes_dense": dense, "saved_bytes_packed": packed}
