@@ -7,11 +7,13 @@ class, signature of ``forward``, state-dict keys and ``save_pretrained`` stay wh
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx, nn
 
 from dropit_fx.compile.backend import CompiledGraph, compiled_graphs, dropit, dropit_eager
@@ -56,9 +58,10 @@ class DropITCallback(TrainerCallback):
     """Packs what the training step of a ``Trainer`` saves for the backward.
 
     The model is rewritten from the first step to the end of ``train()``, and is the same object
-    before, meanwhile and afterwards. After the first batch the bytes that it saves, dense and
-    packed, are put into ``trainer.state.log_history``, as ``saved_bytes_dense`` and
-    ``saved_bytes_packed``; ``graphs`` has the reports.
+    before, meanwhile and afterwards. After the first batch the bytes that its graphs save, dense
+    and packed, are logged once, as ``saved_bytes_dense`` and ``saved_bytes_packed``: they are put
+    into ``trainer.state.log_history`` and handed to every callback's ``on_log`` (the console,
+    TensorBoard, W&B). ``graphs`` has the reports.
 
     Args:
         config: As for ``transform``; so are `preset`, `strategy`, `gamma` and `bits`.
@@ -73,6 +76,9 @@ class DropITCallback(TrainerCallback):
         backend: ``"dropit_eager"`` runs the rewritten graphs as they are: every value that is not
             approximated has the bits of training without the callback. ``"dropit"`` compiles them.
         options: More options of the backend: ``inner``, and inductor's own.
+        compile_loss: Whether the loss is rewritten too, where ``Trainer`` computes it outside the
+            model: its ``compute_loss_func``, else its label smoother. The attribute is compiled
+            from the first step to the end of ``train()``; where an error ends that, to the next.
 
     Attributes:
         graphs: The graphs that the first batch was compiled to; empty before it.
@@ -92,6 +98,7 @@ class DropITCallback(TrainerCallback):
         drop_logits: bool | None = None,
         backend: str = "dropit_eager",
         options: Mapping[str, Any] | None = None,
+        compile_loss: bool = False,
     ) -> None:
         if backend not in BACKENDS:
             raise ConfigError(f"no backend {backend!r}. Choose one of: {', '.join(BACKENDS)}.")
@@ -107,6 +114,8 @@ class DropITCallback(TrainerCallback):
         self.backend = backend
         self.options = {k: v for k, v in ours.items() if v is not None} | dict(options or {})
         self.graphs: tuple[CompiledGraph, ...] = ()
+        self.compile_loss = compile_loss
+        self._losses: list[tuple[Trainer, str, Any, Any]] = []  # as they were, and compiled
         self._model: nn.Module | None = None
         self._compiled: list[CompiledGraph] = []  # in the whole life of the callback
         self._before: int | None = None  # how many before the first batch; None after it
@@ -124,14 +133,18 @@ class DropITCallback(TrainerCallback):
 
         Raises:
             RuntimeError: It is compiled already: by ``torch_compile``, or by its own ``compile``.
+                With `compile_loss`: the trainer computes no loss outside the model.
         """
         assert model is not None
+        self._put_losses_back()
         if args.torch_compile or (compiled_in_place(model) and model is not self._model):
             raise RuntimeError(
                 "DropITCallback compiles the model itself, and it is compiled already. Leave out"
                 " torch_compile=True and model.compile(): DropITCallback(backend='dropit') compiles"
                 " with inductor."
             )
+        if self.compile_loss:
+            self._compile_losses(state)
         self._model, self._before = model, len(self._compiled)
         self._unread = self._drops or _reads_no_logits(self)
         for part in model.modules():
@@ -143,7 +156,14 @@ class DropITCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Logs the saved bytes, once."""
-        self._log(state)
+        if (logs := self._count()) is None:
+            return
+        state.log_history.append(logs | {"step": state.global_step})
+        due = control.should_log  # of the step's own loss; the event says that it is done
+        for trainer in (t for t in alive(Trainer) if t.state is state):
+            # the event, not trainer.log(): a subclass's own (TRL's) would give out its averages
+            trainer.callback_handler.on_log(args, state, control, logs)
+        control.should_log = due
 
     on_substep_end = on_step_end  # where a step is several batches
 
@@ -154,6 +174,28 @@ class DropITCallback(TrainerCallback):
         if self._model is not None:
             undo_compile(self._model)
         self._model = None
+        self._put_losses_back()
+
+    def _compile_losses(self, state: TrainerState) -> None:
+        for trainer in (t for t in alive(Trainer) if t.state is state):
+            names = [n for n in ("compute_loss_func", "label_smoother") if getattr(trainer, n)]
+            if not names:
+                raise RuntimeError(
+                    "compile_loss=True, but this trainer has no compute_loss_func and no"
+                    " label_smoothing_factor: its loss is computed in the model, which is compiled"
+                    " as a whole. Leave out compile_loss."
+                )
+            usual = getattr(trainer, names[0])
+            called = usual if inspect.isroutine(usual) else usual.__call__
+            compiled = torch.compile(called, backend=self._compile)
+            setattr(trainer, names[0], compiled)
+            self._losses.append((trainer, names[0], usual, compiled))
+
+    def _put_losses_back(self) -> None:
+        for trainer, name, usual, compiled in self._losses:
+            if getattr(trainer, name) is compiled:
+                setattr(trainer, name, usual)
+        self._losses = []
 
     def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         before = len(compiled_graphs())
@@ -162,9 +204,10 @@ class DropITCallback(TrainerCallback):
         self._compiled += compiled_graphs()[before:]
         return compiled
 
-    def _log(self, state: TrainerState) -> None:
+    def _count(self) -> dict[str, float] | None:
+        """What to log after the first batch; None after the others."""
         if self._before is None:
-            return
+            return None
         # in a second train() the graphs of the first may still be good
         self.graphs = tuple(self._compiled[self._before :]) or self.graphs
         self._before = None
@@ -173,10 +216,4 @@ class DropITCallback(TrainerCallback):
         if dense == 0:
             log.warning("nothing is packed: no compiled graph of the model saves anything")
         log.info("a batch saves %d bytes, %d without packing", packed, dense)
-        state.log_history.append(
-            {
-                "saved_bytes_dense": dense,
-                "saved_bytes_packed": packed,
-                "step": state.global_step,
-            }
-        )
+        return {"saved_bytes_dense": dense, "saved_bytes_packed": packed}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dropit_fx.ops.backwards import Called, Formula, Grads, Saved
+from dropit_fx.ops.backwards import Called, Formula, Grads, Saved, optional
 from dropit_fx.ops.rule import INSIDE, OpRule, Read, Use
 from dropit_fx.private import STACKLEVEL, log_softmax_backward_data, softmax_backward_data
 
@@ -114,32 +114,88 @@ def _class_dim(input: Tensor) -> int:
     return 0 if input.dim() == 1 else 1
 
 
+def _loss_of(
+    log_probs: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: Any,
+    ignore_index: int,
+    smoothing: float,
+) -> Tensor:
+    """The loss from the logarithms, by the very steps of ``cross_entropy_loss``."""
+    dim, size = _class_dim(log_probs), reduction_enum(reduction)
+    classes = log_probs.shape[dim]
+    if target.is_floating_point():
+        if smoothing > 0:
+            target = target * (1 - smoothing) + smoothing / classes
+        by_class = _weighted(log_probs * target, weight)
+        if size == 0:
+            return -by_class.sum(dim)
+        total = -by_class.sum()
+        return total / (log_probs.numel() // classes) if size == 1 else total
+    out: Tensor = aten.nll_loss_nd(log_probs, target, weight, size, ignore_index)
+    if not smoothing > 0:
+        return out
+    ignored = target == ignore_index
+    smooth = (-_weighted(log_probs, weight).sum(dim)).masked_fill(ignored, 0.0)
+    if size != 0:
+        smooth = smooth.sum()
+    if size == 1:
+        smooth = smooth / (~ignored).sum()
+    return (1 - smoothing) * out + smooth * (smoothing / classes)
+
+
+def _weighted(by_class: Tensor, weight: Tensor | None) -> Tensor:
+    """Times the weight of each class."""
+    if weight is None:
+        return by_class
+    return by_class * weight.view([-1] + [1] * (by_class.dim() - 1 - _class_dim(by_class)))
+
+
 def _cross_entropy_saving(
-    input: Tensor, target: Tensor, weight: Tensor | None, *settings: Any
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    size_average: bool | None,
+    ignore_index: int,
+    reduce: bool | None,
+    reduction: Any,
+    label_smoothing: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     log_probs = torch.log_softmax(input, _class_dim(input))
-    return _nll_loss(log_probs, target, weight, *settings[:-1]), {"log_probs": log_probs}
+    out = _loss_of(log_probs, target, weight, reduction, ignore_index, label_smoothing)
+    return out, {"log_probs": log_probs}
 
 
 def _cross_entropy_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
-    """``dX = (softmax(x) - onehot(target)) * dY``, from the packed ``log softmax(x)``."""
+    """``dX = (sum(t) softmax(x) - t) * dY`` of the weighted targets ``t``, from ``log_probs``."""
     # in the layout in which log_softmax makes it, whatever that of its input
-    log_probs, target = saved["log_probs"].contiguous(), saved["target"]
-    dim = _class_dim(log_probs)
-    reduction, ignored = reduction_enum(call.args["reduction"]), call.args["ignore_index"]
+    log_probs = saved["log_probs"].contiguous()
     loss = functools.partial(
-        aten.nll_loss_nd, target=target, reduction=reduction, ignore_index=ignored
+        _loss_of,
+        target=saved["target"],
+        weight=optional(saved, call, "weight"),
+        reduction=call.args["reduction"],
+        ignore_index=call.args["ignore_index"],
+        smoothing=call.args["label_smoothing"],
     )
     (inner,) = torch.func.vjp(loss, log_probs)[1](grad)
-    out = log_softmax_backward_data(inner, log_probs, dim, call.dtypes["input"])
-    return {"input": out}
+    dim = _class_dim(log_probs)
+    return {"input": log_softmax_backward_data(inner, log_probs, dim, call.dtypes["input"])}
 
 
-def _plain_cross_entropy(args: Mapping[str, Any]) -> str:
-    if args["target"].is_floating_point():
-        return "its targets are probabilities"
-    if args["weight"] is not None or args["label_smoothing"]:
-        return "class weights and label smoothing read more than the logarithms"
+def _beyond_the_logarithms(args: Mapping[str, Any]) -> str:
+    input, target, weight = args["input"], args["target"], args["weight"]
+    soft, smoothing = target.is_floating_point(), args["label_smoothing"]
+    if target.requires_grad or (weight is not None and weight.requires_grad):
+        return "its targets or class weights require grad"
+    if smoothing > 0 and not soft and weight is not None and reduction_enum(args["reduction"]) == 1:
+        return "its mean divides by the weights of the targets that are not ignored"
+    classes = input.shape[_class_dim(input)] if input.dim() else 0
+    refused = classes == 0 or soft != (target.shape == input.shape)
+    refused |= smoothing > 1 or (soft and args["ignore_index"] >= 0)
+    if refused or (weight is not None and weight.shape != (classes,)):
+        return "PyTorch refuses these arguments"  # in words of its own
     return _deprecated_reduction(args)
 
 
@@ -159,12 +215,13 @@ CROSS_ENTROPY = OpRule(
     reads=(
         Read(operand="log_probs", use=Use.REDUCE, needed_by=("input",), like="input"),
         Read(operand="target", use=Use.REDUCE, needed_by=("input",), lossy=False),
+        Read(operand="weight", use=Use.REDUCE, needed_by=("input",), lossy=False),
         Read(operand=INSIDE, use=Use.SHAPE, needed_by=("input",)),
     ),
     run=_cross_entropy,
     run_saving=_cross_entropy_saving,
     backward=_cross_entropy_backward,
-    obstacle=_plain_cross_entropy,
+    obstacle=_beyond_the_logarithms,
 )
 
 ROWS = (*SOFTMAX, NLL_LOSS, CROSS_ENTROPY)

@@ -133,6 +133,42 @@ def test_packed_training_learns_and_logs_what_it_saves(tmp_path: Path) -> None:
     assert logged["step"] == 1
 
 
+class Heard(transformers.TrainerCallback):
+    """What any callback that logs (TensorBoard's, W&B's) is handed, with the step."""
+
+    def __init__(self) -> None:
+        self.logs: list[tuple[int, dict[str, Any]]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.logs.append((state.global_step, dict(logs)))
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["before it", "behind it"])
+def test_every_callback_is_told_the_saved_bytes_and_the_losses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], first: bool
+) -> None:
+    heard, packing = Heard(), DropITCallback(preset="balanced")
+    made = trainer(gpt2(), tmp_path)
+    for callback in (packing, heard) if first else (heard, packing):
+        made.add_callback(callback)
+    made.add_callback(transformers.PrinterCallback)
+    made.train()
+    (logged,) = [entry for entry in made.state.log_history if "saved_bytes_dense" in entry]
+    ((step, told),) = [(n, logs) for n, logs in heard.logs if "saved_bytes_dense" in logs]
+    assert told | {"step": step} == logged
+    assert 0 < told["saved_bytes_packed"] < told["saved_bytes_dense"]
+    assert [n for n, logs in heard.logs if "loss" in logs] == [1, 2, 3, 4]
+    assert f"'saved_bytes_packed': {told['saved_bytes_packed']}" in capsys.readouterr().out
+
+
+def test_a_second_trainer_is_not_told_what_the_first_saves(tmp_path: Path) -> None:
+    heard = Heard()
+    other = trainer(gpt2(), tmp_path)
+    other.add_callback(heard)
+    train(tmp_path, DropITCallback(preset="balanced"))
+    assert not heard.logs
+
+
 def test_compiled_graphs_log_what_their_partition_saves(tmp_path: Path) -> None:
     callback = DropITCallback(backend="dropit", options={"inner": "aot_eager"})
     with torch.compiler.config.patch(force_disable_caches=True):

@@ -1,11 +1,12 @@
 """Softmax and the losses behind it: what the tests know of them."""
 
+import itertools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from op_calls import BLOCKS, IMAGE, LAST, Case, T, case, classes, positive, turned
-from op_record import Behind, Calls, Entry, Given, OpInfo, Pairs, RowTests
+from op_record import Behind, Calls, Entry, Given, OpInfo, RowTests
 from torch import Tensor, nn
 
 from dropit_fx.ops.rule import INSIDE
@@ -117,46 +118,97 @@ NLL_LOSS = RowTests(
 )
 
 LOGITS, LABELS = T((6, 5)), T((6,), make=classes(5))
-READS_MORE = "class weights and label smoothing read more than the logarithms"
+WEIGHTS = T((5,), make=positive)
 
 
 def _probabilities(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.rand(shape, generator=generator).softmax(1)
+    return torch.rand(shape, generator=generator).softmax(min(1, len(shape) - 1))
+
+
+def _soft(*shape: int) -> T:
+    return T(shape, make=_probabilities)
+
+
+def _settled_cases() -> list[Case]:
+    """Class weights, label smoothing and soft targets, together and alone."""
+    image, last = T((2, 5, 3, 4)), T((2, 5, 3, 4), format=LAST)
+    labels = T((2, 3, 4), make=classes(5, -100))
+    hard = {
+        "2-D": (LOGITS, T((6,), make=classes(5, -100)), -100),
+        "ignoring 1": (LOGITS, T((6,), make=classes(5, 1)), 1),
+        "all ignored": (LOGITS, T((6,), make=classes(1)), 0),
+        "4-D": (image, labels, -100),
+        "channels_last": (last, labels, -100),
+        "1-D": (T((5,)), T((), make=classes(5)), -100),
+        "empty batch": (T((0, 5)), T((0,), make=classes(5)), -100),
+    }
+    soft = {
+        "soft": (LOGITS, _soft(6, 5), -100),
+        "soft 4-D": (image, _soft(2, 5, 3, 4), -100),
+        "soft channels_last": (last, _soft(2, 5, 3, 4), -100),
+        "soft 1-D": (T((5,)), _soft(5), -100),
+        "soft slice": (T((6, 10), lambda v: v[:, ::2]), _soft(6, 5), -100),
+        "soft empty batch": (T((0, 5)), _soft(0, 5), -100),
+    }
+    settings = itertools.product((None, WEIGHTS), (0.0, 0.1, 1.0), ("none", "mean", "sum"))
+    out = []
+    for (name, (x, y, ignored)), (weight, smoothing, reduction) in itertools.product(
+        {**hard, **soft}.items(), list(settings)
+    ):
+        plain = weight is None and not smoothing
+        uncovered = weight is not None and smoothing and reduction == "mean"
+        if name in hard and (plain or uncovered):
+            continue
+        label = f"{name}, {reduction}, {'weights, ' * (weight is not None)}smoothing {smoothing}"
+        how = {"ignore_index": ignored, "reduction": reduction, "label_smoothing": smoothing}
+        out.append(case(label, x, y, weight=weight, **how))
+    return out
 
 
 def _cross_entropy(a: Any, grad: Tensor, packed: Any) -> dict[str, Tensor]:
-    x, counted = a["input"], a["target"] != a["ignore_index"]
-    share = grad * counted / (counted.sum() if a["reduction"] == "mean" else 1)
-    one_hot = torch.zeros_like(x).scatter(1, (a["target"] * counted).unsqueeze(1), 1.0)
+    x, target, smoothing = a["input"], a["target"], a["label_smoothing"]
+    soft, count = target.is_floating_point(), x.shape[1]
+    counted = torch.ones_like(x[:, 0]) if soft else target != a["ignore_index"]
+    weight = torch.ones(count) if a["weight"] is None else a["weight"]
+    if not soft:
+        target = torch.zeros_like(x).scatter(1, (target * counted).unsqueeze(1), 1.0)
+        divisor = (weight.view(-1, *[1] * (x.dim() - 2)) * target).sum(1)[counted].sum()
+    else:
+        divisor = x.numel() / count
+    target = target * (1 - smoothing) + smoothing / count
+    target = target * weight.view(-1, *[1] * (x.dim() - 2))
+    share = grad * counted / (divisor if a["reduction"] == "mean" else 1)
     log_probs = packed(x.log_softmax(1))
-    return {"input": (log_probs.exp() - one_hot) * share.unsqueeze(1)}
-
-
-def _without_weights(found: Pairs) -> Pairs:
-    """With class weights, the row does not cover it."""
-    return found - {("weight", "input")}
+    return {"input": (log_probs.exp() * target.sum(1, True) - target) * share.unsqueeze(1)}
 
 
 CROSS_ENTROPY = RowTests(
     row="cross_entropy",
-    cases=_loss_cases(),
+    cases=[*_loss_cases(), *_settled_cases()],
     obstacles=(
         (
             F.cross_entropy,
-            Case("class weights", (LOGITS, LABELS, T((5,), make=positive)), obstacle=READS_MORE),
-        ),
-        (
-            F.cross_entropy,
             Case(
-                "label smoothing", (LOGITS, LABELS), {"label_smoothing": 0.1}, obstacle=READS_MORE
+                "mean of weights",
+                (LOGITS, T((6,), make=classes(5, -100)), WEIGHTS),
+                {"label_smoothing": 0.1},
+                obstacle="its mean divides by the weights of the targets that are not ignored",
             ),
         ),
         (
             F.cross_entropy,
             Case(
-                "soft targets",
-                (LOGITS, T((6, 5), make=_probabilities)),
-                obstacle="its targets are probabilities",
+                "targets with a gradient",
+                (LOGITS, T((6, 5))),
+                obstacle="its targets or class weights require grad",
+            ),
+        ),
+        (
+            F.cross_entropy,
+            Case(
+                "weights with a gradient",
+                (LOGITS, _soft(6, 5), T((5,))),
+                obstacle="its targets or class weights require grad",
             ),
         ),
     ),
@@ -164,6 +216,10 @@ CROSS_ENTROPY = RowTests(
         case("mean", T((30, 40)), T((30,), make=classes(40))),
         case("sum", T((4, 10, 13)), T((4, 13), make=classes(10, -100)), reduction="sum"),
         case("none", T((30, 40)), T((30,), make=classes(40, 0)), ignore_index=0, reduction="none"),
+        case("weights", T((30, 40)), T((30,), make=classes(40, 0)), T((40,), make=positive)),
+        case("smoothing", T((30, 40)), T((30,), make=classes(40, -100)), label_smoothing=0.1),
+        case("soft", T((4, 10, 13)), _soft(4, 10, 13), T((10,), make=positive), reduction="sum"),
+        case("soft, smoothing", T((30, 40)), _soft(30, 40), label_smoothing=0.1),
     ),
     by_the_book=_cross_entropy,
     modules=lambda: [(Calls(lambda x: F.cross_entropy(x, torch.tensor([3, 0, 8, 3]))), (4, 9))],
@@ -171,8 +227,8 @@ CROSS_ENTROPY = RowTests(
     behind=OF_ITS_OWN,
     entries=(
         Entry("_log_softmax", {"self": "input", "result": "log_probs"}),
-        Entry("nll_loss_forward", {"self": "log_probs", **COUNTED}, amend=_without_weights),
-        Entry("nll_loss2d_forward", {"self": "log_probs", **COUNTED}, amend=_without_weights),
+        Entry("nll_loss_forward", {"self": "log_probs", **COUNTED}),
+        Entry("nll_loss2d_forward", {"self": "log_probs", **COUNTED}),
     ),
     steps={"log_probs": "input"},
 )
