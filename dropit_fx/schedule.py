@@ -34,7 +34,8 @@ class FreezeScheduler:
 
     The published schedule counts layers. This one also weighs them, where it is given example
     inputs: those that train together save no more than 1 - `rate` of what all would, or one layer
-    where that is more by itself. So the peak falls in every step, whichever layers move.
+    where that is more by itself. So the peak falls in every step, whichever layers move. What
+    several layers share counts for each of them: fewer may train than `rate` would let.
 
     What is copied is a sample of the weights that train, from ``optimizer.step()`` to its end; the
     model is not.
@@ -221,6 +222,8 @@ class FreezeScheduler:
 
     def _room(self) -> float:
         """Bytes that those may save together which train."""
+        if not self.rate:
+            return float("inf")
         return max((1 - self.rate) * self._total, *self.nbytes.values(), 0)
 
     def _choose(self) -> None:

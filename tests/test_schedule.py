@@ -40,6 +40,16 @@ class Net(nn.Module):
         return out
 
 
+class Twins(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.a(x) + self.b(x)
+        return out
+
+
 def net() -> Net:
     torch.manual_seed(0)
     return Net()
@@ -112,6 +122,15 @@ def test_each_step_trains_the_layers_that_moved_most() -> None:
         assert set(scheduler.trained) == set(most)
 
 
+def test_at_rate_0_nothing_is_frozen() -> None:
+    """Also where layers share what they save, which counts for each."""
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Twins(), nn.Linear(WIDTH, 4))
+    scheduler = FreezeScheduler(model, 0, example_args=(X,))
+    assert scheduler.nbytes["1.a.weight"] > 0
+    assert scheduler.nbytes["1.a.weight"] == scheduler.nbytes["1.b.weight"]
+    assert not scheduler.frozen
+
+
 def test_what_is_copied_is_a_sample_of_what_trains() -> None:
     model = net()
     scheduler = FreezeScheduler(model, 0.5, sample=100)
@@ -157,6 +176,29 @@ def shaped(scheduler: FreezeScheduler) -> nn.Module:
     for name in scheduler.frozen:
         model.get_parameter(name).requires_grad_(False)
     return model
+
+
+def test_slimfit_keeps_wide_inputs_in_8_bits_gelus_in_4_and_other_inputs_while_they_train() -> None:
+    model = nn.ModuleDict({"fc1": nn.Linear(WIDTH, 256), "fc2": nn.Linear(256, WIDTH)})
+
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2, self.last = model["fc1"], model["fc2"], nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.last(self.fc2(F.gelu(self.fc1(x))))
+            return out
+
+    made = dropit_fx.transform(Mlp(), preset="slimfit", example_args=(X,))
+    elements = len(X) * 256
+    scales = elements // 256 * 4  # two in 16 bits for each 256: least and greatest
+    last = len(X) * WIDTH * 4
+    assert measure.saved_bytes(made, X) == elements + elements // 2 + 2 * scales + last
+    made.get_parameter("last.weight").requires_grad_(False)
+    assert measure.saved_bytes(made, X) == elements + elements // 2 + 2 * scales
+    made.get_parameter("fc2.weight").requires_grad_(False)
+    assert measure.saved_bytes(made, X) == elements // 2 + scales
 
 
 def test_gradients_of_what_trains_are_those_of_the_whole_model() -> None:
