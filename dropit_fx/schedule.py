@@ -143,7 +143,8 @@ class FreezeScheduler:
         nothing, and the same layers train on.
 
         Raises:
-            RuntimeError: :meth:`before_step` was not called, or the ranks' weights differ.
+            RuntimeError: :meth:`before_step` was not called, the ranks' weights differ, or compiled
+                code gives the layers that train no gradient.
         """
         if not self._old:
             raise RuntimeError("after_step() measures since before_step(), which was not called.")
@@ -153,6 +154,12 @@ class FreezeScheduler:
         if any(found.values()):
             self._updates |= found
             self._choose()
+        elif self.sets and all(self._layers[n].grad is None for n in self.trained):
+            raise RuntimeError(
+                f"no gradient reached the layers that train now, {', '.join(self.trained)}:"
+                " compiled code of this PyTorch does not see that requires_grad of parameters"
+                " changes (2.11 does not, 2.14 does). Train in eager mode, or with a newer PyTorch."
+            )
 
     def remove(self) -> None:
         """Thaws all layers, and follows the optimiser no more."""
@@ -294,9 +301,8 @@ def _plain(model: nn.Module) -> nn.Module:
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    inner = uncompiled(model)
-    wrapped = isinstance(inner, DistributedDataParallel) and _is_compiled(inner.module)
-    return inner is not model or wrapped or compiled_in_place(inner)
+    """Whether it, or a part of it, is."""
+    return any(uncompiled(m) is not m or compiled_in_place(m) for m in model.modules())
 
 
 def _layers(model: nn.Module, always: Sequence[str] | None) -> dict[str, nn.Parameter]:
