@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from dropit_fx import logs, measure
+from dropit_fx import logs, measure, schedule
 from dropit_fx.api import transform
 from dropit_fx.capture.trace import CaptureError
 from dropit_fx.check import Check, check
@@ -28,6 +28,7 @@ __all__ = [
     "pack_saved",
     "pointwise",
     "report",
+    "schedule",
     "transform",
 ]
 

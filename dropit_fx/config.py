@@ -26,6 +26,9 @@ _OWN_KEYS = ("drop_logits", "force")  # that no preset sets
 PAPER_PRESET = "dropit"  # of the published call, which names a strategy or a rate
 
 
+TRAIN = (True, False, "bias")  # what a rule may say of parameters
+
+
 class ConfigError(ValueError):
     """A config that cannot mean anything; the message prints the rule and what would be legal."""
 
@@ -49,8 +52,7 @@ class Rule:
     preset: bool = False
 
     def __str__(self) -> str:
-        parts = [] if self.module == ("*",) else [f"module: {_joined(self.module)}"]
-        parts += [] if self.op == ("*",) else [f"op: {_joined(self.op)}"]
+        parts = _where(self.module, self.op)
         parts += [f"codec: {self.codec}", *(f"{k}: {v}" for k, v in self.options)]
         return "{" + ", ".join(parts) + "}"
 
@@ -65,6 +67,12 @@ class Rule:
     def full_options(self) -> Options:
         """Every option of the codec, defaults included."""
         return CODEC[self.codec].defaults() | dict(self.options)
+
+
+def _where(module: tuple[str, ...], op: tuple[str, ...]) -> list[str]:
+    """The globs of a rule as its file has them."""
+    parts = [] if module == ("*",) else [f"module: {_joined(module)}"]
+    return parts + ([] if op == ("*",) else [f"op: {_joined(op)}"])
 
 
 def _joined(globs: tuple[str, ...]) -> str:
@@ -82,11 +90,37 @@ def _speaks_of(codec: Codec, read: Read) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainRule:
+    """What a rule says of parameters: the first that matches a read of one decides.
+
+    Attributes:
+        module: As in :class:`Rule`.
+        op: As in :class:`Rule`.
+        train: Whether they get a gradient: True, False, or ``"bias"``: biases alone.
+        number: Of the rule in its config, from 1.
+    """
+
+    module: tuple[str, ...] = ("*",)
+    op: tuple[str, ...] = ("*",)
+    train: bool | str
+    number: int
+
+    def __str__(self) -> str:
+        word = self.train if isinstance(self.train, str) else str(self.train).lower()
+        return "{" + ", ".join([*_where(self.module, self.op), f"train: {word}"]) + "}"
+
+    def matches(self, module: str, op: str) -> bool:
+        """Whether the rule speaks of what ``op`` in ``module`` reads."""
+        return matches(module, self.module) and matches(op, self.op)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """An ordered list of rules.
 
     Attributes:
         rules: The config's own rules, then the preset's; the first match wins.
+        training: What the config's own rules say of parameters; the first match wins.
         preset: The preset that the last of them come from, or None.
         derive: Keep no copy of what is a cheap function of something packed: make it again in the
             backward.
@@ -102,6 +136,7 @@ class Config:
     """
 
     rules: tuple[Rule, ...] = ()
+    training: tuple[TrainRule, ...] = ()
     preset: str | None = DEFAULT_PRESET
     force: bool = False
     derive: bool = False
@@ -140,9 +175,9 @@ def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None 
     Args:
         source: Path of a YAML file, a mapping of the same shape, a Config (returned as it is), or
             None for the default preset. Keys: ``preset`` (a name, or null for none), ``rules`` (a
-            list of ``{module, op, codec, <options of the codec>}``), ``derive``, ``keep_small``,
-            ``norm_values``, ``loss_classes`` (these four as the preset says unless given),
-            ``drop_logits``, ``force``.
+            list of ``{module, op, codec, <options of the codec>, train}``, ``codec`` or ``train``
+            or both), ``derive``, ``keep_small``, ``norm_values``, ``loss_classes`` (these four as
+            the preset says unless given), ``drop_logits``, ``force``.
 
     Raises:
         ConfigError: An unknown key, preset, codec, op or option, or a value out of range.
@@ -185,8 +220,14 @@ def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None 
         is_count = isinstance(value, int) and not isinstance(value, bool)
         if what and not (is_count and 0 <= value < 2**63):
             raise ConfigError(f"{origin}: {key!r} is a number of {what}, 0 or more: {value!r}")
-    own = tuple(_rule(r, f"{origin}, rule {i + 1}") for i, r in enumerate(rules))
-    return Config(rules=own + base.rules, preset=preset, **settings)
+    numbered = [(r, i, f"{origin}, rule {i}") for i, r in enumerate(rules, 1)]
+    training = tuple(_train_rule(r, i, at) for r, i, at in numbered if _says(r, "train"))
+    own = tuple(
+        _rule(_without(r, "train"), at)
+        for r, _, at in numbered
+        if _says(r, "codec") or not _says(r, "train")
+    )
+    return Config(rules=own + base.rules, training=training, preset=preset, **settings)
 
 
 def make_config(
@@ -309,6 +350,31 @@ def _rule(source: Any, where: str, preset: bool = False) -> Rule:
         if why := _unsuited(glob, name):
             raise ConfigError(f"{where} {rule}: {why}")
     return rule
+
+
+def _train_rule(source: Mapping[str, Any], number: int, where: str) -> TrainRule:
+    train = source["train"]
+    if not any(train is value for value in TRAIN[:2]) and train != TRAIN[2]:
+        raise ConfigError(f"{where}: train = {train!r}. Choose one of: true, false, bias.")
+    if "codec" not in source:
+        what = " for a rule without 'codec'"
+        _known(source, ("module", "op", "codec", "train"), where, what)
+    op = _globs(source.get("op", "*"), "op", where)
+    for glob in op:
+        if not any(matches(name, (glob,)) for name in RULES):
+            hint = did_you_mean(glob, RULES)
+            raise ConfigError(f"{where}: no op {glob!r} in the op table.{hint}")
+    module = _globs(source.get("module", "*"), "module", where)
+    return TrainRule(module=module, op=op, train=train, number=number)
+
+
+def _says(source: Any, key: str) -> bool:
+    return isinstance(source, Mapping) and key in source
+
+
+def _without(source: Any, key: str) -> Any:
+    """A rule without one of its keys; whatever else it is, as it is."""
+    return {k: v for k, v in source.items() if k != key} if _says(source, key) else source
 
 
 def _unsuited(glob: str, name: str) -> str:

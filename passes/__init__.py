@@ -15,6 +15,7 @@ from dataclasses import replace
 
 from dropit_fx.passes.choose_codecs import choose_codecs
 from dropit_fx.passes.derive_values import derive_values
+from dropit_fx.passes.detach_parameters import detach_parameters
 from dropit_fx.passes.find_saved import find_saved
 from dropit_fx.passes.fuse_losses import fuse_losses
 from dropit_fx.passes.insert_packing import insert_packing
@@ -26,6 +27,7 @@ from dropit_fx.passes.verify import VerifyError, verify
 log = logging.getLogger(__name__)
 
 PIPELINE: tuple[Callable[[Plan], Plan], ...] = (
+    detach_parameters,
     fuse_losses,
     find_saved,
     choose_codecs,

@@ -7,6 +7,7 @@ another.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from dropit_fx.codecs import CODEC, UNREAD
@@ -15,7 +16,7 @@ from dropit_fx.config import Config, ConfigError
 from dropit_fx.kernels.dtypes import FLOATS
 from dropit_fx.ops.rule import Use
 from dropit_fx.ops.table import CHECKPOINT
-from dropit_fx.passes.plan import Decision, Plan, SavedRead, Site
+from dropit_fx.passes.plan import Decision, ParameterRead, Plan, SavedRead, Site
 from dropit_fx.runtime.copies import WIDTH, channel_nbytes
 
 _STATISTICS = ("mean", "rstd", "invstd")  # of a norm: one each for so many values
@@ -81,18 +82,34 @@ def _exact_for_few(decision: Decision, few: dict[str, int]) -> Decision:
 
 
 def check_rules_matched(plans: tuple[Plan, ...], config: Config) -> None:
-    """Raises ConfigError where a rule of the user's own matched no saved tensor of any plan."""
-    reads = [r for plan in plans for p in plan.with_bodies() for s in p.sites for r in s.reads]
+    """Raises ConfigError where a rule of the user's own matched nothing that any plan has.
+
+    A codec's rule: no saved tensor. One that says what is trained: no read of a parameter.
+    """
+    every = [p for plan in plans for p in plan.with_bodies()]
+    # what is saved no more, because a rule does not train it, was there to match
+    reads = [r for p in every for s in (*p.sites, *p.unfused) for r in s.reads]
+    parameters = [r for plan in plans for r in plan.parameters]
+    for training in config.training:
+        if not any(training.number in r.rules for r in parameters):
+            raise ConfigError(
+                f"rule {training} matched no read of a parameter."
+                f" Modules with parameters: {_some(parameters)}."
+            )
     for rule in config.rules:
         if rule.preset:
             continue
         if not any(r.read and rule.matches(r.module, r.op, r.read) for r in reads):
-            seen = sorted({f"{r.module or '<root>'} ({r.op})" for r in reads if r.row})
-            shown = ", ".join(seen[:12]) + (", ..." if len(seen) > 12 else "")
+            packable = _some([r for r in reads if r.row])
             raise ConfigError(
-                f"rule {rule} matched no saved tensor."
-                f" Modules with packable ones: {shown or 'none'}."
+                f"rule {rule} matched no saved tensor. Modules with packable ones: {packable}."
             )
+
+
+def _some(reads: Sequence[SavedRead | ParameterRead]) -> str:
+    """Whose they are, a dozen at most."""
+    shown = sorted({f"{r.module or '<root>'} ({r.op})" for r in reads})
+    return ", ".join(shown[:12]) + (", ..." if len(shown) > 12 else "") or "none"
 
 
 def _choose(read: SavedRead, config: Config, said: str) -> Decision:

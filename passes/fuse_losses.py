@@ -75,7 +75,7 @@ def fuse_losses(plan: Plan) -> Plan:
             notes |= {loss.name: said for loss in _losses_of(node)}
     if not heads:
         return replace(plan, notes=notes)
-    dense = find_saved(plan).sites
+    dense = plan.unfused or find_saved(plan).sites
     for head in heads:
         notes |= _fuse(graph, head)
     graph.lint()

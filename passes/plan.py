@@ -231,6 +231,27 @@ class Decision:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParameterRead:
+    """One node's read of a parameter, in a plan whose config says what is trained.
+
+    Attributes:
+        parameter: Qualified name of the parameter.
+        node: Name of the node.
+        module: Qualified name of the module that the node belongs to.
+        op: The row's name, or the target as printed where no row knows it.
+        rules: Numbers of the config's rules that speak of it; the first decides.
+        trained: Whether it gets a gradient from there.
+    """
+
+    parameter: str
+    node: str
+    module: str
+    op: str
+    rules: tuple[int, ...] = ()
+    trained: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What the passes know so far. Each pass returns a new one.
 
@@ -246,7 +267,10 @@ class Plan:
             graph, which are no sites, and whether a packed call of the node keeps one as well.
         decisions: From ``choose_codecs``: one for each read of each site, in the same order.
         bodies: Plans of nested graphs (checkpointed regions) by attribute name.
-        unfused: From ``fuse_losses``: the sites of the graph as it was, where it changed that.
+        parameters: From ``detach_parameters``, where a rule says what is trained: who reads them.
+        untrained: From ``detach_parameters``: the names of sites that nothing keeps since.
+        unfused: From ``detach_parameters`` or ``fuse_losses``: the sites of the graph as it was,
+            where they changed that.
         notes: From ``fuse_losses``: what is to be said of a node, by its name.
     """
 
@@ -259,6 +283,8 @@ class Plan:
     held: Mapping[str, bool] = field(default_factory=dict)
     decisions: tuple[Decision, ...] = ()
     bodies: dict[str, Plan] = field(default_factory=dict)
+    parameters: tuple[ParameterRead, ...] = ()
+    untrained: frozenset[str] = frozenset()
     unfused: tuple[Site, ...] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
 

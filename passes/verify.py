@@ -17,6 +17,7 @@ from dropit_fx.codecs import CODEC, DERIVED
 from dropit_fx.ops.rule import INSIDE, OpRule, Use
 from dropit_fx.ops.table import CHECKPOINT, DERIVABLE, RULES, bind
 from dropit_fx.passes.derive_values import whole_values
+from dropit_fx.passes.detach_parameters import undetached
 from dropit_fx.passes.insert_packing import unchecked
 from dropit_fx.passes.plan import Keeper, Plan
 from dropit_fx.passes.share_packed import LET_GO, by_site, is_in_graph, packed_bytes, value_of
@@ -70,6 +71,12 @@ def well_formed(plan: Plan) -> Iterator[str]:
         plan.module.graph.lint()
     except RuntimeError as error:
         yield str(error).splitlines()[0]
+
+
+def untrained_is_detached(plan: Plan) -> Iterator[str]:
+    """What no rule trains is read detached."""
+    for read in undetached(plan):
+        yield f"'{read.node}' gives '{read.parameter}' a gradient: rule {read.rules[0]} does not"
 
 
 def one_decision_each(plan: Plan) -> Iterator[str]:
@@ -297,6 +304,7 @@ class Check(NamedTuple):
 
 
 CHECKS: tuple[Check, ...] = (
+    Check("detach_parameters", untrained_is_detached),
     Check("find_saved", well_formed),
     Check("choose_codecs", one_decision_each),
     Check("choose_codecs", served),

@@ -455,3 +455,46 @@ def test_drop_logits_is_the_configs_unless_it_is_given() -> None:
             assert make_config({"drop_logits": own}, drop_logits=given).drop_logits is given
     with pytest.raises(ConfigError, match="drop_logits is true or false, not 1"):
         make_config(drop_logits=1)  # type: ignore[arg-type]
+
+
+# --- what is trained
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"train": "biases"}, "train = 'biases'. Choose one of: true, false, bias."),
+        ({"train": "false"}, "train = 'false'. Choose one of: true, false, bias."),
+        ({"train": 0}, "train = 0. Choose one of: true, false, bias."),
+        ({"train": None}, "train = None. Choose one of: true, false, bias."),
+        ({"train": [False]}, "train = [False]. Choose one of: true, false, bias."),
+        ({"train": False, "op": "linaer"}, "no op 'linaer' in the op table. Did you mean 'linear'"),
+        ({"train": False, "module": []}, "'module' is a glob or a list of globs"),
+        ({"train": False, "gamma": 0.5}, "no key 'gamma' for a rule without 'codec'"),
+        ({"train": False, "codec": "minkk"}, "no codec 'minkk'"),
+        ({"module": "x"}, "no 'codec'. Choose one of: "),
+    ],
+)
+def test_a_rule_that_trains_what_cannot_be_says_what_is_legal(
+    keys: dict[str, Any], told: str
+) -> None:
+    assert told in refusal(rule(**keys)), refusal(rule(**keys))
+    assert "rule 1" in refusal(rule(**keys))
+
+
+def test_what_is_trained_is_told_beside_the_codec_or_alone(tmp_path: Path) -> None:
+    path = tmp_path / "far.yaml"
+    path.write_text(
+        "preset: null\nrules:\n  - {op: linear, codec: quant, bits: 4, train: bias}\n"
+        "  - {module: head, train: no}\n  - {module: '*', codec: keep}\n"
+    )
+    config = load_config(path)
+    assert [str(r) for r in config.rules] == [
+        "{op: linear, codec: quant, bits: 4}",
+        "{codec: keep}",
+    ]
+    told = ["{op: linear, train: bias}", "{module: head, train: false}"]
+    assert [str(r) for r in config.training] == told
+    assert [r.number for r in config.training] == [1, 2]
+    assert make_config(config, preset="max", bits=5).training == config.training
+    assert load_config(config) is config

@@ -18,6 +18,7 @@ ORDER = (
     ("private",),
     ("private_hooks", "private_inductor"),
     ("kernels", "measure"),
+    ("schedule",),
     ("ops",),
     ("codecs",),
     ("config", "presets"),

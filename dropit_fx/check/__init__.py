@@ -45,6 +45,8 @@ def check(
     * with every format made exact, a gradient has other bits than dense's; or, where values or
       logits are made again in the backward (``derive``, ``loss_classes``), differs by more than
       rounding;
+    * a parameter has a gradient that no rule of the config trains (``train: false``, ``bias``; what
+      such rules change is not compared with dense);
     * the report's bytes are not those that are measured;
     * an output, the loss or a gradient is not finite where dense's is.
 

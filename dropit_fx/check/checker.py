@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
@@ -21,7 +21,7 @@ from dropit_fx.check.found import Check, Finding
 from dropit_fx.check.step import Seen, Task, take_step
 from dropit_fx.codecs import CODEC
 from dropit_fx.config import Config, ConfigError, Rule
-from dropit_fx.report.rows import FUSED, Report, mib, report
+from dropit_fx.report.rows import FUSED, Report, merged, mib, report
 
 Backend = Literal["transform", "dropit_eager", "dropit"]
 BACKENDS: tuple[Backend, ...] = ("transform", "dropit_eager", "dropit")
@@ -61,7 +61,12 @@ class Rewritten(NamedTuple):
     seen: Seen
     predicted: int  # bytes
     measured: int
-    fused: bool  # a loss is computed with its layer, which rounds a sum otherwise
+    told: Report
+
+    @property
+    def fused(self) -> bool:
+        """Whether a loss is computed with its layer, which rounds a sum otherwise."""
+        return any(row.codec == FUSED for row in self.told.rows)
 
 
 @dataclass
@@ -106,7 +111,7 @@ class Checker:
             config = _exact(self.config, derive)
             seen = self._try(name, functools.partial(self._packed, config))
             if seen is not None:
-                self._compare_exact(name, dense, seen.seen, self.exact and not derive)
+                self._compare_exact(name, *self._trained(dense, seen), self.exact and not derive)
         found = self._try("packed", lambda: self._packed(self.config, measured=True))
         if found is not None:
             self._compare(dense, found)
@@ -142,7 +147,7 @@ class Checker:
             seen = take_step(self.task, rewritten, rewritten)
             told = report(rewritten)
             found = self._measured(rewritten) if measured else 0
-            return Rewritten(seen, told.kept_bytes, found, _fused(told))
+            return Rewritten(seen, told.kept_bytes, found, told)
         from dropit_fx.compile import backend as plug_in
 
         torch.compiler.reset()
@@ -156,8 +161,9 @@ class Checker:
         graphs = plug_in.compiled_graphs()[before:]
         if not graphs:
             raise RuntimeError("the plug-in was handed no graph that it could rewrite")
-        predicted, fused = sum(g.saved_bytes for g in graphs), any(_fused(g.report) for g in graphs)
-        return Rewritten(seen, predicted, self._measured(compiled) if measured else 0, fused)
+        predicted = sum(g.saved_bytes for g in graphs)
+        told = merged([g.report for g in graphs])
+        return Rewritten(seen, predicted, self._measured(compiled) if measured else 0, told)
 
     def _compare_exact(self, name: str, dense: Seen, seen: Seen, exact: bool) -> None:
         wrong = differing(dense.gradients, seen.gradients, exact)
@@ -181,7 +187,36 @@ class Checker:
         self.say("finite", stays, text)
         self.numbers["first_loss"] = seen.loss
         self.say("first loss", None, f"{seen.loss:.6g}, dense {dense.loss:.6g}")
-        self._gradients(dense, seen)
+        self._untrained(found)
+        self._gradients(*self._trained(dense, found))
+
+    def _names(self, names: Iterable[str]) -> set[str]:
+        """Names of parameters as gradients have them: of tied ones the first."""
+        every = dict(self.task.model.named_parameters(remove_duplicate=False))
+        firsts = {id(p): name for name, p in self.task.model.named_parameters()}
+        return {firsts[id(every[name])] for name in names if name in every}
+
+    def _trained(self, dense: Seen, found: Rewritten) -> tuple[Seen, Seen]:
+        """Both without the gradients that a rule of the config changes."""
+        left_out = self._names((*found.told.untrained, *found.told.shared))
+
+        def kept(seen: Seen) -> Seen:
+            gradients = {n: g for n, g in seen.gradients.items() if n not in left_out}
+            return replace(seen, gradients=gradients)
+
+        return kept(dense), kept(found.seen)
+
+    def _untrained(self, found: Rewritten) -> None:
+        """What no rule trains has no gradient."""
+        told = found.told
+        if not told.untrained and not told.shared:
+            return
+        wrong = [n for n in self._names(told.untrained) if found.seen.gradients.get(n) is not None]
+        text = f"{len(told.untrained)} parameters get no gradient, as the config says"
+        if told.shared:
+            text += f"; {len(told.shared)} from some of their readers alone, and are not compared"
+        text = f"these get a gradient all the same: {_listed(sorted(wrong))}" if wrong else text
+        self.say("not trained", not wrong, text)
 
     def _outputs(self, dense: Seen, found: Rewritten) -> None:
         exact, wrong, dropped = self.exact and not found.fused, [], set[str]()
@@ -257,10 +292,6 @@ def _exact(config: Config, derive: bool) -> Config:
     classes = config.loss_classes if derive else 0
     derive = derive and config.derive
     return replace(config, rules=rules, derive=derive, loss_classes=classes, force=True)
-
-
-def _fused(told: Report) -> bool:
-    return any(row.codec == FUSED for row in told.rows)
 
 
 def _told(error: Exception) -> str:

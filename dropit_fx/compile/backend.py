@@ -39,7 +39,7 @@ from dropit_fx.private import (
     lookup_backend,
 )
 from dropit_fx.private_inductor import INNER_COMPILE
-from dropit_fx.report.rows import Report, mib, rows
+from dropit_fx.report.rows import Report, mib, report_of
 from dropit_fx.runtime.linear_loss import LOSSES
 from dropit_fx.runtime.packed_call import (
     CACHE_VERSION,
@@ -239,7 +239,7 @@ def rewrite_dynamo_graph(
         check_rules_matched((plan,), config)
     except ConfigError as error:  # no error of one graph: a model may be compiled in several
         log.warning("%s", error)
-    record = CompiledGraph(Report(tuple(rows(plan))))
+    record = CompiledGraph(report_of(plan))
     _compiled.append(record)
     said = record.report
     log.info(

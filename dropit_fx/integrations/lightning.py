@@ -1,7 +1,7 @@
 """Lightning: a compiled or rewritten ``LightningModule`` trains as it is; its bytes are logged.
 
 model = torch.compile(LitModel(), backend="dropit")  # or transform() of a network inside it
-Trainer(callbacks=[LogSavedBytes()]).fit(model)
+Trainer(callbacks=[LogSavedBytes(), FreezeLayers(0.8)]).fit(model)
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 from dropit_fx.compile.backend import compiled_graphs
 from dropit_fx.report.rows import report
+from dropit_fx.schedule import FreezeScheduler
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -70,3 +71,60 @@ class LogSavedBytes(Callback):
             dense, packed = dense + rewritten.dense_bytes, packed + rewritten.kept_bytes
         self.saved_bytes = dense, packed
         pl_module.log_dict({"saved_bytes_dense": float(dense), "saved_bytes_packed": float(packed)})
+
+
+class FreezeLayers(Callback):
+    """Runs a ``FreezeScheduler`` around the steps of the optimiser of a ``LightningModule``.
+
+    From the start of training to its end; checkpoints hold the schedule. On several ranks, the
+    strategy is ``"ddp_find_unused_parameters_true"``.
+
+    Args:
+        rate: Share of the layers that a step freezes at least, in [0, 1).
+        **options: Of ``FreezeScheduler``, but for `optimizer`.
+
+    Attributes:
+        scheduler: The schedule; None before training.
+    """
+
+    def __init__(self, rate: float, **options: Any) -> None:
+        self.scheduler: FreezeScheduler | None = None
+        self._rate, self._options = rate, options
+        self._loaded: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Makes the schedule, or goes on with that of the checkpoint.
+
+        Raises:
+            ValueError: There is not one optimiser, the module is compiled and `variants` is not
+                given, or as ``FreezeScheduler`` says.
+        """
+        if len(trainer.optimizers) != 1:
+            raise ValueError(
+                f"FreezeLayers follows one optimizer, and there are {len(trainer.optimizers)}."
+                " Make a FreezeScheduler in the LightningModule, for the model of one of them."
+            )
+        if getattr(pl_module, "_compiler_ctx", None) and not self._options.get("variants"):
+            raise ValueError(
+                "the LightningModule is compiled, with a graph for each set of layers that train"
+                " together. Give FreezeLayers variants=, the most of such sets."
+            )
+        (optimizer,) = trainer.optimizers
+        self.scheduler = FreezeScheduler(
+            pl_module, self._rate, optimizer=optimizer, **self._options
+        )
+        if self._loaded is not None:
+            self.scheduler.load_state_dict(self._loaded)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Thaws all layers."""
+        if self.scheduler is not None:
+            self.scheduler.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The schedule, for a checkpoint."""
+        return {} if self.scheduler is None else self.scheduler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps the schedule of a checkpoint until training starts."""
+        self._loaded = state_dict or None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import StringIO
 from os import PathLike
@@ -19,6 +19,7 @@ from dropit_fx.passes.share_packed import by_site, packed_bytes
 from dropit_fx.private import uncompiled
 
 _META = "dropit_report"
+UNTRAINED = "untrained"  # in the place of a codec: no rule trains what needed it
 FUSED = "fused"  # in the place of a codec: the loss that kept it is computed with its layer
 
 
@@ -65,9 +66,26 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Rows for every saved tensor of one model, in graph order."""
+    """Rows for every saved tensor of one model, in graph order.
+
+    Attributes:
+        rows: One for each storage.
+        parameters: Where a rule of the config says what is trained: qualified names, and whether
+            what reads the parameter gives it a gradient: True, False, or None: some of it does.
+    """
 
     rows: tuple[Row, ...]
+    parameters: tuple[tuple[str, bool | None], ...] = ()
+
+    @property
+    def untrained(self) -> tuple[str, ...]:
+        """Names of the parameters that get no gradient, because of a rule of the config."""
+        return tuple(name for name, trained in self.parameters if trained is False)
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Names of those that one node reads untrained, and another gives them their gradient."""
+        return tuple(name for name, trained in self.parameters if trained is None)
 
     @property
     def dense_bytes(self) -> int:
@@ -85,11 +103,12 @@ class Report:
         return self.kept_bytes / self.dense_bytes if self.dense_bytes else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: totals in bytes and the rows."""
+        """Plain data: totals in bytes, names of parameters that no rule trains, and the rows."""
         return {
             "dense_bytes": self.dense_bytes,
             "kept_bytes": self.kept_bytes,
             "ratio": self.ratio,
+            "untrained": list(self.untrained),
             "rows": [asdict(r) for r in self.rows],
         }
 
@@ -202,13 +221,35 @@ def report(rewritten: nn.Module) -> Report:
             f"{type(rewritten).__name__} was not rewritten by dropit_fx.transform; for"
             ' torch.compile(model, backend="dropit") see dropit_fx.backend.compiled_graphs()'
         )
-    return Report(tuple(row for one in found for row in one.rows))
+    return merged(found)
 
 
 def attach(graph_module: fx.GraphModule, plan: Plan, prefix: str = "") -> None:
     """Leaves the report on the module, so that it survives deepcopy and pickle."""
-    made = Report(tuple(rows(plan, prefix)))
-    graph_module.meta[_META] = made
+    graph_module.meta[_META] = report_of(plan, prefix)
+
+
+def report_of(plan: Plan, prefix: str = "") -> Report:
+    """The report of a finished plan, of a submodule of that qualified name."""
+    reads = (
+        (".".join(p for p in (prefix, read.parameter) if p), read.trained)
+        for read in plan.parameters
+    )
+    return Report(tuple(rows(plan, prefix)), _in_all(reads))
+
+
+def merged(reports: Sequence[Report]) -> Report:
+    """One report of several parts of a model."""
+    read = (pair for one in reports for pair in one.parameters)
+    return Report(tuple(row for one in reports for row in one.rows), _in_all(read))
+
+
+def _in_all(reads: Iterable[tuple[str, bool | None]]) -> tuple[tuple[str, bool | None], ...]:
+    """``Report.parameters`` of all that is read."""
+    found: dict[str, bool | None] = {}
+    for name, trained in reads:
+        found[name] = trained if found.get(name, trained) is trained else None
+    return tuple(found.items())
 
 
 def rows(plan: Plan, prefix: str = "", region: str = "") -> Iterator[Row]:
@@ -233,10 +274,22 @@ def rows(plan: Plan, prefix: str = "", region: str = "") -> Iterator[Row]:
             region="" if site.reads[0].number else region,
             note=next((d.note for d in decisions if d.note), _said(plan, decisions)),
         )
-    for site in dense.left():  # a fused loss does without it
-        yield _row(site, prefix, dense_bytes=site.nbytes, kept_bytes=0, codec=FUSED, reason="")
+    for site in dense.left():  # a fused loss does without it, or no rule trains what needed it
+        codec = UNTRAINED if site.name in plan.untrained else FUSED
+        note = _untrained(site, plan) if codec == UNTRAINED else ""
+        yield _row(
+            site, prefix, dense_bytes=site.nbytes, kept_bytes=0, codec=codec, reason="", note=note
+        )
     for name, body in plan.bodies.items():
         yield from rows(body, prefix, region=name)
+
+
+def _untrained(site: Site, plan: Plan) -> str:
+    """Why nobody keeps it: the rules that do not train what read it, or what is before that."""
+    nodes = {read.node for read in site.reads}
+    rules = {r.rules[0] for r in plan.parameters if r.node in nodes and not r.trained}
+    numbers = ", ".join(map(str, sorted(rules)))
+    return f"not trained: rule {numbers}" if rules else "nothing is trained that needs it"
 
 
 def _said(plan: Plan, decisions: Sequence[Decision]) -> str:

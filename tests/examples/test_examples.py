@@ -22,6 +22,7 @@ import bytes as whole_models  # noqa: E402
 import demo  # noqa: E402
 import digits  # noqa: E402
 import figures  # noqa: E402
+import freeze  # noqa: E402
 import llama_lora  # noqa: E402
 import picture  # noqa: E402
 import training  # noqa: E402
@@ -187,3 +188,13 @@ def test_demo_picture(tmp_path: Path) -> None:
     models = {"vit": {"eager": way, "compiled": way}, "resnet": {"eager": way}}
     picture.demo_picture({"models": models}, tmp_path / "demo.png")
     assert (tmp_path / "demo.png").stat().st_size > 5_000
+
+
+def test_a_frozen_share_of_an_encoder_saves_less() -> None:
+    options = freeze.arguments().parse_args(["--limit", "32", "--epochs", "1", "--measures", "1"])
+    data = training.limited(bert.load(), options.limit)
+    whole, frozen = (freeze.train(rate, "slimfit", data, options) for rate in (0.0, 0.9))
+    assert whole["frozen"] == 0
+    assert frozen["frozen"] >= 0.88
+    assert frozen["saved"] < 0.6 * whole["saved"]
+    assert frozen["peak"] < whole["peak"]

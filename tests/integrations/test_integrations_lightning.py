@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dropit_fx
 from dropit_fx import measure
-from dropit_fx.integrations.lightning import LogSavedBytes
+from dropit_fx.integrations.lightning import FreezeLayers, LogSavedBytes
 
 X, Y = torch.randn(128, 64), torch.randint(0, 4, (128,))
 
@@ -45,10 +45,12 @@ def network() -> nn.Module:
     )
 
 
-def fit(model: Any, folder: Path, callback: LogSavedBytes) -> pl.Trainer:
+def fit(
+    model: Any, folder: Path, callback: pl.Callback, epochs: int = 3, resume: Path | None = None
+) -> pl.Trainer:
     trainer = pl.Trainer(
         accelerator="cpu",
-        max_epochs=3,
+        max_epochs=epochs,
         callbacks=[callback],
         default_root_dir=folder,
         enable_progress_bar=False,
@@ -56,7 +58,8 @@ def fit(model: Any, folder: Path, callback: LogSavedBytes) -> pl.Trainer:
         logger=pl.loggers.CSVLogger(folder),
         log_every_n_steps=1,
     )
-    trainer.fit(model, DataLoader(TensorDataset(X, Y), batch_size=32))
+    batches = DataLoader(TensorDataset(X, Y), batch_size=32)
+    trainer.fit(model, batches, ckpt_path=resume)
     return trainer
 
 
@@ -109,3 +112,31 @@ def test_a_module_that_nothing_packs_is_told_so(
         fit(Lit(network()), tmp_path, callback)
     assert callback.saved_bytes == (0, 0)
     assert "nothing is packed" in caplog.text
+
+
+def test_frozen_layers_take_turns_and_a_resumed_run_has_the_losses_of_one_never_stopped(
+    tmp_path: Path,
+) -> None:
+    def run(name: str, epochs: int, resume: Path | None = None) -> tuple[Lit, pl.Trainer]:
+        lit = Lit(dropit_fx.transform(network(), example_args=(X[:32],)))
+        callback = FreezeLayers(0.5, example_args=(X[:32],))
+        trainer = fit(lit, tmp_path / name, callback, epochs, resume)
+        assert callback.scheduler is not None
+        assert len(callback.scheduler.frozen) >= 1
+        assert all(p.requires_grad for p in lit.parameters())
+        updates.append(callback.scheduler.state_dict())
+        return lit, trainer
+
+    updates: list[dict[str, Any]] = []
+    whole, _ = run("whole", 4)
+    _, half = run("half", 2)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _ = run("resumed", 4, tmp_path / "half.ckpt")
+    assert resumed.losses == whole.losses[8:]
+    assert updates[0] == updates[2] != updates[1]
+
+
+def test_a_compiled_module_needs_a_bound_on_its_graphs(tmp_path: Path) -> None:
+    model = torch.compile(Lit(network()), backend="dropit_eager")
+    with pytest.raises(ValueError, match="Give FreezeLayers variants="):
+        fit(model, tmp_path, FreezeLayers(0.5))

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from dropit_fx.api import rewrite
 from dropit_fx.capture.trace import capture
-from dropit_fx.config import load_config
+from dropit_fx.config import TrainRule, load_config
 from dropit_fx.passes import PIPELINE, VerifyError, verify
 from dropit_fx.passes.plan import Decision, Plan
 from dropit_fx.passes.verify import CHECKS
@@ -81,6 +81,11 @@ def derive_from(plan: Plan, packs: dict[str, Any], rule: str = "gelu") -> Plan:
             derived, (rule, (relu, "none"), packs, relu)
         ).name = "derived"
     return plan
+
+
+def trained_against_a_rule(plan: Plan) -> Plan:
+    rule = TrainRule(op=("linear",), train=False, number=1)
+    return replace(plan, config=replace(plan.config, training=(rule,)))
 
 
 def used_before_it_is_made(plan: Plan) -> Plan:
@@ -174,6 +179,12 @@ BROKEN: list[tuple[str, str, Callable[[Plan], Plan], str]] = [
         "a pack behind its reader",
         used_before_it_is_made,
         "was used before it has been defined",
+    ),
+    (
+        "untrained_is_detached",
+        "a rule that nobody has asked",
+        trained_against_a_rule,
+        "'linear' gives 'first.weight' a gradient: rule 1 does not",
     ),
     (
         "one_decision_each",
