@@ -188,6 +188,7 @@ def _mixed_statistics(result: Any, func: Any, args: Any) -> Any:
 _REAL_STORAGES = {
     torch.ops.aten.native_layer_norm: _mixed_statistics,
     torch.ops.aten.native_group_norm: _mixed_statistics,
+    torch.ops.aten.native_batch_norm: _mixed_statistics,
     torch.ops.aten.mkldnn_rnn_layer: _with_workspace,
     embedding_bag: _with_one_bag_more,
     torch.ops.aten.convolution: _as_large_as_its_input,
