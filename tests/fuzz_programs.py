@@ -131,7 +131,11 @@ class Draft:
         return f"self.{name}"
 
     def module(self, made: str) -> str:
+        """A new module, or one that is there already under a second name."""
         name = self.new("m")
+        same = [line for line in self.init if line.endswith(f" = {made}")]
+        if same and self.coin():
+            made = same[0].partition(" = ")[0]
         self.make(f"self.{name} = {made}")
         return f"self.{name}"
 

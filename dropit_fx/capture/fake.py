@@ -84,16 +84,34 @@ def as_activation(leaf: Tensor) -> Tensor:
         return leaf.clone()
 
 
+def held(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by one name for each module that holds them.
+
+    PyTorch's own names are either one for each tensor, or one for each way to a module: with these,
+    ``functional_call`` leaves its tensors in a module that is reached by two ways.
+    """
+    return {
+        name: tensor
+        for path, part in module.named_modules()
+        for tensors in (part.named_parameters, part.named_buffers)
+        for name, tensor in tensors(path, recurse=False, remove_duplicate=False)
+    }
+
+
 @contextmanager
 def fake_state(module: nn.Module, mode: FakeTensorMode) -> Iterator[dict[int, str]]:
     """Fake parameters and buffers for the time of a run; yields storage -> what it is."""
+    made: dict[int, Tensor] = {}  # one fake of each tensor, wherever it is held
     fakes: dict[str, Tensor] = {}
     kinds: dict[int, str] = {}
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        fakes[name] = tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor)
+    for name, tensor in held(module).items():
+        if id(tensor) not in made:
+            real = not isinstance(tensor, FakeTensor)
+            made[id(tensor)] = mode.from_tensor(tensor) if real else tensor
+        fakes[name] = made[id(tensor)]
         kind = "a parameter" if isinstance(tensor, nn.Parameter) else "a buffer"
         kinds[storage_id(fakes[name])] = kind
-    with reparametrize_module(module, fakes, tie_weights=True), _numbered_momentum(module):
+    with reparametrize_module(module, fakes, tie_weights=False), _numbered_momentum(module):
         yield kinds
 
 
@@ -188,6 +206,7 @@ def _mixed_statistics(result: Any, func: Any, args: Any) -> Any:
 _REAL_STORAGES = {
     torch.ops.aten.native_layer_norm: _mixed_statistics,
     torch.ops.aten.native_group_norm: _mixed_statistics,
+    torch.ops.aten.native_batch_norm: _mixed_statistics,
     torch.ops.aten.mkldnn_rnn_layer: _with_workspace,
     embedding_bag: _with_one_bag_more,
     torch.ops.aten.convolution: _as_large_as_its_input,

@@ -8,6 +8,8 @@ with autocast and without, and the casts are read off. That works for CUDA on a 
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -152,9 +154,25 @@ def _fake(value: Any) -> Any:
 def _observed_plain(rule: OpRule, values: list[Any]) -> tuple[Casts, torch.dtype | None]:
     """As :func:`_observed`; of dtypes that only autocast lets meet in the op, nothing."""
     try:
-        return _observed(rule, values)
+        with _unlogged():
+            return _observed(rule, values)
     except RuntimeError:
         return (None,) * len(values), None
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """An op that refuses its operands is an answer here; PyTorch logs it as an error."""
+    logger, here = logging.getLogger(FakeTensorMode.__module__), threading.get_ident()
+
+    def others(record: logging.LogRecord) -> bool:
+        return record.thread != here
+
+    logger.addFilter(others)
+    try:
+        yield
+    finally:
+        logger.removeFilter(others)
 
 
 def _observed(rule: OpRule, values: list[Any]) -> tuple[Casts, torch.dtype]:

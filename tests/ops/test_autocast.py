@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from op_cases import ALL_CASES, CASES, RECORDS, spelled, spellings
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dropit_fx.ops import autocasting
 from dropit_fx.ops.autocasting import asked
 from dropit_fx.ops.table import RULES, bind
 
@@ -107,3 +109,19 @@ def test_rows_packed_in_the_lower_precision_are_those_that_autocast_lowers(
     operands = [r.operand for r in rule.reads if casts.get(r.operand)]
     lowered = any(casts[n] == dtype for n in operands)
     assert lowered == (rule.autocast == "lower" or device in RECORDS[name].lowered_on)
+
+
+def test_a_refusal_that_is_expected_is_not_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autocasting, "_ANSWERS", {})
+    logger, said = logging.getLogger(FakeTensorMode.__module__), list[logging.LogRecord]()
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", said.append)
+    logger.addHandler(handler)
+    x, weight = torch.randn(2, 4, 8, dtype=torch.bfloat16), torch.randn(8, 8)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            casts = asked(RULES["matmul"], (x, weight.expand(2, 8, 8)))
+    finally:
+        logger.removeHandler(handler)
+    assert casts == (None, torch.bfloat16)
+    assert not said

@@ -475,7 +475,16 @@ def test_a_reduced_loss_takes_the_memory_that_it_really_holds(preset: str) -> No
         assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm(32), nn.GroupNorm(4, 32)], ids=repr)
+@pytest.mark.parametrize(
+    "norm",
+    [
+        *(nn.LayerNorm(32), nn.GroupNorm(4, 32), nn.BatchNorm1d(32)),
+        *(nn.BatchNorm1d(32, affine=False), nn.BatchNorm1d(32, track_running_stats=False)),
+        nn.BatchNorm1d(32, affine=False, track_running_stats=False),
+        nn.Sequential(nn.Unflatten(1, (4, 8)), nn.InstanceNorm1d(4, affine=True), nn.Flatten()),
+    ],
+    ids=repr,
+)
 @pytest.mark.parametrize("preset", ["lossless", "balanced"])
 def test_statistics_of_norms_under_autocast_have_the_dtype_of_the_weight(
     norm: nn.Module, preset: str
