@@ -7,8 +7,7 @@ kept, in the model as it is and in the rewritten one, from the next forward on.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -166,8 +165,7 @@ class FreezeScheduler:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        for parameter in self._layers.values():
-            parameter.requires_grad_(True)
+        self._thaw()
 
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` goes on from: plain numbers and names, also as JSON."""
@@ -208,9 +206,12 @@ class FreezeScheduler:
                 parameter.requires_grad_(name in names)
             return saved_bytes(model, *args, **kwargs)
 
-        with self._thawed_after(), torch.compiler.set_stance("force_eager"):
-            alone, everything = saved(), saved(*self._layers)
-            found = [everything, *(saved(n) for n in self._layers)]
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                alone, everything = saved(), saved(*self._layers)
+                found = [everything, *(saved(n) for n in self._layers)]
+        finally:
+            self._thaw()
         if dist.is_initialized():
             first = next(iter(self._layers.values()))
             weights = torch.tensor(found, device=first.device)
@@ -219,13 +220,9 @@ class FreezeScheduler:
         self._total, *each = (max(0, nbytes - alone) for nbytes in found)
         self.nbytes = dict(zip(self._layers, each, strict=True))
 
-    @contextmanager
-    def _thawed_after(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            for parameter in self._layers.values():
-                parameter.requires_grad_(True)
+    def _thaw(self) -> None:
+        for parameter in self._layers.values():
+            parameter.requires_grad_(True)
 
     def _room(self) -> float:
         """Bytes that those may save together which train."""
@@ -241,11 +238,11 @@ class FreezeScheduler:
             self._freeze(select(self._updates, self.nbytes, self._count, self._room()))
 
     def _freeze(self, trained: Sequence[str]) -> None:
-        self.trained = tuple(n for n in self._layers if n in set(trained))
+        chosen = set(trained)
+        self.trained = tuple(n for n in self._layers if n in chosen)
         for name, parameter in self._layers.items():
-            trains = name in self.trained
-            parameter.requires_grad_(trains)
-            if not trains:
+            parameter.requires_grad_(name in chosen)
+            if name not in chosen:
                 parameter.grad = None  # a gradient of zeros would let momentum go on
 
     def _sampled(self, name: str) -> Tensor:

@@ -101,14 +101,10 @@ def held(module: nn.Module) -> dict[str, Tensor]:
 @contextmanager
 def fake_state(module: nn.Module, mode: FakeTensorMode) -> Iterator[dict[int, str]]:
     """Fake parameters and buffers for the time of a run; yields storage -> what it is."""
-    made: dict[int, Tensor] = {}  # one fake of each tensor, wherever it is held
     fakes: dict[str, Tensor] = {}
     kinds: dict[int, str] = {}
-    for name, tensor in held(module).items():
-        if id(tensor) not in made:
-            real = not isinstance(tensor, FakeTensor)
-            made[id(tensor)] = mode.from_tensor(tensor) if real else tensor
-        fakes[name] = made[id(tensor)]
+    for name, tensor in held(module).items():  # the mode has one fake for each tensor
+        fakes[name] = tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor)
         kind = "a parameter" if isinstance(tensor, nn.Parameter) else "a buffer"
         kinds[storage_id(fakes[name])] = kind
     with reparametrize_module(module, fakes, tie_weights=False), _numbered_momentum(module):

@@ -26,16 +26,15 @@ def _table(options: Options) -> StepTable:
 # Where the slope jumps, and at the very place is what it is below: the interval above begins at the
 # next normal number of float32
 _NEXT = {
-    "selu": (0.0, 2.0**-126),
-    "hardswish": (-3.0, -3.0 + 2.0**-22),
-    "hardsigmoid": (-3.0, -3.0 + 2.0**-22),
+    "selu": {0.0: 2.0**-126},
+    "hardswish": {-3.0: -3.0 + 2.0**-22},
+    "hardsigmoid": {-3.0: -3.0 + 2.0**-22},
 }
 
 
 def _borders(options: Options) -> list[float]:
-    borders = list(_table(options).borders)
-    at, next_one = _NEXT.get(options["function"], (None, None))
-    borders = [next_one if b == at and next_one is not None else b for b in borders]
+    moved: dict[float, float] = _NEXT.get(options["function"], {})
+    borders = [moved.get(b, b) for b in _table(options).borders]
     if not options["function"].endswith(OF_RESULT):
         return borders
     f = FUNCTIONS[options["function"].removesuffix(OF_RESULT)]

@@ -48,6 +48,11 @@ def _reads_no_logits(callback: TrainerCallback) -> bool:
     return bool(trainers) and all(map(_steps_as_it_does, trainers))
 
 
+def _in_state(state: TrainerState) -> list[Trainer]:
+    """The trainer that a state is of."""
+    return [t for t in alive(Trainer) if t.state is state]
+
+
 def _steps_as_it_does(trainer: Trainer) -> bool:
     parts = [(getattr(trainer, n), getattr(Trainer, n)) for n in ("training_step", "compute_loss")]
     reads_by_place = getattr(trainer.args, "past_index", -1) >= 0  # None has no place in an output
@@ -160,7 +165,7 @@ class DropITCallback(TrainerCallback):
             return
         state.log_history.append(logs | {"step": state.global_step})
         due = control.should_log  # of the step's own loss; the event says that it is done
-        for trainer in (t for t in alive(Trainer) if t.state is state):
+        for trainer in _in_state(state):
             # the event, not trainer.log(): a subclass's own (TRL's) would give out its averages
             trainer.callback_handler.on_log(args, state, control, logs)
         control.should_log = due
@@ -177,7 +182,7 @@ class DropITCallback(TrainerCallback):
         self._put_losses_back()
 
     def _compile_losses(self, state: TrainerState) -> None:
-        for trainer in (t for t in alive(Trainer) if t.state is state):
+        for trainer in _in_state(state):
             names = [n for n in ("compute_loss_func", "label_smoother") if getattr(trainer, n)]
             if not names:
                 raise RuntimeError(

@@ -105,4 +105,5 @@ def test_a_run_on_fakes_puts_every_tensor_back(name: str) -> None:
     with fake_state(model, FakeTensorMode()):
         inside = {n: id(t) for n, t in held(model).items()}
         assert not set(before.values()) & set(inside.values())
+        assert len(set(inside.values())) == len(set(before.values()))
     assert before == {n: id(t) for n, t in model.state_dict(keep_vars=True).items()}
