@@ -15,7 +15,7 @@ from torch import Tensor
 from dropit_fx import yaml_files
 from dropit_fx.codecs import CODEC
 from dropit_fx.codecs.codec import Codec, Options
-from dropit_fx.ops.rule import INSIDE, Read, Use
+from dropit_fx.ops.rule import INSIDE, OpRule, Read, Use
 from dropit_fx.ops.table import RULES
 from dropit_fx.words import did_you_mean, matches, shortened
 
@@ -361,9 +361,8 @@ def _train_rule(source: Mapping[str, Any], number: int, where: str) -> TrainRule
         _known(source, ("module", "op", "codec", "train"), where, what)
     op = _globs(source.get("op", "*"), "op", where)
     for glob in op:
-        if not any(matches(name, (glob,)) for name in RULES):
-            hint = did_you_mean(glob, RULES)
-            raise ConfigError(f"{where}: no op {glob!r} in the op table.{hint}")
+        if not _named_by(glob):
+            raise ConfigError(f"{where}: {_no_op(glob)}")
     module = _globs(source.get("module", "*"), "module", where)
     return TrainRule(module=module, op=op, train=train, number=number)
 
@@ -377,12 +376,21 @@ def _without(source: Any, key: str) -> Any:
     return {k: v for k, v in source.items() if k != key} if _says(source, key) else source
 
 
+def _named_by(glob: str) -> list[OpRule]:
+    """The rows of the op table that a glob names."""
+    return [r for r in RULES.values() if matches(r.name, (glob,))]
+
+
+def _no_op(glob: str) -> str:
+    return f"no op {glob!r} in the op table.{did_you_mean(glob, RULES)}"
+
+
 def _unsuited(glob: str, name: str) -> str:
     """Why no op that a glob names has a tensor that a codec can keep, or ``""``."""
     codec = CODEC[name]
-    named = [r for r in RULES.values() if matches(r.name, (glob,))]
+    named = _named_by(glob)
     if not named:
-        return f"no op {glob!r} in the op table.{did_you_mean(glob, RULES)}"
+        return _no_op(glob)
     reads = [read for row in named for read in row.reads if read.use is not Use.SHAPE]
     if any(map(codec.can_keep, reads)):
         return ""

@@ -50,6 +50,18 @@ CASES: dict[str, tuple[list[tuple[Function, tuple[int, ...]]], int]] = {
 }
 
 
+def captured(run: Function, *args: Tensor, **how: Any) -> fx.GraphModule:
+    """The graph that Dynamo makes."""
+    found: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        found.append(gm)
+        return gm.forward
+
+    torch.compile(run, backend=keep, fullgraph=True, **how)(*args)
+    return found[0]
+
+
 def graphs(name: str, device: str, channels: int) -> tuple[fx.GraphModule, fx.GraphModule]:
     """A case as Dynamo and as inductor see it."""
     layers, others = CASES[name]
@@ -63,14 +75,7 @@ def graphs(name: str, device: str, channels: int) -> tuple[fx.GraphModule, fx.Gr
             return idle(x, others)
 
         below = make_fx(run)(x, *weights)
-        captured: list[fx.GraphModule] = []
-
-        def keep(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-            captured.append(gm)
-            return gm.forward
-
-        torch.compile(run, backend=keep, fullgraph=True)(x, *weights)
-    return captured[0], below
+        return captured(run, x, *weights), below
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -108,16 +113,10 @@ def test_inductors_own_options_decide_it_too() -> None:
 
 def test_symbolic_sizes_stay_as_they_are_on_a_gpu() -> None:
     layer, shape = conv(128, 128)
-    captured: list[fx.GraphModule] = []
-
-    def keep(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        captured.append(gm)
-        return gm.forward
-
     with FakeTensorMode():
         x, w = torch.empty(2, 128, 8, 8, device="cuda"), torch.empty(shape, device="cuda")
-        torch.compile(lambda x, w: layer(x, w), backend=keep, dynamic=True)(x, w)
-    assert not inductor_lays_out(captured[0])
+        graph = captured(lambda x, w: layer(x, w), x, w, dynamic=True)
+    assert not inductor_lays_out(graph)
 
 
 class Draws(nn.Module):
@@ -182,13 +181,7 @@ def test_what_draws_reads_the_layout_of_the_model(drawing: Function, layouts: li
     def run(x: Tensor, w: Tensor) -> Tensor:
         return F.conv2d(drawing(F.conv2d(x, w)), w)
 
-    captured: list[fx.GraphModule] = []
-
-    def keep(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        captured.append(gm)
-        return gm.forward
-
-    torch.compile(run, backend=keep)(torch.randn(2, 4, 6, 10), torch.randn(4, 4, 1, 1))
-    channels_last(captured[0], {"force_layout_optimization": True})
-    asked = captured[0].graph.find_nodes(op="call_method", target="contiguous")
+    graph = captured(run, torch.randn(2, 4, 6, 10), torch.randn(4, 4, 1, 1))
+    channels_last(graph, {"force_layout_optimization": True})
+    asked = graph.graph.find_nodes(op="call_method", target="contiguous")
     assert [n.kwargs for n in asked] == layouts
