@@ -131,17 +131,23 @@ def _loss_of(
         by_class = _weighted(log_probs * target, weight)
         if size == 0:
             return -by_class.sum(dim)
-        total = -by_class.sum()
-        return total / (log_probs.numel() // classes) if size == 1 else total
+        total = by_class.sum()
+        if size != 1:
+            return -total
+        if log_probs.numel() == 0:
+            return -total.fill_(torch.nan)
+        return -total / (log_probs.numel() // classes)
     out: Tensor = aten.nll_loss_nd(log_probs, target, weight, size, ignore_index)
     if not smoothing > 0:
         return out
+    smooth = -_weighted(log_probs, weight).sum(dim)
     ignored = target == ignore_index
-    smooth = (-_weighted(log_probs, weight).sum(dim)).masked_fill(ignored, 0.0)
-    if size != 0:
-        smooth = smooth.sum()
+    smooth = smooth.masked_fill(ignored, 0.0)
     if size == 1:
-        smooth = smooth / (~ignored).sum()
+        counted = (~ignored).sum()
+        smooth = smooth.sum() / counted
+    elif size == 2:
+        smooth = smooth.sum()
     return (1 - smoothing) * out + smooth * (smoothing / classes)
 
 
