@@ -731,16 +731,20 @@ def _kind_of_rounding(yard: Yardstick, outcomes: list[Outcome], config: str) -> 
     An op that finds its operand without gaps takes elements in vectors, whose functions round
     otherwise than those for one element; what an ELU wrote in place has a slope that PyTorch
     computes from the result; what a norm reads is packed, by the plan that is "exact", around the
-    mean of each channel, in units of its deviation. Where attention's operands are rounded, a
-    kernel of our own has its backward; both have terms that cancel out where attention is sharp,
-    so that either is off by many units, and may be off by as many as the other. So has a norm's,
-    which takes the mean of a gradient from it: the last bits of what comes to it are many of it.
+    mean of each channel, in units of its deviation. Autocast casts a leaf once for all that read
+    it, so that their gradients are summed in few bits; a packed call casts for itself, and they are
+    summed after. Where attention's operands are rounded, a kernel of our own has its backward; both
+    have terms that cancel out where attention is sharp, so that either is off by many units, and
+    may be off by as many as the other. So has a norm's, which takes the mean of a gradient from it:
+    the last bits of what comes to it are many of it.
     """
     source = yard.subject.program.source
     kinds: list[tuple[str, Close]] = [("last bits", _within(LAST_BITS))]
     if _RESULT_IS_SAVED.search(source):
         least = torch.finfo(torch.bfloat16).eps if "bfloat16" in source else 0.0
         kinds.append(("ELU in place", _within(16, least)))
+    if config == "exact" and "autocast(" in source:
+        kinds.append(("cast for each", _within(0, torch.finfo(torch.bfloat16).eps)))
     if config == "exact" and _NORM.search(source):
         kinds.append(("normalised", _nearly(yard)))
     if config == "exact" and _ATTENTION.search(source):
