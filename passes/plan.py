@@ -166,7 +166,8 @@ class Values:
         versions: Storage -> its version when the graph has run: what was read at another one has
             been written to since.
         lost: Values that the row of their op does not make again.
-        differentiable: Values that require a gradient.
+        differentiable: ``(reader, value)`` where the value required a gradient when the reader ran:
+            ``detach_()`` and writes change that.
     """
 
     alive: Mapping[str, Keeper] = field(default_factory=dict)
@@ -175,7 +176,7 @@ class Values:
     makers: Mapping[Elements, str] = field(default_factory=dict)
     versions: Mapping[int, int] = field(default_factory=dict)
     lost: frozenset[str] = frozenset()
-    differentiable: frozenset[str] = frozenset()
+    differentiable: frozenset[tuple[str, str]] = frozenset()
 
     def stays(self, elements: Elements) -> bool:
         """Whether nothing writes to them before the backward."""

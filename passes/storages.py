@@ -55,7 +55,7 @@ class Storages:
         self._makers: dict[Elements, str] = {}
         self._last: dict[int, Tensor] = {}  # seen of each storage: it counts the versions
         self._first: dict[int, tuple[Tensor, list[str]]] = {}  # of each storage, and all its nodes
-        self._differentiable: set[str] = set()
+        self._differentiable: set[tuple[str, str]] = set()
 
     def of(self, tensor: Tensor, owner: str = "") -> Storage:
         """What is known of a tensor's storage; of a new one, whose it is."""
@@ -77,6 +77,8 @@ class Storages:
             value = env[operand]
             if isinstance(value, Tensor):
                 self._seen[n.name, operand.name] = elements(value, version(value))
+                if value.requires_grad:
+                    self._differentiable.add((n.name, operand.name))
         self._watched = self._versions_of(operands)
 
     def before(self, x: Tensor) -> Elements:
@@ -117,8 +119,6 @@ class Storages:
         seen = result.detach()  # counts on with the tensor
         self._last[storage_id(result)] = seen
         self._first.setdefault(storage_id(result), (seen, []))[1].append(n.name)
-        if result.requires_grad:
-            self._differentiable.add(n.name)
         keeper = self.of(result).kept_by
         if keeper in _ALIVE:
             self._alive[n.name] = keeper

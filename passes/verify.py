@@ -249,7 +249,8 @@ def says_all_that_is_kept(plan: Plan) -> Iterator[str]:
                 continue
             needing = [bound.get(n) for n in read.needed_by]
             wanted = any(
-                isinstance(v, fx.Node) and v.name in values.differentiable for v in needing
+                isinstance(v, fx.Node) and (call.name, v.name) in values.differentiable
+                for v in needing
             )
             counted = decision is not None and (not decision.packed or decision.codec in LET_GO)
             is_made = isinstance(value, fx.Node) and value.name not in values.alive

@@ -1043,6 +1043,28 @@ def gate(d: Draft) -> None:
 
 
 @other
+def stop(d: Draft) -> None:
+    """A value that stops or begins to require a gradient, between two that read it."""
+    x = d.value()
+    made, change = d.choose(
+        (
+            ("{x} * 1.0", "{n}.detach_()"),
+            ("F.gelu({x})", "{n}.detach_()"),
+            ("{x}.detach() * 1.0", "{n}.requires_grad_()"),
+            ("{x}.detach() * 1.0", "{n}.mul_({x})"),
+            ("torch.zeros_like({x})", "{n}.add_({x})"),
+        )
+    )
+    name = d.new()
+    d.say(f"{name} = {made.format(x=x)}")
+    if d.coin():
+        d.let(f"torch.sigmoid({name}) * {x}")
+    d.say(change.format(n=name, x=x))
+    d.keep(name)
+    d.features.add("in place")
+
+
+@other
 def side(d: Draft) -> None:
     """Integers and masks beside the main path, which end without a gradient."""
     x = d.value(_at_least(1))

@@ -71,6 +71,46 @@ def check(model: nn.Module, *args: Tensor, config: Any = LOSSLESS) -> Any:
     return packed
 
 
+# --- what requires a gradient changes
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: h.mul(1).detach_(),
+        lambda h: (h * 1).detach_() + h,
+        lambda h: torch.zeros_like(h).add_(h),
+        lambda h: (h.detach() * 2).mul_(h),
+        lambda h: h.detach().clone().requires_grad_(),
+    ],
+    ids=["detached", "detached and added", "added to", "multiplied", "a new leaf"],
+)
+@pytest.mark.parametrize("way", ["transform", "dropit_eager", "dropit"])
+def test_a_value_that_stops_or_begins_to_require_a_gradient(way: str, change: Any) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.gelu(self.a(x))
+            before = F.silu(h)
+            u = h * 1
+            before = before * u
+            changed = change(u)
+            return self.b(h * changed + before)
+
+    model, x = Model(), torch.randn(32, 64)
+    if way == "transform":
+        packed: Any = dropit_fx.transform(model, preset="balanced", example_args=(x,))
+    else:
+        options = {"preset": "balanced"} | ({"inner": "aot_eager"} if way == "dropit" else {})
+        packed = torch.compile(model, backend=way, options=options)
+    assert_same(packed(x), model(x))
+    for got, wanted in zip(grads(packed, x), grads(model, x), strict=True):
+        assert (got - wanted).norm() <= 0.1 * wanted.norm()
+
+
 # --- backward
 
 
