@@ -1197,8 +1197,9 @@ def block(d: Draft, header: str) -> None:
 
 @other
 def region(d: Draft) -> None:
-    """A checkpointed function of two values."""
-    if d.in_region or d.indent > 2:
+    """A checkpointed function of two values; sometimes it has another inside."""
+    inside = d.in_region
+    if d.indent > 3 or (d.indent > 2 and not (inside and d.coin(3))):
         raise Rejected
     first = d.value()
     second = d.value()
@@ -1218,7 +1219,7 @@ def region(d: Draft) -> None:
         d.body.append("    " * d.indent + f"return {made[-1]}")
     finally:
         d.indent -= 1
-        d.live[:], d.in_region = outer, False
+        d.live[:], d.in_region = outer, inside
     result = d.new()
     call = f"{result} = checkpoint({function}, {', '.join(names)}, use_reentrant=False)"
     d.body.append("    " * d.indent + call)

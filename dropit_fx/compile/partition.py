@@ -252,18 +252,26 @@ def _take_stand_ins_out(joint: fx.GraphModule) -> dict[str, str]:
     return found
 
 
+def _originals_of(graph: fx.Graph, originals: dict[str, str]) -> dict[fx.Node, fx.Node]:
+    """Of each stand-in that a checkpointed region reads, what it stands for in the forward.
+
+    A region inside of another reads a stand-in of a stand-in.
+    """
+    nodes = {n.name: n for n in graph.nodes}
+    read = {v: o for v, o in originals.items() if v in nodes and must_recompute(nodes[v])}
+    for value, original in read.items():  # in the order of the graph: the outer region's is known
+        read[value] = read.get(original, original)
+    return {nodes[value]: nodes[original] for value, original in read.items()}
+
+
 def _read_by_regions(joint: fx.GraphModule, originals: dict[str, str]) -> list[fx.Node]:
     """What checkpointed regions read in the forward, where the joint graph has a stand-in of it."""
-    nodes = {n.name: n for n in joint.graph.nodes}
-    names = [o for v, o in originals.items() if v in nodes and must_recompute(nodes[v])]
-    return [nodes[name] for name in dict.fromkeys(names)]
+    return list(dict.fromkeys(_originals_of(joint.graph, originals).values()))
 
 
 def _read_originals(forward: fx.GraphModule, originals: dict[str, str]) -> None:
     """Lets checkpointed regions read their inputs, not what the backward will make of them."""
-    nodes = {n.name: n for n in forward.graph.nodes}
-    for value, original in originals.items():
-        if value in nodes and must_recompute(nodes[value]):
-            nodes[value].replace_all_uses_with(nodes[original])
+    for value, original in _originals_of(forward.graph, originals).items():
+        value.replace_all_uses_with(original)
     forward.graph.eliminate_dead_code()
     forward.recompile()

@@ -433,8 +433,31 @@ class Nested(Region):
         return h
 
 
+class NestedAtOnce(Region):
+    """A region whose own input goes into regions in it."""
+
+    def outer(self, h: Tensor) -> Tensor:
+        inside = checkpoint(self.region, h, use_reentrant=False)
+        return checkpoint(torch.sin, inside, use_reentrant=False) + h
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = checkpoint(self.outer, self.first(x), use_reentrant=False)
+        return h
+
+
 @pytest.mark.parametrize("inner", INNERS[:2])
-@pytest.mark.parametrize("model", [Region, Nested])
+@pytest.mark.parametrize("model", [Region, Nested, NestedAtOnce])
+def test_regions_in_regions_are_exact_forwards(model: type[Region], inner: str) -> None:
+    x, module = torch.randn(16, 32), model()
+    exact, dense = step(module, module, x)
+    found, ours = step(compiled(module, inner, ROUGH), module, x)
+    assert torch.equal(found, exact)
+    assert any(map(is_packed, regions_inputs()))
+    assert not all(torch.equal(a, b) for a, b in zip(ours, dense, strict=True))
+
+
+@pytest.mark.parametrize("inner", INNERS[:2])
+@pytest.mark.parametrize("model", [Region, Nested, NestedAtOnce])
 def test_dropout_in_a_region_has_one_mask(model: type[Region], inner: str) -> None:
     x, module = torch.randn(64, 32), model(p=0.5)
     _, dense = step(module, module, x)
