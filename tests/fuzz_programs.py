@@ -587,6 +587,27 @@ def class_loss(d: Draft, name: str) -> None:
     d.let(f"F.{name}({logs}, {y}{options})")
 
 
+_TWO_LOSSES: dict[str, tuple[str, str]] = {  # what it compares, and with what
+    "mse_loss": ("{}", "{}"),
+}
+
+
+@row(*_TWO_LOSSES)
+def loss_of_two(d: Draft, name: str) -> None:
+    x = d.value()
+    first, second = _TWO_LOSSES[name]
+    options = d.choose(("", ", reduction='sum'", ", reduction='none'"))
+    d.let(f"F.{name}({first.format(x)}, {second.format(beside(d, x))}{options})")
+
+
+def beside(d: Draft, x: str) -> str:
+    """Another value in the shape of ``x``: a parameter, or what the program has made."""
+    shape = d.env[x].shape
+    if d.coin(4):
+        return d.parameter(shape)
+    return d.value(lambda t: t.is_floating_point() and t.shape == shape)
+
+
 @row("embedding")
 def embedding(d: Draft) -> None:
     index = d.index(4, d.choose(((4,), (2, 4))))
@@ -992,7 +1013,6 @@ _BINARY = (
     "torch.atan2({x}, {y}.abs() + 1)",
     "torch.logaddexp({x}, {y})",
     "torch.hypot({x}, {y}.abs() + 1)",
-    "F.mse_loss({x}, {y})",
     "F.l1_loss({x}, {y}, reduction='none')",
     "F.smooth_l1_loss({x}, {y})",
     "F.smooth_l1_loss({x}, {y}, beta=0.0)",
@@ -1011,12 +1031,7 @@ _BINARY = (
 @other
 def binary(d: Draft) -> None:
     x = d.value()
-    shape = d.env[x].shape
-    if d.coin(4):
-        y = d.parameter(shape)
-    else:
-        y = d.value(lambda t: t.is_floating_point() and t.shape == shape)
-    d.let(d.choose(_BINARY).format(x=x, y=y))
+    d.let(d.choose(_BINARY).format(x=x, y=beside(d, x)))
 
 
 @other

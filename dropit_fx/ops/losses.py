@@ -57,7 +57,8 @@ def reduction_enum(reduction: Any) -> int:
     return {"none": 0, "mean": 1, "sum": 2}[reduction]
 
 
-def _deprecated_reduction(args: Mapping[str, Any]) -> str:
+def deprecated_reduction(args: Mapping[str, Any]) -> str:
+    """Why a loss with ``size_average`` or ``reduce`` is not covered, or ``""``."""
     if args["size_average"] is not None or args["reduce"] is not None:
         return "it is called with deprecated arguments"
     return ""
@@ -89,7 +90,7 @@ NLL_LOSS = OpRule(
         Read(operand=INSIDE, use=Use.SHAPE, needed_by=("input",)),
     ),
     run=_nll_loss,
-    obstacle=_deprecated_reduction,
+    obstacle=deprecated_reduction,
 )
 
 
@@ -202,7 +203,7 @@ def _beyond_the_logarithms(args: Mapping[str, Any]) -> str:
     refused |= smoothing > 1 or (soft and args["ignore_index"] >= 0)
     if refused or (weight is not None and weight.shape != (classes,)):
         return "PyTorch refuses these arguments"  # in words of its own
-    return _deprecated_reduction(args)
+    return deprecated_reduction(args)
 
 
 CROSS_ENTROPY = OpRule(

@@ -1,0 +1,117 @@
+"""Losses that compare two tensors element by element.
+
+Autograd keeps both of them. The gradient reads less: their difference, cut where the slope stays
+what it is, or its sign alone. That is what these rows keep, in the place of the two; rounding each
+of the two would round the small difference of large numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dropit_fx.ops.backwards import Called, Grads, Saved
+from dropit_fx.ops.losses import deprecated_reduction, reduction_enum
+from dropit_fx.ops.rule import OpRule, Read, Use
+
+aten = torch.ops.aten
+
+_BOTH = ("input", "target")
+
+
+def _one_kind(args: Mapping[str, Any]) -> str:
+    """Why a comparison is not one of each element of the input with one of the target."""
+    x, y = args["input"], args["target"]
+    # the sizes of the target, from the last on, stand beside those of the input
+    beside = zip(reversed(x.shape), reversed(y.shape), strict=False)
+    if y.dim() > x.dim() or not all(a == b or b == 1 for a, b in beside):
+        return "its target is larger than its input"
+    device = x.device.type
+    if x.dtype != y.dtype and (device == "meta" or not torch.is_autocast_enabled(device)):
+        return "it joins two dtypes"
+    return ""
+
+
+def _plain(args: Mapping[str, Any]) -> str:
+    """Why a call is not of two tensors of one dtype and a reduction."""
+    if args.get("weight") is not None:
+        return "it has a weight for each element"
+    if "size_average" in args and (why := deprecated_reduction(args)):
+        return why
+    return _one_kind(args)
+
+
+def _of_both(grad: Tensor, call: Called) -> Grads:
+    """From the gradient of ``input - target`` those of the two."""
+    found: Grads = {"input": grad} if "input" in call.needs else {}
+    if "target" in call.needs:
+        found["target"] = (-grad).sum_to_size(call.shapes["target"])
+    return found
+
+
+def _of_difference(
+    name: str,
+    run: Callable[..., Tensor],
+    difference: Callable[..., Tensor],
+    bound: str = "",
+    obstacle: Callable[[Mapping[str, Any]], str] = _plain,
+) -> OpRule:
+    """A row of a loss whose gradient is a function of the difference.
+
+    Args:
+        name: Of the loss.
+        run: The loss.
+        difference: What is kept, of the arguments of ``run``.
+        bound: The argument from which on the slope stays what it is.
+        obstacle: Of the row.
+    """
+    op, again = getattr(aten, name).default, getattr(aten, f"{name}_backward")
+
+    def run_saving(*args: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return run(*args), {"difference": difference(*args)}
+
+    def backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
+        """As ATen, of the difference and 0."""
+        kept, more = saved["difference"], [call.args[bound]] if bound else []
+        size = reduction_enum(call.args["reduction"])
+        return _of_both(again(grad, kept, kept.new_zeros(()), size, *more), call)
+
+    order = (*_BOTH, "reduction", *([bound] if bound else []))
+    return OpRule(
+        name=name,
+        targets=(getattr(F, name), op),
+        orders={op: order},
+        reads=(
+            Read(operand="difference", use=Use.SLOPE, needed_by=_BOTH, like="input", instead=True),
+            *[Read(operand=n, use=Use.SHAPE, needed_by=_BOTH) for n in _BOTH],
+        ),
+        run=run,
+        run_saving=run_saving,
+        backward=backward,
+        obstacle=obstacle,
+    )
+
+
+def _mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: Any = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    out: Tensor = aten.mse_loss(input, target, reduction_enum(reduction))
+    return out
+
+
+def _difference(input: Tensor, target: Tensor, *settings: Any) -> Tensor:
+    return input - target
+
+
+MSE_LOSS = _of_difference("mse_loss", _mse_loss, _difference)
+
+ROWS = (MSE_LOSS,)

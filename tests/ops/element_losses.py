@@ -1,0 +1,93 @@
+"""Losses of two tensors, element by element: what the tests know of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from op_calls import BLOCKS, LAST, Case, T, case, positive, turned
+from op_record import Calls, Entry, OpInfo, RowTests
+from torch import Tensor
+
+BOTH = ("input", "target")
+ALIKE = "its target is as large as its input"
+JOINED = Case(
+    "another dtype",
+    (T((6, 5)), T((6, 5), lambda x: x.double())),
+    obstacle="it joins two dtypes",
+)
+
+
+def _cases(**settings: Any) -> list[Case]:
+    """Two tensors in every layout, each reduced in every way."""
+    x, image = T((6, 5)), T((2, 3, 5, 4))
+    pairs = {
+        "plain": (x, x),
+        "1-D": (T((7,)), T((7,))),
+        "scalars": (T(()), T(())),
+        "4-D": (image, image),
+        "transposed memory": (T((5, 6), turned), x),
+        "transposed target": (x, T((5, 6), turned)),
+        "both transposed": (T((5, 6), turned), T((5, 6), turned)),
+        "channels_last": (T(image.shape, format=LAST), image),
+        "slice": (T((6, 10), lambda v: v[:, ::2]), x),
+        "constant target": (x, T((6, 5), make=positive)),
+        "constant input": (T((6, 5), make=positive), x),
+        "empty": (T((0, 5)), T((0, 5))),
+    }
+    found = [case("plain", x, x, **settings)]
+    for reduction in ("none", "mean", "sum"):
+        how = {**settings, "reduction": reduction}
+        found += [case(f"{name}, {reduction}", *pair, **how) for name, pair in pairs.items()]
+    return found
+
+
+def _weighed(loss: Callable[..., Tensor]) -> tuple[Any, Case]:
+    why = "it has a weight for each element"
+    call = Case("weights", (T((6, 5)), T((6, 5))), {"weight": T((6, 5))}, obstacle=why)
+    return loss, call
+
+
+def _larger(loss: Callable[..., Tensor]) -> tuple[Any, Case]:
+    why = "its target is larger than its input"
+    return loss, Case("larger target", (T((6, 1)), T((6, 5))), obstacle=why)
+
+
+def _by_the_book(
+    slope: Callable[[Tensor, Any], Tensor], kept: Callable[[Tensor, Any], Tensor]
+) -> Callable[[Any, Tensor, Any], dict[str, Tensor]]:
+    """The gradients from the ``slope`` at each difference, of which ``kept`` is packed."""
+
+    def gradients(a: Any, grad: Tensor, packed: Any) -> dict[str, Tensor]:
+        each = grad / a["input"].numel() if a["reduction"] == "mean" else grad
+        found = each * slope(packed(kept(a["input"] - a["target"], a)), a)
+        return {"input": found, "target": -found}
+
+    return gradients
+
+
+def _instead(name: str, **settings: Any) -> Entry:
+    """Both gradients are functions of the difference, which is kept in the place of the two."""
+    made = {("difference", n) for n in BOTH}
+    return Entry(name, {"self": "input"}, amend=lambda found: found | made)
+
+
+QUANTISED = tuple(
+    case(reduction, BLOCKS, BLOCKS, reduction=reduction) for reduction in ("mean", "sum", "none")
+)
+TARGET = torch.linspace(-1, 1, 36).view(4, 9)
+
+MSE_LOSS = RowTests(
+    row="mse_loss",
+    cases=[*_cases(), case("smaller target", T((6, 5)), T((5,)))],
+    obstacles=(_weighed(F.mse_loss), _larger(F.mse_loss), (F.mse_loss, JOINED)),
+    quantised=QUANTISED,
+    by_the_book=_by_the_book(lambda d, a: 2 * d, lambda d, a: d),
+    large=lambda call: {"difference"},
+    modules=lambda: [(Calls(lambda x: F.mse_loss(x, TARGET)), (4, 9))],
+    op_info=OpInfo("nn.functional.mse_loss"),
+    behind=ALIKE,
+    entries=(_instead("mse_loss"),),
+)
+
+RECORDS = (MSE_LOSS,)
