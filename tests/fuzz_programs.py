@@ -589,6 +589,8 @@ def class_loss(d: Draft, name: str) -> None:
 
 _TWO_LOSSES: dict[str, tuple[str, str]] = {  # what it compares, and with what
     "mse_loss": ("{}", "{}"),
+    "smooth_l1_loss": ("{}", "{}"),
+    "huber_loss": ("{}", "{}"),
 }
 
 
@@ -1014,9 +1016,7 @@ _BINARY = (
     "torch.logaddexp({x}, {y})",
     "torch.hypot({x}, {y}.abs() + 1)",
     "F.l1_loss({x}, {y}, reduction='none')",
-    "F.smooth_l1_loss({x}, {y})",
     "F.smooth_l1_loss({x}, {y}, beta=0.0)",
-    "F.huber_loss({x}, {y})",
     "F.binary_cross_entropy_with_logits({x}, {y}.sigmoid())",
     "F.kl_div(F.log_softmax({x}, -1), {y}.softmax(-1), reduction='sum')",
     "F.cosine_similarity({x}, {y}, dim=-1)",

@@ -75,7 +75,11 @@ def _of_difference(
         return run(*args), {"difference": difference(*args)}
 
     def backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
-        """As ATen, of the difference and 0."""
+        """As ATen, of the difference and 0.
+
+        For rows with a ``bound``, PyTorch rounds in another order in vectors than one by one, and
+        which it does the strides of both tensors say.
+        """
         kept, more = saved["difference"], [call.args[bound]] if bound else []
         size = reduction_enum(call.args["reduction"])
         return _of_both(again(grad, kept, kept.new_zeros(()), size, *more), call)
@@ -114,4 +118,58 @@ def _difference(input: Tensor, target: Tensor, *settings: Any) -> Tensor:
 
 MSE_LOSS = _of_difference("mse_loss", _mse_loss, _difference)
 
-ROWS = (MSE_LOSS,)
+
+def _cut(difference: Tensor, bound: float) -> Tensor:
+    """Cut where the slope stays what it is."""
+    far = min(bound, torch.finfo(difference.dtype).max)
+    return difference.clamp(-far, far)
+
+
+def _smooth_l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: Any = "mean",
+    beta: float = 1.0,
+) -> Tensor:
+    out: Tensor = aten.smooth_l1_loss(input, target, reduction_enum(reduction), beta)
+    return out
+
+
+def _smooth_difference(
+    input: Tensor, target: Tensor, size_average: Any, reduce: Any, reduction: Any, beta: float
+) -> Tensor:
+    return _cut(input - target, beta)
+
+
+def _with_a_bend(args: Mapping[str, Any]) -> str:
+    return _plain(args) if args["beta"] > 0 else "with this beta it is no smooth_l1_loss"
+
+
+SMOOTH_L1_LOSS = _of_difference(
+    "smooth_l1_loss", _smooth_l1_loss, _smooth_difference, "beta", _with_a_bend
+)
+
+
+def _huber_loss(
+    input: Tensor,
+    target: Tensor,
+    reduction: Any = "mean",
+    delta: float = 1.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    out: Tensor = aten.huber_loss(input, target, reduction_enum(reduction), delta)
+    return out
+
+
+def _huber_difference(
+    input: Tensor, target: Tensor, reduction: Any, delta: float, weight: None
+) -> Tensor:
+    return _cut(input - target, delta)
+
+
+HUBER_LOSS = _of_difference("huber_loss", _huber_loss, _huber_difference, "delta")
+
+
+ROWS = (MSE_LOSS, SMOOTH_L1_LOSS, HUBER_LOSS)

@@ -1,6 +1,7 @@
 """Losses of two tensors, element by element: what the tests know of them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -90,4 +91,53 @@ MSE_LOSS = RowTests(
     entries=(_instead("mse_loss"),),
 )
 
-RECORDS = (MSE_LOSS,)
+
+ROUNDED = "PyTorch rounds in another order in vectors than one by one, as the strides have it"
+
+
+def _bent(**settings: Any) -> list[Case]:
+    return [replace(c, rounds=ROUNDED) for c in (*_cases(), *_cases(**settings))]
+
+
+def _clamped(bound: str) -> Callable[[Tensor, Any], Tensor]:
+    return lambda d, a: d.clamp(-a[bound], a[bound])
+
+
+SMOOTH_L1_LOSS = RowTests(
+    row="smooth_l1_loss",
+    cases=_bent(beta=0.3),
+    obstacles=(
+        _larger(F.smooth_l1_loss),
+        (F.smooth_l1_loss, JOINED),
+        (
+            F.smooth_l1_loss,
+            Case(
+                "no bend",
+                (T((6, 5)), T((6, 5))),
+                {"beta": 0.0},
+                obstacle="with this beta it is no smooth_l1_loss",
+            ),
+        ),
+    ),
+    quantised=(*QUANTISED, case("beta", BLOCKS, BLOCKS, beta=0.5)),
+    by_the_book=_by_the_book(lambda d, a: (d / a["beta"]).clamp(-1, 1), _clamped("beta")),
+    large=lambda call: {"difference"},
+    modules=lambda: [(Calls(lambda x: F.smooth_l1_loss(x, TARGET)), (4, 9))],
+    op_info=OpInfo("nn.functional.smooth_l1_loss"),
+    behind=ALIKE,
+    entries=(_instead("smooth_l1_loss"),),
+)
+HUBER_LOSS = RowTests(
+    row="huber_loss",
+    cases=_bent(delta=0.3),
+    obstacles=(_weighed(F.huber_loss), _larger(F.huber_loss)),
+    quantised=(*QUANTISED, case("delta", BLOCKS, BLOCKS, delta=0.5)),
+    by_the_book=_by_the_book(_clamped("delta"), _clamped("delta")),
+    large=lambda call: {"difference"},
+    modules=lambda: [(Calls(lambda x: F.huber_loss(x, TARGET)), (4, 9))],
+    op_info=OpInfo("nn.functional.huber_loss"),
+    behind=ALIKE,
+    entries=(_instead("huber_loss"),),
+)
+
+RECORDS = (MSE_LOSS, SMOOTH_L1_LOSS, HUBER_LOSS)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import dropit_fx
 from dropit_fx.measure import saved_bytes
 
-DIFFERENCES = ("mse_loss",)
+DIFFERENCES = ("mse_loss", "smooth_l1_loss", "huber_loss")
 
 
 class Regresses(nn.Module):
