@@ -589,6 +589,7 @@ def class_loss(d: Draft, name: str) -> None:
 
 _TWO_LOSSES: dict[str, tuple[str, str]] = {  # what it compares, and with what
     "mse_loss": ("{}", "{}"),
+    "l1_loss": ("{}", "{}"),
     "smooth_l1_loss": ("{}", "{}"),
     "huber_loss": ("{}", "{}"),
 }
@@ -1015,7 +1016,6 @@ _BINARY = (
     "torch.atan2({x}, {y}.abs() + 1)",
     "torch.logaddexp({x}, {y})",
     "torch.hypot({x}, {y}.abs() + 1)",
-    "F.l1_loss({x}, {y}, reduction='none')",
     "F.smooth_l1_loss({x}, {y}, beta=0.0)",
     "F.binary_cross_entropy_with_logits({x}, {y}.sigmoid())",
     "F.kl_div(F.log_softmax({x}, -1), {y}.softmax(-1), reduction='sum')",

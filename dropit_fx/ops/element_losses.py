@@ -7,6 +7,7 @@ of the two would round the small difference of large numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,6 +44,20 @@ def _plain(args: Mapping[str, Any]) -> str:
     if "size_average" in args and (why := deprecated_reduction(args)):
         return why
     return _one_kind(args)
+
+
+def _each(grad: Tensor, reduction: Any, shape: tuple[Any, ...]) -> Tensor:
+    """The gradient of every element before the reduction, as autograd makes it."""
+    size = reduction_enum(reduction)
+    if size == 0:
+        return grad
+    whole = grad.expand(shape)
+    return whole / math.prod(shape) if size == 1 else whole
+
+
+def _reduced(each: Tensor, reduction: Any) -> Tensor:
+    size = reduction_enum(reduction)
+    return each if size == 0 else each.mean() if size == 1 else each.sum()
 
 
 def _of_both(grad: Tensor, call: Called) -> Grads:
@@ -172,4 +187,56 @@ def _huber_difference(
 HUBER_LOSS = _of_difference("huber_loss", _huber_loss, _huber_difference, "delta")
 
 
-ROWS = (MSE_LOSS, SMOOTH_L1_LOSS, HUBER_LOSS)
+def _l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: Any = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    out: Tensor = aten.l1_loss(input, target, reduction_enum(reduction))
+    return out
+
+
+def _l1_saving(
+    input: Tensor,
+    target: Tensor,
+    size_average: Any,
+    reduce: Any,
+    reduction: Any,
+    weight: None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    difference = input - target
+    codes = (difference > 0).to(torch.uint8) + 2 * (difference < 0).to(torch.uint8)
+    return _reduced(difference.abs(), reduction), {"sign": codes}
+
+
+def _l1_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
+    """``dX = dY * sign(x - t)``, ``dT = -dX``."""
+    codes = saved["sign"]
+    sign = (codes == 1).to(grad.dtype) - (codes == 2).to(grad.dtype)
+    return _of_both(_each(grad, call.args["reduction"], tuple(sign.shape)) * sign, call)
+
+
+L1_LOSS = OpRule(
+    name="l1_loss",
+    targets=(F.l1_loss, aten.l1_loss.default),
+    orders={aten.l1_loss.default: (*_BOTH, "reduction")},
+    reads=(
+        Read(
+            operand="sign",
+            use=Use.SLOPE,
+            needed_by=_BOTH,
+            bits=lambda args: 2,  # it may be 0
+            like="input",
+        ),
+    ),
+    run=_l1_loss,
+    run_saving=_l1_saving,
+    backward=_l1_backward,
+    obstacle=_plain,
+)
+
+
+ROWS = (MSE_LOSS, L1_LOSS, SMOOTH_L1_LOSS, HUBER_LOSS)

@@ -140,4 +140,18 @@ HUBER_LOSS = RowTests(
     entries=(_instead("huber_loss"),),
 )
 
-RECORDS = (MSE_LOSS, SMOOTH_L1_LOSS, HUBER_LOSS)
+L1_LOSS = RowTests(
+    row="l1_loss",
+    cases=_cases(),
+    obstacles=(_weighed(F.l1_loss), _larger(F.l1_loss), (F.l1_loss, JOINED)),
+    modules=lambda: [(Calls(lambda x: F.l1_loss(x, TARGET)), (4, 9))],
+    op_info=OpInfo("nn.functional.l1_loss"),
+    behind=ALIKE,
+    entries=(
+        # of both: what comes before the absolute value is the difference
+        Entry("abs", {"self": "sign"}, amend=lambda found: {("sign", n) for n in BOTH}),
+    ),
+    codes=3,
+)
+
+RECORDS = (MSE_LOSS, L1_LOSS, SMOOTH_L1_LOSS, HUBER_LOSS)

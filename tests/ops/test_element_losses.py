@@ -63,6 +63,18 @@ def test_one_difference_takes_the_place_of_two_tensors(name: str) -> None:
     assert told.ratio < 0.15
 
 
+def test_the_sign_of_a_difference_takes_two_bits_and_loses_nothing() -> None:
+    model, target = Regresses(F.l1_loss, shift=1.0), Y.clone()
+    with torch.no_grad():
+        target[:2] = model.layer(X[:2]) + 1.0  # where they are equal, the slope is 0
+        target[2, :5] = torch.nan
+    packed = dropit_fx.transform(model, example_args=(X, target), preset="lossless")
+    told = dropit_fx.report(packed)
+    assert told.dense_bytes == saved_bytes(model, X, target)
+    assert told.kept_bytes == saved_bytes(packed, X, target) == told.dense_bytes // 16
+    assert_same(gradients(packed, X, target), gradients(model, X, target))
+
+
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_a_prediction_that_stays_anyway_is_kept_as_it_is(name: str) -> None:
     model = Regresses(getattr(F, name), returns=True)
