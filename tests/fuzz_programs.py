@@ -592,6 +592,7 @@ _TWO_LOSSES: dict[str, tuple[str, str]] = {  # what it compares, and with what
     "l1_loss": ("{}", "{}"),
     "smooth_l1_loss": ("{}", "{}"),
     "huber_loss": ("{}", "{}"),
+    "binary_cross_entropy_with_logits": ("{}", "{}.sigmoid()"),
 }
 
 
@@ -1017,7 +1018,6 @@ _BINARY = (
     "torch.logaddexp({x}, {y})",
     "torch.hypot({x}, {y}.abs() + 1)",
     "F.smooth_l1_loss({x}, {y}, beta=0.0)",
-    "F.binary_cross_entropy_with_logits({x}, {y}.sigmoid())",
     "F.kl_div(F.log_softmax({x}, -1), {y}.softmax(-1), reduction='sum')",
     "F.cosine_similarity({x}, {y}, dim=-1)",
     "F.prelu({x}, {y}.mean())",

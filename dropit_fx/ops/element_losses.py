@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dropit_fx.ops.backwards import Called, Grads, Saved
+from dropit_fx.ops.backwards import Called, Grads, Saved, optional
 from dropit_fx.ops.losses import deprecated_reduction, reduction_enum
 from dropit_fx.ops.rule import OpRule, Read, Use
 
@@ -24,12 +24,16 @@ aten = torch.ops.aten
 _BOTH = ("input", "target")
 
 
+def _fits(y: Tensor, x: Tensor) -> bool:
+    """Whether ``y`` is broadcast to the shape of ``x``, and ``x`` to none."""
+    pairs = zip(reversed(x.shape), reversed(y.shape), strict=False)
+    return y.dim() <= x.dim() and all(a == b or b == 1 for a, b in pairs)
+
+
 def _one_kind(args: Mapping[str, Any]) -> str:
     """Why a comparison is not one of each element of the input with one of the target."""
     x, y = args["input"], args["target"]
-    # the sizes of the target, from the last on, stand beside those of the input
-    beside = zip(reversed(x.shape), reversed(y.shape), strict=False)
-    if y.dim() > x.dim() or not all(a == b or b == 1 for a, b in beside):
+    if not _fits(y, x):
         return "its target is larger than its input"
     device = x.device.type
     if x.dtype != y.dtype and (device == "meta" or not torch.is_autocast_enabled(device)):
@@ -239,4 +243,75 @@ L1_LOSS = OpRule(
 )
 
 
-ROWS = (MSE_LOSS, L1_LOSS, SMOOTH_L1_LOSS, HUBER_LOSS)
+_LOGITS = "binary_cross_entropy_with_logits"
+
+
+def _bce_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: Any = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    size = reduction_enum(reduction)
+    out: Tensor = getattr(aten, _LOGITS)(input, target, weight, pos_weight, size)
+    return out
+
+
+def _bce_with_logits_saving(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    size_average: Any,
+    reduce: Any,
+    reduction: Any,
+    pos_weight: Tensor | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """With the slope, op by op as PyTorch's backward makes it: ``sigmoid(x) - t``."""
+    out = _bce_with_logits(input, target, weight, None, None, reduction, pos_weight)
+    if pos_weight is None:
+        return out, {"slope": input.sigmoid().sub_(target)}
+    positive = pos_weight * target
+    return out, {"slope": (positive + 1).sub_(target).mul_(input.sigmoid()).sub_(positive)}
+
+
+def _bce_with_logits_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
+    """``dX = slope * dY * weight``; of the mean, divided by the number of elements."""
+    slope, weight = saved["slope"], optional(saved, call, "weight")
+    found = slope * grad
+    found = found if weight is None else found * weight
+    is_mean = reduction_enum(call.args["reduction"]) == 1
+    return {"input": found / slope.numel() if is_mean else found}
+
+
+def _beside_logits(args: Mapping[str, Any]) -> str:
+    x, every = args["input"], [args[n] for n in ("target", "weight", "pos_weight")]
+    given = [t for t in every if t is not None]
+    if any(t.requires_grad for t in given):
+        return "its target or weights require grad"
+    if args["target"].shape != x.shape or not all(_fits(t, x) for t in given):
+        return "its target or weights are not in the shape of its input"
+    return deprecated_reduction(args) or _one_kind(args)
+
+
+BCE_WITH_LOGITS = OpRule(
+    name=_LOGITS,
+    targets=(getattr(F, _LOGITS), getattr(aten, _LOGITS).default),
+    orders={getattr(aten, _LOGITS).default: (*_BOTH, "weight", "pos_weight", "reduction")},
+    reads=(
+        Read(operand="slope", use=Use.SLOPE, needed_by=("input",), like="input", instead=True),
+        Read(operand="weight", use=Use.REDUCE, needed_by=("input",), lossy=False),
+        *[
+            Read(operand=n, use=Use.SHAPE, needed_by=("input",))
+            for n in ("input", "target", "pos_weight")
+        ],
+    ),
+    run=_bce_with_logits,
+    run_saving=_bce_with_logits_saving,
+    backward=_bce_with_logits_backward,
+    obstacle=_beside_logits,
+)
+
+ROWS = (MSE_LOSS, L1_LOSS, SMOOTH_L1_LOSS, HUBER_LOSS, BCE_WITH_LOGITS)

@@ -154,4 +154,90 @@ L1_LOSS = RowTests(
     codes=3,
 )
 
-RECORDS = (MSE_LOSS, L1_LOSS, SMOOTH_L1_LOSS, HUBER_LOSS)
+_LOGITS = "binary_cross_entropy_with_logits"
+LOGITS = getattr(F, _LOGITS)
+
+
+def shares(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator)
+
+
+def _logits_cases() -> list[Case]:
+    """Each tensor of logits in each layout, with the weights that there may be."""
+    image, labels = T((2, 3, 5, 4)), T((2, 3, 5, 4), make=shares)
+    beside = {
+        "": {},
+        "weight": {"weight": T((3, 1, 1), make=positive)},
+        "pos_weight": {"pos_weight": T((3, 1, 1), make=positive)},
+        "both": {
+            "weight": T((2, 3, 5, 4), make=positive),
+            "pos_weight": T((3, 5, 4), make=positive),
+        },
+    }
+    pairs = {
+        "4-D": (image, labels),
+        "channels_last": (T(image.shape, format=LAST), labels),
+        "turned": (T((2, 3, 4, 5), turned), labels),
+        "target of logits": (image, T((2, 3, 4, 5), turned, make=shares)),
+        "slice": (T((2, 3, 5, 8), lambda v: v[..., ::2]), labels),
+        "no batch": (T((0, 3, 5, 4)), T((0, 3, 5, 4), make=shares)),
+    }
+    out = [case("plain", T((6, 5)), T((6, 5), make=shares))]
+    for reduction in ("none", "mean", "sum"):
+        out += [
+            case(f"{name}, {reduction}, {extra}", *pair, reduction=reduction, **weights)
+            for name, pair in pairs.items()
+            for extra, weights in beside.items()
+            if name != "no batch" or extra != "both"
+        ]
+        out.append(case(f"scalars, {reduction}", T(()), T((), make=shares), reduction=reduction))
+    return out
+
+
+def _logits_by_the_book(a: Any, grad: Tensor, packed: Any) -> dict[str, Tensor]:
+    x, target = a["input"], a["target"]
+    positive = 1.0 if a["pos_weight"] is None else a["pos_weight"]
+    slope = (positive * target + 1 - target) * x.sigmoid() - positive * target
+    weight = 1.0 if a["weight"] is None else a["weight"]
+    size = x.numel() if a["reduction"] == "mean" else 1
+    return {"input": packed(slope) * weight * grad / size}
+
+
+OF_BLOCKS = T(BLOCKS.shape, make=shares)
+
+BCE_WITH_LOGITS = RowTests(
+    row=_LOGITS,
+    cases=_logits_cases(),
+    obstacles=(
+        (
+            LOGITS,
+            Case(
+                "target with a gradient",
+                (T((6, 5)), T((6, 5))),
+                obstacle="its target or weights require grad",
+            ),
+        ),
+    ),
+    quantised=(
+        case("mean", BLOCKS, OF_BLOCKS),
+        case("weights", BLOCKS, OF_BLOCKS, T((40,), make=positive), reduction="sum"),
+        case("positive", BLOCKS, OF_BLOCKS, pos_weight=T((40,), make=positive), reduction="none"),
+    ),
+    by_the_book=_logits_by_the_book,
+    large=lambda call: {"slope"},
+    modules=lambda: [(Calls(lambda x: LOGITS(x, TARGET.sigmoid())), (4, 9))],
+    op_info=OpInfo(f"nn.functional.{_LOGITS}"),
+    behind=ALIKE,
+    entries=(
+        Entry(
+            _LOGITS,
+            {"self": "input"},
+            # no gradient of the target, which is an obstacle; the slope is made of the others
+            amend=lambda found: (
+                {pair for pair in found if pair[1] == "input"} | {("slope", "input")}
+            ),
+        ),
+    ),
+)
+
+RECORDS = (MSE_LOSS, L1_LOSS, SMOOTH_L1_LOSS, HUBER_LOSS, BCE_WITH_LOGITS)
