@@ -314,4 +314,80 @@ BCE_WITH_LOGITS = OpRule(
     obstacle=_beside_logits,
 )
 
-ROWS = (MSE_LOSS, L1_LOSS, SMOOTH_L1_LOSS, HUBER_LOSS, BCE_WITH_LOGITS)
+
+def _kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: Any = "mean",
+    log_target: bool = False,
+) -> Tensor:
+    size, rows = _size_and_rows(reduction, input.shape)
+    out = torch.kl_div(input, target, size, log_target=log_target)
+    return out if rows is None else out / rows
+
+
+def _size_and_rows(reduction: Any, shape: Any) -> tuple[int, Any]:
+    """ATen's number for a reduction, and by how many rows its result is divided, or None."""
+    if reduction != "batchmean":
+        return reduction_enum(reduction), None
+    return reduction_enum("sum"), shape[0] if len(shape) else None
+
+
+def _kl_div_saving(
+    input: Tensor,
+    target: Tensor,
+    size_average: Any,
+    reduce: Any,
+    reduction: Any,
+    log_target: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of logarithms, op by op as PyTorch does it; of probabilities, nothing is made."""
+    if not log_target:
+        return _kl_div(input, target, None, None, reduction), {}
+    size, rows = _size_and_rows(reduction, input.shape)
+    beyond, probs = target - input, target.exp()
+    out = _reduced(probs * beyond, size)
+    return (out if rows is None else out / rows), {"probs": probs}
+
+
+def _kl_div_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
+    """``dX = -dY * p``, of the probabilities ``p`` of the target alone."""
+    shape = call.shapes["input"]
+    probs = saved["probs" if call.args["log_target"] else "target"]
+    size, rows = _size_and_rows(call.args["reduction"], shape)
+    grad = grad if rows is None else grad / rows
+    every: Any = torch.broadcast_shapes(shape, probs.shape)  # type: ignore[no-untyped-call]
+    found = -_each(grad, size, every) * probs
+    return {"input": found.sum_to_size(shape)}
+
+
+KL_DIV = OpRule(
+    name="kl_div",
+    targets=(F.kl_div, aten.kl_div.default),
+    orders={aten.kl_div.default: (*_BOTH, "reduction")},
+    reads=(
+        Read(
+            operand="target",
+            use=Use.SLOPE,
+            needed_by=("input",),
+            when=lambda args: not args["log_target"],
+        ),
+        Read(
+            operand="probs",
+            use=Use.SLOPE,
+            needed_by=("input",),
+            like="target",
+            when=lambda args: bool(args["log_target"]),
+        ),
+    ),
+    run=_kl_div,
+    run_saving=_kl_div_saving,
+    backward=_kl_div_backward,
+    obstacle=lambda args: (
+        "its target requires grad" if args["target"].requires_grad else deprecated_reduction(args)
+    ),
+)
+
+ROWS = (MSE_LOSS, L1_LOSS, SMOOTH_L1_LOSS, HUBER_LOSS, BCE_WITH_LOGITS, KL_DIV)

@@ -1,5 +1,6 @@
 """Losses of two tensors, element by element: what the tests know of them."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -240,4 +241,66 @@ BCE_WITH_LOGITS = RowTests(
     ),
 )
 
-RECORDS = (MSE_LOSS, L1_LOSS, SMOOTH_L1_LOSS, HUBER_LOSS, BCE_WITH_LOGITS)
+
+def logarithms(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator).log()
+
+
+def _kl_cases() -> list[Case]:
+    """Probabilities and logarithms as the target, in each layout."""
+    image = T((2, 3, 5, 4))
+    out = [case("plain", T((6, 5)), T((6, 5), make=shares))]
+    for (of, make), reduction in itertools.product(
+        (("probabilities", shares), ("logarithms", logarithms)),
+        ("none", "mean", "sum", "batchmean"),
+    ):
+        pairs = {
+            "4-D": (image, T(image.shape, make=make)),
+            "channels_last": (T(image.shape, format=LAST), T(image.shape, make=make)),
+            "turned target": (image, T((2, 3, 4, 5), turned, make=make)),
+            "smaller target": (image, T((5, 4), make=make)),
+            "smaller input": (T((5, 1)), T((6, 5, 4), make=make)),
+            "scalars": (T(()), T((), make=make)),
+            "empty": (T((0, 5)), T((0, 5), make=make)),
+        }
+        how = {"reduction": reduction, "log_target": make is logarithms}
+        out += [case(f"{of}, {n}, {reduction}", *p, **how) for n, p in pairs.items()]
+    return out
+
+
+def _kl_by_the_book(a: Any, grad: Tensor, packed: Any) -> dict[str, Tensor]:
+    target = packed(a["target"].exp() if a["log_target"] else a["target"])
+    rows, every = a["input"].shape[0], a["input"].numel()
+    return {"input": -target * grad / {"batchmean": rows, "mean": every}.get(a["reduction"], 1)}
+
+
+KL_DIV = RowTests(
+    row="kl_div",
+    cases=_kl_cases(),
+    obstacles=(
+        (
+            F.kl_div,
+            Case(
+                "target with a gradient",
+                (T((6, 5)), T((6, 5))),
+                {"log_target": True},
+                obstacle="its target requires grad",
+            ),
+        ),
+    ),
+    quantised=(
+        case("mean", BLOCKS, OF_BLOCKS),
+        case("logs", BLOCKS, T(BLOCKS.shape, make=logarithms), log_target=True),
+        case("batch", BLOCKS, OF_BLOCKS, reduction="batchmean"),
+        case("none", BLOCKS, OF_BLOCKS, reduction="none"),
+    ),
+    by_the_book=_kl_by_the_book,
+    large=lambda call: {"target", "probs"},
+    modules=lambda: [(Calls(lambda x: F.kl_div(x, TARGET.exp(), reduction="sum")), (4, 9))],
+    op_info=OpInfo("nn.functional.kl_div"),
+    behind=ALIKE,
+    # one product of the target's probabilities; which tensor they are, the call says
+    entries=(Entry("mul.Tensor", amend=lambda found: set()),),
+)
+
+RECORDS = (MSE_LOSS, L1_LOSS, SMOOTH_L1_LOSS, HUBER_LOSS, BCE_WITH_LOGITS, KL_DIV)
