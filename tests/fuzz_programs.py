@@ -312,6 +312,7 @@ _UNARY: dict[str, tuple[str, ...]] = {
     "pow": ("2", "3", "1", "0"),
     "softmax": ("-1", "0", "dim=-1"),
     "log_softmax": ("-1", "0"),
+    "logsumexp": ("-1", "0, True", "dim=-1"),
 }
 _INPLACE_OPTION = (
     *("relu", "relu6", "hardtanh", "leaky_relu", "elu", "selu", "celu", "silu", "mish"),
@@ -934,7 +935,6 @@ _REDUCE = (
     "{x}.var(-1)",
     "{x}.std(-1, keepdim=True)",
     "{x}.norm(dim=-1)",
-    "{x}.logsumexp(-1)",
     "{x}.cumsum(-1)",
     "{x}.cumsum(0)",
     "{x}.tanh().cumprod(-1)",

@@ -1,4 +1,4 @@
-"""Softmax, and the losses of classifiers."""
+"""Softmax, its sum, and the losses of classifiers."""
 
 from __future__ import annotations
 
@@ -47,6 +47,42 @@ SOFTMAX = tuple(
         backward=_softmax_backward(log=name == "log_softmax"),
     )
     for name in ("softmax", "log_softmax")
+)
+
+
+def _kept_dims(shape: Any, dim: Any) -> list[Any]:
+    """The shape of a reduction over ``dim`` that keeps its dimensions; over all where it is ()."""
+    dims = [dim] if isinstance(dim, int) else dim or range(len(shape))
+    gone = {d % len(shape) for d in dims} if shape else set()
+    return [1 if d in gone else size for d, size in enumerate(shape)]
+
+
+def _logsumexp_saving(input: Tensor, dim: Any, keepdim: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    out = torch.logsumexp(input, dim, keepdim)
+    return out, {"probs": (input - out.reshape(_kept_dims(input.shape, dim))).exp()}
+
+
+def _logsumexp_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
+    """``dX = dY * softmax(x)``; the factor is as PyTorch makes it, ``exp(x - y)``."""
+    kept = _kept_dims(call.shapes["input"], call.args["dim"])
+    return {"input": grad.reshape(kept) * saved["probs"]}
+
+
+LOGSUMEXP = OpRule(
+    name="logsumexp",
+    targets=(
+        *(torch.logsumexp, "logsumexp", aten.logsumexp.default),
+        *(torch.special.logsumexp, aten.special_logsumexp.default),
+    ),
+    reads=(
+        Read(operand="probs", use=Use.SLOPE, needed_by=("input",), like="input", instead=True),
+        Read(operand="input", use=Use.SHAPE, needed_by=("input",)),
+        Read(operand="result", use=Use.SHAPE, needed_by=("input",)),
+    ),
+    run=torch.logsumexp,
+    schema=aten.logsumexp.default,
+    run_saving=_logsumexp_saving,
+    backward=_logsumexp_backward,
 )
 
 
@@ -231,4 +267,4 @@ CROSS_ENTROPY = OpRule(
     obstacle=_beyond_the_logarithms,
 )
 
-ROWS = (*SOFTMAX, NLL_LOSS, CROSS_ENTROPY)
+ROWS = (*SOFTMAX, LOGSUMEXP, NLL_LOSS, CROSS_ENTROPY)
