@@ -594,6 +594,7 @@ _TWO_LOSSES: dict[str, tuple[str, str]] = {  # what it compares, and with what
     "smooth_l1_loss": ("{}", "{}"),
     "huber_loss": ("{}", "{}"),
     "binary_cross_entropy_with_logits": ("{}", "{}.sigmoid()"),
+    "binary_cross_entropy": ("{}.sigmoid()", "{}.sigmoid()"),
     "kl_div": ("F.log_softmax({}, -1)", "{}.detach().softmax(-1)"),
 }
 

@@ -390,4 +390,41 @@ KL_DIV = OpRule(
     ),
 )
 
-ROWS = (MSE_LOSS, L1_LOSS, SMOOTH_L1_LOSS, HUBER_LOSS, BCE_WITH_LOGITS, KL_DIV)
+_BCE = "binary_cross_entropy"
+_STEEP = "near 0 and 1 a small change of it is a large one of the gradient: it stays exact"
+
+
+def _bce(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: Any = "mean",
+) -> Tensor:
+    out: Tensor = getattr(aten, _BCE)(input, target, weight, reduction_enum(reduction))
+    return out
+
+
+def _of_one_shape(args: Mapping[str, Any]) -> str:
+    x, target, weight = args["input"], args["target"], args["weight"]
+    if weight is not None and weight.requires_grad:
+        return "its weights require grad"
+    if any(t is not None and t.shape != x.shape for t in (target, weight)):
+        return "its target or weights are not in the shape of its input"
+    return deprecated_reduction(args)
+
+
+BCE = OpRule(
+    name=_BCE,
+    targets=(getattr(F, _BCE), getattr(aten, _BCE).default),
+    orders={getattr(aten, _BCE).default: (*_BOTH, "weight", "reduction")},
+    reads=tuple(
+        Read(operand=n, use=Use.REDUCE, needed_by=_BOTH, lossy=False, why_exact=_STEEP)
+        for n in (*_BOTH, "weight")
+    ),
+    run=_bce,
+    obstacle=_of_one_shape,
+)
+
+ROWS = (MSE_LOSS, L1_LOSS, SMOOTH_L1_LOSS, HUBER_LOSS, BCE_WITH_LOGITS, BCE, KL_DIV)

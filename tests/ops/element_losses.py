@@ -242,6 +242,54 @@ BCE_WITH_LOGITS = RowTests(
 )
 
 
+_BCE = "binary_cross_entropy"
+
+
+def in_reach(x: Any) -> Any:
+    """Between 0 and 1, by ops that save nothing."""
+    return (x.frac() + 1).frac()
+
+
+def _bce_cases() -> list[Case]:
+    """Probabilities in each layout, beside targets with a gradient and without."""
+    image, labels = T((2, 3, 5, 4), in_reach), T((2, 3, 5, 4), make=shares)
+    pairs = {
+        "4-D": (image, labels),
+        "channels_last": (T((2, 3, 5, 4), in_reach, format=LAST), labels),
+        "turned": (T((2, 3, 4, 5), lambda x: turned(in_reach(x))), labels),
+        "target with a gradient": (image, image),
+        "weight": (image, labels, T((2, 3, 5, 4), make=positive)),
+        "scalars": (T((), in_reach), T((), make=shares)),
+        "empty": (T((0, 5), in_reach), T((0, 5), make=shares)),
+    }
+    found = [case("plain", T((6, 5), in_reach), T((6, 5), in_reach))]
+    for reduction in ("none", "mean", "sum"):
+        found += [case(f"{n}, {reduction}", *p, reduction=reduction) for n, p in pairs.items()]
+    return found
+
+
+BCE = RowTests(
+    row=_BCE,
+    cases=_bce_cases(),
+    obstacles=(
+        (
+            F.binary_cross_entropy,
+            Case(
+                "weights of columns",
+                (T((6, 5), in_reach), T((6, 5), make=shares), T((5,), make=positive)),
+                obstacle="its target or weights are not in the shape of its input",
+            ),
+        ),
+    ),
+    modules=lambda: [
+        (Calls(lambda x: F.binary_cross_entropy(in_reach(x), TARGET.sigmoid())), (4, 9))
+    ],
+    op_info=OpInfo(f"nn.functional.{_BCE}"),
+    behind="its input lies between 0 and 1",
+    entries=(Entry(_BCE, {"self": "input"}),),
+)
+
+
 def logarithms(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.rand(shape, generator=generator).log()
 
@@ -303,4 +351,4 @@ KL_DIV = RowTests(
     entries=(Entry("mul.Tensor", amend=lambda found: set()),),
 )
 
-RECORDS = (MSE_LOSS, L1_LOSS, SMOOTH_L1_LOSS, HUBER_LOSS, BCE_WITH_LOGITS, KL_DIV)
+RECORDS = (MSE_LOSS, L1_LOSS, SMOOTH_L1_LOSS, HUBER_LOSS, BCE_WITH_LOGITS, BCE, KL_DIV)
