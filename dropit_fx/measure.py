@@ -24,7 +24,7 @@ import gc
 import itertools
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +46,7 @@ from dropit_fx.private import (
     storage_id,
     unsafe_preserve_version_counter,
 )
+from dropit_fx.private_hooks import held_by_region, region_class
 
 __all__ = ["SavedTensor", "peak_memory", "saved_bytes", "saved_tensors"]
 
@@ -119,15 +120,43 @@ def saved_tensors(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Sav
         with saved_tensors_hooks(pack, lambda box: box.tensor):
             result = fn(*args, **kwargs)
 
-    nodes = nodes_behind(result, start)
-    leaves = [node.variable for node in nodes if hasattr(node, "variable")]
-    excluded = {storage_id(part) for leaf in leaves for part in _plain(leaf)} | before.keys()
-
-    found: dict[int, Tensor] = {}  # by storage
-    readers: dict[int, dict[str, None]] = {}
     # A box that is gone was freed with its graph, before `fn` returned.
     boxes = [box for box in (ref() for ref in held) if box is not None]
-    for tensor in (part for box in boxes for part in _plain(box.tensor)):
+    return _held(nodes_behind(result, start), before, [box.tensor for box in boxes])
+
+
+class Watch:
+    """What autograd holds of one batch, told when its loss is there: nothing runs a second time.
+
+    Made before the batch is computed: what existed then is not counted. No hook is in force
+    meanwhile: a compiler would trace it, and ``torch.func`` refuses it. What C++ extensions hold is
+    not seen; the inputs of checkpointed regions are.
+    """
+
+    def __init__(self) -> None:
+        self._before = storages_alive()
+        self._regions = alive(region_class())
+
+    def saved_bytes(self, loss: Any) -> int:
+        """Bytes that the autograd graph behind `loss` holds, counted by storage."""
+        known = set(map(id, self._regions))
+        regions = [one for one in alive(region_class()) if id(one) not in known]
+        inputs = _tensors_in([list(held_by_region(one)) for one in regions])
+        return sum(saved.nbytes for saved in _held(nodes_behind(loss, 0), self._before, inputs))
+
+
+def _held(
+    nodes: list[Node], before: Mapping[int, Tensor], seen: Sequence[Tensor] = ()
+) -> list[SavedTensor]:
+    """What autograd nodes hold, by storage: not parameters, nor what existed `before`.
+
+    `seen` is what hooks have seen them hold, in the order of saving.
+    """
+    leaves = [node.variable for node in nodes if hasattr(node, "variable")]
+    excluded = {storage_id(part) for leaf in leaves for part in _plain(leaf)} | before.keys()
+    found: dict[int, Tensor] = {}  # by storage
+    readers: dict[int, dict[str, None]] = {}
+    for tensor in (part for one in seen for part in _plain(one)):
         found.setdefault(storage_id(tensor), tensor)
     for node in nodes:
         for name, tensor in _kept_by(node):
@@ -433,4 +462,6 @@ def attributes_of(node: Node) -> list[Any]:
 def _tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, Box):
         return [tensor for one in value.tensors for tensor in _tensors_in(one)]
+    if isinstance(value, list):
+        return [tensor for one in value for tensor in _tensors_in(one)]
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]

@@ -73,6 +73,20 @@ def modules_at_work(forwards: Collection[CodeType] = ()) -> Iterator[nn.Module]:
         frame = frame.f_back
 
 
+def region_class() -> type:
+    """The class of what holds the inputs of a checkpointed region, from forward to backward."""
+    kind: type = look_up("torch.utils.checkpoint._CheckpointFrame")
+    return kind
+
+
+def held_by_region(region: Any) -> Iterator[Any]:
+    """What one of that class holds of the tensors among its inputs, as hooks left it."""
+    saver = getattr(region, "input_saver", None)  # before PyTorch 2.13
+    saved = [] if saver is None else saver.grad_fn._raw_saved_tensors
+    for one in getattr(region, "saved_args", saved):
+        yield getattr(one, "data", None)
+
+
 _INPUTS = "torch.utils.checkpoint._CheckpointFrame.save_inputs"
 _OLDER = "torch.utils.checkpoint._NoopSaveInputs.apply"
 

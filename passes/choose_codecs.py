@@ -148,6 +148,8 @@ def _choose(read: SavedRead, config: Config, said: str) -> Decision:
             return kept(_NO_ROWS.format(read.row.name))
         sizes[WIDTH] = read.width
     if not read.lossy and not codec.lossless(options):
+        if read.read.why_exact:
+            return kept(read.read.why_exact)
         return kept(_EXACT.get(read.read.use, _EXACT[Use.REDUCE]).format(read.read.needed_by[0]))
     if read.bits is None and read.dtype not in FLOATS:
         return kept(f"its dtype is {str(read.dtype).removeprefix('torch.')}")

@@ -291,6 +291,9 @@ class _Probe(fx.Interpreter):
             self._add(ran, kept, read, why)
         if rule is CHECKPOINT:
             return
+        for read in (r for r in reads if r.instead and not obstacle):
+            if self._is_wanted(read, operands):
+                self._add(ran, Saved(_made(read, operands), self.autograd.mark), read, dense=False)
         for read in reads:
             x = operands.get(read.operand)
             if not isinstance(x, Tensor) or read.operand in taken:
@@ -444,6 +447,12 @@ def _width(read: Read | None, operands: Mapping[str, Any]) -> Any:
     if x is None or read is None or read.by_row is None or not read.by_row(operands):
         return 0
     return x.shape[-1] if x.dim() > 1 and ascends(memory_order(x)) else 0
+
+
+def _made(read: Read, operands: Mapping[str, Any]) -> Tensor:
+    """What a packed call makes in the place of operands, on fake tensors."""
+    x = operands[read.like]
+    return torch.empty_like(x, dtype=operands["result"].dtype, requires_grad=False)
 
 
 def _lowered_to(rule: OpRule, device: str) -> torch.dtype | None:

@@ -123,6 +123,7 @@ def _dense_nodes(plan: Plan, decisions: tuple[Decision, ...]) -> dict[str, str]:
     reasons: dict[str, str] = {}
     freed: dict[str, float] = defaultdict(float)
     added: dict[str, int] = defaultdict(int)  # what a packed call keeps and autograd does not
+    instead = {d.read.node for d in decisions if d.read.read is not None and d.read.read.instead}
     for site, mine in by_site(plan.sites, decisions):
         kept = [d for d in mine if not d.packed and d.read.read is not None]
         for d in kept:
@@ -137,11 +138,16 @@ def _dense_nodes(plan: Plan, decisions: tuple[Decision, ...]) -> dict[str, str]:
             elif not d.read.dense and d.read.wanted and not site.dense:
                 added[d.read.node] += site.nbytes
                 reasons.setdefault(d.read.node, f"{name}, which autograd lets go")
+        for d in mine if not plan.config.force else ():
+            if d.packed and d.read.read is not None and d.read.read.instead:
+                added[d.read.node] += d.nbytes
+                why = f"{d.read.op} would keep '{d.read.operand}' beside what stays in memory"
+                reasons.setdefault(d.read.node, why)
         nodes = {d.read.node for d in mine}
         stays = any(d.read.node not in swapped or not _is_inside(d) for d in kept)
         if site.dense and not stays:
             share = (site.nbytes - packed_bytes(mine)) / len(nodes)
-            for node in nodes:
+            for node in nodes - (instead if site.kept_by else set()):
                 freed[node] += share
     return {
         node: reason

@@ -237,9 +237,11 @@ def says_all_that_is_kept(plan: Plan) -> Iterator[str]:
     for call, rule, bound, packed in _calls(plan):
         # a region's other inputs are its arguments
         for read in rule.reads if rule is not CHECKPOINT else ():
+            if not read.is_of(bound):
+                continue
             value, decision = bound.get(read.operand), decided.get(f"{call.name}.{read.operand}")
             how = packed.get(read.operand)
-            is_inner = read.operand not in rule.inputs and read.is_of(bound)
+            is_inner = read.operand not in rule.inputs
             is_there = is_inner or isinstance(value, fx.Node)
             if how is None and is_there:
                 yield f"'{call.name}' does not say how {read.operand!r} is kept"

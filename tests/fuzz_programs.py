@@ -312,6 +312,7 @@ _UNARY: dict[str, tuple[str, ...]] = {
     "pow": ("2", "3", "1", "0"),
     "softmax": ("-1", "0", "dim=-1"),
     "log_softmax": ("-1", "0"),
+    "logsumexp": ("-1", "0, True", "dim=-1"),
 }
 _INPLACE_OPTION = (
     *("relu", "relu6", "hardtanh", "leaky_relu", "elu", "selu", "celu", "silu", "mish"),
@@ -585,6 +586,33 @@ def class_loss(d: Draft, name: str) -> None:
     options = d.choose(("", ", reduction='sum'", ", reduction='none'", ", ignore_index=1"))
     logs = f"F.log_softmax({x}, -1)" if name == "nll_loss" and d.coin() else x
     d.let(f"F.{name}({logs}, {y}{options})")
+
+
+_TWO_LOSSES: dict[str, tuple[str, str]] = {  # what it compares, and with what
+    "mse_loss": ("{}", "{}"),
+    "l1_loss": ("{}", "{}"),
+    "smooth_l1_loss": ("{}", "{}"),
+    "huber_loss": ("{}", "{}"),
+    "binary_cross_entropy_with_logits": ("{}", "{}.sigmoid()"),
+    "binary_cross_entropy": ("{}.sigmoid()", "{}.sigmoid()"),
+    "kl_div": ("F.log_softmax({}, -1)", "{}.detach().softmax(-1)"),
+}
+
+
+@row(*_TWO_LOSSES)
+def loss_of_two(d: Draft, name: str) -> None:
+    x = d.value()
+    first, second = _TWO_LOSSES[name]
+    options = d.choose(("", ", reduction='sum'", ", reduction='none'"))
+    d.let(f"F.{name}({first.format(x)}, {second.format(beside(d, x))}{options})")
+
+
+def beside(d: Draft, x: str) -> str:
+    """Another value in the shape of ``x``: a parameter, or what the program has made."""
+    shape = d.env[x].shape
+    if d.coin(4):
+        return d.parameter(shape)
+    return d.value(lambda t: t.is_floating_point() and t.shape == shape)
 
 
 @row("embedding")
@@ -908,7 +936,6 @@ _REDUCE = (
     "{x}.var(-1)",
     "{x}.std(-1, keepdim=True)",
     "{x}.norm(dim=-1)",
-    "{x}.logsumexp(-1)",
     "{x}.cumsum(-1)",
     "{x}.cumsum(0)",
     "{x}.tanh().cumprod(-1)",
@@ -992,12 +1019,7 @@ _BINARY = (
     "torch.atan2({x}, {y}.abs() + 1)",
     "torch.logaddexp({x}, {y})",
     "torch.hypot({x}, {y}.abs() + 1)",
-    "F.mse_loss({x}, {y})",
-    "F.l1_loss({x}, {y}, reduction='none')",
-    "F.smooth_l1_loss({x}, {y})",
     "F.smooth_l1_loss({x}, {y}, beta=0.0)",
-    "F.huber_loss({x}, {y})",
-    "F.binary_cross_entropy_with_logits({x}, {y}.sigmoid())",
     "F.kl_div(F.log_softmax({x}, -1), {y}.softmax(-1), reduction='sum')",
     "F.cosine_similarity({x}, {y}, dim=-1)",
     "F.prelu({x}, {y}.mean())",
@@ -1011,12 +1033,7 @@ _BINARY = (
 @other
 def binary(d: Draft) -> None:
     x = d.value()
-    shape = d.env[x].shape
-    if d.coin(4):
-        y = d.parameter(shape)
-    else:
-        y = d.value(lambda t: t.is_floating_point() and t.shape == shape)
-    d.let(d.choose(_BINARY).format(x=x, y=y))
+    d.let(d.choose(_BINARY).format(x=x, y=beside(d, x)))
 
 
 @other

@@ -25,11 +25,11 @@ class Model(nn.Module):
 
     def forward(self, x, y):
         h = self.a(x)
-        return nn.functional.mse_loss(torch.sin(torch.mv(h, self.b(y))), y.cos() * h.sum(1))
+        return nn.functional.soft_margin_loss(torch.sin(torch.mv(h, self.b(y))), y.cos())
 
 model, given = Model(), (torch.randn(64, 64), torch.randn(64))
 exact = {"rules": [{"op": "mv", "codec": "mink", "gamma": 0.0}], "preset": None, "force": True}
-exact["rules"].append({"op": "mse_loss", "codec": "quant", "bits": None})
+exact["rules"].append({"op": "soft_margin_loss", "codec": "quant", "bits": None})
 
 def step(run):
     loss = run(*given)
@@ -43,7 +43,7 @@ for made in (
     for got, expected in zip(step(made), step(model), strict=True):
         assert torch.equal(got, expected)
 packed = dropit_fx.transform(model, example_args=given)
-rows = [r for r in dropit_fx.report(packed).rows if "mv" in r.op or "mse_loss" in r.op]
+rows = [r for r in dropit_fx.report(packed).rows if "mv" in r.op or "soft_margin_loss" in r.op]
 assert rows and all(r.kept_bytes < r.dense_bytes for r in rows if not r.reason), rows
 assert dropit_fx.measure.saved_bytes(packed, *given) == dropit_fx.report(packed).kept_bytes
 print("ops work")
@@ -148,14 +148,14 @@ def test_ops_that_are_added_as_the_guide_says_work(copy: Path) -> None:
 @pytest.mark.slow
 def test_ops_that_are_added_without_their_records_fail_one_test_that_says_so(copy: Path) -> None:
     add_ops(copy, "dropit_fx")
-    done = run_tests_of_ops(copy, "mv or mse_loss or test_every_row")
-    for row, family in (("mv", "matmul"), ("mse_loss", "losses")):
+    done = run_tests_of_ops(copy, "mv or soft_margin_loss or test_every_row")
+    for row, family in (("mv", "matmul"), ("soft_margin_loss", "losses")):
         sentence = f"The row '{row}' has no record: add a RowTests to RECORDS in "
         assert f"{sentence}tests/ops/{family}.py." in done.stdout
     assert "1 failed" in done.stdout
     assert "error" not in done.stdout.splitlines()[-1]
     add_ops(copy, "tests")
-    done = run_tests_of_ops(copy, "mv or mse_loss or test_every_row")
+    done = run_tests_of_ops(copy, "mv or soft_margin_loss or test_every_row")
     assert done.returncode == 0, done.stdout
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 50
 

@@ -18,8 +18,8 @@ from torch import fx, nn
 
 from dropit_fx.compile.backend import CompiledGraph, compiled_graphs, dropit, dropit_eager
 from dropit_fx.config import Config, ConfigError, make_config
-from dropit_fx.measure import alive
-from dropit_fx.private import compiled_in_place, undo_compile
+from dropit_fx.measure import Watch, alive
+from dropit_fx.private import compiled_in_place, shows_saved, undo_compile
 
 try:
     from transformers import PreTrainedModel, Trainer, TrainerCallback
@@ -63,10 +63,11 @@ class DropITCallback(TrainerCallback):
     """Packs what the training step of a ``Trainer`` saves for the backward.
 
     The model is rewritten from the first step to the end of ``train()``, and is the same object
-    before, meanwhile and afterwards. After the first batch the bytes that its graphs save, dense
-    and packed, are logged once, as ``saved_bytes_dense`` and ``saved_bytes_packed``: they are put
-    into ``trainer.state.log_history`` and handed to every callback's ``on_log`` (the console,
-    TensorBoard, W&B). ``graphs`` has the reports.
+    before, meanwhile and afterwards. After the first batch its bytes are logged once, put into
+    ``trainer.state.log_history`` and handed to every callback's ``on_log`` (the console,
+    TensorBoard, W&B): ``saved_bytes``, what autograd held when the loss was there, the loss
+    included, as measured on this rank; ``saved_bytes_dense`` and ``saved_bytes_packed``, what the
+    graphs of the model save. ``graphs`` has the reports.
 
     Args:
         config: As for ``transform``; so are `preset`, `strategy`, `gamma` and `bits`.
@@ -125,6 +126,8 @@ class DropITCallback(TrainerCallback):
         self._compiled: list[CompiledGraph] = []  # in the whole life of the callback
         self._before: int | None = None  # how many before the first batch; None after it
         self._unread = False  # whether the loop reads no logits of a training step
+        self._measured: int | None = None  # of the first batch
+        self._watched: list[tuple[Any, Any, Any]] = []  # its backward, as it was and ours
 
     def on_train_begin(
         self,
@@ -142,6 +145,7 @@ class DropITCallback(TrainerCallback):
         """
         assert model is not None
         self._put_losses_back()
+        self._stop_watching()
         if args.torch_compile or (compiled_in_place(model) and model is not self._model):
             raise RuntimeError(
                 "DropITCallback compiles the model itself, and it is compiled already. Leave out"
@@ -156,6 +160,14 @@ class DropITCallback(TrainerCallback):
             if isinstance(part, PreTrainedModel):  # looked up now: the look-up may log a warning,
                 part.loss_function = part.loss_function  # which would cut the graph in two
         model.compile(backend=self._compile)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Has the first batch measured, when its loss comes to ``accelerator.backward``."""
+        if self._before is not None and shows_saved() and not self._watched:
+            for trainer in _in_state(state):
+                self._watch(trainer.accelerator)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -180,6 +192,27 @@ class DropITCallback(TrainerCallback):
             undo_compile(self._model)
         self._model = None
         self._put_losses_back()
+        self._stop_watching()
+
+    def _watch(self, accelerator: Any) -> None:
+        watch, usual = Watch(), accelerator.backward
+
+        def backward(loss: Any, *args: Any, **kwargs: Any) -> Any:
+            self._stop_watching()
+            self._measured = watch.saved_bytes(loss)
+            return usual(loss, *args, **kwargs)
+
+        self._watched.append((accelerator, vars(accelerator).get("backward"), backward))
+        accelerator.backward = backward
+
+    def _stop_watching(self) -> None:
+        self._measured = None
+        for accelerator, usual, ours in self._watched:
+            if vars(accelerator).get("backward") is ours:
+                del accelerator.backward
+                if usual is not None:  # it was no method of the class
+                    accelerator.backward = usual
+        self._watched = []
 
     def _compile_losses(self, state: TrainerState) -> None:
         for trainer in _in_state(state):
@@ -221,4 +254,5 @@ class DropITCallback(TrainerCallback):
         if dense == 0:
             log.warning("nothing is packed: no compiled graph of the model saves anything")
         log.info("a batch saves %d bytes, %d without packing", packed, dense)
-        return {"saved_bytes_dense": dense, "saved_bytes_packed": packed}
+        held = {} if self._measured is None else {"saved_bytes": self._measured}
+        return {**held, "saved_bytes_dense": dense, "saved_bytes_packed": packed}

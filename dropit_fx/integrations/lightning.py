@@ -9,7 +9,11 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from torch import Tensor
+
 from dropit_fx.compile.backend import compiled_graphs
+from dropit_fx.measure import Watch
+from dropit_fx.private import shows_saved
 from dropit_fx.report.rows import report
 from dropit_fx.schedule import FreezeScheduler
 
@@ -28,22 +32,41 @@ log = logging.getLogger(__name__)
 class LogSavedBytes(Callback):
     """Logs what a training batch saves for the backward, dense and packed.
 
-    After the first batch of ``fit``, ``saved_bytes_dense`` and ``saved_bytes_packed`` go to the
-    loggers of the ``Trainer`` and into ``trainer.callback_metrics``: the sums over the graphs that
-    the plug-in has compiled since ``fit`` began, and over the submodules that ``transform`` has
-    rewritten. Each rank logs its own.
+    After the first batch of ``fit``, its bytes go to the loggers of the ``Trainer`` and into
+    ``trainer.callback_metrics``: ``saved_bytes``, what autograd held when the loss was there, the
+    loss included, as measured; ``saved_bytes_dense`` and ``saved_bytes_packed``, the sums over the
+    graphs that the plug-in has compiled since ``fit`` began, and over the submodules that
+    ``transform`` has rewritten. Each rank measures its own; loggers write those of rank 0.
 
     Attributes:
         saved_bytes: Dense and packed; None before the first batch.
+        measured: What autograd held of the first batch; None before it.
     """
 
     def __init__(self) -> None:
         self.saved_bytes: tuple[int, int] | None = None
+        self.measured: int | None = None
         self._before = 0
+        self._watch: Watch | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes what was compiled before."""
         self._before, self.saved_bytes = len(compiled_graphs()), None
+        self._watch = self.measured = None
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Notes what is there before the first batch is computed."""
+        if self.saved_bytes is None and shows_saved():
+            self._watch = Watch()
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """Measures the first batch."""
+        if self._watch is not None:
+            self.measured, self._watch = self._watch.saved_bytes(loss), None
 
     def on_train_batch_end(
         self,
@@ -69,8 +92,10 @@ class LogSavedBytes(Callback):
                 )
         else:
             dense, packed = dense + rewritten.dense_bytes, packed + rewritten.kept_bytes
-        self.saved_bytes = dense, packed
-        pl_module.log_dict({"saved_bytes_dense": float(dense), "saved_bytes_packed": float(packed)})
+        self.saved_bytes, self._watch = (dense, packed), None
+        logs = {"saved_bytes_dense": dense, "saved_bytes_packed": packed}
+        logs |= {} if self.measured is None else {"saved_bytes": self.measured}
+        pl_module.log_dict({name: float(count) for name, count in logs.items()})
 
 
 class FreezeLayers(Callback):

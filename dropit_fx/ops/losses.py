@@ -1,4 +1,4 @@
-"""Softmax, and the losses of classifiers."""
+"""Softmax, its sum, and the losses of classifiers."""
 
 from __future__ import annotations
 
@@ -50,6 +50,42 @@ SOFTMAX = tuple(
 )
 
 
+def _kept_dims(shape: Any, dim: Any) -> list[Any]:
+    """The shape of a reduction over ``dim`` that keeps its dimensions; over all where it is ()."""
+    dims = [dim] if isinstance(dim, int) else dim or range(len(shape))
+    gone = {d % len(shape) for d in dims} if shape else set()
+    return [1 if d in gone else size for d, size in enumerate(shape)]
+
+
+def _logsumexp_saving(input: Tensor, dim: Any, keepdim: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    out = torch.logsumexp(input, dim, keepdim)
+    return out, {"probs": (input - out.reshape(_kept_dims(input.shape, dim))).exp()}
+
+
+def _logsumexp_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
+    """``dX = dY * softmax(x)``; the factor is as PyTorch makes it, ``exp(x - y)``."""
+    kept = _kept_dims(call.shapes["input"], call.args["dim"])
+    return {"input": grad.reshape(kept) * saved["probs"]}
+
+
+LOGSUMEXP = OpRule(
+    name="logsumexp",
+    targets=(
+        *(torch.logsumexp, "logsumexp", aten.logsumexp.default),
+        *(torch.special.logsumexp, aten.special_logsumexp.default),
+    ),
+    reads=(
+        Read(operand="probs", use=Use.SLOPE, needed_by=("input",), like="input", instead=True),
+        Read(operand="input", use=Use.SHAPE, needed_by=("input",)),
+        Read(operand="result", use=Use.SHAPE, needed_by=("input",)),
+    ),
+    run=torch.logsumexp,
+    schema=aten.logsumexp.default,
+    run_saving=_logsumexp_saving,
+    backward=_logsumexp_backward,
+)
+
+
 def reduction_enum(reduction: Any) -> int:
     """``"mean"`` as ATen's number for it."""
     if isinstance(reduction, int):
@@ -57,7 +93,8 @@ def reduction_enum(reduction: Any) -> int:
     return {"none": 0, "mean": 1, "sum": 2}[reduction]
 
 
-def _deprecated_reduction(args: Mapping[str, Any]) -> str:
+def deprecated_reduction(args: Mapping[str, Any]) -> str:
+    """Why a loss with ``size_average`` or ``reduce`` is not covered, or ``""``."""
     if args["size_average"] is not None or args["reduce"] is not None:
         return "it is called with deprecated arguments"
     return ""
@@ -89,7 +126,7 @@ NLL_LOSS = OpRule(
         Read(operand=INSIDE, use=Use.SHAPE, needed_by=("input",)),
     ),
     run=_nll_loss,
-    obstacle=_deprecated_reduction,
+    obstacle=deprecated_reduction,
 )
 
 
@@ -202,7 +239,7 @@ def _beyond_the_logarithms(args: Mapping[str, Any]) -> str:
     refused |= smoothing > 1 or (soft and args["ignore_index"] >= 0)
     if refused or (weight is not None and weight.shape != (classes,)):
         return "PyTorch refuses these arguments"  # in words of its own
-    return _deprecated_reduction(args)
+    return deprecated_reduction(args)
 
 
 CROSS_ENTROPY = OpRule(
@@ -230,4 +267,4 @@ CROSS_ENTROPY = OpRule(
     obstacle=_beyond_the_logarithms,
 )
 
-ROWS = (*SOFTMAX, NLL_LOSS, CROSS_ENTROPY)
+ROWS = (*SOFTMAX, LOGSUMEXP, NLL_LOSS, CROSS_ENTROPY)

@@ -63,6 +63,10 @@ class Read:
             call's arguments to its shape.
         when: For what some calls alone read: from the call's arguments to whether this one does. An
             argument that is not known yet may be anything.
+        instead: The op makes it in the place of operands that autograd keeps, and that are then
+            read for their shape alone: a difference in the place of two tensors. It is laid out as
+            ``like``, in the dtype of the result.
+        why_exact: Where it is not ``lossy``: the reason, as reports say it.
     """
 
     operand: str
@@ -80,6 +84,8 @@ class Read:
     nbytes: Callable[[Mapping[str, Any]], int] | None = None
     shape: Callable[[Mapping[str, Any]], tuple[Any, ...]] | None = None
     when: Callable[[Mapping[str, Any]], bool] | None = None
+    instead: bool = False
+    why_exact: str = ""
 
     def is_of(self, args: Mapping[str, Any]) -> bool:
         """Whether a call with these arguments reads it."""

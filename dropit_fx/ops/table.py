@@ -19,6 +19,7 @@ from dropit_fx.ops import (
     arithmetic,
     attention,
     convolution,
+    element_losses,
     indexing,
     losses,
     masks,
@@ -34,7 +35,7 @@ from dropit_fx.private import CHECKPOINT_CONTEXT, OpOverload, schema, tag_activa
 
 FAMILIES = (
     *(matmul, convolution, piecewise, smooth, masks, arithmetic, norms, attention, losses),
-    *(indexing, pooling),
+    *(element_losses, indexing, pooling),
 )
 OP_RULES: tuple[OpRule, ...] = tuple(row for family in FAMILIES for row in family.ROWS)
 

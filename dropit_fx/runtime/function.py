@@ -257,7 +257,8 @@ def _spec_inside(rule: OpRule, operand: str, args: Sequence[Any], out: Tensor) -
     read = rule.read(operand)
     assert read is not None
     if read.shape is None:
-        return spec_of(out if read.like == "result" else args[rule.inputs.index(read.like)])
+        spec = spec_of(out if read.like == "result" else args[rule.inputs.index(read.like)])
+        return TensorSpec(*spec[:3], out.dtype, spec.device) if read.instead else spec
     shape = read.shape(dict(zip(rule.inputs, args, strict=True)))
     strides = [1] * len(shape)
     for d in reversed(range(len(shape) - 1)):

@@ -65,6 +65,47 @@ LOG_SOFTMAX = RowTests(
 )
 
 
+def _logsumexp_cases() -> list[Case]:
+    x = T((2, 3, 5, 7))
+    layouts = {
+        "plain": (x, -1),
+        "channels": (x, 1),
+        "two": (x, (1, 3)),
+        "all": (x, (0, 1, 2, 3)),
+        "1-D": (T((33,)), 0),
+        "scalar": (T(()), 0),
+        "turned": (T((6, 9), turned), -1),
+        "channels_last": (T(x.shape, format=LAST), 1),
+        "slice": (T((6, 9), lambda v: v[:, ::2]), 0),
+        "empty batch": (T((0, 5)), -1),
+        "small": (T((6, 5), lambda v: v - 1000), -1),
+    }
+    out = [case(name, *given) for name, given in layouts.items()]
+    return out + [case(f"{n}, kept", *given, keepdim=True) for n, given in layouts.items()]
+
+
+def _logsumexp(a: Any, grad: Tensor, packed: Any) -> dict[str, Tensor]:
+    x, dim = a["input"], a["dim"]
+    grad = grad if a["keepdim"] else grad.unsqueeze(dim)
+    return {"input": grad * packed((x - x.logsumexp(dim, True)).exp())}
+
+
+LOGSUMEXP = RowTests(
+    row="logsumexp",
+    cases=_logsumexp_cases(),
+    quantised=(case("last", BLOCKS, -1), case("channels", IMAGE, 1, keepdim=True)),
+    by_the_book=_logsumexp,
+    large=lambda call: {"probs"},
+    modules=lambda: [(Calls(lambda x: x.logsumexp(-1, keepdim=True)), (4, 9))],
+    op_info=OpInfo("logsumexp"),
+    behind=Behind((Given.X, -1)),
+    entries=(
+        # both are read for one function of them, the probabilities
+        Entry("logsumexp", {"self": "input"}, amend=lambda found: found | {("probs", "input")}),
+    ),
+)
+
+
 def _loss_cases() -> list[Case]:
     x, y = T((6, 5)), T((6,), make=classes(5))
     ignored = T((6,), make=classes(5, -100))
@@ -233,4 +274,4 @@ CROSS_ENTROPY = RowTests(
     steps={"log_probs": "input"},
 )
 
-RECORDS = (SOFTMAX, LOG_SOFTMAX, NLL_LOSS, CROSS_ENTROPY)
+RECORDS = (SOFTMAX, LOG_SOFTMAX, LOGSUMEXP, NLL_LOSS, CROSS_ENTROPY)

@@ -121,7 +121,8 @@ def graph_and_saved(name: str, needs: set[str]) -> tuple[set[str], set[str]]:
     inner = storages - set(outer.values())
     reads = [r for r in rule.reads if needs & set(r.needed_by) and r.is_of(bound)]
     read = [r.operand for r in reads if r.operand not in on_cuda]
-    made = [n for n in read if n not in seen and n not in bound]
+    made = [r.operand for r in reads if not r.instead and r.operand in read]
+    made = [n for n in made if n not in seen and n not in bound]
     if INSIDE in made:  # whatever else there is
         assert len(inner) >= len(made) > 0
     else:
