@@ -19,13 +19,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from dropit_fx.codecs import CAST, CODEC, UNREAD
+from dropit_fx.codecs import CODEC, RECAST, UNREAD
 from dropit_fx.ops.rule import Use
 from dropit_fx.ops.table import CHECKPOINT
 from dropit_fx.passes.choose_codecs import AROUND_ZERO, keep, whole_or_none
 from dropit_fx.passes.plan import Copy, Decision, Plan, Site
 
-LET_GO = (CAST, UNREAD, "drop")  # nothing is made of the tensor: the packed call has no use for it
+LET_GO = (RECAST, UNREAD, "drop")  # nothing is made of the tensor: a packed call has no use for it
 
 
 def share_packed(plan: Plan) -> Plan:
@@ -109,7 +109,7 @@ def _leave_what_does_not_pay(plan: Plan, shared: list[Decision]) -> tuple[Decisi
 
 def is_in_graph(decision: Decision) -> bool:
     """Whether the decision makes a packed call of its node."""
-    return decision.packed and decision.codec not in (CAST, UNREAD)
+    return decision.packed and decision.codec not in (RECAST, UNREAD)
 
 
 def swapped_nodes(decisions: Iterable[Decision]) -> set[str]:
@@ -179,7 +179,7 @@ def _let_go(plan: Plan, decisions: tuple[Decision, ...]) -> tuple[Decision, ...]
             for d in mine
         ]
         going = [
-            replace(d, codec=CAST if d.read.recast else UNREAD, reason="")
+            replace(d, codec=RECAST if d.read.recast else UNREAD, reason="")
             if not d.packed and d.read.node in swapped and (d.read.recast or not d.read.wanted)
             else d
             for d in mine

@@ -22,6 +22,7 @@ class Option:
     default: Any
     legal: Callable[[Any], bool]
     meaning: str  # unit and range, as config errors print them
+    shown: bool = False  # whether reports say it beside the codec, where it is not null or false
 
 
 @dataclass(frozen=True, kw_only=True)

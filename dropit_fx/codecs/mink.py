@@ -47,12 +47,14 @@ GAMMA = Option(
     default=0.9,
     legal=_legal_gamma,
     meaning="the dropping rate, a number in [0, 0.9999]; 0 keeps every element",
+    shown=True,
 )
 BITS = Option(
     name="bits",
     default=None,
     legal=lambda v: v is None or (whole(v) and 1 <= v <= 8),
     meaning="bits of a kept value, 1 to 8, or null for the tensor's own dtype",
+    shown=True,
 )
 QUANT_BITS = replace(BITS, default=4)
 BLOCK = Option(

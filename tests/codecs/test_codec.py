@@ -34,6 +34,7 @@ KEPT = {
     "random": {"value", "row"},
     "rows": {"row"},
     "quant": {"value", "row", "slope", "curve", "sum"},
+    "cast": {"value", "row", "slope", "curve", "sum"},
     "few_bit": {"curve"},
     "bitmask": {"codes"},
 }

@@ -186,6 +186,29 @@ def test_what_presets_pack_is_what_the_cpu_packs(label: str, device: torch.devic
     assert_same_bits(back.cpu(), CODEC[codec].unpack(wanted, options, x.numel(), x.dtype))
 
 
+PLAIN = [  # codecs in plain ops of PyTorch
+    ("cast", {"dtype": "float8_e4m3fn"}),
+    ("cast", {"dtype": "float8_e5m2", "block": None}),
+    ("cast", {"dtype": "bfloat16"}),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("codec", "options"), PLAIN, ids=str)
+def test_codecs_of_plain_ops_pack_and_give_back_what_the_cpu_does(
+    codec: str, options: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> None:
+    full = CODEC[codec].defaults() | options
+    for x in inputs(dtype):
+        packed, wanted = CODEC[codec].pack(moved(x, device), full), CODEC[codec].pack(x, full)
+        for part, other in zip(packed, wanted, strict=True):
+            assert part.dtype == other.dtype
+            same = {"rtol": 0, "atol": 0, "equal_nan": True}
+            torch.testing.assert_close(part.cpu().float(), other.float(), **same)
+        back = CODEC[codec].unpack(packed, full, x.numel(), dtype)
+        assert_same_bits(back.cpu(), CODEC[codec].unpack(wanted, full, x.numel(), dtype))
+
+
 @pytest.mark.parametrize(("form", "rows"), [(FORMATS[1], 66_000), (FORMATS[11], 66_000)], ids=str)
 def test_more_rows_than_a_grid_has_in_y(
     form: tuple[int, int, int, int, bool], rows: int, device: torch.device, rehearsal: bool

@@ -104,6 +104,8 @@ COMPILED_CODECS = [
     ("random", {"gamma": 0.5}),
     ("rows", {"bits": 4}),
     ("quant", {"bits": 4}),
+    ("cast", {}),
+    ("cast", {"dtype": "bfloat16"}),
     ("few_bit", {}),
     ("bitmask", {}),
 ]
