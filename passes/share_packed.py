@@ -74,7 +74,8 @@ def _of_one_form(group: list[Decision], indices: list[int]) -> list[list[int]]:
 
 def _keeps_zeros(decision: Decision) -> bool:
     options = decision.options
-    return not options.get("by_channel") and options.get("range", AROUND_ZERO) == AROUND_ZERO
+    apart = options.get("by_channel") or options.get("hadamard")
+    return not apart and options.get("range", AROUND_ZERO) == AROUND_ZERO
 
 
 def _most_accurate(group: list[Decision]) -> Decision:
@@ -220,7 +221,7 @@ def value_of(decision: Decision) -> tuple[object, ...]:
     read = decision.read
     slopes = read.function if decision.codec in CODEC and CODEC[decision.codec].slope else ""
     view = read.view if decision.options.get("by_channel") else None
-    form = view, decision.options.get("range")
+    form = view, decision.options.get("range"), bool(decision.options.get("hadamard"))
     return (read.identity, read.dtype, slopes, form)
 
 

@@ -43,7 +43,7 @@ TESTED = {
     *("sparsify", "unsparsify", "sample", "pack_uint", "unpack_uint"),
     *("encode_steps", "decode_steps", "pack_between", "apply_mask"),
     *("sparsify_channels", "unsparsify_channels", "encode_window", "decode_window"),
-    *("linear_rows", "linear_rows_backward", "stands_for", "select_rows"),
+    *("linear_rows", "linear_rows_backward", "stands_for", "select_rows", "rotate"),
 }
 
 
@@ -207,6 +207,19 @@ def test_codecs_of_plain_ops_pack_and_give_back_what_the_cpu_does(
             torch.testing.assert_close(part.cpu().float(), other.float(), **same)
         back = CODEC[codec].unpack(packed, full, x.numel(), dtype)
         assert_same_bits(back.cpu(), CODEC[codec].unpack(wanted, full, x.numel(), dtype))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_rotated_values_come_back_as_on_the_cpu(dtype: torch.dtype, device: torch.device) -> None:
+    """But where a product is rounded otherwise, and the level is the next one."""
+    full = CODEC["quant"].defaults() | {"bits": 8, "hadamard": True}
+    x = torch.randn(50_003).to(dtype)
+    packed = CODEC["quant"].pack(x.to(device), full)
+    back = CODEC["quant"].unpack(packed, full, x.numel(), dtype).cpu()
+    wanted = CODEC["quant"].unpack(CODEC["quant"].pack(x, full), full, x.numel(), dtype)
+    off = (back - wanted).float().norm() / x.float().norm()
+    assert off < 1e-3
+    assert (back - x).float().norm() < 0.02 * x.float().norm()
 
 
 @pytest.mark.parametrize(("form", "rows"), [(FORMATS[1], 66_000), (FORMATS[11], 66_000)], ids=str)
