@@ -86,9 +86,13 @@ FORMATS: tuple[tuple[str, Format | Coded], ...] = (
     ("cast", Coded("cast", {"dtype": "bfloat16"})),
     *((f"rows, {form.options['select']}", form) for form in ROWS),
     *(
-        (f"low rank, {projection}", Coded("low_rank", {"rank": rank, "projection": projection}))
+        (
+            f"low rank, {projection}",
+            Coded("low_rank", {"rank": rank, "projection": projection, "bits": bits}),
+        )
         for projection in PROJECTIONS
-        for rank in (0.125, 0.25, 0.5)
+        for bits in (None, 4, 6)
+        for rank in (0.0625, 0.125, 0.25, 0.5)
     ),
 )
 
@@ -98,12 +102,12 @@ def named(form: Format | Coded) -> str:
     if isinstance(form, Format):
         return _spelled(form)
     options = form.all_options
+    bits = f"{options['bits']} bits" if options.get("bits") else "as is"
     if form.codec == "rows":
-        bits = f"{options['bits']} bits" if options["bits"] else "as is"
         share = 100 * (1 - options["gamma"])
         return f"keep {share:.0f} % of rows, {options['select']}, {bits}"
     if form.codec == "low_rank":
-        return f"rank {100 * options['rank']:g} %, {options['projection']}, as is"
+        return f"rank {100 * options['rank']:g} %, {options['projection']}, {bits}"
     if form.codec == "quant":
         return f"{_spelled(format_of(options))}, rotated"
     said = [str(options["dtype"])]

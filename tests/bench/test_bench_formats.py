@@ -75,6 +75,15 @@ def test_eight_bits_of_quant_lose_less_than_a_cast_to_eight_bits(samples: list[S
     assert 1.5 * quant["error"] < e4m3["error"] < 0.6 * e5m2["error"] < 0.02
 
 
+def test_factors_in_six_bits_have_less_error_than_dropped_elements_in_more_room(
+    samples: list[Sample],
+) -> None:
+    factors = measure_format(samples, Coded("low_rank", {"rank": 0.125, "bits": 6}))
+    dropped = measure_format(samples, Format(3086, 1024, 2))
+    assert factors["bits"] < 0.9 * dropped["bits"]
+    assert factors["error"] < 0.8 * dropped["error"]
+
+
 def test_a_lossless_format_has_no_error(samples: list[Sample]) -> None:
     row = measure_format(samples[:3], Format(10000, 1024))
     assert row == {"bits": 32, "error": 0, "projection": 1}

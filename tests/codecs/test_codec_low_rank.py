@@ -94,6 +94,15 @@ def theory(x: Tensor, dy: Tensor, length: int) -> float:
     return float(both.sum() - both.diagonal().sum()) * (length - 1) / (len(x) - 1)
 
 
+def test_in_few_bits_with_stochastic_rounding_random_is_unbiased_too() -> None:
+    x, w = torch.randn(48, 8), torch.randn(5, 8)
+    coded = {"bits": 3, "block": 8, "rounding": "stochastic"}
+    layer = packed_linear(x, w, rank=12, projection="random", **coded)
+    exact = weight_gradient(F.linear, x, w)
+    away = torch.stack([weight_gradient(layer, x, w, seed) - exact for seed in range(2000)])
+    assert away.mean(0).norm() < 3 * math.sqrt(float(away.square().sum((1, 2)).mean()) / 2000)
+
+
 def test_random_has_the_exact_gradient_in_the_mean_of_2000_draws_and_the_theorys_variance() -> None:
     x, w = torch.randn(48, 6) * torch.logspace(-1, 1, 48)[:, None], torch.randn(5, 6)
     layer = packed_linear(x, w, rank=12, projection="random")
@@ -130,8 +139,12 @@ def test_signs_and_places_differ_from_seed_to_seed() -> None:
 
 
 @every_projection
-def test_the_backward_multiplies_as_many_rows_as_the_rank(projection: str) -> None:
-    x, grad, known = torch.randn(50, 24), torch.randn(50, 7), options_of(24, projection=projection)
+@pytest.mark.parametrize("bits", [None, 6])
+def test_the_backward_multiplies_as_many_rows_as_the_rank(
+    projection: str, bits: int | None
+) -> None:
+    x, grad = torch.randn(50, 24), torch.randn(50, 7)
+    known = options_of(24, projection=projection, bits=bits)
     parts = LOW_RANK.pack(x.view(-1), known)
     dense = LOW_RANK.unpack(parts, known, x.numel(), x.dtype).view_as(x)
     assert LOW_RANK.contract is not None
@@ -144,12 +157,13 @@ def test_the_backward_multiplies_as_many_rows_as_the_rank(projection: str) -> No
 @every_projection
 @pytest.mark.parametrize("given", DTYPES)
 @pytest.mark.parametrize("rank", [1, 3, 1000, 0.5])
+@pytest.mark.parametrize("bits", [None, 4])
 def test_bytes_are_as_predicted_for_any_shape(
-    projection: str, given: torch.dtype, rank: int | float
+    projection: str, given: torch.dtype, rank: int | float, bits: int | None
 ) -> None:
     for shape in ((0, 5), (5, 0), (0, 0), (1, 1), (3, 7), (7, 3), (65, 16)):
         x = torch.randn(shape).to(given)
-        assert round_trip(x, projection=projection, rank=rank).isfinite().all()
+        assert round_trip(x, projection=projection, rank=rank, bits=bits).isfinite().all()
 
 
 @every_projection
@@ -218,6 +232,7 @@ def test_a_model_saves_what_is_reported_and_has_the_gradient_of_eager_mode(
         sizes = [tuple(t.shape) for t in measure.saved_tensors(ours, x)]
         rank = rows // 4 if projection == "random" else math.ceil(min(rows, 96) / 4)
         assert sizes.count((rank, 96) if projection == "random" else (rows, rank)) == 2
+        assert sizes.count((96, rank)) == (0 if projection == "random" else 2)
     if way == "transform":
         x = torch.randn(100, 64)
         report = dropit_fx.report(eager)
