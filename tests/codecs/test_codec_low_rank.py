@@ -197,6 +197,15 @@ def test_gradients_that_are_not_finite_stay_so(projection: str) -> None:
             assert torch.equal(found.isfinite(), exact.isfinite())
 
 
+def test_autocast_does_not_lower_the_factors() -> None:
+    x, known = torch.randn(60 * 24), options_of(24)
+    parts = LOW_RANK.pack(x, known)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same(LOW_RANK.pack(x, known), parts)
+        back = LOW_RANK.unpack(parts, known, x.numel(), x.dtype)
+    assert_same(back, LOW_RANK.unpack(parts, known, x.numel(), x.dtype))
+
+
 def network() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 96), nn.Linear(96, 8))
 
