@@ -327,11 +327,10 @@ def draw(rows: list[dict[str, Any]], path: str, loss: str) -> None:
     right.axhline(1, color="black", linewidth=0.8, linestyle=":")
     right.set(xlabel="bits an element", ylabel="projection of dW on the exact one", xscale="log")
     for axes in (left, right):
-        axes.set_xticks(
-            [1, 1.5, 2, 3, 4, 5, 6, 8, 16], labels=["1", "1.5", "2", "3", "4", "5", "6", "8", "16"]
-        )
+        ticks = (0.25, 0.5, 1, 2, 3, 4, 5, 6, 8, 16)
+        axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    left.legend(fontsize=9)
+    left.legend(fontsize=7)
     figure.suptitle(f"Linear inputs of {MODEL}, {loss} loss")
     figure.savefig(path, dpi=110)
