@@ -26,7 +26,7 @@ _NO_ROWS = (
 )
 AROUND_ZERO = "symmetric"  # with so many bits, 0 is a level wherever there is a 0
 _GRID_BITS = 4
-_ZEROS = "the slope of {} jumps at 0: a 0 stays one in a range around 0, in four bits or more"
+_ZEROS = "the slope of {} jumps at 0: a 0 stays one around 0, in four bits or more, not rotated"
 _EXACT = {
     Use.CONTRACT: "the gradient of {} depends on it, and stays exact",
     Use.REDUCE: "small beside what is packed, it stays exact",
@@ -169,7 +169,8 @@ def _keeping_zeros(options: Options) -> Options:
     """The options of the values of a ``quant`` that gives back 0 for 0; others are as they are."""
     if "range" not in options or options["bits"] is None:
         return options
-    return options | {"range": AROUND_ZERO, "bits": max(options["bits"], _GRID_BITS)}
+    around = {"range": AROUND_ZERO, "bits": max(options["bits"], _GRID_BITS), "hadamard": False}
+    return options | {name: value for name, value in around.items() if name in options}
 
 
 def whole_or_none(site: Site, decisions: list[Decision], config: Config) -> list[Decision]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import fx
 
+from dropit_fx.codecs import CODEC
 from dropit_fx.codecs.codec import Options
 from dropit_fx.ops.rule import Call, OpRule, Read
 
@@ -225,9 +226,11 @@ class Decision:
     @property
     def spelled(self) -> str:
         """The codec as people read it: ``mink(gamma=0.5, bits=4)``."""
-        shown = [
-            f"{k}={v}" for k, v in self.options.items() if k in ("gamma", "bits") and v is not None
-        ]
+        codec = CODEC.get(self.codec)
+        told = {o.name for o in codec.options if o.shown} if codec else set()
+        told.add("bits")  # which the row of an op may say, not a config
+        given = [(k, v) for k, v in self.options.items() if k in told]
+        shown = [f"{k}={v}" for k, v in given if v is not None and v is not False]
         return self.codec + (f"({', '.join(shown)})" if shown else "")
 
 

@@ -19,13 +19,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from dropit_fx.codecs import CAST, CODEC, UNREAD
+from dropit_fx.codecs import CODEC, RECAST, UNREAD
 from dropit_fx.ops.rule import Use
 from dropit_fx.ops.table import CHECKPOINT
 from dropit_fx.passes.choose_codecs import AROUND_ZERO, keep, whole_or_none
 from dropit_fx.passes.plan import Copy, Decision, Plan, Site
 
-LET_GO = (CAST, UNREAD, "drop")  # nothing is made of the tensor: the packed call has no use for it
+LET_GO = (RECAST, UNREAD, "drop")  # nothing is made of the tensor: a packed call has no use for it
 
 
 def share_packed(plan: Plan) -> Plan:
@@ -74,7 +74,8 @@ def _of_one_form(group: list[Decision], indices: list[int]) -> list[list[int]]:
 
 def _keeps_zeros(decision: Decision) -> bool:
     options = decision.options
-    return not options.get("by_channel") and options.get("range", AROUND_ZERO) == AROUND_ZERO
+    apart = options.get("by_channel") or options.get("hadamard")
+    return not apart and options.get("range", AROUND_ZERO) == AROUND_ZERO
 
 
 def _most_accurate(group: list[Decision]) -> Decision:
@@ -109,7 +110,7 @@ def _leave_what_does_not_pay(plan: Plan, shared: list[Decision]) -> tuple[Decisi
 
 def is_in_graph(decision: Decision) -> bool:
     """Whether the decision makes a packed call of its node."""
-    return decision.packed and decision.codec not in (CAST, UNREAD)
+    return decision.packed and decision.codec not in (RECAST, UNREAD)
 
 
 def swapped_nodes(decisions: Iterable[Decision]) -> set[str]:
@@ -185,7 +186,7 @@ def _let_go(plan: Plan, decisions: tuple[Decision, ...]) -> tuple[Decision, ...]
             for d in mine
         ]
         going = [
-            replace(d, codec=CAST if d.read.recast else UNREAD, reason="")
+            replace(d, codec=RECAST if d.read.recast else UNREAD, reason="")
             if not d.packed and d.read.node in swapped and (d.read.recast or not d.read.wanted)
             else d
             for d in mine
@@ -226,7 +227,7 @@ def value_of(decision: Decision) -> tuple[object, ...]:
     read = decision.read
     slopes = read.function if decision.codec in CODEC and CODEC[decision.codec].slope else ""
     view = read.view if decision.options.get("by_channel") else None
-    form = view, decision.options.get("range")
+    form = view, decision.options.get("range"), bool(decision.options.get("hadamard"))
     return (read.identity, read.dtype, slopes, form)
 
 

@@ -57,7 +57,7 @@ model, x = nn.Sequential(nn.Linear(64, 64), nn.Softsign(), nn.Linear(64, 8)), to
 config = {"preset": None, "rules": [{"op": "linear", "codec": "half", "dtype": "float16"}]}
 packed = dropit_fx.transform(model, config, example_args=(x,))
 report = dropit_fx.report(packed)
-assert "half" in str(report)
+assert "half(dtype=float16)" in str(report)
 report.page("half.html")
 (line, *_) = [line for line in open("half.html") if "--codec-half" in line]
 colours = [part.split()[1] for part in line.split(";") if part.strip()]

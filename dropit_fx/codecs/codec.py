@@ -22,6 +22,7 @@ class Option:
     default: Any
     legal: Callable[[Any], bool]
     meaning: str  # unit and range, as config errors print them
+    shown: bool = False  # whether reports say it beside the codec, where it is not null or false
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,9 @@ class Codec:
         codes: It keeps reads that are small integers (``Read.bits``), and no others.
         contract: For a codec of whole rows, which keeps ``Read.by_row`` and no others:
             ``(parts, options, grad, dtype) -> (grad', x')``. Of ``grad: (rows, out)`` and what was
-            packed of ``x: (rows, width)`` the rows that are kept, weighted so that ``grad'^T x'``
-            is ``grad^T unpack(parts)``. The options have one more, ``width``: elements of a row.
+            packed of ``x: (rows, width)`` fewer rows, chosen or mixed, weighted so that
+            ``grad'^T x'`` is ``grad^T unpack(parts)``. The options have one more, ``width``:
+            elements of a row.
         fused: Custom ops of ``pack`` and ``unpack`` (their names in namespace ``dropit``), each
             with a function of the same arguments in ops of PyTorch that a compiler fuses; it gives
             None for arguments of which there is no such form.

@@ -61,6 +61,7 @@ FEW_BIT = Codec(
             default=3,
             legal=lambda v: whole(v) and 1 <= v <= 4,
             meaning="bits of an interval's number, 1 to 4",
+            shown=True,
         ),
     ),
     pack=_pack,

@@ -6,7 +6,9 @@ their values; ``bits`` codes the values in that many bits with a scale for each 
 * ``mink`` keeps the k largest magnitudes: DropIT (arXiv 2202.13808, section 3.2). With
   ``scope: tensor`` the whole tensor is one block, which is the paper's own selection.
 * ``random`` keeps k at random and scales them by block / k: unbiased, with more variance.
-* ``quant`` keeps all of them (no mask), in few bits.
+* ``quant`` keeps all of them (no mask), in few bits. With ``hadamard``, each 16 are rotated before
+  they are rounded, and back when they are read: by an op in front of those that pack and one
+  behind those that unpack (`kernels.hadamard`), in float32 at least.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import dropit_fx.kernels.hadamard  # noqa: F401  registers its op
 from dropit_fx.codecs.codec import Codec, Option, Options
 from dropit_fx.kernels import FULL, SPACINGS, Format, fused
+from dropit_fx.ops.autocasting import without_autocast
 from dropit_fx.ops.rule import Use
 
 
@@ -47,12 +51,14 @@ GAMMA = Option(
     default=0.9,
     legal=_legal_gamma,
     meaning="the dropping rate, a number in [0, 0.9999]; 0 keeps every element",
+    shown=True,
 )
 BITS = Option(
     name="bits",
     default=None,
     legal=lambda v: v is None or (whole(v) and 1 <= v <= 8),
     meaning="bits of a kept value, 1 to 8, or null for the tensor's own dtype",
+    shown=True,
 )
 QUANT_BITS = replace(BITS, default=4)
 BLOCK = Option(
@@ -80,6 +86,13 @@ RANGE = Option(
     meaning="'symmetric' levels around zero, 'affine' for one-sided tensors: finer near the least "
     "value, or 'uniform': equal steps between the least and the greatest value",
 )
+HADAMARD = Option(
+    name="hadamard",
+    default=False,
+    legal=lambda v: isinstance(v, bool),
+    meaning="true: each 16 values are rotated by the Hadamard matrix before they are rounded",
+    shown=True,
+)
 
 
 def format_of(options: Options) -> Format:
@@ -101,10 +114,28 @@ def _made(gamma: float, block: int, bits: int, spacing: str, stochastic: bool) -
 _known = functools.lru_cache(maxsize=1024)(_made)
 
 
+def _rotates(options: Options) -> bool:
+    """Whether values are rotated; those that keep all their bits are not."""
+    return bool(options.get("hadamard") and options["bits"])
+
+
 def _pack(flat: Tensor, options: Options) -> tuple[Tensor, ...]:
     form = format_of(options)
+    if _rotates(options):
+        flat = _rotated(flat.to(_work(flat.dtype)))
     parts: tuple[Tensor, ...] = torch.ops.dropit.sparsify(flat, *form.numbers, form.stochastic)
     return parts
+
+
+def _rotated(flat: Tensor) -> Tensor:
+    with without_autocast(flat.device.type):
+        out: Tensor = torch.ops.dropit.rotate(flat)
+    return out
+
+
+def _work(dtype: torch.dtype) -> torch.dtype:
+    """In which values are rotated: sums of 16 overflow in float16."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _sample(flat: Tensor, options: Options) -> tuple[Tensor, ...]:
@@ -115,13 +146,21 @@ def _sample(flat: Tensor, options: Options) -> tuple[Tensor, ...]:
 
 def _unpack(parts: tuple[Tensor, ...], options: Options, numel: Any, dtype: torch.dtype) -> Tensor:
     numbers = format_of(options).numbers
-    out: Tensor = torch.ops.dropit.unsparsify(*parts, numel, dtype, *numbers)
-    return out
+    work = _work(dtype) if _rotates(options) else dtype
+    out: Tensor = torch.ops.dropit.unsparsify(*parts, numel, work, *numbers)
+    if not _rotates(options):
+        return out
+    top = torch.finfo(dtype).max
+    return _rotated(out).clamp_(-top, top).to(dtype)
 
 
 def _pack_channels(
     flat: Tensor, mean: Tensor, inverse: Tensor, inner: Any, options: Options
 ) -> tuple[Tensor, ...]:
+    if _rotates(options):
+        runs = flat.view(-1, mean.numel(), inner).to(torch.float32)
+        standard = (runs - mean[:, None]) * inverse[:, None]
+        return _pack(standard.to(flat.dtype).view(-1), options)
     form = format_of(options)
     given = flat, mean, inverse, inner, *form.numbers, form.stochastic
     parts: tuple[Tensor, ...] = torch.ops.dropit.sparsify_channels(*given)
@@ -137,6 +176,9 @@ def _unpack_channels(
     numel: Any,
     dtype: torch.dtype,
 ) -> Tensor:
+    if _rotates(options):
+        runs = _unpack(parts, options, numel, dtype).view(-1, mean.numel(), inner)
+        return runs.mul_(deviation[:, None]).add_(mean[:, None]).view(-1)
     given = *parts, mean, deviation, inner, numel, dtype, *format_of(options).numbers
     out: Tensor = torch.ops.dropit.unsparsify_channels(*given)
     return out
@@ -172,7 +214,7 @@ QUANT = replace(
     MINK,
     name="quant",
     serves=frozenset({Use.CONTRACT, Use.SLOPE, Use.REDUCE}),
-    options=(QUANT_BITS, BLOCK, RANGE, ROUNDING),
+    options=(QUANT_BITS, BLOCK, RANGE, ROUNDING, HADAMARD),
     pack_channels=_pack_channels,
     unpack_channels=_unpack_channels,
     fused={

@@ -30,7 +30,7 @@ CODEC_COLOURS = {
     "bitmask": Colour("#96170a", "#cf3d4c"),
     "random": Colour("#0e6e8a", "#86ecf5"),
     "drop": Colour("#886602", "#e2dc4a"),
-    "cast": Colour("#b02a66", "#b54596"),
+    "recast": Colour("#b02a66", "#b54596"),
 }
 # So are these, of codecs without a colour of their own, in their order
 SPARE = (
@@ -40,6 +40,9 @@ SPARE = (
     Colour("#a578ff", "#963cb4"),
     Colour("#c32db4", "#ff0000"),
     Colour("#780000", "#ffa55a"),
+    Colour("#2d1e36", "#cffcb7"),
+    Colour("#096045", "#9faeb4"),
+    Colour("#4e060f", "#1b815d"),
 )
 SERIES = tuple(colour.light for colour in CODEC_COLOURS.values())  # of lines and points
 

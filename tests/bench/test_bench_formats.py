@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dropit_fx.bench import commands as bench
-from dropit_fx.bench.formats import Sample, collect, measure_format
-from dropit_fx.codecs import CODEC
+from dropit_fx.bench.formats import Coded, Sample, collect, measure_format
+from dropit_fx.codecs.cast import FLOAT8
 from dropit_fx.kernels import Format
 
 
@@ -37,11 +37,11 @@ def test_the_format_needs_a_fifth_of_the_published_bits(samples: list[Sample]) -
 
 
 def test_the_more_rows_the_less_error_where_rows_are_drawn(samples: list[Sample]) -> None:
-    options = CODEC["rows"].defaults() | {"gamma": 0.7, "bits": 4}
+    drawn = Coded("rows", {"gamma": 0.7, "bits": 4})
     larger = collect("mlm")
     torch.manual_seed(0)
     few, many = (
-        [measure_format(batch, form) for form in (options, Format(1320, 1024, 2))]
+        [measure_format(batch, form) for form in (drawn, Format(1320, 1024, 2))]
         for batch in (samples, larger)
     )
     assert many[0]["error"] < 0.75 * few[0]["error"]
@@ -50,6 +50,38 @@ def test_the_more_rows_the_less_error_where_rows_are_drawn(samples: list[Sample]
     assert many[0]["error"] < 0.9 * many[1]["error"]
     assert abs(many[0]["projection"] - 1) < 0.1  # unbiased: nothing shrinks the gradient
     assert many[1]["projection"] < 0.8
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize(("spacing", "block"), [("symmetric", 1024), ("uniform", 256)])
+def test_rotated_by_hadamard_every_few_bits_have_less_error(
+    samples: list[Sample], rounding: str, spacing: str, block: int
+) -> None:
+    torch.manual_seed(0)
+    options = {"range": spacing, "block": block, "rounding": rounding}
+    for bits in (2, 3, 4):
+        plain, rotated = (
+            measure_format(samples, Coded("quant", options | {"bits": bits, "hadamard": hadamard}))
+            for hadamard in (False, True)
+        )
+        assert rotated["bits"] == plain["bits"]
+        assert rotated["error"] < 0.97 * plain["error"]
+
+
+def test_eight_bits_of_quant_lose_less_than_a_cast_to_eight_bits(samples: list[Sample]) -> None:
+    quant = measure_format(samples, Coded("quant", {"bits": 8}))
+    e4m3, e5m2 = (measure_format(samples, Coded("cast", {"dtype": d})) for d in FLOAT8)
+    assert quant["bits"] < e4m3["bits"] == e5m2["bits"] == pytest.approx(8.0625, abs=1e-3)
+    assert 1.5 * quant["error"] < e4m3["error"] < 0.6 * e5m2["error"] < 0.02
+
+
+def test_factors_in_six_bits_have_less_error_than_dropped_elements_in_more_room(
+    samples: list[Sample],
+) -> None:
+    factors = measure_format(samples, Coded("low_rank", {"rank": 0.125, "bits": 6}))
+    dropped = measure_format(samples, Format(3086, 1024, 2))
+    assert factors["bits"] < 0.9 * dropped["bits"]
+    assert factors["error"] < 0.8 * dropped["error"]
 
 
 def test_a_lossless_format_has_no_error(samples: list[Sample]) -> None:

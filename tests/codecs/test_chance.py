@@ -16,6 +16,7 @@ CHANCE: dict[str, dict[str, Any]] = {
     "stochastic": {"preset": "gact"},
     "random": {"strategy": "random", "gamma": 0.5},
     "rows": {"strategy": "rows", "gamma": 0.5},
+    "low_rank": {"config": {"rules": [{"codec": "low_rank", "projection": "random"}]}},
     "by channel": {"config": {"rules": [{"codec": "quant", "rounding": "stochastic"}]}},
 }
 WAYS = ("transform", "dropit_eager", "aot_eager", "aot_eager_decomp_partition")

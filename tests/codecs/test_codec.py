@@ -33,7 +33,9 @@ KEPT = {
     "mink": {"value", "row"},
     "random": {"value", "row"},
     "rows": {"row"},
+    "low_rank": {"row"},
     "quant": {"value", "row", "slope", "curve", "sum"},
+    "cast": {"value", "row", "slope", "curve", "sum"},
     "few_bit": {"curve"},
     "bitmask": {"codes"},
 }

@@ -43,7 +43,8 @@ TESTED = {
     *("sparsify", "unsparsify", "sample", "pack_uint", "unpack_uint"),
     *("encode_steps", "decode_steps", "pack_between", "apply_mask"),
     *("sparsify_channels", "unsparsify_channels", "encode_window", "decode_window"),
-    *("linear_rows", "linear_rows_backward", "stands_for", "select_rows"),
+    *("linear_rows", "linear_rows_backward", "stands_for", "select_rows", "rotate"),
+    *("mix_rows", "unmix_rows", "fresh_seed"),
 }
 
 
@@ -124,6 +125,19 @@ def test_rows_are_chosen_in_order_and_with_the_weights_of_their_norms(
         assert (weight >= 1).all()
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_rows_are_mixed_as_on_the_cpu(dtype: torch.dtype, device: torch.device) -> None:
+    x = torch.randint(-9, 10, (500, 33)).to(dtype)  # whose sums no order of addition changes
+    wanted = next_seed(device, 1)
+    seed = OPS.fresh_seed(x.to(device))
+    assert torch.equal(seed.cpu(), wanted)
+    for count in (0, 1, 150, 500):
+        mixed = OPS.mix_rows(x.to(device), seed, count)
+        assert torch.equal(mixed.cpu(), OPS.mix_rows(x, wanted, count))
+        back = OPS.unmix_rows(mixed, seed, 500)
+        assert torch.equal(back.cpu(), OPS.unmix_rows(mixed.cpu(), wanted, 500))
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_codes_have_the_bits_of_the_reference(bits: int, device: torch.device) -> None:
     for size in (0, 1, 7, 8, 9, 4097, 300_001):
@@ -184,6 +198,42 @@ def test_what_presets_pack_is_what_the_cpu_packs(label: str, device: torch.devic
         assert_same_bits(part.cpu(), other)
     back = CODEC[codec].unpack(packed, options, x.numel(), x.dtype)
     assert_same_bits(back.cpu(), CODEC[codec].unpack(wanted, options, x.numel(), x.dtype))
+
+
+PLAIN = [  # codecs in plain ops of PyTorch
+    ("cast", {"dtype": "float8_e4m3fn"}),
+    ("cast", {"dtype": "float8_e5m2", "block": None}),
+    ("cast", {"dtype": "bfloat16"}),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("codec", "options"), PLAIN, ids=str)
+def test_codecs_of_plain_ops_pack_and_give_back_what_the_cpu_does(
+    codec: str, options: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> None:
+    full = CODEC[codec].defaults() | options
+    for x in inputs(dtype):
+        packed, wanted = CODEC[codec].pack(moved(x, device), full), CODEC[codec].pack(x, full)
+        for part, other in zip(packed, wanted, strict=True):
+            assert part.dtype == other.dtype
+            same = {"rtol": 0, "atol": 0, "equal_nan": True}
+            torch.testing.assert_close(part.cpu().float(), other.float(), **same)
+        back = CODEC[codec].unpack(packed, full, x.numel(), dtype)
+        assert_same_bits(back.cpu(), CODEC[codec].unpack(wanted, full, x.numel(), dtype))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_rotated_values_come_back_as_on_the_cpu(dtype: torch.dtype, device: torch.device) -> None:
+    """But where a product is rounded otherwise, and the level is the next one."""
+    full = CODEC["quant"].defaults() | {"bits": 8, "hadamard": True}
+    x = torch.randn(50_003).to(dtype)
+    packed = CODEC["quant"].pack(x.to(device), full)
+    back = CODEC["quant"].unpack(packed, full, x.numel(), dtype).cpu()
+    wanted = CODEC["quant"].unpack(CODEC["quant"].pack(x, full), full, x.numel(), dtype)
+    off = (back - wanted).float().norm() / x.float().norm()
+    assert off < 1e-3
+    assert (back - x).float().norm() < 0.02 * x.float().norm()
 
 
 @pytest.mark.parametrize(("form", "rows"), [(FORMATS[1], 66_000), (FORMATS[11], 66_000)], ids=str)

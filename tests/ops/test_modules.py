@@ -103,7 +103,11 @@ COMPILED_CODECS = [
     ("mink", {"gamma": 0.5, "bits": 4}),
     ("random", {"gamma": 0.5}),
     ("rows", {"bits": 4}),
+    ("low_rank", {"bits": 6}),
+    ("low_rank", {"projection": "random"}),
     ("quant", {"bits": 4}),
+    ("cast", {}),
+    ("cast", {"dtype": "bfloat16"}),
     ("few_bit", {}),
     ("bitmask", {}),
 ]
