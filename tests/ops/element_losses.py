@@ -82,7 +82,7 @@ TARGET = torch.linspace(-1, 1, 36).view(4, 9)
 MSE_LOSS = RowTests(
     row="mse_loss",
     cases=[*_cases(), case("smaller target", T((6, 5)), T((5,)))],
-    obstacles=(_weighed(F.mse_loss), _larger(F.mse_loss), (F.mse_loss, JOINED)),
+    obstacles=(_weighed(F.mse_loss), _larger(F.mse_loss)),
     quantised=QUANTISED,
     by_the_book=_by_the_book(lambda d, a: 2 * d, lambda d, a: d),
     large=lambda call: {"difference"},
@@ -109,7 +109,6 @@ SMOOTH_L1_LOSS = RowTests(
     cases=_bent(beta=0.3),
     obstacles=(
         _larger(F.smooth_l1_loss),
-        (F.smooth_l1_loss, JOINED),
         (
             F.smooth_l1_loss,
             Case(

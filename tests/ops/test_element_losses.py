@@ -83,3 +83,29 @@ def test_a_prediction_that_stays_anyway_is_kept_as_it_is(name: str) -> None:
     assert told.kept_bytes == saved_bytes(packed, X, Y) == saved_bytes(model, X, Y)
     assert any("stays in memory anyway" in row.reason for row in told.rows)
     assert_same(gradients(packed, X, Y), gradients(model, X, Y))
+
+
+def outcome(model: Any, *given: Tensor) -> Any:
+    """The gradients, or the kind of error."""
+    try:
+        return gradients(model, *given)
+    except RuntimeError as error:
+        return type(error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    "name", [*DIFFERENCES, "l1_loss", "kl_div", "binary_cross_entropy_with_logits"]
+)
+def test_a_target_of_another_dtype_does_what_it_does_dense(name: str, dtype: torch.dtype) -> None:
+    model, target = Regresses(getattr(F, name)), Y.to(dtype)
+    try:
+        model(X, target)
+    except RuntimeError:
+        pytest.skip("PyTorch refuses it in the forward, before anything is captured")
+    packed = dropit_fx.transform(model, example_args=(X, target), preset="balanced")
+    found, dense = outcome(packed, X, target), outcome(model, X, target)
+    if isinstance(dense, list) and name != "kl_div":  # which packs them, whatever their dtype
+        assert_same(found, dense)
+    else:
+        assert type(found) is type(dense)
