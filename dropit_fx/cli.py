@@ -235,7 +235,7 @@ def _compiled(
     """Compiles the model twice with inductor and reads the partitions."""
     from dropit_fx.compile import backend  # these import inductor, which takes seconds
     from dropit_fx.compile.partition import KeepPacked
-    from dropit_fx.private import PARTITIONER
+    from dropit_fx.private_inductor import PARTITIONER
 
     dense: list[Partition] = []
     before = len(backend.compiled_graphs())

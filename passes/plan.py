@@ -17,6 +17,7 @@ from torch import fx
 
 from dropit_fx.codecs.codec import Options
 from dropit_fx.ops.rule import Call, OpRule, Read
+from dropit_fx.runtime.copies import spelled
 
 if TYPE_CHECKING:
     from dropit_fx.config import Config
@@ -224,10 +225,7 @@ class Decision:
     @property
     def spelled(self) -> str:
         """The codec as people read it: ``mink(gamma=0.5, bits=4)``."""
-        shown = [
-            f"{k}={v}" for k, v in self.options.items() if k in ("gamma", "bits") and v is not None
-        ]
-        return self.codec + (f"({', '.join(shown)})" if shown else "")
+        return spelled(self.codec, self.options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,7 +297,8 @@ class Plan:
         lines = [HEAD, *lines] if lines else []
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         padded = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-        parts = ["\n".join(padded) or "nothing is saved"]
+        none = "nothing is saved" if self.values.shapes else "no reads yet: find_saved finds them"
+        parts = ["\n".join(padded) or none]
         parts += [f"in {name}:\n{body}" for name, body in self.bodies.items()]
         return "\n\n".join(parts)
 

@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from dropit_fx.compile.backend import CompiledGraph, compiled_graphs, dropit, dropit_eager
 from dropit_fx.config import Config, ConfigError, make_config
-from dropit_fx.measure import alive
+from dropit_fx.holders import alive
 from dropit_fx.private import compiled_in_place, undo_compile
 
 try:

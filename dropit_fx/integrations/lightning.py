@@ -10,6 +10,7 @@ import logging
 from typing import Any
 
 from dropit_fx.compile.backend import compiled_graphs
+from dropit_fx.private import compiled_for_lightning
 from dropit_fx.report.rows import report
 from dropit_fx.schedule import FreezeScheduler
 
@@ -104,7 +105,7 @@ class FreezeLayers(Callback):
                 f"FreezeLayers follows one optimizer, and there are {len(trainer.optimizers)}."
                 " Make a FreezeScheduler in the LightningModule, for the model of one of them."
             )
-        if getattr(pl_module, "_compiler_ctx", None) and not self._options.get("variants"):
+        if compiled_for_lightning(pl_module) and not self._options.get("variants"):
             raise ValueError(
                 "the LightningModule is compiled, with a graph for each set of layers that train"
                 " together. Give FreezeLayers variants=, the most of such sets."

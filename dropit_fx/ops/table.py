@@ -135,6 +135,12 @@ def bind(
     return named
 
 
+def operands_of(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a node's call by name; none where no row knows the call."""
+    rule = rule_of(node)
+    return (bind(rule, node.args, node.kwargs, node.target) if rule is not None else None) or {}
+
+
 def reads_of(rule: OpRule, operands: Mapping[str, Any]) -> tuple[Read, ...]:
     """The reads of one call; a read of variadic arguments becomes one of each tensor."""
     found: list[Read] = []
@@ -151,12 +157,9 @@ def is_inplace(node: fx.Node, args: Mapping[str, Any]) -> bool:
 
 
 # `h *= 2` and its like: the function of the operator and the method behind it
-_AUGMENTED = frozenset(
-    f"i{name}"
-    for name in (
-        *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"),
-        *("and", "or", "xor", "lshift", "rshift"),
-    )
+AUGMENTED = (
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"),
+    *("iand", "ior", "ixor", "ilshift", "irshift"),
 )
 
 
@@ -165,5 +168,5 @@ def _writes(target: Any) -> bool:
     if isinstance(target, OpOverload):
         name = schema(target).name
     if name.endswith("__") or getattr(target, "__module__", "") == "_operator":
-        return name.strip("_") in _AUGMENTED
+        return name.strip("_") in AUGMENTED
     return name.endswith("_")

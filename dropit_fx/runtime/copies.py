@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -71,6 +71,12 @@ class Recipe(NamedTuple):
     kept: tuple[Kept, ...]  # the tensors,
     specs: tuple[TensorSpec, ...]  # and what each is when it is read back
     spec: TensorSpec  # of the result
+
+
+def spelled(codec: str, options: Mapping[str, Any]) -> str:
+    """A codec as people read it: ``mink(gamma=0.5, bits=4)``."""
+    shown = [f"{k}={v}" for k in ("gamma", "bits") if (v := options.get(k)) is not None]
+    return codec + (f"({', '.join(shown)})" if shown else "")
 
 
 def kept_as(operand: str, packed: Packed) -> Kept:
