@@ -91,6 +91,11 @@ def test_every_room_says_what_it_is_for() -> None:
         assert len(said.splitlines()) > 1, f"{path.name}/__init__.py says too little"
 
 
+@pytest.mark.parametrize("path", ROOMS, ids=lambda path: path.name)
+def test_the_tests_of_a_room_stand_in_its_folder(path: Path) -> None:
+    assert [*(PACKAGE.parent / "tests" / path.name).glob("test_*.py")]
+
+
 def bound(tree: ast.Module) -> set[str]:
     """The names that a module has."""
     names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and type(n.ctx) is ast.Store}

@@ -9,7 +9,7 @@ family: its spellings, what its backward reads, how to run it, and a formula (or
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -29,8 +29,9 @@ from dropit_fx.ops import (
     smooth,
 )
 from dropit_fx.ops.arithmetic import SAVES_NOTHING
-from dropit_fx.ops.rule import OpRule, Read, Use
-from dropit_fx.private import CHECKPOINT_CONTEXT, OpOverload, schema, tag_activation_checkpoint
+from dropit_fx.ops.checkpoint import CHECKPOINT as CHECKPOINT
+from dropit_fx.ops.rule import OpRule, Read
+from dropit_fx.private import OpOverload, schema
 
 FAMILIES = (
     *(matmul, convolution, piecewise, smooth, masks, arithmetic, norms, attention, losses),
@@ -38,25 +39,6 @@ FAMILIES = (
 )
 OP_RULES: tuple[OpRule, ...] = tuple(row for family in FAMILIES for row in family.ROWS)
 
-
-def _checkpoint(body: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
-    return tag_activation_checkpoint(body, *inputs, **options)
-
-
-def _selective(args: Mapping[str, Any]) -> str:
-    if CHECKPOINT_CONTEXT in args["body"].meta:
-        return "a selective checkpoint looks values up by the ops of its forward"
-    return ""
-
-
-# What is recomputed keeps its inputs. `packed_checkpoint` runs this row.
-CHECKPOINT = OpRule(
-    name="checkpoint",
-    targets=(tag_activation_checkpoint,),
-    reads=(Read(operand="inputs", use=Use.REDUCE, needed_by=("inputs",)),),
-    run=_checkpoint,
-    obstacle=_selective,
-)
 
 RULES: dict[str, OpRule] = {}
 DERIVABLE: dict[str, OpRule] = {}
