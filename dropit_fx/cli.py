@@ -158,7 +158,11 @@ def _report(options: argparse.Namespace) -> int:
         data = about | {"config": named} | report.to_dict()
         if compiled:
             data["compiled"] = {k: _partition_data(v) for k, v in compiled.items()}
-        _write(json.dumps(data, indent=2) + "\n", options.json)
+        text = json.dumps(data, indent=2) + "\n"
+        if options.json == "-":
+            sys.stdout.write(text)
+        else:
+            Path(options.json).write_text(text)
     if options.json != "-":
         out = Console()
         table = report.summary_table() if options.summary else report.table()
@@ -275,13 +279,6 @@ def _compiled_text(compiled: Partitions, summary: bool) -> str:
     wrong = [n for p in compiled["packed"] for n in (*p.packs_in_backward, *p.unpacks_in_forward)]
     note = f"on the wrong side of the partition: {', '.join(wrong)}\n" if wrong else ""
     return "\n" + as_text(table) + note
-
-
-def _write(text: str, path: str) -> None:
-    if path == "-":
-        sys.stdout.write(text)
-        return
-    Path(path).write_text(text)
 
 
 if __name__ == "__main__":

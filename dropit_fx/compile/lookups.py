@@ -41,17 +41,14 @@ class AddLookups(CustomGraphPass):
         """Rewrites ``graph`` in place."""
         summed: set[fx.Node] = set()
         for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
-            if len(node.args) != 2 or node.kwargs or not all(_is_node(a) for a in node.args):
+            are_nodes = all(isinstance(a, fx.Node) for a in node.args)
+            if len(node.args) != 2 or node.kwargs or not are_nodes:
                 continue
             for head, lookup in (node.args, node.args[::-1]):
                 found = _rows_of(lookup)
                 if found is not None and _is_free(head, summed) and _alike(head, lookup, node):
                     summed.add(_add(graph, node, head, *found))
                     break
-
-
-def _is_node(value: Any) -> bool:
-    return isinstance(value, fx.Node)
 
 
 def _is_free(node: fx.Node, summed: set[fx.Node]) -> bool:

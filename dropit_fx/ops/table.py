@@ -39,7 +39,6 @@ FAMILIES = (
 )
 OP_RULES: tuple[OpRule, ...] = tuple(row for family in FAMILIES for row in family.ROWS)
 
-
 RULES: dict[str, OpRule] = {}
 DERIVABLE: dict[str, OpRule] = {}
 _BY_TARGET: dict[Any, OpRule] = {}
