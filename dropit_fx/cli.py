@@ -158,7 +158,11 @@ def _report(options: argparse.Namespace) -> int:
         data = about | {"config": named} | report.to_dict()
         if compiled:
             data["compiled"] = {k: _partition_data(v) for k, v in compiled.items()}
-        _write(json.dumps(data, indent=2) + "\n", options.json)
+        text = json.dumps(data, indent=2) + "\n"
+        if options.json == "-":
+            sys.stdout.write(text)
+        else:
+            Path(options.json).write_text(text)
     if options.json != "-":
         out = Console()
         table = report.summary_table() if options.summary else report.table()
@@ -235,7 +239,7 @@ def _compiled(
     """Compiles the model twice with inductor and reads the partitions."""
     from dropit_fx.compile import backend  # these import inductor, which takes seconds
     from dropit_fx.compile.partition import KeepPacked
-    from dropit_fx.private import PARTITIONER
+    from dropit_fx.private_inductor import PARTITIONER
 
     dense: list[Partition] = []
     before = len(backend.compiled_graphs())
@@ -275,13 +279,6 @@ def _compiled_text(compiled: Partitions, summary: bool) -> str:
     wrong = [n for p in compiled["packed"] for n in (*p.packs_in_backward, *p.unpacks_in_forward)]
     note = f"on the wrong side of the partition: {', '.join(wrong)}\n" if wrong else ""
     return "\n" + as_text(table) + note
-
-
-def _write(text: str, path: str) -> None:
-    if path == "-":
-        sys.stdout.write(text)
-        return
-    Path(path).write_text(text)
 
 
 if __name__ == "__main__":

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from importlib import resources
 from os import PathLike
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from dropit_fx import yaml_files
 from dropit_fx.codecs import CODEC
-from dropit_fx.codecs.codec import Codec, Options
-from dropit_fx.ops.rule import INSIDE, OpRule, Read, Use
+from dropit_fx.codecs.codec import Codec
+from dropit_fx.ops.rule import OpRule, Use
 from dropit_fx.ops.table import RULES
+from dropit_fx.rules import DEFAULT_PRESET as DEFAULT_PRESET
+from dropit_fx.rules import Config as Config
+from dropit_fx.rules import Rule as Rule
+from dropit_fx.rules import TrainRule as TrainRule
 from dropit_fx.words import did_you_mean, matches, shortened
 
-DEFAULT_PRESET = "balanced"
 _COUNTS = {"norm_values": "values", "loss_classes": "classes"}  # settings that are numbers
 PRESET_KEYS = ("derive", "keep_small", *_COUNTS)  # that a preset sets beside its rules
 _OWN_KEYS = ("drop_logits", "force")  # that no preset sets
 PAPER_PRESET = "dropit"  # of the published call, which names a strategy or a rate
-
-
-TRAIN = (True, False, "bias")  # what a rule may say of parameters
 
 
 class ConfigError(ValueError):
@@ -34,120 +33,6 @@ class ConfigError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(shortened(message))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """One rule: the first that matches a read decides its codec."""
-
-    # globs on the qualified module name, `*` crosses dots; any of them may match
-    module: tuple[str, ...] = ("*",)
-    # globs on names of the op table; any of them may match
-    op: tuple[str, ...] = ("*",)
-    # name of a codec
-    codec: str
-    # the codec's options that differ from their defaults
-    options: tuple[tuple[str, Any], ...] = ()
-    # True for rules of a preset: these may match nothing
-    preset: bool = False
-
-    def __str__(self) -> str:
-        parts = _where(self.module, self.op)
-        parts += [f"codec: {self.codec}", *(f"{k}: {v}" for k, v in self.options)]
-        return "{" + ", ".join(parts) + "}"
-
-    def matches(self, module: str, op: str, read: Read) -> bool:
-        """Whether the rule speaks of ``read`` of ``op`` in ``module``."""
-        return (
-            matches(module, self.module)
-            and matches(op, self.op)
-            and _speaks_of(CODEC[self.codec], read)
-        )
-
-    def full_options(self) -> Options:
-        """Every option of the codec, defaults included."""
-        return CODEC[self.codec].defaults() | dict(self.options)
-
-
-def _where(module: tuple[str, ...], op: tuple[str, ...]) -> list[str]:
-    """The globs of a rule as its file has them."""
-    parts = [] if module == ("*",) else [f"module: {_joined(module)}"]
-    return parts + ([] if op == ("*",) else [f"op: {_joined(op)}"])
-
-
-def _joined(globs: tuple[str, ...]) -> str:
-    return globs[0] if len(globs) == 1 else "[" + ", ".join(globs) + "]"
-
-
-def _speaks_of(codec: Codec, read: Read) -> bool:
-    """A tensor of which only the shape is read goes with the rest of its op, whatever the codec.
-
-    Not with its codes: running an op again goes with packing its values.
-    """
-    if read.use is Use.SHAPE:
-        return read.operand != INSIDE or not codec.codes
-    return codec.can_keep(read)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainRule:
-    """What a rule says of parameters: the first that matches a read of one decides.
-
-    Attributes:
-        module: As in :class:`Rule`.
-        op: As in :class:`Rule`.
-        train: Whether they get a gradient: True, False, or ``"bias"``: biases alone.
-        number: Of the rule in its config, from 1.
-    """
-
-    module: tuple[str, ...] = ("*",)
-    op: tuple[str, ...] = ("*",)
-    train: bool | str
-    number: int
-
-    def __str__(self) -> str:
-        word = self.train if isinstance(self.train, str) else str(self.train).lower()
-        return "{" + ", ".join([*_where(self.module, self.op), f"train: {word}"]) + "}"
-
-    def matches(self, module: str, op: str) -> bool:
-        """Whether the rule speaks of what ``op`` in ``module`` reads."""
-        return matches(module, self.module) and matches(op, self.op)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """An ordered list of rules.
-
-    Attributes:
-        rules: The config's own rules, then the preset's; the first match wins.
-        training: What the config's own rules say of parameters; the first match wins.
-        preset: The preset that the last of them come from, or None.
-        derive: Keep no copy of what is a cheap function of something packed: make it again in the
-            backward.
-        keep_small: Keep exactly what is small beside the rest: less than a tenth of the large
-            tensors, and three in a hundred of all bytes together.
-        norm_values: Keep exactly what a norm reads whose statistics come from fewer values each;
-            0: pack it whatever their number.
-        loss_classes: The logits of a linear layer with so many classes or more are never whole in
-            memory where only losses read them; 0: they are as the model has them.
-        drop_logits: That also where the model returns them: None is returned while gradients are
-            on.
-        force: Pack also where that frees nothing or takes more room: for tests of the formulas.
-    """
-
-    rules: tuple[Rule, ...] = ()
-    training: tuple[TrainRule, ...] = ()
-    preset: str | None = DEFAULT_PRESET
-    force: bool = False
-    derive: bool = False
-    keep_small: bool = False
-    norm_values: int = 0
-    loss_classes: int = 0
-    drop_logits: bool = False
-
-    def rule_for(self, module: str, op: str, read: Read) -> Rule | None:
-        """The first rule that speaks of ``read``."""
-        return next((r for r in self.rules if r.matches(module, op, read)), None)
 
 
 def presets() -> tuple[str, ...]:
@@ -162,11 +47,9 @@ def presets() -> tuple[str, ...]:
 def _preset(name: str) -> Config:
     if name not in presets():
         raise ConfigError(f"no preset {name!r}.{did_you_mean(name, presets())}")
-    text = (resources.files("dropit_fx") / "presets" / f"{name}.yaml").read_text()
-    loaded = yaml.safe_load(text)
-    rules = tuple(_rule(r, f"preset {name}", preset=True) for r in loaded["rules"])
-    settings = {k: loaded[k] for k in PRESET_KEYS if k in loaded}
-    return Config(rules=rules, preset=name, **settings)
+    file = resources.files("dropit_fx") / "presets" / f"{name}.yaml"
+    said = yaml_files.parse(file.read_text(encoding="utf-8"))
+    return _before(Config(preset=name), said, f"preset {name}", preset=True)
 
 
 def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None = None) -> Config:
@@ -185,33 +68,35 @@ def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None 
     """
     if isinstance(source, Config):
         return source
-    if source is None:
-        source = {}
     origin = "config"
     if isinstance(source, (str, PathLike)):
         origin = str(source)
         try:
-            loaded = yaml_files.read(source)
+            source = yaml_files.read(source)
         except yaml_files.YamlError as error:
             raise ConfigError(f"{origin}: {error}") from error
         except FileNotFoundError as error:
             hint = f"; a preset is named by preset={origin!r}" if origin in presets() else ""
             raise FileNotFoundError(f"no config file {origin!r}{hint}") from error
-        source = {} if loaded is None else loaded
+    source = {} if source is None else source
     if not isinstance(source, Mapping):
         leaves = source if isinstance(source, list | tuple) else [source]
         given = "; the model's inputs are given as example_args=(x, ...)"
         hint = given if any(isinstance(leaf, Tensor) for leaf in leaves) else ""
         raise ConfigError(f"{origin}: a mapping was expected, not {type(source).__name__}{hint}")
+    preset = source.get("preset", DEFAULT_PRESET)
+    if preset is not None and not isinstance(preset, str):
+        raise ConfigError(f"{origin}: no preset {preset!r}.{did_you_mean(preset, presets())}")
+    return _before(Config(preset=None) if preset is None else _preset(preset), source, origin)
+
+
+def _before(base: Config, source: Mapping[str, Any], origin: str, preset: bool = False) -> Config:
+    """What a file or a mapping says, before what ``base`` says; ``preset``: it is one."""
     _known(source, ("preset", "rules", *PRESET_KEYS, *_OWN_KEYS), origin)
     rules = source.get("rules")
     rules = [] if rules is None else rules
     if not isinstance(rules, list | tuple):
         raise ConfigError(f"{origin}: 'rules' is a list of rules, not {type(rules).__name__}")
-    preset = source.get("preset", DEFAULT_PRESET)
-    if preset is not None and not isinstance(preset, str):
-        raise ConfigError(f"{origin}: no preset {preset!r}.{did_you_mean(preset, presets())}")
-    base = Config(preset=None) if preset is None else _preset(preset)
     settings = {k: source.get(k, getattr(base, k)) for k in (*PRESET_KEYS, *_OWN_KEYS)}
     for key, value in settings.items():
         what = _COUNTS.get(key)
@@ -223,11 +108,9 @@ def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None 
     numbered = [(r, i, f"{origin}, rule {i}") for i, r in enumerate(rules, 1)]
     training = tuple(_train_rule(r, i, at) for r, i, at in numbered if _says(r, "train"))
     own = tuple(
-        _rule(_without(r, "train"), at)
-        for r, _, at in numbered
-        if _says(r, "codec") or not _says(r, "train")
+        _rule(r, at, preset) for r, _, at in numbered if _says(r, "codec") or not _says(r, "train")
     )
-    return Config(rules=own + base.rules, training=training, preset=preset, **settings)
+    return replace(base, rules=own + base.rules, training=training, **settings)
 
 
 def make_config(
@@ -324,7 +207,7 @@ def _drops(rule: Rule) -> bool:
     return rule.preset and _has(CODEC[rule.codec], "gamma")
 
 
-def _rule(source: Any, where: str, preset: bool = False) -> Rule:
+def _rule(source: Any, where: str, preset: bool) -> Rule:
     if not isinstance(source, Mapping):
         raise ConfigError(f"{where}: a rule is a mapping, not {source!r}")
     if "codec" not in source:
@@ -336,7 +219,7 @@ def _rule(source: Any, where: str, preset: bool = False) -> Rule:
         raise ConfigError(f"{where}: no codec {name!r}.{did_you_mean(name, _named())}")
     codec = CODEC[name]
     legal = tuple(o.name for o in codec.options)
-    _known(source, ("module", "op", "codec", *legal), where, f" for codec {name!r}")
+    _known(source, ("module", "op", "codec", *legal, "train"), where, f" for codec {name!r}")
     options = {k: v for k, v in source.items() if k in legal}
     _check_options(codec, options, where)
     rule = Rule(
@@ -354,7 +237,7 @@ def _rule(source: Any, where: str, preset: bool = False) -> Rule:
 
 def _train_rule(source: Mapping[str, Any], number: int, where: str) -> TrainRule:
     train = source["train"]
-    if not any(train is value for value in TRAIN[:2]) and train != TRAIN[2]:
+    if not isinstance(train, bool) and train != "bias":
         raise ConfigError(f"{where}: train = {train!r}. Choose one of: true, false, bias.")
     if "codec" not in source:
         what = " for a rule without 'codec'"
@@ -369,11 +252,6 @@ def _train_rule(source: Mapping[str, Any], number: int, where: str) -> TrainRule
 
 def _says(source: Any, key: str) -> bool:
     return isinstance(source, Mapping) and key in source
-
-
-def _without(source: Any, key: str) -> Any:
-    """A rule without one of its keys; whatever else it is, as it is."""
-    return {k: v for k, v in source.items() if k != key} if _says(source, key) else source
 
 
 def _named_by(glob: str) -> list[OpRule]:
@@ -411,13 +289,7 @@ def _named() -> tuple[str, ...]:
 
 
 def _globs(value: Any, key: str, where: str) -> tuple[str, ...]:
-    globs = (
-        (value,)
-        if isinstance(value, str)
-        else tuple(value)
-        if isinstance(value, list | tuple)
-        else ()
-    )
+    globs = tuple(value) if isinstance(value, list | tuple) else (value,)
     if not globs or not all(isinstance(g, str) and g for g in globs):
         raise ConfigError(f"{where}: '{key}' is a glob or a list of globs, not {value!r}")
     return globs

@@ -21,7 +21,6 @@ eager ones.
 from __future__ import annotations
 
 import gc
-import itertools
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,15 +33,22 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
+from dropit_fx.holders import (
+    Box,
+    alive,
+    grad_fn_of,
+    kept_by,
+    next_sequence_number,
+    nodes_behind,
+    plain_parts,
+    storages_alive,
+    tensors_in,
+)
 from dropit_fx.private import (
     FakeTensor,
     buffers,
-    closed_over,
     memory_events,
     pytree,
-    raw_saved,
-    sequence_number,
-    sparse_parts,
     storage_id,
     unsafe_preserve_version_counter,
 )
@@ -116,7 +122,7 @@ def saved_tensors(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Sav
         # Not under the hooks: they would be there while Dynamo traces.
         fn(*args, **kwargs)
         before = storages_alive()
-        start = _next_sequence_number()
+        start = next_sequence_number()
         with saved_tensors_hooks(pack, lambda box: box.tensor):
             result = fn(*args, **kwargs)
 
@@ -141,7 +147,7 @@ class Watch:
         """Bytes that the autograd graph behind `loss` holds, counted by storage."""
         known = set(map(id, self._regions))
         regions = [one for one in alive(region_class()) if id(one) not in known]
-        inputs = _tensors_in([list(held_by_region(one)) for one in regions])
+        inputs = tensors_in([list(held_by_region(one)) for one in regions])
         return sum(saved.nbytes for saved in _held(nodes_behind(loss, 0), self._before, inputs))
 
 
@@ -153,14 +159,14 @@ def _held(
     `seen` is what hooks have seen them hold, in the order of saving.
     """
     leaves = [node.variable for node in nodes if hasattr(node, "variable")]
-    excluded = {storage_id(part) for leaf in leaves for part in _plain(leaf)} | before.keys()
+    excluded = {storage_id(part) for leaf in leaves for part in plain_parts(leaf)} | before.keys()
     found: dict[int, Tensor] = {}  # by storage
     readers: dict[int, dict[str, None]] = {}
-    for tensor in (part for one in seen for part in _plain(one)):
+    for tensor in (part for one in seen for part in plain_parts(one)):
         found.setdefault(storage_id(tensor), tensor)
     for node in nodes:
-        for name, tensor in _kept_by(node):
-            for part in _plain(tensor):
+        for name, tensor in kept_by(node):
+            for part in plain_parts(tensor):
                 found.setdefault(storage_id(part), part)
                 readers.setdefault(storage_id(part), {})[name] = None
     return [
@@ -211,7 +217,7 @@ def peak_memory(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
             )
 
     with _leaving_no_trace():
-        start = _next_sequence_number()
+        start = next_sequence_number()
         devices = _devices((fn, args, kwargs)) | _run_step(fn, args, kwargs, start)
         if others := {d.type for d in devices} - {"cpu", "cuda", "meta"}:
             raise NotImplementedError(
@@ -342,126 +348,3 @@ def _peak_on_cpu(step: Callable[[], object]) -> int:
         level += nbytes
         peak = max(peak, level)
     return peak
-
-
-# Finding what is kept -----------------------------------------------------------------------------
-
-
-class Box:
-    """What autograd holds in a tensor's place; lives as long as the graph that saved the tensor."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    @property
-    def tensors(self) -> list[Any]:
-        """The tensors that it holds; of other hooks, what holds them."""
-        return [self.tensor]
-
-
-def _plain(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors with storage that a tensor consists of: itself, or a subclass' inner tensors."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            inner = getattr(tensor, name)
-            if isinstance(inner, Tensor):  # a DTensor names its mesh too
-                yield from _plain(inner)
-    elif tensor.layout == torch.strided:
-        yield tensor
-    elif tensor.layout == torch.sparse_coo:
-        yield from sparse_parts(tensor)
-    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
-    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        yield from (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
-    else:  # oneDNN's own layouts show no storage; its size is that of the dense tensor
-        yield tensor.to_dense()
-
-
-def alive(*kinds: type) -> list[Any]:
-    """Objects of these classes, wherever they are held.
-
-    A million objects may live: a set of classes is asked by ``map``, without a line of Python for
-    each. By type(): isinstance() would ask lazy proxies for their __class__, which makes them
-    import things.
-    """
-    classes, todo = set[type](), [*kinds]
-    while todo:
-        classes.add(kind := todo.pop())
-        todo += kind.__subclasses__()
-    everything = gc.get_objects()
-    return [*itertools.compress(everything, map(classes.__contains__, map(type, everything)))]
-
-
-def storages_alive() -> dict[int, Tensor]:
-    """All storages that Python can reach, by key, each with a tensor that keeps the key its own.
-
-    That is how inputs are told from activations wherever `fn` finds them: arguments of any class,
-    closures, globals, attributes of objects.
-    """
-    storages: dict[int, Tensor] = {}
-    for tensor in alive(Tensor):
-        try:
-            storages.update((storage_id(part), part) for part in _plain(tensor))
-        except (RuntimeError, NotImplementedError):
-            continue  # a tensor without storage, such as functorch leaves behind, saves nothing
-    return storages
-
-
-def _next_sequence_number() -> int:
-    """The number of this thread's next autograd node: older nodes have lower ones."""
-    with torch.enable_grad():
-        node = torch.ones((), requires_grad=True).clone().grad_fn
-    assert node is not None
-    return sequence_number(node) + 1
-
-
-def grad_fn_of(tensor: Tensor) -> Node | None:
-    """The autograd node of a tensor; none for a view that autograd refuses to differentiate.
-
-    Such a view was made under ``no_grad``, and what it is a view of was written to later. The
-    error comes with the first question for its node: it is the model's to ask.
-    """
-    try:
-        return tensor.grad_fn
-    except RuntimeError:
-        return None
-
-
-def nodes_behind(result: Any, start: int) -> list[Node]:
-    """The autograd nodes that lead to the tensors in `result` and are not older than `start`."""
-    tensors = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
-    stack = [node for t in tensors if (node := grad_fn_of(t))]
-    found: dict[Node, None] = {}
-    while stack:
-        node = stack.pop()
-        # Leaves' nodes have the highest number there is: those of this and of an older graph alike.
-        if node not in found and sequence_number(node) >= start:
-            found[node] = None
-            stack.extend(following for following, _ in node.next_functions if following)
-    return list(found)
-
-
-def _kept_by(node: Node) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that a node holds: saved, packed by hooks of `fn`'s own, or as an attribute."""
-    for name, saved in raw_saved(node):
-        full = f"{node.name()}.{name}" if name else node.name()
-        yield from ((full, tensor) for tensor in _tensors_in(saved))
-    for value in attributes_of(node):
-        yield from ((node.name(), tensor) for tensor in _tensors_in(value))
-
-
-def attributes_of(node: Node) -> list[Any]:
-    """``ctx.x = x`` of a Python function escapes every hook, as does what its backward closes over.
-
-    Compiled functions keep some tensors this way.
-    """
-    return [*getattr(node, "__dict__", {}).values(), *closed_over(node)]
-
-
-def _tensors_in(value: Any) -> list[Tensor]:
-    if isinstance(value, Box):
-        return [tensor for one in value.tensors for tensor in _tensors_in(one)]
-    if isinstance(value, list):
-        return [tensor for one in value for tensor in _tensors_in(one)]
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]

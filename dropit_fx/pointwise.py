@@ -58,12 +58,7 @@ def pointwise(name: str) -> Callable[[Pointwise], Pointwise]:
             return f(input)
 
         reads = (
-            Read(
-                operand="input",
-                use=Use.SLOPE,
-                needed_by=("input",),
-                function=lambda args: name,
-            ),
+            Read(operand="input", use=Use.SLOPE, needed_by=("input",), function=lambda args: name),
             Read(operand=INSIDE, use=Use.SHAPE, needed_by=("input",)),
         )
         rule = OpRule(name=name, targets=(op,), reads=reads, run=run, derive=run)

@@ -12,13 +12,10 @@ names that this PyTorch lacks, with what does not work without them. A missing n
 from __future__ import annotations
 
 import functools
-import inspect
-import threading
+import re
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from types import SimpleNamespace
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 from unittest import mock
 
@@ -27,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd.graph import Node
 
-from dropit_fx.private_table import RUN, TABLE, Name, look_up
+from dropit_fx.private_lookup import RUN, Name, look_up
+from dropit_fx.private_names import TABLE
 
 if TYPE_CHECKING:  # the names to import, with their types
     import torch._inductor.lowering as lowering
@@ -146,6 +144,12 @@ def minor(version: str) -> tuple[int, int]:
 def has(name: str) -> bool:
     """Whether this PyTorch has a name of the table, given in full."""
     return _BY_NAME[name].present
+
+
+def expected(name: str) -> bool:
+    """As :func:`has`, after a warning of all that is missing of the name's part."""
+    warn_of_missing(_BY_NAME[name].lack.part)
+    return has(name)
 
 
 def warn_of_missing(part: str) -> None:
@@ -295,6 +299,12 @@ def constant_to_dynamo(function: Callable[[], R]) -> Callable[[], R]:
     return function
 
 
+def parameter_of_input(name: str) -> str:
+    """The parameter that an input of a graph of Dynamo's is, by its name; ``""`` of any other."""
+    _, *parts = re.split(r"_(modules|parameters)_", name)  # L_self_modules_fc_parameters_weight_
+    return ".".join(parts[1::2]).removesuffix("_") if "parameters" in parts[::2] else ""
+
+
 def codegen(graph: fx.Graph) -> Any:
     """What writes the code of a graph; its ``pytree_info``, if any, is the nesting of inputs."""
     return getattr(graph, "_codegen", None)
@@ -308,6 +318,11 @@ def compiled_in_place(module: nn.Module) -> bool:
 def undo_compile(module: nn.Module) -> None:
     """Undoes ``module.compile()``."""
     module._compiled_call_impl = None
+
+
+def compiled_for_lightning(module: nn.Module) -> bool:
+    """Whether Lightning's ``Trainer`` was handed this module compiled: it unwraps it."""
+    return bool(getattr(module, "_compiler_ctx", None))
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -404,96 +419,9 @@ STRIDES = "original_output_strides"
 STACKLEVEL = "_stacklevel"
 
 
-# Export and compilers -----------------------------------------------------------------------------
-
-
 @contextmanager
 def guards_made_by(make: Callable[..., Any]) -> Iterator[None]:
     """Replaces what ``ExportedProgram.module()`` makes of the conditions on its inputs."""
     name = "torch.export._unlift._convert_guards_code_to_fn"
-    warn_of_missing(_BY_NAME[name].lack.part)
-    with mock.patch(name, make) if has(name) else nullcontext():
+    with mock.patch(name, make) if expected(name) else nullcontext():
         yield
-
-
-@contextmanager
-def checkpoints_run_by(
-    around: Callable[[dict[str, Any], Callable[[], Iterator[None]]], Iterator[None]],
-) -> Iterator[None]:
-    """Replaces what this thread's checkpoints do around their regions: ``around(options, usual)``.
-
-    It yields once, for the region to run, and is closed at the end where that raises; options are
-    those that are not the defaults, and ``usual()`` does what PyTorch does.
-    """
-    name = "torch.utils.checkpoint._checkpoint_without_reentrant_generator"
-    name += "_impl" if has(f"{name}_impl") else ""
-    original, thread = look_up(name), threading.get_ident()
-    signature = inspect.signature(original)
-    defaults = {n: p.default for n, p in signature.parameters.items() if p.default is not p.empty}
-
-    def make(*args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread:
-            return original(*args, **kwargs)
-        given = signature.bind(*args, **kwargs).arguments
-        options = {n: given[n] for n, d in defaults.items() if n in given and given[n] != d}
-        made = around(options, functools.partial(original, *args, **kwargs))
-        begun.callback(lambda ref: (it := ref()) and it.close(), weakref.ref(made))  # type: ignore[attr-defined]
-        return made
-
-    with mock.patch(name, make), ExitStack() as begun:
-        yield
-
-
-PARTITIONER = "custom_partitioner_fn"
-PRE_PASS = "post_grad_custom_pre_pass"
-POST_PASS = "post_grad_custom_post_pass"
-CACHEABLE = "unsafe_marked_cacheable_functions"
-
-
-def inductor_has(option: str) -> bool:
-    """Whether inductor's config has an option."""
-    return has(f"torch._inductor.config.{option}")
-
-
-def takes_several_passes() -> bool:
-    """Whether inductor's option for a pass takes a list of them."""
-    return has("torch._inductor.custom_graph_pass.get_custom_graph_passes")
-
-
-def inductor_config(**values: Any) -> AbstractContextManager[Any]:
-    """Sets options of inductor's for the time of a block."""
-    return _patched("torch._inductor.config", **values)
-
-
-def decides_layout(graph: fx.Graph, is_inference: bool) -> bool:
-    """Whether inductor lays out the convolutions of a graph channels-last: its own decision."""
-    name = "torch._inductor.graph.GraphLowering.decide_layout_opt"
-    warn_of_missing(_BY_NAME[name].lack.part)
-    if not has(name):
-        return False
-    module = SimpleNamespace(graph=graph)  # nothing else of a module is read
-    return bool(look_up(name)(module, is_inference=is_inference))
-
-
-def memory_budget() -> float:
-    """The share of what a compiled model saves that it may save; 1 without a budget."""
-    return float(getattr(look_up("torch._functorch.config"), "activation_memory_budget", 1))
-
-
-def at_memory_budget(share: float) -> AbstractContextManager[Any]:
-    """Sets :func:`memory_budget` for the time of a block."""
-    if not has("torch._functorch.config.activation_memory_budget"):
-        return nullcontext()
-    return _patched("torch._functorch.config", activation_memory_budget=share)
-
-
-def recompiling(limit: int, in_all: int) -> AbstractContextManager[Any]:
-    """Sets how often Dynamo compiles one piece of code, and how often in all."""
-    limits = {"recompile_limit": limit, "accumulated_recompile_limit": in_all}
-    known = {k: v for k, v in limits.items() if has(f"torch._dynamo.config.{k}")}
-    return _patched("torch._dynamo.config", **known)
-
-
-def _patched(config: str, **values: Any) -> AbstractContextManager[Any]:
-    patch: AbstractContextManager[Any] = look_up(config).patch(**values)
-    return patch

@@ -5,16 +5,21 @@ As ``private.py``, of which it is a part: ``private_names.py`` has a line for ea
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import CodeType, FrameType
 from typing import Any
+from unittest import mock
 
 from torch import Tensor, nn
 
 from dropit_fx.private import HOOK_DICTS, has
-from dropit_fx.private_names import look_up
+from dropit_fx.private_lookup import look_up
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]  # pack, unpack
 
@@ -128,3 +133,31 @@ def save_checkpoints_in(
             return super(reentrant, cls).apply(wrapped(function), *args)
 
     reentrant.apply = classmethod(applying)
+
+
+@contextmanager
+def checkpoints_run_by(
+    around: Callable[[dict[str, Any], Callable[[], Iterator[None]]], Iterator[None]],
+) -> Iterator[None]:
+    """Replaces what this thread's checkpoints do around their regions: ``around(options, usual)``.
+
+    It yields once, for the region to run, and is closed at the end where that raises; options are
+    those that are not the defaults, and ``usual()`` does what PyTorch does.
+    """
+    name = "torch.utils.checkpoint._checkpoint_without_reentrant_generator"
+    name += "_impl" if has(f"{name}_impl") else ""
+    original, thread = look_up(name), threading.get_ident()
+    signature = inspect.signature(original)
+    defaults = {n: p.default for n, p in signature.parameters.items() if p.default is not p.empty}
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return original(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        options = {n: given[n] for n, d in defaults.items() if n in given and given[n] != d}
+        made = around(options, functools.partial(original, *args, **kwargs))
+        begun.callback(lambda ref: (it := ref()) and it.close(), weakref.ref(made))  # type: ignore[attr-defined]
+        return made
+
+    with mock.patch(name, make), ExitStack() as begun:
+        yield

@@ -1,6 +1,6 @@
-"""Inductor's schedules, asked without a GPU, as far as their names are private.
+"""Inductor's options, and its schedules without a GPU, as far as their names are private.
 
-As ``private.py``, of which it is a part: ``private_table.py`` has a line for each name.
+As ``private.py``, of which it is a part: ``private_names.py`` has a line for each name.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -16,10 +16,66 @@ from unittest import mock
 import torch
 from torch import Tensor, fx
 
-from dropit_fx.private import STRIDES, VALUE, FakeTensorMode, inductor_config, schema
-from dropit_fx.private_names import look_up
+from dropit_fx.private import STRIDES, VALUE, FakeTensorMode, expected, has, schema
+from dropit_fx.private_lookup import look_up
 
+PARTITIONER = "custom_partitioner_fn"
+PRE_PASS = "post_grad_custom_pre_pass"
+POST_PASS = "post_grad_custom_post_pass"
+CACHEABLE = "unsafe_marked_cacheable_functions"
 INNER_COMPILE = "inner_compile"
+
+
+def inductor_has(option: str) -> bool:
+    """Whether inductor's config has an option."""
+    return has(f"torch._inductor.config.{option}")
+
+
+def takes_several_passes() -> bool:
+    """Whether inductor's option for a pass takes a list of them."""
+    return has("torch._inductor.custom_graph_pass.get_custom_graph_passes")
+
+
+def inductor_config(**values: Any) -> AbstractContextManager[Any]:
+    """Sets options of inductor's for the time of a block."""
+    return _patched("torch._inductor.config", **values)
+
+
+def decides_layout(graph: fx.Graph, is_inference: bool) -> bool:
+    """Whether inductor lays out the convolutions of a graph channels-last: its own decision."""
+    name = "torch._inductor.graph.GraphLowering.decide_layout_opt"
+    if not expected(name):
+        return False
+    module = SimpleNamespace(graph=graph)  # nothing else of a module is read
+    return bool(look_up(name)(module, is_inference=is_inference))
+
+
+def memory_budget() -> float:
+    """The share of what a compiled model saves that it may save; 1 without a budget."""
+    return float(getattr(look_up("torch._functorch.config"), "activation_memory_budget", 1))
+
+
+def at_memory_budget(share: float) -> AbstractContextManager[Any]:
+    """Sets :func:`memory_budget` for the time of a block."""
+    if not has("torch._functorch.config.activation_memory_budget"):
+        return nullcontext()
+    return _patched("torch._functorch.config", activation_memory_budget=share)
+
+
+def recompiling(limit: int, in_all: int) -> AbstractContextManager[Any]:
+    """Sets how often Dynamo compiles one piece of code, and how often in all."""
+    limits = {"recompile_limit": limit, "accumulated_recompile_limit": in_all}
+    known = {k: v for k, v in limits.items() if has(f"torch._dynamo.config.{k}")}
+    return _patched("torch._dynamo.config", **known)
+
+
+def _patched(config: str, **values: Any) -> AbstractContextManager[Any]:
+    patch: AbstractContextManager[Any] = look_up(config).patch(**values)
+    return patch
+
+
+# Schedules ----------------------------------------------------------------------------------------
+
 ORIGINAL_OP = "original_aten"
 
 

@@ -1,98 +1,22 @@
-"""The private and unstable PyTorch names that dropit_fx touches: a line for each.
+"""The private and unstable names of PyTorch that dropit_fx touches: a line for each.
 
-``private.py`` is the one way to them; no other module may name one (``tests/test_private.py``).
+``private.py`` is the one way to them; no other module may name one (``tests/test_private.py``). One
+is Lightning's.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-# What it was run with: the whole test suite, or the slice of it that `make slice` runs.
-RUN = ("2.11.0", "2.13.0", "2.14.1", "2.15.0")
-
-
-@dataclass(frozen=True)
-class Lack:
-    """What happens where a name is missing.
-
-    Attributes:
-        part: When it is noticed: the names of a part are looked up together.
-        text: What does not work then, or what is done instead.
-        vital: Importing the name raises; else calling it does.
-    """
-
-    part: str
-    text: str
-    vital: bool = False
-
-
-@dataclass(frozen=True)
-class Name:
-    """One private or unstable name.
-
-    Attributes:
-        name: In full. Of attributes of objects: the class and the attribute; of keys of
-            ``node.meta``: ``meta[key]``.
-        lack: What happens where it is missing.
-        used: What it is used for.
-        alias: The name under which `private.py` has it, where that is not the last part of ``name``
-            without underscores.
-        since: The first version in :data:`RUN` that has it.
-        until: The last version in :data:`RUN` that has it.
-        instead: What stands in its place where it is missing.
-        probe: Raises where it is missing, for what cannot be imported; False: a look does not
-            tell, only the tests do.
-    """
-
-    name: str
-    lack: Lack
-    used: str
-    _: KW_ONLY
-    alias: str = ""
-    since: str = RUN[0]
-    until: str = RUN[-1]
-    instead: Any = None
-    probe: Callable[[], object] | Literal[False] | None = None
-
-    @property
-    def short(self) -> str:
-        """The name under which `private.py` has it."""
-        return self.alias or self.name.rpartition(".")[2].lstrip("_")
-
-    @property
-    def present(self) -> bool:
-        """Whether this PyTorch has it, as far as a look tells."""
-        try:
-            if self.probe is None:
-                look_up(self.name)
-            elif self.probe:
-                self.probe()
-        except (AttributeError, ImportError, KeyError):
-            return False
-        return True
-
-
-def look_up(name: str) -> Any:
-    """What ``a.b.c`` names: modules first, then attributes."""
-    first, *rest = name.split(".")
-    found, path = importlib.import_module(first), first
-    for part in rest:
-        path += f".{part}"
-        if not hasattr(found, part) and isinstance(found, ModuleType):
-            importlib.import_module(path)
-        found = getattr(found, part)
-    return found
+from dropit_fx.private_lookup import Lack, Name
 
 
 def _node() -> Any:
@@ -119,11 +43,11 @@ _GUARD = Lack("backend='dropit'", "dropit_fx.compile.backend cannot be imported"
 _UNSEEN = Lack("backend='dropit'", "compiled models may save dense tensors beside packed ones")
 _INNER = Lack("backend='dropit'", "of the inner backends, only 'inductor' and 'eager' work")
 _BUDGET = Lack("backend='dropit'", "memory budgets are not heeded")
-
-
 _SECOND = Lack(
     "import dropit_fx", "autograd.grad(create_graph=True) inside of compiled code is not refused"
 )
+_ROOFLINE = Lack("bench roofline", "bench roofline fails")
+_ABSENT = Lack("bench roofline", "bench roofline counts the kernels of CPUs alone")
 
 
 def _lack(text: str, part: str = "import dropit_fx") -> Lack:
@@ -173,11 +97,7 @@ TABLE: tuple[Name, ...] = (
         _EXPORT,
         "what a model's code does that asks whether it is exported",
     ),
-    Name(
-        "torch.nn.modules.module._has_any_global_hook",
-        _CAPTURE,
-        "hooks that a graph would lose",
-    ),
+    Name("torch.nn.modules.module._has_any_global_hook", _CAPTURE, "hooks that a graph would lose"),
     Name(
         "torch.utils._python_dispatch._disable_current_modes",
         _CAPTURE,
@@ -419,6 +339,18 @@ TABLE: tuple[Name, ...] = (
         "which inputs of a graph of Dynamo's are parameters and buffers",
         probe=False,
     ),
+    Name(
+        "L_self_modules_*_parameters_*",
+        _lack("rules with `train` find no parameter in torch.compile's graphs", "backend='dropit'"),
+        "which parameter an input of a graph of Dynamo's is",
+        probe=False,
+    ),
+    Name(
+        "lightning.pytorch.LightningModule._compiler_ctx",
+        _lack("FreezeLayers does not ask for variants= of a compiled module", "Lightning"),
+        "telling that it is compiled: Trainer unwraps it",
+        probe=False,
+    ),
     Name("torch._dynamo.lookup_backend", _INNER, "inner backends by name"),
     *_of(
         "torch._dynamo.config",
@@ -494,4 +426,34 @@ TABLE: tuple[Name, ...] = (
     Name("functorch.compile.make_boxed_func", _INNER, "backends without inductor"),
     Name("torch._inductor.lowering", _INNER, "loaded for the decomposition of max_pool2d"),
     Name("torch._inductor.decomposition.select_decomp_table", _INNER, "aot_eager_decomp_partition"),
+    # schedules, asked without a GPU (private_inductor.py)
+    *_of(
+        "torch._inductor",
+        *(_ROOFLINE, "the kernels of a step and their bytes"),
+        *("graph.GraphLowering", "graph.GraphLowering._update_scheduler"),
+        "scheduler.BaseSchedulerNode.get_read_write_buffer_accesses",
+    ),
+    Name(
+        "torch._inductor.dependencies.MemoryDep.get_numel", _ROOFLINE, "bytes of parts of buffers"
+    ),
+    Name("torch._inductor.virtualized.V", _ROOFLINE, "what inductor knows while it schedules"),
+    Name("torch._inductor.debug.DebugContext", _ROOFLINE, "lowering a graph by itself"),
+    Name(
+        "torch._inductor.fx_passes.post_grad.post_grad_passes",
+        *(_ROOFLINE, "inductor's passes behind the cut"),
+    ),
+    Name("torch._inductor.config.force_disable_caches", _ROOFLINE, "scheduling it each time"),
+    Name("torch._functorch.config.enable_autograd_cache", _ROOFLINE, "scheduling it each time"),
+    Name(
+        "torch._functorch.config.force_non_lazy_backward_lowering",
+        *(_ROOFLINE, "scheduling a backward that never runs"),
+    ),
+    Name("meta['original_aten']", _ROOFLINE, "names of kernels", probe=False),
+    *_of(
+        "torch",
+        *(_ABSENT, "schedules for a GPU that is not there"),
+        *("_dynamo.device_interface.CudaInterface", "cuda._lazy_init"),
+        *("_subclasses.fake_tensor.init_gpu_context", "_inductor.scheduler.has_triton"),
+        "_inductor.runtime.triton_helpers.set_driver_to_gpu",
+    ),
 )

@@ -58,6 +58,15 @@ def read(path: str | PathLike[str]) -> Any:
         ) from None
     except OSError as error:
         raise YamlError(f"it cannot be read: {error.strerror}") from error
+    return parse(text)
+
+
+def parse(text: str) -> Any:
+    """What a text says.
+
+    Raises:
+        YamlError: It is not YAML of one meaning.
+    """
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:

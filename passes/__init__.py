@@ -1,7 +1,8 @@
 """The pipeline: each pass is a function from a plan to a plan, and the verifier follows each.
 
-May be imported from here: ``run_pipeline``, ``verify``, ``plan`` (the data) and the passes by name.
-Needs ``capture`` for fake tensors, ``runtime``, ``config`` and what stands below them.
+May be imported from here: ``run_pipeline``, ``verify``, ``plan`` (the data), ``find_saved`` for its
+error, ``choose_codecs`` for the check of rules, ``share_packed`` for what is shared. Needs
+``capture`` for fake tensors, ``runtime``, ``config`` and what stands below them.
 """
 
 from __future__ import annotations

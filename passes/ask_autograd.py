@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.autograd.graph import saved_tensors_hooks
 
-from dropit_fx.measure import Box, attributes_of, grad_fn_of, nodes_behind
+from dropit_fx.holders import Box, attributes_of, grad_fn_of, nodes_behind
 from dropit_fx.passes.plan import SavedRead
 from dropit_fx.private import pytree, raw_saved, sequence_number, set_hooks_tracing, shows_saved
 

@@ -13,19 +13,19 @@ Requires: a graph and fake inputs. Ensures: no node reads undetached what a rule
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import fx, nn
 
 from dropit_fx.capture.provenance import node_module
 from dropit_fx.config import ConfigError
-from dropit_fx.ops.table import CHECKPOINT, RULES, bind, is_inplace, rule_of
+from dropit_fx.ops.table import CHECKPOINT, RULES, is_inplace, operands_of, rule_of
 from dropit_fx.passes.find_saved import find_saved
 from dropit_fx.passes.plan import ParameterRead, Plan
-from dropit_fx.private import EXAMPLE_VALUE
+from dropit_fx.private import EXAMPLE_VALUE, parameter_of_input
 from dropit_fx.runtime.regions import name_of
 from dropit_fx.words import matches
 
@@ -98,21 +98,12 @@ def _name(n: Any, module: fx.GraphModule) -> str:
     if _NAME in n.meta:
         return str(n.meta[_NAME])
     if n.op == "get_attr":
-        return str(n.target) if isinstance(_attribute(n, module), nn.Parameter | nn.Module) else ""
+        value = attrgetter(str(n.target))(module)
+        return str(n.target) if isinstance(value, nn.Parameter | nn.Module) else ""
     if n.op != "placeholder":
         return ""
-    # Dynamo's: L_self_modules_fc_parameters_weight_
-    _, *parts = re.split(r"_(modules|parameters)_", str(n.target))
-    if "parameters" in parts[::2]:
-        return ".".join(parts[1::2]).removesuffix("_")
-    return n.name if isinstance(n.meta.get(EXAMPLE_VALUE), nn.Parameter) else ""
-
-
-def _attribute(n: fx.Node, module: fx.GraphModule) -> Any:
-    found: Any = module
-    for part in str(n.target).split("."):
-        found = getattr(found, part, None)
-    return found
+    is_parameter = isinstance(n.meta.get(EXAMPLE_VALUE), nn.Parameter)
+    return parameter_of_input(str(n.target)) or (n.name if is_parameter else "")
 
 
 def _parameter(n: fx.Node, module: fx.GraphModule) -> str:
@@ -136,7 +127,7 @@ def _reads(module: fx.GraphModule, plan: Plan) -> Iterator[_Read]:
         row = rule_of(n)
         if n.op in ("placeholder", "get_attr", "output") or row is CHECKPOINT or _detaches(n):
             continue
-        bound = (bind(row, n.args, n.kwargs, n.target) if row is not None else None) or {}
+        bound = operands_of(n)
         op = row.name if row is not None else name_of(n)
         where = node_module(n)
         yield from _inside(module, n, where, op, plan)
@@ -184,7 +175,7 @@ def _inside(module: fx.GraphModule, n: fx.Node, where: str, op: str, plan: Plan)
     """
     inside = [(str(n.target), module.get_submodule(str(n.target)))] if n.op == "call_module" else []
     for m in n.all_input_nodes:
-        value = _attribute(m, module) if m.op == "get_attr" else None
+        value = attrgetter(str(m.target))(module) if m.op == "get_attr" else None
         inside += [(str(m.target), value)] if isinstance(value, nn.Module) else []
     for name, leaf in inside:
         speaking = [r for r in plan.config.training if r.matches(where or name, op)]

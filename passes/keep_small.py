@@ -16,7 +16,7 @@ what is derived from a copy of theirs is then derived from the exact values.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import replace
 
 from dropit_fx.codecs import CODEC
@@ -114,9 +114,7 @@ def _small(plan: Plan) -> set[str]:
     packed = sum(s.nbytes for s, mine in pairs if all(d.packed for d in mine))
     room = packed * HUNDREDTHS // 100
     beside = _kept_beside(pairs)
-    names: dict[str, int] = defaultdict(int)
-    for site in plan.sites:
-        names[site.name] += 1
+    names = Counter(site.name for site in plan.sites)
     found: set[str] = set()
     for site, mine in sorted(lossy, key=lambda pair: pair[0].nbytes):
         extra = [beside.get(d.read.node, 0) for d in mine]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from dropit_fx.ops.table import RULES, bind, rule_of
+from dropit_fx.ops.table import RULES, operands_of, rule_of
 from dropit_fx.runtime.regions import name_of
 
 _PRODUCTS = {
@@ -58,7 +58,7 @@ def layer_of(node: fx.Node, values: Mapping[str, Any]) -> Layer | None:
     rule = rule_of(node)
     if rule is None or rule.name not in _PRODUCTS:
         return None
-    call = bind(rule, node.args, node.kwargs, node.target) or {}
+    call = operands_of(node)
     if call.get("beta", 1) != 1 or call.get("alpha", 1) != 1:
         return None
     operands: list[Any] = [call.get(name) for name in _PRODUCTS[rule.name]]

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from dropit_fx.ops.losses import reduction_enum
-from dropit_fx.ops.rule import OpRule
-from dropit_fx.ops.table import RULES, bind, rule_of
+from dropit_fx.ops.table import RULES, operands_of, rule_of
 from dropit_fx.passes.match_layers import called, is_check
 from dropit_fx.runtime.linear_loss import linear_cross_entropy, linear_log_probs, linear_logsumexp
 
@@ -104,12 +103,8 @@ class Matcher:
     def _loss(self, user: fx.Node, node: fx.Node, path: Path) -> Loss | None:
         """The loss that ``user`` is, or None."""
         name, z = called(user), self.values[node.name]
-        rule = rule_of(user)
-        if (rule is RULES["cross_entropy"] and not path.log) or (
-            rule is RULES["nll_loss"] and path.log
-        ):
-            assert rule is not None
-            return self._cross_entropy(user, node, path, rule)
+        if rule_of(user) is RULES["nll_loss" if path.log else "cross_entropy"]:
+            return self._cross_entropy(user, node, path)
         if name == "gather" and path.log:
             dim, index = _arguments(user, node, "dim", "index")
             found = self.values[index.name] if isinstance(index, fx.Node) else index
@@ -126,9 +121,9 @@ class Matcher:
                 return Loss(node=user, path=path, function=linear_logsumexp, kwargs=kwargs)
         return None
 
-    def _cross_entropy(self, user: fx.Node, node: fx.Node, path: Path, rule: OpRule) -> Loss:
-        call = bind(rule, user.args, user.kwargs, user.target)
-        if call is None or call["input"] is not node:
+    def _cross_entropy(self, user: fx.Node, node: fx.Node, path: Path) -> Loss:
+        call = operands_of(user)
+        if call.get("input") is not node:
             raise NoMatch(f"'{user.name}' is called otherwise than with logits")
         if call["size_average"] is not None or call["reduce"] is not None:
             raise NoMatch(f"'{user.name}' is called with deprecated arguments")

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import fx
 
-from dropit_fx.codecs import CODEC
 from dropit_fx.codecs.codec import Options
 from dropit_fx.ops.rule import Call, OpRule, Read
+from dropit_fx.runtime.copies import spelled
 
 if TYPE_CHECKING:
     from dropit_fx.config import Config
@@ -226,12 +226,7 @@ class Decision:
     @property
     def spelled(self) -> str:
         """The codec as people read it: ``mink(gamma=0.5, bits=4)``."""
-        codec = CODEC.get(self.codec)
-        told = {o.name for o in codec.options if o.shown} if codec else set()
-        told.add("bits")  # which the row of an op may say, not a config
-        given = [(k, v) for k, v in self.options.items() if k in told]
-        shown = [f"{k}={v}" for k, v in given if v is not None and v is not False]
-        return self.codec + (f"({', '.join(shown)})" if shown else "")
+        return spelled(self.codec, self.options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,7 +298,8 @@ class Plan:
         lines = [HEAD, *lines] if lines else []
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         padded = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-        parts = ["\n".join(padded) or "nothing is saved"]
+        none = "nothing is saved" if self.values.shapes else "no reads yet: find_saved finds them"
+        parts = ["\n".join(padded) or none]
         parts += [f"in {name}:\n{body}" for name, body in self.bodies.items()]
         return "\n\n".join(parts)
 

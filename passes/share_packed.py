@@ -171,18 +171,11 @@ def _let_go(plan: Plan, decisions: tuple[Decision, ...]) -> tuple[Decision, ...]
     that has nothing left to make again.
     """
     idle = _idle_regions(plan, decisions)
-    decisions = tuple(
-        replace(d, codec=UNREAD, options={}, nbytes=0, reason="", copy=None)
-        if d.read.node in idle
-        else d
-        for d in decisions
-    )
+    decisions = tuple(_gone(d, UNREAD) if d.read.node in idle else d for d in decisions)
     swapped, out = swapped_nodes(decisions), []
     for _, mine in by_site(plan.sites, decisions):
         mine = [
-            replace(d, codec="drop", options={}, nbytes=0, reason="", copy=None)
-            if not d.packed and d.read.node in swapped and _is_inside(d)
-            else d
+            _gone(d, "drop") if not d.packed and d.read.node in swapped and _is_inside(d) else d
             for d in mine
         ]
         going = [
@@ -193,6 +186,10 @@ def _let_go(plan: Plan, decisions: tuple[Decision, ...]) -> tuple[Decision, ...]
         ]
         out += going if all(d.packed for d in going) else mine
     return tuple(out)
+
+
+def _gone(decision: Decision, codec: str) -> Decision:
+    return replace(decision, codec=codec, options={}, nbytes=0, reason="", copy=None)
 
 
 def _idle_regions(plan: Plan, decisions: Iterable[Decision]) -> set[str]:

@@ -38,14 +38,15 @@ class Storages:
     """Follows the values of one graph: ``enter`` before each node runs, ``leave`` behind it.
 
     Args:
-        state: Storage -> what it is, for parameters and buffers.
+        state: The storages of parameters (True) and of buffers (False).
 
     Attributes:
         unseen: Storages that are written to where nobody sees it -> where that is.
     """
 
-    def __init__(self, state: Mapping[int, str]) -> None:
-        self._known = {s: Storage(owner=kind, kept_by=Keeper(kind)) for s, kind in state.items()}
+    def __init__(self, state: Mapping[int, bool]) -> None:
+        keepers = {s: Keeper.PARAMETER if own else Keeper.BUFFER for s, own in state.items()}
+        self._known = {s: Storage(owner=kind, kept_by=kind) for s, kind in keepers.items()}
         self.unseen: dict[int, str] = {}
         self._before: dict[int, int] = {}  # versions of a node's operands, before it runs,
         self._watched: dict[int, int] = {}  # and of their storages

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 
-from dropit_fx.measure import alive
+from dropit_fx.holders import alive
 
 # Fake tensors ask whether there is a GPU at each op, and each time its driver is searched for.
 if not torch.cuda.is_available():

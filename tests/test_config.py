@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import FrozenInstanceError
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -498,3 +499,16 @@ def test_what_is_trained_is_told_beside_the_codec_or_alone(tmp_path: Path) -> No
     assert [r.number for r in config.training] == [1, 2]
     assert make_config(config, preset="max", bits=5).training == config.training
     assert load_config(config) is config
+
+
+def test_a_preset_is_read_as_a_config_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key stands once, and is known."""
+    folder = tmp_path / "presets"
+    folder.mkdir()
+    (folder / "twice.yaml").write_text("derive: true\nrules: []\nderive: false\n")
+    (folder / "unknown.yaml").write_text("rules: []\nderived: true\n")
+    monkeypatch.setattr(resources, "files", lambda package: tmp_path)
+    with pytest.raises(ValueError, match="'derive' stands twice, in lines 1 and 3"):
+        load_config({"preset": "twice"})
+    with pytest.raises(ConfigError, match=r"preset unknown: no key 'derived'\. Did you mean"):
+        load_config({"preset": "unknown"})

@@ -25,7 +25,8 @@ from torch.utils.checkpoint import (
 
 from dropit_fx import private, private_hooks, private_inductor
 from dropit_fx.private import minor
-from dropit_fx.private_table import RUN, TABLE, Name, look_up
+from dropit_fx.private_lookup import RUN, Name, look_up
+from dropit_fx.private_names import TABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = min(minor(torch.__version__), minor(RUN[-1]))  # newer ones are to have what the newest has
@@ -399,6 +400,25 @@ def _parameters_and_buffers_are_static_inputs() -> None:
     assert sorted(static) == [False, True, True, True, True, True], f"static inputs: {static}"
 
 
+@of("L_self_modules_*_parameters_*")
+def _inputs_are_named_after_parameters() -> None:
+    model = nn.Sequential()
+    model.add_module("a_b", nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
+    (graph,) = dynamo_graphs(model, torch.ones(2, 3))
+    inputs = [str(n.target) for n in graph.graph.find_nodes(op="placeholder")]
+    found = [name for name in map(private.parameter_of_input, inputs) if name]
+    assert sorted(found) == sorted(n for n, _ in model.named_parameters()), f"inputs: {inputs}"
+
+
+@of("lightning.pytorch.LightningModule._compiler_ctx")
+def _lightning_remembers_what_it_unwraps() -> None:
+    compiled = pytest.importorskip("lightning.pytorch.utilities.compile")
+    model = compiled.pl.LightningModule()
+    assert not private.compiled_for_lightning(model), "plain ones have it too"
+    inside = compiled.from_compiled(torch.compile(model, backend="eager"))
+    assert private.compiled_for_lightning(inside), "it is forgotten"
+
+
 @of("torch.xpu._lazy_seed_tracker.manual_seed_all_cb")
 def _seeding_leaves_another_object_each_time() -> None:
     with torch.random.fork_rng([]):
@@ -644,9 +664,8 @@ def _backends_have_names() -> None:
 @of("torch._inductor.list_options")
 def _options_have_names() -> None:
     known = private.list_options()
-    assert {*(private.PARTITIONER, private.PRE_PASS, private.POST_PASS, private.CACHEABLE)} <= set(
-        known
-    )
+    ours = "PARTITIONER", "PRE_PASS", "POST_PASS", "CACHEABLE"
+    assert {getattr(private_inductor, name) for name in ours} <= set(known)
 
 
 @of(f"{_GRAPH_PASS}.CustomGraphPass", f"{_GRAPH_PASS}.CustomPartitionerFn")
@@ -678,10 +697,10 @@ def _recomputing_is_in_the_meta() -> None:
 
 @of("torch._functorch.config.activation_memory_budget")
 def _a_budget_is_set_and_put_back() -> None:
-    assert private.memory_budget() == 1
-    with private.at_memory_budget(0.5):
-        assert private.memory_budget() == 0.5
-    assert private.memory_budget() == 1
+    assert private_inductor.memory_budget() == 1
+    with private_inductor.at_memory_budget(0.5):
+        assert private_inductor.memory_budget() == 0.5
+    assert private_inductor.memory_budget() == 1
 
 
 @of("torch._inductor.lowering", "torch._inductor.decomposition.select_decomp_table")
@@ -746,7 +765,7 @@ def compiled_by_inductor() -> dict[str, dict[str, Any]]:
         def __call__(self, graph: fx.Graph) -> None:
             seen.setdefault("lowered", dict(output(graph).meta))
 
-    options: Any = {private.PARTITIONER: Cut(), private.POST_PASS: Pass()}
+    options: Any = {private_inductor.PARTITIONER: Cut(), private_inductor.POST_PASS: Pass()}
     with torch.compiler.config.patch(force_disable_caches=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         compiled = torch.compile(torch.sin, options=options)

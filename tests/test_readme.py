@@ -16,7 +16,7 @@ import yaml
 
 import dropit_fx
 from dropit_fx.compile import backend
-from dropit_fx.private_names import RUN
+from dropit_fx.private_lookup import RUN
 
 ROOT = Path(__file__).resolve().parent.parent
 

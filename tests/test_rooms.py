@@ -1,6 +1,7 @@
 """The order of the rooms: what a room may import, and that no two modules import each other."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -13,14 +14,15 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dropit_fx"
 
 # From below to above: a room imports from rooms below it. Rooms of one line stand side by side.
 ORDER = (
-    ("private_names", "logs", "words", "yaml_files"),
-    ("private_table",),
+    ("private_lookup", "logs", "words", "yaml_files"),
+    ("private_names",),
     ("private",),
-    ("private_hooks", "private_inductor"),
+    ("private_hooks", "private_inductor", "holders"),
     ("kernels", "measure"),
     ("schedule",),
     ("ops",),
     ("codecs",),
+    ("rules",),
     ("config", "presets"),
     ("runtime",),
     ("pointwise",),
@@ -57,6 +59,7 @@ def imports(nodes: Iterable[ast.AST]) -> Iterator[str]:
                 yield from [module for module in found if module in MODULES][:1]
 
 
+ROOMS = [path for path in sorted(PACKAGE.iterdir()) if (path / "__init__.py").exists()]
 TREES = {module: ast.parse(path.read_text()) for module, path in MODULES.items()}
 
 
@@ -83,10 +86,36 @@ def test_no_two_modules_import_each_other() -> None:
 
 
 def test_every_room_says_what_it_is_for() -> None:
-    rooms = [path for path in PACKAGE.iterdir() if (path / "__init__.py").exists()]
-    for path in rooms:
+    for path in ROOMS:
         said = ast.get_docstring(ast.parse((path / "__init__.py").read_text())) or ""
         assert len(said.splitlines()) > 1, f"{path.name}/__init__.py says too little"
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=lambda path: path.name)
+def test_the_tests_of_a_room_stand_in_its_folder(path: Path) -> None:
+    assert [*(PACKAGE.parent / "tests" / path.name).glob("test_*.py")]
+
+
+def bound(tree: ast.Module) -> set[str]:
+    """The names that a module has."""
+    names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and type(n.ctx) is ast.Store}
+    made = (ast.FunctionDef, ast.ClassDef)
+    imported = (
+        a.asname or a.name for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names
+    )
+    return names | {n.name for n in tree.body if isinstance(n, made)} | {*imported}
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=lambda path: path.name)
+def test_what_others_import_from_a_room_is_what_it_says(path: Path) -> None:
+    said = ast.get_docstring(ast.parse((path / "__init__.py").read_text())) or ""
+    named = set(re.findall(r"``([\w.]+)``", said))
+    inside = {module: tree for module, tree in TREES.items() if room(module) == path.name}
+    others = [tree for module, tree in TREES.items() if module not in inside]
+    asked = {n for tree in others for n in imports(ast.walk(tree)) if n in inside and "/" in n}
+    assert {module.split("/")[1] for module in asked} <= named
+    parts = {part for module in MODULES for part in module.split("/")}
+    assert named <= parts | {name for tree in inside.values() for name in bound(tree)}
 
 
 def test_names_of_before_are_the_modules_of_the_rooms() -> None:

@@ -1,5 +1,5 @@
 """What packing costs and gives, measured: ``dropit-fx bench`` and ``make gpu``.
 
-May be imported from here: ``commands`` (the command line), ``step``, ``pareto``, ``model_spec``,
-``plot``. Nothing else of dropit_fx but ``cli`` needs this room.
+May be imported from here: ``commands`` (the command line) and ``model_spec``. Nothing else of
+dropit_fx but ``cli`` needs this room.
 """

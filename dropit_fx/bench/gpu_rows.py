@@ -236,7 +236,7 @@ def preset_codecs() -> dict[str, tuple[str, dict[str, Any]]]:
     found: dict[str, tuple[str, dict[str, Any]]] = {}
     for rule in (r for preset in presets() for r in load_config({"preset": preset}).rules):
         codec = CODEC[rule.codec]
-        options = {o.name: o.default for o in codec.options} | dict(rule.options)
+        options = rule.full_options()
         if codec.name in ("mink", "quant"):
             said = [
                 f"{o.name}={options[o.name]}"

@@ -85,16 +85,8 @@ def model_cells(rows: Sequence[Row]) -> list[list[str]]:
 
 
 MODEL_HEAD = ("model", "mode", "step", "saved", "peak", "time", "busy", "cosine", "first step")
-KERNEL_HEAD = (
-    "format",
-    "bits",
-    "pack",
-    "of a copy",
-    "transient",
-    "unpack",
-    "of a copy",
-    "transient",
-)
+_OF_A_WAY = ("of a copy", "transient")
+KERNEL_HEAD = ("format", "bits", "pack", *_OF_A_WAY, "unpack", *_OF_A_WAY)
 
 
 def _place(of: tuple[str, ...]) -> tuple[int, ...]:

@@ -63,14 +63,8 @@ def bench_gradients(
         config = load_config({"preset": name} if name in presets() else name)
         packed = transform(model, config, example_kwargs=example)
         whole, _ = losses(paired(exact, gradients(packed)))
-        found.append(
-            {
-                "name": name,
-                "saved": report(packed).ratio,
-                "error": whole.relative,
-                "cosine": whole.cosine,
-            }
-        )
+        row = {"name": name, "saved": report(packed).ratio}
+        found.append(row | {"error": whole.relative, "cosine": whole.cosine})
     figures = ("saved, of dense", "relative error", "cosine")
     title = f"gradients of {bench_formats.MODEL}, {loss}"
     table = plain_table("preset", *figures, figures=figures, title=title)

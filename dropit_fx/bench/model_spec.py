@@ -42,17 +42,15 @@ def build(spec: str, batch: int, size: int | None = None) -> tuple[nn.Module, tu
         raise SpecError(
             f"{spec!r} is no model: write timm:NAME, torchvision:NAME or pkg.mod:factory"
         )
-    if library == "timm":
-        model, given = _timm(name, size), None
-    elif library == "torchvision":
-        model, given = _torchvision(name), None
-    else:
-        model, given = _from_factory(library, name)
-    if given is None and library in LIBRARIES:
+    if library in LIBRARIES:
+        model = _timm(name, size) if library == "timm" else _torchvision(name)
         channels, side = _image(model)
         side = size or side
         return model.train(), (torch.randn(batch, channels, side, side),)
-    args = given if given is not None else _positional(model, spec)
+    model, given = _from_factory(library, name)
+    args, kwargs = example_inputs.guess(model) if given is None else (given, {})
+    if kwargs:
+        raise SpecError(f"{spec} takes keyword inputs: let it return (module, example_args)")
     return model.train(), pytree.tree_map_only(Tensor, lambda t: _resized(t, batch, size), args)
 
 
@@ -132,13 +130,6 @@ def _image(model: nn.Module) -> tuple[int, int]:
     _, side, _ = told.get("input_size") or (3, 224, 224)
     first = next(m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
     return getattr(first, "in_channels", 3), side
-
-
-def _positional(model: nn.Module, spec: str) -> tuple[Any, ...]:
-    args, kwargs = example_inputs.guess(model)
-    if kwargs:
-        raise SpecError(f"{spec} takes keyword inputs: let it return (module, example_args)")
-    return args
 
 
 def _resized(tensor: Tensor, batch: int, size: int | None) -> Tensor:

@@ -23,7 +23,8 @@ from dropit_fx.bench.plot import label_points
 from dropit_fx.bench.step import Rows, Runs, Task, table, take_turns
 from dropit_fx.compile import backend
 from dropit_fx.config import ConfigError, presets
-from dropit_fx.private import at_memory_budget, lookup_backend, recompiling
+from dropit_fx.private import lookup_backend
+from dropit_fx.private_inductor import at_memory_budget, recompiling
 from dropit_fx.report.palette import SERIES
 from dropit_fx.report.plot import INK, MIB, figure_class, finish
 from dropit_fx.words import did_you_mean, matches, unmatched

@@ -30,8 +30,8 @@ from dropit_fx.bench.pareto import Variant, checkpoint_blocks, choose
 from dropit_fx.bench.schedule import Kernel, kernels_of_step
 from dropit_fx.compile import backend
 from dropit_fx.config import make_config
-from dropit_fx.private import at_memory_budget, compile_fx, pytree
-from dropit_fx.private_inductor import INNER_COMPILE
+from dropit_fx.private import compile_fx, pytree
+from dropit_fx.private_inductor import INNER_COMPILE, at_memory_budget
 from dropit_fx.report.rows import plain_table
 
 LAUNCH = 0.0  # seconds that a kernel takes beside its work: 0, the host is ahead of the card

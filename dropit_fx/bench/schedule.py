@@ -18,16 +18,9 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils.flop_counter import flop_registry
 
+from dropit_fx.capture.fake import fake_mode_of
 from dropit_fx.kernels import attention as attention_kernel
-from dropit_fx.private import (
-    VALUE,
-    FakeTensor,
-    FakeTensorMode,
-    OpOverload,
-    make_boxed_func,
-    pytree,
-    schema,
-)
+from dropit_fx.private import VALUE, FakeTensorMode, OpOverload, make_boxed_func, pytree, schema
 from dropit_fx.private_inductor import (
     ORIGINAL_OP,
     accesses,
@@ -145,7 +138,7 @@ def scheduled_for(
     """
     with ExitStack() as stack:
         if device == "cpu":
-            mode = next(t.fake_mode for t in inputs if isinstance(t, FakeTensor))
+            mode = fake_mode_of(inputs)
         else:
             stack.enter_context(told_of_a_gpu(capability, processors))
             mode, inputs = move_to_gpu(graph)
@@ -169,8 +162,7 @@ def move_to_gpu(graph: fx.GraphModule) -> tuple[FakeTensorMode, list[Any]]:
             graph.graph.erase_node(node)
             given.append(constant)
     values = [n.meta[VALUE] for n in given]
-    mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
-    mode = FakeTensorMode(allow_non_fake_inputs=True) if mode is None else mode
+    mode = fake_mode_of(values)
     with mode:
         inputs = [_there(v) for v in values]
         for node in graph.graph.nodes:

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dropit_fx.capture.fake import as_activation, fake_state
+from dropit_fx.capture.fake import as_activation, fake_mode_of, fake_state
 from dropit_fx.capture.trace import CaptureError
 from dropit_fx.capture.untouched import untouched
-from dropit_fx.private import ConvNd, FakeTensorMode, codegen, pytree, storage_id
+from dropit_fx.private import ConvNd, codegen, pytree, storage_id
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def _dry_run(
     watch: _Watch | None = None,
 ) -> None:
     """Runs the model on fake tensors; nothing of them stays in it."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fake_mode_of(())
     fakes = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
     watching = watch.on if watch is not None else lambda *given: nullcontext()
     with untouched(model), mode, torch.no_grad(), fake_state(model, mode), watching(model, fakes):
@@ -189,9 +189,8 @@ def _candidates(model: nn.Module) -> list[Inputs]:
         if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
     if first is not None and len(required) == 1:
-        dtype = torch.long if isinstance(first, nn.Embedding) else torch.float32
-        parameter = next(first.parameters())
-        dtype = dtype if dtype == torch.long else parameter.dtype
+        is_lookup = isinstance(first, nn.Embedding)
+        dtype = torch.long if is_lookup else next(first.parameters()).dtype
         out += [((torch.zeros(shape, dtype=dtype),), {}) for shape in _input_shapes(first)]
     return out
 

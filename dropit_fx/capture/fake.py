@@ -41,7 +41,7 @@ def concrete_fakes(values: Iterable[Any]) -> tuple[Any, ...]:
     What runs on them leaves no guards in the compiler's shape environment, and every size is a
     number.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fake_mode_of(())
 
     def concrete(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -99,14 +99,16 @@ def held(module: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def fake_state(module: nn.Module, mode: FakeTensorMode) -> Iterator[dict[int, str]]:
-    """Fake parameters and buffers for the time of a run; yields storage -> what it is."""
+def fake_state(module: nn.Module, mode: FakeTensorMode) -> Iterator[dict[int, bool]]:
+    """Fake parameters and buffers for the time of a run.
+
+    Yields the storage of each, and whether it is a parameter.
+    """
     fakes: dict[str, Tensor] = {}
-    kinds: dict[int, str] = {}
+    kinds: dict[int, bool] = {}
     for name, tensor in held(module).items():  # the mode has one fake for each tensor
         fakes[name] = tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor)
-        kind = "a parameter" if isinstance(tensor, nn.Parameter) else "a buffer"
-        kinds[storage_id(fakes[name])] = kind
+        kinds[storage_id(fakes[name])] = isinstance(tensor, nn.Parameter)
     with reparametrize_module(module, fakes, tie_weights=False), _numbered_momentum(module):
         yield kinds
 

@@ -14,7 +14,7 @@ from torch.fx.node import map_aggregate, map_arg
 
 from dropit_fx.capture.symbolic import CustomFunction
 from dropit_fx.private import MODULE_STATE, OpOverload, codegen, get_qualified_name
-from dropit_fx.private_names import look_up
+from dropit_fx.private_lookup import look_up
 
 
 class _Ref(int):

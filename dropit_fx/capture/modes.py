@@ -22,7 +22,7 @@ from dropit_fx.capture.input_guards import InputGuards
 from dropit_fx.capture.provenance import node_module, node_where
 from dropit_fx.capture.regions import REGION
 from dropit_fx.ops.masks import DROPOUT
-from dropit_fx.ops.table import bind, rule_of
+from dropit_fx.ops.table import operands_of, rule_of
 from dropit_fx.private import OpOverload
 from dropit_fx.runtime.packed_call import by_mode, require_mode
 
@@ -239,10 +239,9 @@ def _behind(node: fx.Node) -> fx.Node:
     return node
 
 
-def _dropout_of(node: fx.Node) -> dict[str, Any] | None:
-    """The arguments of a call of dropout by name; None of any other."""
-    rule = rule_of(node)
-    return bind(rule, node.args, node.kwargs, node.target) if rule is DROPOUT else None
+def _dropout_of(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call of dropout by name; none of any other."""
+    return operands_of(node) if rule_of(node) is DROPOUT else {}
 
 
 def _copy_of_no_effect(

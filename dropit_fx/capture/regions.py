@@ -19,13 +19,8 @@ from torch.fx.node import map_arg
 from torch.fx.traceback import annotate
 
 from dropit_fx.capture.graph_module import RewrittenModule
-from dropit_fx.private import (
-    CUSTOM,
-    MODULES,
-    TRACE,
-    checkpoints_run_by,
-    tag_activation_checkpoint,
-)
+from dropit_fx.private import CUSTOM, MODULES, TRACE, tag_activation_checkpoint
+from dropit_fx.private_hooks import checkpoints_run_by
 from dropit_fx.runtime.regions import run_regions
 
 REGION = "dropit_region"  # in the metadata of a node: the regions that it is in, outermost first

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from dropit_fx.ops.draws import DRAWING
+from dropit_fx.ops.table import AUGMENTED
 from dropit_fx.private import buffers, pytree
 
-_WRITES = (
-    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
-    *("iand", "ior", "ixor", "ilshift", "irshift"),
-)
+_WRITES = (*AUGMENTED, "imatmul")
 
 # What makes a tensor of numbers alone.
 MAKERS = frozenset(
@@ -32,13 +31,6 @@ MAKERS = frozenset(
         *("eye", "tensor", "scalar_tensor", "tril_indices", "triu_indices", "complex", "polar"),
         *("rand", "randn", "randint", "randperm", "normal", "bartlett_window", "blackman_window"),
         *("hamming_window", "hann_window", "kaiser_window", "range"),
-    )
-)
-_RANDOM = frozenset(
-    getattr(torch, name)
-    for name in (
-        *("bernoulli", "multinomial", "poisson", "normal", "rand_like", "randn_like"),
-        *("randint_like", "dropout", "feature_dropout", "alpha_dropout", "rrelu"),
     )
 )
 
@@ -105,7 +97,7 @@ class _OwnTensors(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in MAKERS and not own and all(_plain(a) for a in given):
             return self.tracer.create_proxy("call_function", func, tuple(args), dict(kwargs))
-        if own and (func in _RANDOM or _draws_or_writes(name)):
+        if own and (name in DRAWING or _writes(name)):
             kind = "call_method" if hasattr(Tensor, name) else "call_function"
             target = name if kind == "call_method" else func
             return self.tracer.create_proxy(kind, target, tuple(args), dict(kwargs))
@@ -117,9 +109,9 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, kinds)
 
 
-def _draws_or_writes(name: str) -> bool:
-    written = name.endswith("_") and not name.endswith("__")
-    return (written and name != "requires_grad_") or name in ("__setitem__", "bernoulli")
+def _writes(name: str) -> bool:
+    in_place = name.endswith("_") and not name.endswith("__")
+    return (in_place and name != "requires_grad_") or name == "__setitem__"
 
 
 @contextmanager

@@ -91,7 +91,7 @@ class Tracer(fx.Tracer):
             return True
         if type(m).__module__.startswith("torch.nn"):
             return isinstance(m, fx.GraphModule)
-        return _reads_mode(m) and not (self.opened and _has_parameters(m))
+        return _reads_mode(m) and not (self.opened and any(True for _ in m.parameters()))
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """A graph of functions does not know what ran under ``no_grad``: that is for export."""
@@ -122,10 +122,6 @@ class Tracer(fx.Tracer):
 def _reads_mode(m: nn.Module) -> bool:
     """Whether a module without children may do something else in each mode."""
     return "training" in _names(type(m).forward) and not any(True for _ in m.children())
-
-
-def _has_parameters(m: nn.Module) -> bool:
-    return any(True for _ in m.parameters())
 
 
 def _names(function: Callable[..., Any]) -> tuple[str, ...]:

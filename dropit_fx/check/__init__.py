@@ -3,6 +3,9 @@
 The dense model and rewritten ones take the same steps from the same seed. What must be equal is
 compared bit by bit, or to rounding where a compiler rounds otherwise; what a lossy format costs in
 the gradient is shown. Each step runs in an ``untouched`` block, and leaves the model as it was.
+
+May be imported from here: ``check``, ``Check``, ``BACKENDS``, and ``compare`` (what a gradient
+loses).
 """
 
 from __future__ import annotations

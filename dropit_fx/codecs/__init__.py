@@ -1,7 +1,8 @@
 """The list of codecs: how a tensor may be kept, one file each, in one visible tuple.
 
-May be imported from here: ``CODECS``, ``CODEC``, the words that stand in the place of a codec, and
-``codec`` (what a codec is). Needs ``ops`` for the uses and the step tables, and ``kernels``.
+May be imported from here: ``CODECS``, ``CODEC``, the words that stand in the place of a codec,
+``codec`` (what a codec is), and ``mink`` for ``whole``. Needs ``ops`` for the uses and the step
+tables, and ``kernels``.
 """
 
 from dropit_fx.codecs.bitmask import BITMASK

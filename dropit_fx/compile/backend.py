@@ -29,16 +29,15 @@ from dropit_fx.passes import run_pipeline
 from dropit_fx.passes.choose_codecs import check_rules_matched
 from dropit_fx.passes.find_saved import FakeRunError
 from dropit_fx.passes.plan import Plan
-from dropit_fx.private import (
+from dropit_fx.private import list_options, lookup_backend
+from dropit_fx.private_inductor import (
     CACHEABLE,
+    INNER_COMPILE,
     PARTITIONER,
     POST_PASS,
     PRE_PASS,
     inductor_has,
-    list_options,
-    lookup_backend,
 )
-from dropit_fx.private_inductor import INNER_COMPILE
 from dropit_fx.report.rows import Report, mib, report_of
 from dropit_fx.runtime.linear_loss import LOSSES
 from dropit_fx.runtime.packed_call import (
@@ -283,8 +282,7 @@ def _inner(name: str) -> Callable[[_Job], Compiled]:
 
     def foreign(job: _Job) -> Compiled:
         log.warning(
-            "inner backend %r partitions by itself: packed tensors may not be what it saves",
-            name,
+            "inner backend %r partitions by itself: packed tensors may not be what it saves", name
         )
         return lookup_backend(name)(job.graph_module, job.inputs)
 

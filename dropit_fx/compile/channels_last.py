@@ -15,22 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dropit_fx.ops.table import bind, rule_of
-from dropit_fx.private import EXAMPLE_VALUE, VALUE, decides_layout, inductor_config
+from dropit_fx.ops.draws import BY_ELEMENT
+from dropit_fx.ops.table import operands_of, rule_of
+from dropit_fx.private import EXAMPLE_VALUE, VALUE
+from dropit_fx.private_inductor import decides_layout, inductor_config
+from dropit_fx.runtime.regions import bodies_of
 from dropit_fx.runtime.tensor_spec import memory_order
 
 _FORMATS = {2: torch.channels_last, 3: torch.channels_last_3d}
 _DIMS: dict[str, int] = {f"conv{kind}{d}d": d for kind in ("", "_transpose") for d in (1, 2, 3)}
-
-# Functions and methods that draw a number for each element of what they read. Not those that draw
-# for each channel, whose noise is a small tensor of its own.
-_DRAW = frozenset(
-    (
-        *("dropout", "native_dropout", "alpha_dropout", "rrelu", "bernoulli", "poisson", "normal"),
-        *("rand_like", "randn_like", "randint_like", "uniform", "exponential", "geometric"),
-        *("cauchy", "log_normal", "random"),
-    )
-)
 
 # Nodes of the forward graph that inductor sees for each node of Dynamo's, packing included:
 # 2.3 in a ConvNeXt, 3.0 in a DeiT, 4.3 in a ResNet.
@@ -86,7 +79,7 @@ def _laid_out(node: fx.Node, layout: torch.memory_format) -> fx.Node:
     with node.graph.inserting_after(node):
         after = node.graph.call_method("contiguous", (node,), {"memory_format": layout})
     after.meta = {k: v for k, v in node.meta.items() if k != EXAMPLE_VALUE}
-    node.replace_all_uses_with(after, delete_user_cb=after.__ne__)
+    node.replace_all_uses_with(after, delete_user_cb=lambda user: user is not after)
     return after
 
 
@@ -104,15 +97,9 @@ def _drawn(graph_module: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
     """The nodes that draw a number for each element of a tensor: this one, or those of a region."""
     if node.op not in ("call_function", "call_method"):
         return []
-    parts = [
-        getattr(graph_module, str(n.target), None)
-        for n in node.all_input_nodes
-        if n.op == "get_attr"
-    ]
-    bodies = [part for part in parts if isinstance(part, fx.GraphModule)]
-    if bodies:
+    if bodies := bodies_of(graph_module, node):
         return [n for body in bodies for inner in body.graph.nodes for n in _drawn(body, inner)]
-    drawn = _name(node).rstrip("_") in _DRAW and any(
+    drawn = _name(node).rstrip("_") in BY_ELEMENT and any(
         (value := _value(n)) is None or value.dim() > 2 for n in node.all_input_nodes
     )
     return [node] if drawn else []
@@ -171,8 +158,7 @@ def inductor_lays_out(graph_module: fx.GraphModule) -> bool:
 
 def _ask(question: fx.Graph, node: fx.Node) -> None:
     """Adds a convolution as inductor sees it: an ATen call of ``input, weight, ..., groups``."""
-    rule = rule_of(node)
-    bound = (bind(rule, node.args, node.kwargs, node.target) if rule is not None else None) or {}
+    bound = operands_of(node)
     tensors = [bound.get(name) for name in ("input", "weight")]
     values = [n.meta.get(EXAMPLE_VALUE) if isinstance(n, fx.Node) else None for n in tensors]
     if not all(isinstance(v, Tensor) for v in values):

@@ -20,15 +20,14 @@ from dropit_fx.private import (
     VALUE,
     CustomGraphPass,
     FakeTensor,
-    OpOverload,
     get_hash_for_files,
     hint,
     make_fx,
     pytree,
-    schema,
     select_decomp_table,
 )
 from dropit_fx.runtime.packed_call import CACHE_VERSION
+from dropit_fx.runtime.regions import overload_name
 
 FORMS: dict[str, Callable[..., Any]] = {
     f"dropit::{name}": form for codec in CODECS for name, form in codec.fused.items()
@@ -50,14 +49,9 @@ class FusePacking(CustomGraphPass):
         """Rewrites ``graph`` in place."""
         known: dict[Any, fx.Graph | None] = {}
         for node in list(graph.nodes):
-            form = FORMS.get(_name(node))
+            form = FORMS.get(overload_name(node))
             if form is not None and isinstance(node.all_input_nodes[0].meta.get(VALUE), FakeTensor):
                 _replace(graph, node, form, known)
-
-
-def _name(node: fx.Node) -> str:
-    target = node.target
-    return schema(target).name if isinstance(target, OpOverload) else ""
 
 
 def _replace(

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dropit_fx.private import VALUE, CustomGraphPass, OpOverload, get_hash_for_files, pytree, schema
+from dropit_fx.private import VALUE, CustomGraphPass, OpOverload, get_hash_for_files, pytree
+from dropit_fx.runtime.regions import overload_name
 
 aten = torch.ops.aten
 
@@ -40,7 +41,8 @@ class AddLookups(CustomGraphPass):
         """Rewrites ``graph`` in place."""
         summed: set[fx.Node] = set()
         for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
-            if len(node.args) != 2 or node.kwargs or not all(_is_node(a) for a in node.args):
+            are_nodes = all(isinstance(a, fx.Node) for a in node.args)
+            if len(node.args) != 2 or node.kwargs or not are_nodes:
                 continue
             for head, lookup in (node.args, node.args[::-1]):
                 found = _rows_of(lookup)
@@ -49,18 +51,9 @@ class AddLookups(CustomGraphPass):
                     break
 
 
-def _is_node(value: Any) -> bool:
-    return isinstance(value, fx.Node)
-
-
-def _name(node: Any) -> str:
-    target = getattr(node, "target", None)
-    return schema(target).name if isinstance(target, OpOverload) else ""
-
-
 def _is_free(node: fx.Node, summed: set[fx.Node]) -> bool:
     """Whether it is the gradient of a fused head, and nothing else reads it."""
-    item = node.target is operator.getitem and _name(node.args[0]) == _FUSED
+    item = node.target is operator.getitem and overload_name(node.args[0]) == _FUSED
     return len(node.users) == 1 and (item or node in summed)
 
 
@@ -73,12 +66,12 @@ def _alike(*nodes: fx.Node) -> bool:
 
 def _rows_of(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
     """Index, values and mask of rows that are added up on zeros for this reader alone; or None."""
-    name = _name(node)
+    name = overload_name(node)
     if len(node.users) != 1 or name not in (*_PUTS, _MASKED_PUT):
         return None
     given: list[Any] = [*node.args]
     zeros = given.pop(0)
-    if _name(zeros) != "aten::full" or zeros.args[1] != 0:
+    if overload_name(zeros) != "aten::full" or zeros.args[1] != 0:
         return None
     mask = given.pop(0) if name == _MASKED_PUT else None
     indices, values, *accumulate = given

@@ -35,14 +35,13 @@ from dropit_fx.private import (
     VALUE,
     CustomPartitionerFn,
     OpOverload,
-    at_memory_budget,
     get_hash_for_files,
-    memory_budget,
     min_cut_rematerialization_partition,
     must_recompute,
     schema,
 )
-from dropit_fx.runtime.regions import STANDS_FOR
+from dropit_fx.private_inductor import at_memory_budget, memory_budget
+from dropit_fx.runtime.regions import STANDS_FOR, bodies_of
 
 log = logging.getLogger(__name__)
 
@@ -208,14 +207,7 @@ def _draws(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node draws random numbers: run twice, it gives two results."""
     target = node.target
     if not isinstance(target, OpOverload):
-        bodies = [n for n in node.all_input_nodes if n.op == "get_attr"]
-        parts = [getattr(gm, str(n.target), None) for n in bodies]
-        return any(
-            _draws(part, inner)
-            for part in parts
-            if isinstance(part, fx.GraphModule)
-            for inner in part.graph.nodes
-        )
+        return any(_draws(body, n) for body in bodies_of(gm, node) for n in body.graph.nodes)
     if torch.Tag.nondeterministic_seeded not in target.tags:
         return False
     # attention is tagged for its dropout, which most calls do without

@@ -7,13 +7,8 @@ from typing import Any
 
 from torch import fx
 
-from dropit_fx.private import (
-    STRIDES,
-    VISIBLE,
-    CustomGraphPass,
-    get_hash_for_files,
-    takes_several_passes,
-)
+from dropit_fx.private import STRIDES, VISIBLE, CustomGraphPass, get_hash_for_files
+from dropit_fx.private_inductor import takes_several_passes
 
 
 class _InTurn(CustomGraphPass):

@@ -58,10 +58,7 @@ def read_partition(
             continue
         origin = node.args[0] if node.target.__name__ == "getitem" else node
         saved[storage(node)] = SavedValue(
-            name=node.name,
-            nbytes=nbytes_of(node),
-            packed=packs(node),
-            source=str(origin.target),
+            name=node.name, nbytes=nbytes_of(node), packed=packs(node), source=str(origin.target)
         )
     return Partition(
         saved=tuple(saved.values()),

@@ -18,7 +18,8 @@ from torch import fx, nn
 
 from dropit_fx.compile.backend import CompiledGraph, compiled_graphs, dropit, dropit_eager
 from dropit_fx.config import Config, ConfigError, make_config
-from dropit_fx.measure import Watch, alive
+from dropit_fx.holders import alive
+from dropit_fx.measure import Watch
 from dropit_fx.private import compiled_in_place, shows_saved, undo_compile
 
 try:

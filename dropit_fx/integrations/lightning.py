@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dropit_fx.compile.backend import compiled_graphs
 from dropit_fx.measure import Watch
-from dropit_fx.private import shows_saved
+from dropit_fx.private import compiled_for_lightning, shows_saved
 from dropit_fx.report.rows import report
 from dropit_fx.schedule import FreezeScheduler
 
@@ -129,7 +129,7 @@ class FreezeLayers(Callback):
                 f"FreezeLayers follows one optimizer, and there are {len(trainer.optimizers)}."
                 " Make a FreezeScheduler in the LightningModule, for the model of one of them."
             )
-        if getattr(pl_module, "_compiler_ctx", None) and not self._options.get("variants"):
+        if compiled_for_lightning(pl_module) and not self._options.get("variants"):
             raise ValueError(
                 "the LightningModule is compiled, with a graph for each set of layers that train"
                 " together. Give FreezeLayers variants=, the most of such sets."

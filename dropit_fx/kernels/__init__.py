@@ -1,7 +1,8 @@
 """The packed format and its kernels; importing this registers the ops of namespace `dropit`.
 
-May be imported from here: what this file names, ``format`` (sizes of codes), ``dtypes``, ``seeds``,
-``attention``. Needs PyTorch only: no other room.
+May be imported from here: what this file names, ``format`` (sizes of codes), ``dtypes``,
+``dispatch`` (how an op is registered), the ops by ``attention``, ``logits``, ``masks``, ``rows``
+and ``windows``, and what compilers get for them, ``fused`` and ``fused_bits``. Needs no other room.
 """
 
 from dropit_fx.kernels import ops as ops

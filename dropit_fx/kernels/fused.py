@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dropit_fx.kernels import fused_coder as coder
+from dropit_fx.kernels import masks
 from dropit_fx.kernels.format import Format
 from dropit_fx.kernels.fused_bits import (
     as_stored,
@@ -192,11 +193,9 @@ def decode_steps(
 
 def pack_between(x: Tensor, low: float | None, high: float | None) -> Tensor:
     """Of every tensor."""
-    outside = torch.zeros_like(x, dtype=torch.bool) if low is None else x <= low
-    return pack_uint(~(outside if high is None else outside | (x >= high)), 1)
+    return pack_uint(masks.between(x, low, high), 1)
 
 
 def apply_mask(bits: Tensor, grad: Tensor, off: float) -> Tensor:
     """Of every tensor."""
-    inside = _codes(bits, 1, grad.numel()) != 0
-    return torch.where(inside, grad, grad * off if off else torch.zeros_like(grad))
+    return masks.masked(_codes(bits, 1, grad.numel()) != 0, grad, off)

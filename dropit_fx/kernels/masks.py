@@ -35,16 +35,25 @@ def library() -> ctypes.CDLL | None:
     return load("_masks", _SIGNATURES)
 
 
+def between(x: Tensor, low: float | None, high: float | None) -> Tensor:
+    """The bits of ``pack_between``, a bool each."""
+    outside = torch.zeros_like(x, dtype=torch.bool) if low is None else x <= low
+    return ~(outside if high is None else outside | (x >= high))
+
+
+def masked(mask: Tensor, grad: Tensor, off: float) -> Tensor:
+    """What ``apply_mask`` gives, of bools."""
+    return torch.where(mask, grad, grad * off if off else torch.zeros_like(grad))
+
+
 def pack_between_reference(x: Tensor, low: float | None, high: float | None) -> Tensor:
     """In PyTorch: the oracle, and what runs where there is no C."""
-    outside = torch.zeros_like(x, dtype=torch.bool) if low is None else x <= low
-    return reference.pack_uint(~(outside if high is None else outside | (x >= high)), 1)
+    return reference.pack_uint(between(x, low, high), 1)
 
 
 def apply_mask_reference(bits: Tensor, grad: Tensor, off: float) -> Tensor:
     """In PyTorch: the oracle, and what runs where there is no C."""
-    mask = reference.unpack_uint(bits, 1, grad.numel()).to(torch.bool)
-    return torch.where(mask, grad, grad * off if off else torch.zeros_like(grad))
+    return masked(reference.unpack_uint(bits, 1, grad.numel()) != 0, grad, off)
 
 
 def _fake_bits(x: Tensor, *bounds: float | None) -> Tensor:

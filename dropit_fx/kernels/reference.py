@@ -269,23 +269,14 @@ def sample(x: Tensor, form: Format, seed: Tensor | None = None) -> tuple[Tensor,
     parts, mask = _select(x, random_keys(seed, x.numel()), form)
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     scaled = [
-        part.to(work) * _weight(whole.shape[1], part.shape[1])
+        part.to(work) * (whole.shape[1] / max(part.shape[1], 1))
         for part, whole in zip(parts, _rows(x, form), strict=True)
     ]
     return _cat(scaled, x, work).to(x.dtype), mask
 
 
-def _weight(length: int, k: int) -> float:
-    return length / k if k else 0.0
-
-
 def sparsify_channels(
-    x: Tensor,
-    mean: Tensor,
-    inverse: Tensor,
-    inner: int,
-    form: Format,
-    seed: Tensor | None = None,
+    x: Tensor, mean: Tensor, inverse: Tensor, inner: int, form: Format, seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `sparsify`, of ``(x - mean) * inverse``, channel by channel.
 

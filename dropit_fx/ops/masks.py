@@ -82,13 +82,7 @@ def _dropout_draws(args: Mapping[str, Any]) -> str:
 
 DROPOUT = OpRule(
     name="dropout",
-    targets=(
-        F.dropout,
-        torch.dropout,
-        torch.dropout_,
-        aten.dropout.default,
-        aten.dropout_.default,
-    ),
+    targets=(F.dropout, torch.dropout, torch.dropout_, aten.dropout.default, aten.dropout_.default),
     orders=dict.fromkeys((torch.dropout_, aten.dropout_.default), ("input", "p", "training")),
     reads=(Read(operand="mask", use=Use.SLOPE, needed_by=("input",), bits=one_bit),),
     run=_dropout,

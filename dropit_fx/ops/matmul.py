@@ -157,13 +157,7 @@ def _matmul_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
 
 MATMUL = OpRule(
     name="matmul",
-    targets=(
-        torch.matmul,
-        operator.matmul,
-        "matmul",
-        "__matmul__",
-        aten.matmul.default,
-    ),
+    targets=(torch.matmul, operator.matmul, "matmul", "__matmul__", aten.matmul.default),
     reads=_product("input", "other", _of_matrix("other")),
     run=torch.matmul,
     schema=aten.matmul.default,

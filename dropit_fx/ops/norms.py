@@ -229,15 +229,8 @@ BATCH_NORM = OpRule(
     orders=dict.fromkeys(
         (torch.batch_norm, aten.batch_norm.default),
         (
-            "input",
-            "weight",
-            "bias",
-            "running_mean",
-            "running_var",
-            "training",
-            "momentum",
-            "eps",
-            "cudnn_enabled",
+            *("input", "weight", "bias", "running_mean", "running_var"),
+            *("training", "momentum", "eps", "cudnn_enabled"),
         ),
     ),
     reads=(

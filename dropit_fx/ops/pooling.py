@@ -8,6 +8,7 @@ instead of 64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -68,9 +69,7 @@ def window_bits(dims: int) -> Callable[[Mapping[str, Any]], int]:
     """Bits of an offset inside the window, at least 1."""
 
     def bits(args: Mapping[str, Any]) -> int:
-        cells = 1
-        for size in per_dimension(args["kernel_size"], dims):
-            cells *= size
+        cells = math.prod(per_dimension(args["kernel_size"], dims))
         return max(1, (cells - 1).bit_length())
 
     return bits

@@ -29,8 +29,8 @@ def _smooth(
     """A row of a smooth pointwise function: what is read gives the slope, element by element."""
     needed = ("input",)
     read = Read(operand=operand, use=Use.SLOPE, needed_by=needed, function=function, jumps=jumps)
-    reads = (read, Read(operand=INSIDE, use=Use.SHAPE, needed_by=needed))[: 1 + inside]
-    return OpRule(name=name, targets=targets, reads=reads, run=run, derive=run, **row)
+    own = (Read(operand=INSIDE, use=Use.SHAPE, needed_by=needed),) if inside else ()
+    return OpRule(name=name, targets=targets, reads=(read, *own), run=run, derive=run, **row)
 
 
 def _table(name: str, **standard: Any) -> Callable[[Mapping[str, Any]], str]:

@@ -9,7 +9,7 @@ family: its spellings, what its backward reads, how to run it, and a formula (or
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,34 +30,15 @@ from dropit_fx.ops import (
     smooth,
 )
 from dropit_fx.ops.arithmetic import SAVES_NOTHING
-from dropit_fx.ops.rule import OpRule, Read, Use
-from dropit_fx.private import CHECKPOINT_CONTEXT, OpOverload, schema, tag_activation_checkpoint
+from dropit_fx.ops.checkpoint import CHECKPOINT as CHECKPOINT
+from dropit_fx.ops.rule import OpRule, Read
+from dropit_fx.private import OpOverload, schema
 
 FAMILIES = (
     *(matmul, convolution, piecewise, smooth, masks, arithmetic, norms, attention, losses),
     *(element_losses, indexing, pooling),
 )
 OP_RULES: tuple[OpRule, ...] = tuple(row for family in FAMILIES for row in family.ROWS)
-
-
-def _checkpoint(body: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
-    return tag_activation_checkpoint(body, *inputs, **options)
-
-
-def _selective(args: Mapping[str, Any]) -> str:
-    if CHECKPOINT_CONTEXT in args["body"].meta:
-        return "a selective checkpoint looks values up by the ops of its forward"
-    return ""
-
-
-# What is recomputed keeps its inputs. `packed_checkpoint` runs this row.
-CHECKPOINT = OpRule(
-    name="checkpoint",
-    targets=(tag_activation_checkpoint,),
-    reads=(Read(operand="inputs", use=Use.REDUCE, needed_by=("inputs",)),),
-    run=_checkpoint,
-    obstacle=_selective,
-)
 
 RULES: dict[str, OpRule] = {}
 DERIVABLE: dict[str, OpRule] = {}
@@ -136,6 +117,12 @@ def bind(
     return named
 
 
+def operands_of(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a node's call by name; none where no row knows the call."""
+    rule = rule_of(node)
+    return (bind(rule, node.args, node.kwargs, node.target) if rule is not None else None) or {}
+
+
 def reads_of(rule: OpRule, operands: Mapping[str, Any]) -> tuple[Read, ...]:
     """The reads of one call; a read of variadic arguments becomes one of each tensor."""
     found: list[Read] = []
@@ -152,12 +139,9 @@ def is_inplace(node: fx.Node, args: Mapping[str, Any]) -> bool:
 
 
 # `h *= 2` and its like: the function of the operator and the method behind it
-_AUGMENTED = frozenset(
-    f"i{name}"
-    for name in (
-        *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"),
-        *("and", "or", "xor", "lshift", "rshift"),
-    )
+AUGMENTED = (
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"),
+    *("iand", "ior", "ixor", "ilshift", "irshift"),
 )
 
 
@@ -166,5 +150,5 @@ def _writes(target: Any) -> bool:
     if isinstance(target, OpOverload):
         name = schema(target).name
     if name.endswith("__") or getattr(target, "__module__", "") == "_operator":
-        return name.strip("_") in _AUGMENTED
+        return name.strip("_") in AUGMENTED
     return name.endswith("_")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -71,6 +71,16 @@ class Recipe(NamedTuple):
     kept: tuple[Kept, ...]  # the tensors,
     specs: tuple[TensorSpec, ...]  # and what each is when it is read back
     spec: TensorSpec  # of the result
+
+
+def spelled(codec: str, options: Mapping[str, Any]) -> str:
+    """A codec as people read it: ``mink(gamma=0.5, bits=4)``."""
+    known = CODEC.get(codec)
+    told = {o.name for o in known.options if o.shown} if known else set()
+    told.add("bits")  # which the row of an op may say, not a config
+    given = [(k, v) for k, v in options.items() if k in told]
+    shown = [f"{k}={v}" for k, v in given if v is not None and v is not False]
+    return codec + (f"({', '.join(shown)})" if shown else "")
 
 
 def kept_as(operand: str, packed: Packed) -> Kept:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from dropit_fx.measure import grad_fn_of
+from dropit_fx.holders import grad_fn_of
 from dropit_fx.private import sequence_number
 
 ACTIVATION, WEIGHT, LEAF = "activation", "weight", "leaf"

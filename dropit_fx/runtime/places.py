@@ -5,6 +5,7 @@ Views of one storage that have the same elements, in whatever shape, have the sa
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -25,10 +26,7 @@ class Place(NamedTuple):
     @property
     def numel(self) -> int:
         """How many elements there are."""
-        count = 1
-        for size, _ in self.dims:
-            count *= size
-        return count
+        return math.prod(size for size, _ in self.dims)
 
 
 def place_of(x: Tensor) -> Place:

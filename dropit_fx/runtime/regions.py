@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from dropit_fx.kernels.dispatch import define
 from dropit_fx.ops.table import CHECKPOINT
-from dropit_fx.private import CHECKPOINT_CONTEXT, OpOverload, storage_id
+from dropit_fx.private import CHECKPOINT_CONTEXT, OpOverload, schema, storage_id
 from dropit_fx.runtime.copies import Kept, Packed, kept_as, read_back, shared_out
 from dropit_fx.runtime.tensor_spec import TensorSpec, copied_to, laid_out, spec_of, stays
 
@@ -183,6 +183,19 @@ def run_regions(graph_module: fx.GraphModule) -> None:
 def name_of(node: fx.Node) -> str:
     """The name of what a node calls, without the overload."""
     return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+
+
+def bodies_of(graph_module: nn.Module, node: fx.Node) -> list[fx.GraphModule]:
+    """The graphs among the arguments of a node: those of the regions that it calls."""
+    targets = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+    parts = [getattr(graph_module, target, None) for target in targets]
+    return [part for part in parts if isinstance(part, fx.GraphModule)]
+
+
+def overload_name(node: Any) -> str:
+    """``aten::add`` of a node that calls an overload of it; ``""`` of any other."""
+    target = getattr(node, "target", None)
+    return schema(target).name if isinstance(target, OpOverload) else ""
 
 
 def written_unseen(node: fx.Node) -> list[Any]:

@@ -18,6 +18,7 @@ from dropit_fx.kernels.dtypes import FLOATS
 from dropit_fx.kernels.format import index_bits
 from dropit_fx.private import storage_id, version
 from dropit_fx.private_hooks import Hooks, weak_storage
+from dropit_fx.runtime.copies import spelled
 from dropit_fx.runtime.places import Place, place_of, take, whole
 
 SMALL = 1024  # elements: below, a tensor is kept as it is,
@@ -63,6 +64,11 @@ class Copy:
     def is_finite(self) -> bool:
         """Whether no scale is NaN, as those of blocks with NaN or infinity are."""
         return not self.is_rounded or not self.parts[1].sum(dtype=torch.float32).isnan().item()
+
+    @property
+    def spelled(self) -> str:
+        """The codec as people read it."""
+        return spelled(self.codec, self.options)
 
     def hand_to(self, hooks: Hooks | None) -> None:
         """Keeps the parts as other saved-tensor hooks have them: on another device, say."""
@@ -187,9 +193,3 @@ def _exactly(x: Tensor, place: Place) -> tuple[str, Settings, Tensor | None] | s
     if x.is_floating_point():
         return "no gradient flows through it: an input, a table or a statistic"
     return f"{str(x.dtype).removeprefix('torch.')}: kept as it is"
-
-
-def spelled(copy: Copy) -> str:
-    """A codec with the options that tell it, as reports have it."""
-    bits = copy.options.get("bits")
-    return f"{copy.codec}(bits={bits})" if bits else copy.codec

@@ -12,14 +12,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from dropit_fx.holders import Box
 from dropit_fx.kernels.dtypes import FLOATS
-from dropit_fx.measure import Box
 from dropit_fx.private import dynamo_skips, version
 from dropit_fx.private_hooks import Hooks, in_backward
 from dropit_fx.runtime.origins import ACTIVATION, LEAF, origin_of
 from dropit_fx.runtime.overrides import transformed
 from dropit_fx.runtime.places import view_of, whole
-from dropit_fx.runtime.saved_copies import FEW, LARGE, SMALL, Copies, Copy, spelled
+from dropit_fx.runtime.saved_copies import FEW, LARGE, SMALL, Copies, Copy
 from dropit_fx.runtime.saved_notes import Notes
 from dropit_fx.runtime.tensor_spec import stays
 
@@ -56,7 +56,7 @@ class Held(Box):
             raise RuntimeError(
                 "second derivatives through packed tensors are not supported: the backward runs"
                 f" with create_graph=True, and a saved tensor of shape {self._view.shape} is kept"
-                f" as {spelled(copy)}. Run this forward outside of pack_saved, and without"
+                f" as {copy.spelled}. Run this forward outside of pack_saved, and without"
                 " pack_checkpoints."
             )
         with torch.no_grad():
@@ -166,7 +166,7 @@ class Packing:
             self._notes.keep(x, reason, self._at_checkpoint)
             return
         note = self._notes.note_of(x, self._at_checkpoint)
-        note.codecs[spelled(copy)] = None
+        note.codecs[copy.spelled] = None
         note.reason = FEW if copy.codec == "keep" else ""
         note.kept_bytes = self._copies.nbytes(x, self.around)
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropit_fx.measure import grad_fn_of, storages_alive
-from dropit_fx.private import sequence_number, storage_id
+from dropit_fx.holders import grad_fn_of, next_sequence_number, storages_alive
+from dropit_fx.private import storage_id
 from dropit_fx.private_hooks import weak_storage
 
 CHECKPOINT_INPUT = "checkpoint"  # what a region is made again from: no node saves it
@@ -93,10 +93,7 @@ class Notes:
 
     def _reader(self) -> int:
         """The number of the autograd node that is being made, which saves several tensors maybe."""
-        with torch.enable_grad():
-            node = torch.ones((), requires_grad=True).clone().grad_fn
-        assert node is not None
-        number, (asked, reader) = sequence_number(node), self._asked
+        number, (asked, reader) = next_sequence_number() - 1, self._asked
         self._asked = number, reader if number == asked + 1 else number - 1
         return self._asked[1]
 

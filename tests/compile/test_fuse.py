@@ -12,10 +12,11 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from dropit_fx.codecs import CODECS
-from dropit_fx.compile import backend, fuse
+from dropit_fx.compile import backend
 from dropit_fx.compile.fuse import FORMS, FusePacking
 from dropit_fx.compile.partition import KeepPacked
 from dropit_fx.private import CustomGraphPass, make_boxed_func
+from dropit_fx.runtime.regions import overload_name
 
 WIDTH = 48
 
@@ -30,7 +31,7 @@ class Left(CustomGraphPass):
         return None
 
     def __call__(self, graph: fx.Graph) -> None:
-        names = [fuse._name(n) for n in graph.nodes]
+        names = [overload_name(n) for n in graph.nodes]
         self.ops += [n.partition("::")[2] for n in names if n.startswith("dropit::")]
 
 

@@ -19,6 +19,7 @@ from compiled_kernels import Figures, build
 from dropit_fx.kernels import dispatch, masks
 from dropit_fx.kernels.triton import masks as triton_masks
 from dropit_fx.kernels.triton import windows as triton_windows
+from dropit_fx.kernels.triton.launch import programs
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_one_element_is_compiled_too() -> None:
     "numel", sorted({n for e in range(34) for n in (2**e - 1, 2**e, 2**e + 1)})
 )
 def test_launches_stay_within_the_limits_of_cuda(module: Any, numel: int) -> None:
-    x, *rest = module.grid(numel)
+    x, *rest = programs(numel, module.TILE)
     assert x <= 2**31 - 1
     assert all(n <= 65535 for n in rest)
     assert (x - 1) * module.TILE < numel <= x * module.TILE or numel == x == 0

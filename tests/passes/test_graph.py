@@ -1,4 +1,4 @@
-"""Rewritten graphs as they print; ``EXPECTTEST_ACCEPT=1 pytest tests/test_graph.py`` renews."""
+"""Rewritten graphs as they print; EXPECTTEST_ACCEPT=1 pytest tests/passes/test_graph.py renews."""
 
 from __future__ import annotations
 

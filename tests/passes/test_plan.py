@@ -31,7 +31,9 @@ def test_a_plan_prints_each_read_after_each_pass() -> None:
     with logs.shown("passes", printed):
         dropit_fx.transform(network(), example_args=(X,))
     said = printed.getvalue()
-    first = PIPELINE.index(find_saved)  # those before it know no reads yet
+    first = PIPELINE.index(find_saved)
+    for step in PIPELINE[:first]:
+        assert f"after {step.__name__}\nno reads yet: find_saved finds them\n" in said
     for number, step in enumerate(PIPELINE[first:]):
         part = said.split(f"after {step.__name__}\n")[1].split("\n\n")[0]
         head, *lines = part.splitlines()

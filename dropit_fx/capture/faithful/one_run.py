@@ -17,8 +17,9 @@ from torch.utils.hooks import RemovableHandle
 
 from dropit_fx.capture.faithful.numbering import WORD, Numbers, constant, frozen
 from dropit_fx.capture.fake import fake_mode_of, fake_state, fakes_of
-from dropit_fx.measure import nodes_behind
-from dropit_fx.private import checkpoints_run_by, pytree
+from dropit_fx.holders import nodes_behind
+from dropit_fx.private import pytree
+from dropit_fx.private_hooks import checkpoints_run_by
 
 _OVERWRITTEN = "modified by an inplace operation"
 _HOOKS = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropit_fx.measure import alive
+from dropit_fx.holders import alive
 
 
 @dataclass(frozen=True)

@@ -217,20 +217,8 @@ class Cached(Part):
 
 
 LEAVES = (
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    type(None),
-    type,
-    ModuleType,
-    BuiltinFunctionType,
-    torch.dtype,
-    torch.device,
-    torch.Size,
-    torch.layout,
-    torch.memory_format,
+    *(int, float, complex, str, bytes, type(None), type, ModuleType, BuiltinFunctionType),
+    *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
 )
 
 

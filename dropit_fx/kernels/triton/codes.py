@@ -113,20 +113,15 @@ def _decode_steps_kernel(
     store_tile(out_ptr, i, level, i < count, (program + 1) * TILE <= count, True)
 
 
-def code_grid(count: int) -> tuple[int]:
-    """Programs for `count` codes."""
-    return programs(count, CODES)
-
-
 def pack_uint(x: Tensor, bits: int) -> Tensor:
     """As `reference.pack_uint`."""
     check_uint(x, bits)
     n = x.numel()
     out = x.new_empty(uint_nbytes(n, bits), dtype=torch.uint8)
     if n:
-        codes = x.contiguous().view(torch.uint8)
+        both = x.contiguous().view(torch.uint8), out
         how = {"count": n, "BITS": bits, "TILE": CODES}
-        launch(_pack_kernel, (codes, out), (n, bits), lambda: (code_grid(n), (codes, out), how))
+        launch(_pack_kernel, both, (n, bits), lambda: (programs(n, CODES), both, how))
     return out
 
 
@@ -137,7 +132,7 @@ def unpack_uint(packed: Tensor, bits: int, numel: int) -> Tensor:
     if numel:
         both = packed.contiguous(), out
         how = {"count": numel, "BITS": bits, "TILE": CODES}
-        launch(_unpack_kernel, both, (numel, bits), lambda: (code_grid(numel), both, how))
+        launch(_unpack_kernel, both, (numel, bits), lambda: (programs(numel, CODES), both, how))
     return out
 
 
@@ -177,7 +172,7 @@ def encode_steps(x: Tensor, borders: Sequence[float], bits: int) -> Tensor:
                 "BITS": bits,
                 "TILE": CODES,
             }
-            return code_grid(n), [values.view(INT_OF[x.dtype]), out], arguments
+            return programs(n, CODES), [values.view(INT_OF[x.dtype]), out], arguments
 
         launch(_encode_steps_kernel, (values, out), (n, x.dtype, bits, given), how)
     return out
@@ -203,7 +198,7 @@ def decode_steps(
                 "BITS": bits,
                 "TILE": CODES,
             }
-            return code_grid(numel), [codes, out.view(INT_OF[dtype])], arguments
+            return programs(numel, CODES), [codes, out.view(INT_OF[dtype])], arguments
 
         launch(_decode_steps_kernel, (codes, out), (numel, dtype, bits, given), how)
     return out

@@ -21,7 +21,7 @@ from dropit_fx.kernels.dispatch import warn_once
 from dropit_fx.kernels.dtypes import NUMBER
 from dropit_fx.kernels.format import uint_nbytes
 from dropit_fx.kernels.masks import apply_mask_reference, check_mask, pack_between_reference
-from dropit_fx.kernels.triton.launch import launch
+from dropit_fx.kernels.triton.launch import launch, programs
 
 TILE = 4096  # elements of a program: whole bytes of the mask
 
@@ -85,11 +85,6 @@ def _apply_mask_kernel(
     tl.store(out_ptr + i, tl.where(kept != 0, grad, other), mask=i < numel)
 
 
-def grid(numel: int) -> tuple[int]:
-    """Programs for `numel` elements, of both ops."""
-    return (triton.cdiv(numel, TILE),)
-
-
 def _known(dtype: torch.dtype) -> bool:
     if dtype not in NUMBER:
         warn_once(
@@ -115,7 +110,7 @@ def pack_between(x: Tensor, low: float | None, high: float | None) -> Tensor:
 
         def how() -> tuple[tuple[int], tuple[Tensor, Tensor], dict[str, Any]]:
             bounds = {"low": _rounded(low, x.dtype), "high": _rounded(high, x.dtype)}
-            return grid(x.numel()), both, {"numel": x.numel(), **bounds, "TILE": TILE}
+            return programs(x.numel(), TILE), both, {"numel": x.numel(), **bounds, "TILE": TILE}
 
         launch(_pack_between_kernel, both, (x.numel(), x.dtype, low, high), how)
     return out
@@ -132,8 +127,9 @@ def apply_mask(bits: Tensor, grad: Tensor, off: float) -> Tensor:
         all_three = bits.contiguous(), grad, out
 
         def how() -> tuple[tuple[int], tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
-            factor = {"off": _rounded(off, torch.float32), "SCALED": off != 0}
-            return grid(grad.numel()), all_three, {"numel": grad.numel(), **factor, "TILE": TILE}
+            n, factor = grad.numel(), _rounded(off, torch.float32)
+            arguments = {"numel": n, "off": factor, "SCALED": off != 0, "TILE": TILE}
+            return programs(n, TILE), all_three, arguments
 
         launch(_apply_mask_kernel, all_three, (grad.numel(), grad.dtype, off), how)
     return out

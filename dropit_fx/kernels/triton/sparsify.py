@@ -158,12 +158,7 @@ def sparsify(x: Tensor, form: Format, seed: Tensor | None = None) -> tuple[Tenso
 
 
 def sparsify_channels(
-    x: Tensor,
-    mean: Tensor,
-    inverse: Tensor,
-    inner: int,
-    form: Format,
-    seed: Tensor | None = None,
+    x: Tensor, mean: Tensor, inverse: Tensor, inner: int, form: Format, seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.sparsify_channels`; what is standardised never lies in memory."""
     if not fits(x.dtype, x.numel(), form.block) or inner > LARGEST_RUN:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dropit_fx.kernels.triton.launch import launch
+from dropit_fx.kernels.triton.launch import launch, programs
 
 TILE = 1024  # elements of a program
 _TILE = tl.constexpr(TILE)
@@ -102,11 +102,6 @@ def _decode_kernel(
     tl.store(indices_ptr + i, index.to(tl.int64), mask=i < numel)
 
 
-def grid(numel: int) -> tuple[int]:
-    """Programs for `numel` elements, of both ops."""
-    return (triton.cdiv(numel, TILE),)
-
-
 def _dense(x: Tensor, dims: int) -> tuple[Tensor, int]:
     """`x` or a copy without gaps, and the elements between neighbours along the last dimension."""
     order = torch.channels_last if dims == 2 else torch.channels_last_3d
@@ -151,7 +146,7 @@ def _run(
 
         def how() -> tuple[tuple[int], tuple[Tensor, Tensor], dict[str, Any]]:
             arguments = geometry(shape, inner, sizes, *window)
-            return grid(x.numel()), (dense, out), {"numel": x.numel(), **arguments}
+            return programs(x.numel(), TILE), (dense, out), {"numel": x.numel(), **arguments}
 
         key = x.numel(), inner, *shape, *sizes, *itertools.chain(*window)
         launch(kernel, (dense, out), key, how)

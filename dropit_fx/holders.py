@@ -1,0 +1,142 @@
+"""What holds tensors: objects of Python, and the nodes of autograd; and the storages that live."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from dropit_fx.private import (
+    closed_over,
+    pytree,
+    raw_saved,
+    sequence_number,
+    sparse_parts,
+    storage_id,
+)
+
+
+class Box:
+    """What autograd holds in a tensor's place; lives as long as the graph that saved the tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    @property
+    def tensors(self) -> list[Any]:
+        """The tensors that it holds; of other hooks, what holds them."""
+        return [self.tensor]
+
+
+def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors with storage that a tensor consists of: itself, or a subclass' inner tensors."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            inner = getattr(tensor, name)
+            if isinstance(inner, Tensor):  # a DTensor names its mesh too
+                yield from plain_parts(inner)
+    elif tensor.layout == torch.strided:
+        yield tensor
+    elif tensor.layout == torch.sparse_coo:
+        yield from sparse_parts(tensor)
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        yield from (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
+    else:  # oneDNN's own layouts show no storage; its size is that of the dense tensor
+        yield tensor.to_dense()
+
+
+def alive(*kinds: type) -> list[Any]:
+    """Objects of these classes, wherever they are held.
+
+    A million objects may live: a set of classes is asked by ``map``, without a line of Python for
+    each. By type(): isinstance() would ask lazy proxies for their __class__, which makes them
+    import things.
+    """
+    classes, todo = set[type](), [*kinds]
+    while todo:
+        classes.add(kind := todo.pop())
+        todo += kind.__subclasses__()
+    everything = gc.get_objects()
+    return [*itertools.compress(everything, map(classes.__contains__, map(type, everything)))]
+
+
+def storages_alive() -> dict[int, Tensor]:
+    """All storages that Python can reach, by key, each with a tensor that keeps the key its own.
+
+    That is how inputs are told from activations wherever `fn` finds them: arguments of any class,
+    closures, globals, attributes of objects.
+    """
+    storages: dict[int, Tensor] = {}
+    for tensor in alive(Tensor):
+        try:
+            storages.update((storage_id(part), part) for part in plain_parts(tensor))
+        except (RuntimeError, NotImplementedError):
+            continue  # a tensor without storage, such as functorch leaves behind, saves nothing
+    return storages
+
+
+def next_sequence_number() -> int:
+    """The number of this thread's next autograd node: older nodes have lower ones."""
+    with torch.enable_grad():
+        node = torch.ones((), requires_grad=True).clone().grad_fn
+    assert node is not None
+    return sequence_number(node) + 1
+
+
+def grad_fn_of(tensor: Tensor) -> Node | None:
+    """The autograd node of a tensor; none for a view that autograd refuses to differentiate.
+
+    Such a view was made under ``no_grad``, and what it is a view of was written to later. The
+    error comes with the first question for its node: it is the model's to ask.
+    """
+    try:
+        return tensor.grad_fn
+    except RuntimeError:
+        return None
+
+
+def nodes_behind(result: Any, start: int) -> list[Node]:
+    """The autograd nodes that lead to the tensors in `result` and are not older than `start`."""
+    tensors = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+    stack = [node for t in tensors if (node := grad_fn_of(t))]
+    found: dict[Node, None] = {}
+    while stack:
+        node = stack.pop()
+        # Leaves' nodes have the highest number there is: those of this and of an older graph alike.
+        if node not in found and sequence_number(node) >= start:
+            found[node] = None
+            stack.extend(following for following, _ in node.next_functions if following)
+    return list(found)
+
+
+def kept_by(node: Node) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that a node holds: saved, packed by hooks of `fn`'s own, or as an attribute."""
+    for name, saved in raw_saved(node):
+        full = f"{node.name()}.{name}" if name else node.name()
+        yield from ((full, tensor) for tensor in tensors_in(saved))
+    for value in attributes_of(node):
+        yield from ((node.name(), tensor) for tensor in tensors_in(value))
+
+
+def attributes_of(node: Node) -> list[Any]:
+    """``ctx.x = x`` of a Python function escapes every hook, as does what its backward closes over.
+
+    Compiled functions keep some tensors this way.
+    """
+    return [*getattr(node, "__dict__", {}).values(), *closed_over(node)]
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in any structure, those in boxes among them."""
+    if isinstance(value, Box):
+        return [tensor for one in value.tensors for tensor in tensors_in(one)]
+    if isinstance(value, list):
+        return [tensor for one in value for tensor in tensors_in(one)]
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
