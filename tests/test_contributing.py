@@ -166,5 +166,5 @@ def test_a_codec_that_is_added_as_the_guide_says_works(copy: Path) -> None:
     (copy / name).write_text(code)
     listed = copy / "dropit_fx/codecs/__init__.py"
     text = f"from dropit_fx.codecs.half import HALF\n{listed.read_text()}"
-    listed.write_text(text.replace("= (KEEP, ", "= (KEEP, HALF, "))
+    listed.write_text(text.replace("*(KEEP, DROP)", "*(KEEP, DROP, HALF)"))
     assert run(CODEC, copy) == "codec works\n"
