@@ -135,8 +135,10 @@ def attributes_of(node: Node) -> list[Any]:
 
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in any structure, those in boxes among them."""
-    if isinstance(value, Box):
-        return [tensor for one in value.tensors for tensor in tensors_in(one)]
-    if isinstance(value, list):
-        return [tensor for one in value for tensor in tensors_in(one)]
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    found: list[Tensor] = []
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Box):
+            found += tensors_in(leaf.tensors)
+        elif isinstance(leaf, Tensor):
+            found.append(leaf)
+    return found

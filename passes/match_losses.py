@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dropit_fx.ops.losses import reduction_enum
+from dropit_fx.ops.losses import deprecated_reduction, reduction_enum
 from dropit_fx.ops.table import RULES, operands_of, rule_of
 from dropit_fx.passes.match_layers import called, is_check
 from dropit_fx.runtime.linear_loss import linear_cross_entropy, linear_log_probs, linear_logsumexp
@@ -125,7 +125,7 @@ class Matcher:
         call = operands_of(user)
         if call.get("input") is not node:
             raise NoMatch(f"'{user.name}' is called otherwise than with logits")
-        if call["size_average"] is not None or call["reduce"] is not None:
+        if deprecated_reduction(call):
             raise NoMatch(f"'{user.name}' is called with deprecated arguments")
         target, z = self.values[call["target"].name], self.values[node.name]
         soft = target.is_floating_point()

@@ -124,7 +124,7 @@ def _dense_nodes(plan: Plan, decisions: tuple[Decision, ...]) -> dict[str, str]:
     reasons: dict[str, str] = {}
     freed: dict[str, float] = defaultdict(float)
     added: dict[str, int] = defaultdict(int)  # what a packed call keeps and autograd does not
-    instead = {d.read.node for d in decisions if d.read.read is not None and d.read.read.instead}
+    instead = {d.read.node for d in decisions if _is_instead(d)}
     for site, mine in by_site(plan.sites, decisions):
         kept = [d for d in mine if not d.packed and d.read.read is not None]
         for d in kept:
@@ -140,7 +140,7 @@ def _dense_nodes(plan: Plan, decisions: tuple[Decision, ...]) -> dict[str, str]:
                 added[d.read.node] += site.nbytes
                 reasons.setdefault(d.read.node, f"{name}, which autograd lets go")
         for d in mine if not plan.config.force else ():
-            if d.packed and d.read.read is not None and d.read.read.instead:
+            if d.packed and _is_instead(d):
                 added[d.read.node] += d.nbytes
                 why = f"{d.read.op} would keep '{d.read.operand}' beside what stays in memory"
                 reasons.setdefault(d.read.node, why)
@@ -186,6 +186,11 @@ def _let_go(plan: Plan, decisions: tuple[Decision, ...]) -> tuple[Decision, ...]
         ]
         out += going if all(d.packed for d in going) else mine
     return tuple(out)
+
+
+def _is_instead(decision: Decision) -> bool:
+    read = decision.read.read
+    return read is not None and read.instead
 
 
 def _gone(decision: Decision, codec: str) -> Decision:

@@ -15,6 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from dropit_fx.api import rewrite
+from dropit_fx.codecs.codec import Codec, Options
 from dropit_fx.config import load_config
 from dropit_fx.ops.table import RULES, bind
 from dropit_fx.passes.find_saved import NUMBER
@@ -125,6 +126,17 @@ def cotangent(out: Tensor) -> Tensor:
 def assert_same(a: Any, b: Any) -> None:
     """Equal to the last bit (NaN equals NaN)."""
     torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def packed_and_back(codec: Codec, x: Tensor, options: Options) -> Tensor:
+    """``x`` as it comes back; its bytes are those that were predicted."""
+    parts = codec.pack(x.reshape(-1), options)
+    assert len(parts) == codec.buffers
+    assert sum(t.nbytes for t in parts) == codec.nbytes(x.numel(), x.dtype, options)
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in parts)
+    back = codec.unpack(parts, options, x.numel(), x.dtype)
+    assert back.dtype == x.dtype
+    return back.view(x.shape)
 
 
 def assert_agrees(call: Case, packed: Any, dense: Any) -> None:

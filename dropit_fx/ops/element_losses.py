@@ -119,23 +119,27 @@ def _of_difference(
     )
 
 
-def _mse_loss(
-    input: Tensor,
-    target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: Any = "mean",
-    weight: Tensor | None = None,
-) -> Tensor:
-    out: Tensor = aten.mse_loss(input, target, reduction_enum(reduction))
-    return out
+def _unweighted(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss of ATen with the arguments that it has in ``torch.nn.functional``."""
+
+    def run(
+        input: Tensor,
+        target: Tensor,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: Any = "mean",
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        return op(input, target, reduction_enum(reduction))
+
+    return run
 
 
 def _difference(input: Tensor, target: Tensor, *settings: Any) -> Tensor:
     return input - target
 
 
-MSE_LOSS = _of_difference("mse_loss", _mse_loss, _difference)
+MSE_LOSS = _of_difference("mse_loss", _unweighted(aten.mse_loss), _difference)
 
 
 def _cut(difference: Tensor, bound: float) -> Tensor:
@@ -191,18 +195,6 @@ def _huber_difference(
 HUBER_LOSS = _of_difference("huber_loss", _huber_loss, _huber_difference, "delta")
 
 
-def _l1_loss(
-    input: Tensor,
-    target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: Any = "mean",
-    weight: Tensor | None = None,
-) -> Tensor:
-    out: Tensor = aten.l1_loss(input, target, reduction_enum(reduction))
-    return out
-
-
 def _l1_saving(
     input: Tensor,
     target: Tensor,
@@ -236,7 +228,7 @@ L1_LOSS = OpRule(
             like="input",
         ),
     ),
-    run=_l1_loss,
+    run=_unweighted(aten.l1_loss),
     run_saving=_l1_saving,
     backward=_l1_backward,
     obstacle=_plain,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from op_calls import T, assert_same, case, graph_of, pack_graph, run
+from op_calls import T, assert_same, case, graph_of, pack_graph, packed_and_back, run
 from torch import Tensor, nn
 
 import dropit_fx
@@ -27,15 +27,7 @@ def options_of(**options: Any) -> dict[str, Any]:
 
 
 def round_trip(x: Tensor, **options: Any) -> Tensor:
-    """``x`` as it comes back; its bytes are those that were predicted."""
-    known = options_of(**options)
-    parts = CAST.pack(x.reshape(-1), known)
-    assert len(parts) == CAST.buffers
-    assert sum(t.nbytes for t in parts) == CAST.nbytes(x.numel(), x.dtype, known)
-    assert all(t.untyped_storage().nbytes() == t.nbytes for t in parts)
-    back = CAST.unpack(parts, known, x.numel(), x.dtype)
-    assert back.dtype == x.dtype
-    return back.view(x.shape)
+    return packed_and_back(CAST, x, options_of(**options))
 
 
 def values_of(dtype: str) -> Tensor:

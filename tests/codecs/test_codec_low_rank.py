@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from op_calls import T, assert_same, case, cotangent, graph_of, pack_graph, run
+from op_calls import T, assert_same, case, cotangent, graph_of, pack_graph, packed_and_back, run
 from torch import Tensor, fx, nn
 
 import dropit_fx
@@ -43,15 +43,7 @@ def weight_gradient(layer: Any, x: Tensor, w: Tensor, seed: int = 3) -> Tensor:
 
 
 def round_trip(x: Tensor, **options: Any) -> Tensor:
-    """``x`` as it comes back; its bytes are those that were predicted."""
-    known = options_of(x.shape[1], **options)
-    parts = LOW_RANK.pack(x.reshape(-1), known)
-    assert len(parts) == LOW_RANK.buffers
-    assert sum(t.nbytes for t in parts) == LOW_RANK.nbytes(x.numel(), x.dtype, known)
-    assert all(t.untyped_storage().nbytes() == t.nbytes for t in parts)
-    back = LOW_RANK.unpack(parts, known, x.numel(), x.dtype)
-    assert back.dtype == x.dtype
-    return back.view(x.shape)
+    return packed_and_back(LOW_RANK, x, options_of(x.shape[1], **options))
 
 
 def falling(rows: int, width: int) -> Tensor:
