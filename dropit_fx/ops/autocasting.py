@@ -38,8 +38,7 @@ _NAMED_AS_THEY_ARE = frozenset({bool, int, str})  # in a key; a NaN is equal to 
 
 def under_autocast(values: Mapping[str, Any]) -> bool:
     """Whether autocast is on for a device of one of the tensors."""
-    devices = {v.device.type for v in values.values() if isinstance(v, Tensor)}
-    return any(autocast_on(device) for device in devices)
+    return any(map(autocast_on, {v.device.type for v in values.values() if isinstance(v, Tensor)}))
 
 
 def autocast_on(device: str) -> bool:

@@ -87,12 +87,10 @@ def bind(
 
     None where the call has arguments that the row does not know (``out=``), which keeps it dense.
     """
-    # to bind by a signature takes longer than many an op
-    missing = len(rule.inputs) - len(args)
-    plain = target is None and not kwargs
-    if plain and rule.defaults is not None and 0 <= missing <= len(rule.defaults):
-        given = (*args, *rule.defaults[len(rule.defaults) - missing :])
-        return dict(zip(rule.inputs, given, strict=True))
+    if target is None and rule.defaults is not None:
+        named = _bound_by_name(rule.inputs, rule.defaults, args, kwargs)
+        if named is not None:
+            return named
     signature = rule.signature
     known = {(k if k in signature.parameters else _ALIASES.get(k, k)): v for k, v in kwargs.items()}
     order = rule.orders.get(target) if isinstance(target, Hashable) else None
@@ -106,7 +104,7 @@ def bind(
     except TypeError:
         return None
     bound.apply_defaults()
-    named: dict[str, Any] = {}
+    named = {}
     for name, value in bound.arguments.items():
         if signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
             named |= {f"{name}.{i}": v for i, v in enumerate(value)}
@@ -115,6 +113,30 @@ def bind(
     if "inplace" in named and _writes(target):
         named["inplace"] = True
     return named
+
+
+def _bound_by_name(
+    inputs: tuple[str, ...],
+    defaults: tuple[Any, ...],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> dict[str, Any] | None:
+    """As :func:`bind`, where each argument has the name of ``inputs``; None where one has not.
+
+    To bind by a signature takes longer than many an op.
+    """
+    required, unused = len(inputs) - len(defaults), len(kwargs)
+    named = dict(zip(inputs, args, strict=False))
+    for at in range(len(args), len(inputs)):
+        name = inputs[at]
+        if name in kwargs:
+            named[name] = kwargs[name]
+            unused -= 1
+        elif at >= required:
+            named[name] = defaults[at - required]
+        else:
+            return None
+    return None if unused or len(args) > len(inputs) else named
 
 
 def operands_of(node: fx.Node) -> dict[str, Any]:

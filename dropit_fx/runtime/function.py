@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -79,60 +78,52 @@ class PackedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         rule_name: str,
         needs: tuple[str, ...],
         to_keep: tuple[Kept, ...],
         packed: tuple[Kept, ...],
         *flat: Any,
     ) -> Any:
-        """Runs the row; what it makes itself is packed here and returned behind the result."""
-        rule = RULES[rule_name]
-        args = flat[: len(flat) - sum(k.tensors for k in packed)]
-        out, inside = rule.run_saving(*args) if rule.run_saving else (rule.run(*args), {})
-        operands = dict(zip(rule.inputs, args, strict=True)) | {"result": out} | inside
-        parts: list[Tensor] = []
-        for kept in to_keep:
-            if kept.tensors and kept.codec == "keep":
-                parts.append(operands[kept.operand])
-            elif kept.tensors:
-                order = _spec_inside(rule, kept.operand, args, out).order
-                parts += parts_of(operands[kept.operand], order, kept.codec, dict(kept.options))
-        return (_no_view(out, args), *parts)
+        """Runs the row, and saves packed parts, and whole what is named so.
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Saves packed parts, and whole what is named so."""
-        rule_name, needs, to_keep, packed, *flat = inputs
+        What the row makes itself is packed here and returned behind the result.
+        """
         rule = RULES[rule_name]
-        count = sum(k.tensors for k in packed)
-        args, saved = flat[: len(flat) - count], list(flat[len(flat) - count :])  # tuples in Dynamo
-        out, *parts = output
-        ctx.mark_non_differentiable(*parts)
-        ctx.set_materialize_grads(False)
+        count = len(flat) - sum(k.tensors for k in packed)
+        args, saved = flat[:count], list(flat[count:])  # a tuple
+        out, inside = rule.run_saving(*args) if rule.run_saving else (rule.run(*args), {})
+        out = _no_view(out, args)
         named = dict(zip(rule.inputs, args, strict=True))
         tensors = {n: a for n, a in named.items() if isinstance(a, Tensor)}
-        all_kept = list(packed)
         specs = {"result": spec_of(out)} | {n: spec_of(a) for n, a in tensors.items()}
-        for kept, own in shared_out(to_keep, parts):
+        all_kept = list(packed)
+        made: list[Tensor] = []
+        for kept in to_keep:
             operand = kept.operand
-            if not own:
-                tensor = out if operand == "result" else tensors[operand]
-                all_kept.append(Kept(operand, "keep", dtype=tensor.dtype))
-                saved.append(tensor)
+            value = inside[operand] if operand in inside else named.get(operand, out)
+            if not kept.tensors:
+                all_kept.append(Kept(operand, "keep", dtype=value.dtype))
+                saved.append(value)
                 continue
             whole = kept.codec == "keep"
-            spec = spec_of(own[0]) if whole else _spec_inside(rule, operand, args, out)
+            spec = spec_of(value) if whole else _spec_inside(rule, operand, args, out)
+            own = (value,) if whole else parts_of(value, spec.order, kept.codec, dict(kept.options))
             specs[operand] = spec
+            made += own
             read = rule.read(operand)
             if read is not None and is_wanted_by(read, needs):  # it may be made for others alone
                 all_kept.append(Kept(operand, kept.codec, kept.options, spec.dtype, len(own)))
                 saved += own
+        ctx.mark_non_differentiable(*made)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         ctx.rule_name, ctx.needs, ctx.kept, ctx.specs = rule_name, needs, all_kept, specs
         device = out.device.type  # a row that runs as it is does so in the backward too
         ctx.autocast = torch.get_autocast_dtype(device) if autocast_on(device) else None
         ctx.plain = {n: None if n in tensors else a for n, a in named.items()}
-        ctx.parts = count
+        ctx.parts = len(flat) - count
+        return (out, *made)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> Any:
@@ -158,30 +149,6 @@ class PackedFunction(torch.autograd.Function):
                 grads = formula(grad, _SavedTensors(ctx), call)
         by_argument = [grads.get(n) if n in ctx.needs else None for n in ctx.plain]
         return (None, None, None, None, *by_argument, *[None] * ctx.parts)
-
-
-class _Bound:
-    """The arguments of ``PackedFunction.forward``, as they were given."""
-
-    def __init__(self, args: tuple[Any, ...]) -> None:
-        self.args, self.kwargs = args, dict[str, Any]()
-
-    def apply_defaults(self) -> None:
-        """There are none."""
-
-
-class _AsGiven(inspect.Signature):
-    """A signature without defaults and keywords: there is nothing to bind."""
-
-    def bind(self, /, *args: Any, **kwargs: Any) -> Any:
-        """As the base class says."""
-        return super().bind(*args, **kwargs) if kwargs else _Bound(args)
-
-
-# `apply` binds its arguments to it in every call, and would make it anew
-PackedFunction.forward.__signature__ = _AsGiven(  # type: ignore[attr-defined]
-    list(inspect.signature(PackedFunction.forward).parameters.values())
-)
 
 
 def _autocast_as(dtype: torch.dtype | None, device: str) -> AbstractContextManager[Any]:

@@ -24,7 +24,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from dropit_fx.kernels import logits
 from dropit_fx.runtime.function import refuse_second_derivatives
-from dropit_fx.runtime.overrides import has_own_ops, is_complex, on_meta, transformed
+from dropit_fx.runtime.overrides import has_own_ops, stays_dense, transformed
 
 Steps = Sequence[tuple[str, float]]  # (one of logits.STEPS, its number), in order
 IGNORED = -100  # the class of which PyTorch's losses take no notice, by default
@@ -107,7 +107,7 @@ def _logsumexp(z: Tensor) -> Tensor:
 def _is_plain(*tensors: Tensor | None) -> bool:
     """Whether PyTorch's own ops are to run: the op of the rows is not told how else to."""
     given = _tensors(*tensors)
-    return transformed() or has_own_ops(given) or on_meta(given) or is_complex(given)
+    return transformed() or has_own_ops(given) or stays_dense(given)
 
 
 def linear_cross_entropy(

@@ -54,7 +54,7 @@ from dropit_fx.runtime.copies import (
     shared_out,
 )
 from dropit_fx.runtime.function import PackedFunction, is_wanted_by
-from dropit_fx.runtime.overrides import has_own_ops, is_complex, on_meta, transformed
+from dropit_fx.runtime.overrides import has_own_ops, stays_dense, transformed
 from dropit_fx.runtime.regions import checkpointed as checkpointed  # as pickles name it
 from dropit_fx.runtime.regions import packed_checkpoint
 from dropit_fx.runtime.regions import stand_in as stand_in  # as pickles name it
@@ -108,7 +108,7 @@ def pack(
         )
     asked = [t is not None and t.requires_grad for t in needed_by]
     wanted = torch.is_grad_enabled() and any(asked)
-    if not wanted or on_meta((x,)):
+    if not wanted or stays_dense((x,)):
         return None
     with torch.no_grad():
         x = _lowered(x) if autocast else x
@@ -219,7 +219,7 @@ def _packed_op(rule: OpRule) -> Callable[..., Any]:
         needs = tuple([n for n, a in bound.items() if isinstance(a, Tensor) and a.requires_grad])
         derived_for_nobody = packed.get("result", "") is None
         unasked = not torch.is_grad_enabled() or not needs or derived_for_nobody
-        dense = as_torch or on_meta(values) or is_complex(values)
+        dense = as_torch or stays_dense(values)
         if unasked or dense or rule.obstacle(bound):
             plain = rule.run(*bound.values())
             return (plain, *[None] * len(gives)) if gives else plain
