@@ -69,6 +69,7 @@ if TYPE_CHECKING:  # the names to import, with their types
 
     batch_norm_impl_index: Callable[..., Any]
     peek_interpreter_stack: Callable[[], object]
+    is_legacy_batchedtensor: Callable[[Tensor], bool]
     set_hooks_tracing: Callable[[bool], bool]
     tag_activation_checkpoint: Callable[..., Any]
     log_softmax_backward_data: Callable[..., Tensor]

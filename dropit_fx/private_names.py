@@ -220,6 +220,12 @@ TABLE: tuple[Name, ...] = (
         instead=lambda: None,
     ),
     Name(
+        "torch._C._functorch.is_legacy_batchedtensor",
+        _lack("is_grads_batched=True fails through packed ops in PyTorch's words"),
+        "refusing many gradients at once, and saying what to do instead",
+        instead=lambda x: False,
+    ),
+    Name(
         "torch.autograd.forward_ad._current_level",
         _lack("packed models fail in forward mode"),
         "telling that forward-mode differentiation is on",

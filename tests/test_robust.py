@@ -133,6 +133,26 @@ def test_double_backward_is_refused_with_the_op_and_the_way_out() -> None:
         torch.autograd.grad(packed(x).sum(), list(packed.parameters()), create_graph=True)
 
 
+@pytest.mark.parametrize("way", ["transform", "dropit_eager"])
+def test_many_gradients_at_once_are_refused_with_the_op_and_the_way_out(way: str) -> None:
+    x, model = torch.randn(16, 8, requires_grad=True), mlp(8, 2)
+    if way == "transform":
+        packed = dropit_fx.transform(model, example_args=(x,))
+    else:
+        torch._dynamo.reset()
+        packed = torch.compile(model, backend="dropit_eager")
+    out = packed(x).sum(0)
+    each = torch.eye(len(out))
+    text = r"packed_linear: many gradients at once \(is_grads_batched=True.*one by one.*dense model"
+    with pytest.raises(RuntimeError, match=text):
+        torch.autograd.grad(out, x, each, is_grads_batched=True)
+    one_by_one = torch.stack([torch.autograd.grad(packed(x).sum(0), x, e)[0] for e in each])
+    jacobian = torch.func.jacrev(lambda t: model(t).sum(0))(x)
+    torch.testing.assert_close(one_by_one, jacobian, rtol=0.1, atol=0.1)  # as formats round
+    if way == "transform":
+        assert_same(torch.func.jacrev(lambda t: packed(t).sum(0))(x), jacobian)
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_second_derivatives_of_compiled_code_are_refused(inside: bool) -> None:
     x, model = torch.randn(32, 64, requires_grad=True), mlp()

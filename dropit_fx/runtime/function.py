@@ -14,7 +14,13 @@ from dropit_fx.ops import backwards
 from dropit_fx.ops.autocasting import autocast_on
 from dropit_fx.ops.rule import OpRule, Read
 from dropit_fx.ops.table import RULES
-from dropit_fx.private import base_of, dynamo_skips, storage_id, unsafe_view
+from dropit_fx.private import (
+    base_of,
+    dynamo_skips,
+    is_legacy_batchedtensor,
+    storage_id,
+    unsafe_view,
+)
 from dropit_fx.runtime.copies import (
     Kept,
     is_rounded,
@@ -129,7 +135,7 @@ class PackedFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> Any:
         """Runs the row's formula, which unpacks what it reads."""
         if grad is not None:
-            refuse_second_derivatives(grad, f"packed_{ctx.rule_name}")
+            check_grad(grad, f"packed_{ctx.rule_name}")
         rule = RULES[ctx.rule_name]
         grads: backwards.Grads = {}
         if grad is not None:
@@ -158,15 +164,31 @@ def _autocast_as(dtype: torch.dtype | None, device: str) -> AbstractContextManag
     return torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=False)
 
 
-def refuse_second_derivatives(grad: Tensor, function: str) -> None:
-    """Raises where the gradient is to be differentiated again; a compiler is not asked."""
-    if torch.is_grad_enabled() and type(grad) is Tensor and not torch.compiler.is_compiling():
+def check_grad(grad: Tensor, function: str) -> None:
+    """Raises for a gradient that is to be differentiated again, and for many that come as one.
+
+    A compiler is not asked.
+    """
+    if type(grad) is not Tensor or torch.compiler.is_compiling():
+        return
+    if torch.is_grad_enabled():
         raise RuntimeError(
             f"{function}: double backward (create_graph=True) is not supported,"
             " since the packed tensors are constants to autograd. Where a loss differentiates a"
-            " gradient, call the original, dense model, which shares its parameters with the"
-            " packed one (of what torch.compile returns, the model that it was given)."
+            f" gradient, {_DENSE}."
         )
+    if is_legacy_batchedtensor(grad):
+        raise RuntimeError(
+            f"{function}: many gradients at once (is_grads_batched=True, vectorize=True) are not"
+            " supported, since packed tensors are unpacked for one. Take them one by one, by"
+            f" torch.func.vjp or jacrev, which run packed models dense, or {_DENSE}."
+        )
+
+
+_DENSE = (
+    "call the original, dense model, which shares its parameters with the packed one (of what"
+    " torch.compile returns, the model that it was given)"
+)
 
 
 class _Once(torch.autograd.Function):
@@ -183,7 +205,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        refuse_second_derivatives(grad, f"packed_{ctx.rule_name}")
+        check_grad(grad, f"packed_{ctx.rule_name}")
         return grad, None
 
 

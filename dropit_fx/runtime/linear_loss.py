@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from dropit_fx.kernels import logits
-from dropit_fx.runtime.function import refuse_second_derivatives
+from dropit_fx.runtime.function import check_grad
 from dropit_fx.runtime.overrides import has_own_ops, stays_dense, transformed
 
 Steps = Sequence[tuple[str, float]]  # (one of logits.STEPS, its number), in order
@@ -39,7 +39,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    refuse_second_derivatives(grads[0], "linear_cross_entropy")
+    check_grad(grads[0], "linear_cross_entropy")
     wanted = [bool(asked) for asked in ctx.needs_input_grad[:4]]
     found = torch.ops.dropit.linear_rows_backward(*grads, *ctx.saved_tensors, *ctx.how, wanted)
     return (*[g if ask else None for g, ask in zip(found, wanted, strict=True)], *[None] * 5)
