@@ -1,8 +1,5 @@
 """Bit streams of small integers, and step functions as their codes: one launch each."""
 
-# Kernel arguments have no types that a type checker knows.
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
-
 from __future__ import annotations
 
 import functools

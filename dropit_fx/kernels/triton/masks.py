@@ -4,9 +4,6 @@ Each reads its operands once and writes its result once, in one launch. float64 
 which is said once.
 """
 
-# Kernel arguments have no types that a type checker knows.
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
-
 from __future__ import annotations
 
 import math

@@ -4,9 +4,6 @@ One program handles a tile of blocks, a row each (`launch.pack_tile`). Codes bec
 no byte a code passes through memory.
 """
 
-# Kernel arguments have no types that a type checker knows.
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
-
 from __future__ import annotations
 
 from typing import Any

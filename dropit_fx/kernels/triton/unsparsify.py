@@ -1,8 +1,5 @@
 """Unpacking: the inverse of `sparsify`, one launch."""
 
-# Kernel arguments have no types that a type checker knows.
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
-
 from __future__ import annotations
 
 from typing import Any
