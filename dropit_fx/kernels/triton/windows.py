@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dropit_fx.kernels.triton.launch import launch, programs
+from dropit_fx.kernels.triton.launch import Launch, launch, programs
 
 TILE = 1024  # elements of a program
 _TILE = tl.constexpr(TILE)
@@ -141,7 +141,7 @@ def _run(
     if x.numel():
         shape = list(x.shape[-dims:])
 
-        def how() -> tuple[tuple[int], tuple[Tensor, Tensor], dict[str, Any]]:
+        def how() -> Launch:
             arguments = geometry(shape, inner, sizes, *window)
             return programs(x.numel(), TILE), (dense, out), {"numel": x.numel(), **arguments}
 
