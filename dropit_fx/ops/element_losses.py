@@ -116,12 +116,12 @@ def _of_difference(
     )
 
 
-def _with_a_bend(args: Mapping[str, Any]) -> str:
-    return _plain(args) if args["beta"] > 0 else "with this beta it is no smooth_l1_loss"
-
-
 MSE_LOSS = _of_difference("mse_loss")
-SMOOTH_L1_LOSS = _of_difference("smooth_l1_loss", "beta", _with_a_bend)
+SMOOTH_L1_LOSS = _of_difference(
+    "smooth_l1_loss",
+    "beta",
+    lambda args: _plain(args) if args["beta"] > 0 else "with this beta it is no smooth_l1_loss",
+)
 HUBER_LOSS = _of_difference("huber_loss", "delta")
 
 

@@ -72,10 +72,6 @@ def _dropout_again(
     return input if mask is None else dropped_again(input, mask, p)
 
 
-def _dropout_draws(args: Mapping[str, Any]) -> str:
-    return "" if args["training"] and 0 < args["p"] < 1 else "this dropout draws no mask"
-
-
 DROPOUT = OpRule(
     name="dropout",
     targets=(F.dropout, torch.dropout, torch.dropout_, aten.dropout.default, aten.dropout_.default),
@@ -86,7 +82,9 @@ DROPOUT = OpRule(
     backward=_dropout_backward,
     derive=_dropout_again,
     derive_from=("mask",),
-    obstacle=_dropout_draws,
+    obstacle=lambda args: (
+        "" if args["training"] and 0 < args["p"] < 1 else "this dropout draws no mask"
+    ),
 )
 
 

@@ -98,14 +98,6 @@ def _rows(
     return (*numbers, dtype)
 
 
-def _log_softmax(z: Tensor) -> Tensor:
-    return F.log_softmax(z, -1)
-
-
-def _logsumexp(z: Tensor) -> Tensor:
-    return z.logsumexp(-1)
-
-
 def _is_plain(*tensors: Tensor | None) -> bool:
     """Whether PyTorch's own ops are to run: the op of the rows is not told how else to."""
     return transformed() or has_own_ops(tensors) or on_meta(tensors) or is_complex(tensors)
@@ -235,7 +227,9 @@ def linear_log_probs(
     """
     if _is_plain(x, weight, bias, index):
         return F.log_softmax(dense_logits(x, weight, bias, steps), -1).gather(-1, index)
-    picked, lse, *_, dtype = _rows(x, weight, bias, steps, _log_softmax, index.reshape(-1))
+    target = index.reshape(-1)
+    rows = _rows(x, weight, bias, steps, lambda z: F.log_softmax(z, -1), target)
+    picked, lse, *_, dtype = rows
     return (picked - lse).reshape(index.shape).to(dtype)
 
 
@@ -254,7 +248,7 @@ def linear_logsumexp(
     """
     if _is_plain(x, weight, bias):
         return dense_logits(x, weight, bias, steps).logsumexp(-1, keepdim)
-    _, lse, *_, dtype = _rows(x, weight, bias, steps, _logsumexp)
+    _, lse, *_, dtype = _rows(x, weight, bias, steps, lambda z: z.logsumexp(-1))
     return lse.reshape(*x.shape[:-1], *[1] * keepdim).to(dtype)
 
 
