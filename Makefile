@@ -56,7 +56,7 @@ figures: $(VENV)/.installed-test
 # TESTS= leaves the tests out, ARGS='--models deit_s' picks rows.
 TESTS ?= tests/gpu
 gpu:
-	$(PYTHON) -m dropit_fx.bench.gpu $(if $(TESTS),--tests $(TESTS)) $(if $(OUT),--copy-to '$(OUT)') $(ARGS)
+	$(PYTHON) -m dropit_fx.cli bench gpu $(if $(TESTS),--tests $(TESTS)) $(if $(OUT),--copy-to '$(OUT)') $(ARGS)
 
 # The models of the tests are built from configs or installed as packages: nothing is downloaded. Each worker has one
 # thread: those of two workers on two cores would wait for each other, at full load.

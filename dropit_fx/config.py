@@ -20,7 +20,7 @@ from dropit_fx.rules import DEFAULT_PRESET as DEFAULT_PRESET
 from dropit_fx.rules import Config as Config
 from dropit_fx.rules import Rule as Rule
 from dropit_fx.rules import TrainRule as TrainRule
-from dropit_fx.words import did_you_mean, matches, shortened
+from dropit_fx.words import did_you_mean, is_whole, matches, shortened
 
 _COUNTS = {"norm_values": "values", "loss_classes": "classes"}  # settings that are numbers
 PRESET_KEYS = ("derive", "keep_small", *_COUNTS)  # that a preset sets beside its rules
@@ -102,8 +102,7 @@ def _before(base: Config, source: Mapping[str, Any], origin: str, preset: bool =
         what = _COUNTS.get(key)
         if what is None and not isinstance(value, bool):
             raise ConfigError(f"{origin}: {key!r} is true or false, not {value!r}")
-        is_count = isinstance(value, int) and not isinstance(value, bool)
-        if what and not (is_count and 0 <= value < 2**63):
+        if what and not (is_whole(value) and 0 <= value < 2**63):
             raise ConfigError(f"{origin}: {key!r} is a number of {what}, 0 or more: {value!r}")
     numbered = [(r, i, f"{origin}, rule {i}") for i, r in enumerate(rules, 1)]
     training = tuple(_train_rule(r, i, at) for r, i, at in numbered if _says(r, "train"))

@@ -15,7 +15,6 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dropit_fx.capture.provenance import line_at_work
 from dropit_fx.codecs import CODEC
-from dropit_fx.codecs.mink import whole
 from dropit_fx.config import ConfigError
 from dropit_fx.private import dynamo_skips
 from dropit_fx.private_hooks import drop_hooks, hooks_in_force
@@ -24,6 +23,7 @@ from dropit_fx.runtime.checkpoints import CheckpointPacker, may_be_called_as_suc
 from dropit_fx.runtime.saved_copies import Copies
 from dropit_fx.runtime.saved_hooks import Packing, outside_of_ours, unpack
 from dropit_fx.runtime.saved_notes import Note, Notes
+from dropit_fx.words import is_whole
 
 BLOCK = 512  # elements that share a scale: a thirtieth of a byte each
 
@@ -34,7 +34,7 @@ def _options(bits: int) -> dict[str, Any]:
     Raises:
         ConfigError: No kept value has so many bits.
     """
-    if not whole(bits) or not 1 <= bits <= 8:
+    if not is_whole(bits) or not 1 <= bits <= 8:
         raise ConfigError(f"bits={bits!r}: must be 1 to 8, the bits of a kept value.")
     return CODEC["quant"].defaults() | {"bits": bits, "block": BLOCK}
 

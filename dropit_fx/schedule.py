@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dropit_fx.measure import saved_bytes
 from dropit_fx.private import compiled_in_place, uncompiled
-from dropit_fx.words import closest, matches, unmatched
+from dropit_fx.words import closest, is_number, is_whole, matches, unmatched
 
 HEADS = ("head", "head_dist", "heads", "fc", "classifier", "lm_head", "score")
 UNSEEN = 1e7  # scale of the first guesses at an update, so that each layer has its turn
@@ -85,10 +85,10 @@ class FreezeScheduler:
         sample: int = 65536,
         seed: int = 0,
     ) -> None:
-        if not _is_number(rate) or not 0 <= rate < 1:
+        if not is_number(rate) or not 0 <= rate < 1:
             raise ValueError(f"rate={rate!r}: the share of frozen layers, a number in [0, 1).")
         for name, value in (("sample", sample), ("variants", variants)):
-            counts = _is_number(value) and isinstance(value, int) and value >= 1
+            counts = is_whole(value) and value >= 1
             if not counts and not (name == "variants" and value is None):
                 raise ValueError(f"{name}={value!r}: a whole number, 1 or more.")
         if variants is None and _is_compiled(model):
@@ -248,10 +248,6 @@ class FreezeScheduler:
     def _sampled(self, name: str) -> Tensor:
         flat = self._layers[name].detach().reshape(-1)
         return flat[:: -(-flat.numel() // self._sample)]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def select(

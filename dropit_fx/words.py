@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
+from typing import TypeGuard
 
 LONGEST = 200  # characters of a word in a message
 
@@ -31,6 +32,16 @@ def unmatched(globs: Iterable[str], names: Iterable[str]) -> Iterator[str]:
     """The globs that match none of the names."""
     known = tuple(names)
     return (glob for glob in globs if not any(fnmatchcase(name, glob) for name in known))
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of the user's is a number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether it is an integer."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def shortened(message: str) -> str:

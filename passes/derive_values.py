@@ -37,16 +37,14 @@ COPIES = 2  # the factors of a gated product, the summands behind a downsampling
 
 
 def derive_values(plan: Plan) -> Plan:
-    """Replaces packed copies by recipes, where the config asks for it."""
-    return _in_fewest_bytes(plan) if plan.config.derive else plan
+    """Replaces packed copies by recipes, where the config asks for it.
 
-
-def _in_fewest_bytes(plan: Plan) -> Plan:
-    """With the formats as they were asked for, or finer ones from which more can be derived.
-
-    Other values are made from four bits, not from three: then each needs a copy of its own, and
-    fewer bits for one tensor would take more bytes in all.
+    With the formats as they were asked for, or finer ones from which more can be derived. Other
+    values are made from four bits, not from three: then each needs a copy of its own, and fewer
+    bits for one tensor would take more bytes in all.
     """
+    if not plan.config.derive:
+        return plan
     asked = _derive(plan)
     lifted = tuple(map(_finer, plan.decisions))
     if plan.config.force or lifted == plan.decisions:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from dropit_fx.passes.match_losses import Loss, Matcher, NoMatch, Output
 from dropit_fx.passes.plan import Plan
 from dropit_fx.private import ORIGIN, OpOverload, schema
 from dropit_fx.runtime.linear_loss import logits_unless_training
-from dropit_fx.runtime.regions import name_of
+from dropit_fx.runtime.regions import name_of, with_users
 
 log = logging.getLogger(__name__)
 
@@ -83,18 +83,9 @@ def fuse_losses(plan: Plan) -> Plan:
     return replace(plan, unfused=dense, notes=notes)
 
 
-def _losses_of(node: fx.Node) -> Iterator[fx.Node]:
+def _losses_of(node: fx.Node) -> list[fx.Node]:
     """What may be a loss among all that reads a node, directly or behind others."""
-    seen: set[fx.Node] = set()
-    todo = [*node.users]
-    while todo:
-        user = todo.pop()
-        if user in seen:
-            continue
-        seen.add(user)
-        todo += user.users
-        if _is_loss(user):
-            yield user
+    return [user for user in with_users(node.users) if _is_loss(user)]
 
 
 def _is_loss(node: fx.Node) -> bool:
@@ -112,7 +103,7 @@ def _head(layer: Layer, values: Mapping[str, Any], plan: Plan) -> list[_Head]:
         NoMatch: The logits have to stay.
     """
     x, z = values[layer.x.name], values[layer.node.name]
-    if z.shape[-1] < plan.config.loss_classes or not any(_losses_of(layer.node)):
+    if z.shape[-1] < plan.config.loss_classes or not _losses_of(layer.node):
         return []
     width, classes = x.shape[-1], z.shape[-1]
     head = _Head(layer=layer, readers=tuple(Matcher(width, values).readers(layer.node)))

@@ -1,16 +1,10 @@
-"""Blocks of transformers by themselves, as specs for ``bench``: ``dropit_fx.bench.blocks:llama``.
-
-Each factory returns a module and its input (batch, tokens, width), which wants a gradient, as
-between other blocks.
-"""
+"""A block of a transformer by itself, as a spec for ``bench``: ``dropit_fx.bench.blocks:llama``."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-Made = tuple[nn.Module, tuple[Tensor]]
 
 
 class Llama(nn.Module):
@@ -30,10 +24,7 @@ class Llama(nn.Module):
     def __init__(self, width: int, inner: int, heads: int, groups: int, tokens: int) -> None:
         super().__init__()
         self.size = width // heads
-        self.attention_norm, self.mlp_norm = (
-            nn.RMSNorm(width, eps=1e-5),
-            nn.RMSNorm(width, eps=1e-5),
-        )
+        self.attention_norm, self.mlp_norm = (nn.RMSNorm(width, eps=1e-5) for _ in range(2))
         self.q = nn.Linear(width, width, bias=False)
         self.k = nn.Linear(width, groups * self.size, bias=False)
         self.v = nn.Linear(width, groups * self.size, bias=False)
@@ -64,37 +55,9 @@ class Llama(nn.Module):
         return x * self.cos + torch.cat((-second, first), -1) * self.sin
 
 
-class ViT(nn.Module):
-    """A block of DeiT (arXiv 2012.12877): layer norms, attention, MLP with GELU.
+def llama() -> tuple[nn.Module, tuple[Tensor]]:
+    """Of Llama 3, 8 billion parameters: 4096 wide; 2048 tokens.
 
-    Args:
-        width: Of the tokens.
-        heads: Of attention.
+    And its input (batch, tokens, width), which wants a gradient, as between other blocks.
     """
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.attention_norm, self.mlp_norm = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Of the same shape as ``x``: (batch, tokens, width)."""
-        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        made: Tensor = x + self.mlp(self.mlp_norm(x))
-        return made
-
-
-def llama() -> Made:
-    """Of Llama 3, 8 billion parameters: 4096 wide; 2048 tokens."""
     return Llama(4096, 14336, 32, 8, 2048), (torch.randn(1, 2048, 4096, requires_grad=True),)
-
-
-def deit_base() -> Made:
-    """Of DeiT-B: 768 wide; 197 tokens."""
-    return ViT(768, 12), (torch.randn(1, 197, 768, requires_grad=True),)

@@ -1,4 +1,4 @@
-"""``dropit-fx bench`` and ``python -m dropit_fx.bench.commands``: the benches and their options.
+"""``dropit-fx bench``: the benches and their options.
 
 The options of ``bench WHAT`` are the parameters of ``bench_WHAT`` in the module of that name.
 """
@@ -8,12 +8,10 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 from dropit_fx.bench.formats import LOSSES
-from dropit_fx.config import DEFAULT_PRESET, ConfigError
+from dropit_fx.config import DEFAULT_PRESET
 
 PRESET_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("preset", str, f"its rules come after the config's own (default: {DEFAULT_PRESET})"),
@@ -208,19 +206,3 @@ def _run(name: str, options: argparse.Namespace) -> int:
     given = {option: value for option, value in vars(options).items() if option != "run"}
     getattr(module, f"bench_{name}")(**given)
     return 0
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one of the benches, on machines where the package's scripts are not on the path."""
-    parser = argparse.ArgumentParser(prog="python -m dropit_fx.bench.commands")
-    add_benches(parser)
-    options = parser.parse_args(arguments)
-    try:
-        return int(options.run(options))
-    except (ConfigError, OSError, ValueError) as error:
-        print(f"dropit-fx: error: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,7 +15,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -24,7 +23,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from dropit_fx.bench import commands, gpu_rows
+from dropit_fx.bench import gpu_rows
 from dropit_fx.bench.device import find_device
 from dropit_fx.bench.gpu_models import MODELS
 from dropit_fx.bench.gpu_rows import Row
@@ -296,7 +295,3 @@ def _output(*command: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None
-
-
-if __name__ == "__main__":
-    sys.exit(commands.main(["gpu", *sys.argv[1:]]))

@@ -154,7 +154,7 @@ def predict(
                 inner: dict[str, Any] = {INNER_COMPILE: lower}
                 return compile_fx(graph, inputs, **inner)  # type: ignore[return-value]
             options = {"config": config, "fuse": variant.fuse}
-            return backend.dropit_lowered_by(lower, graph, inputs, options)
+            return backend.dropit(graph, inputs, options=options, lower=lower)
 
     torch.compiler.reset()
     before = len(backend.compiled_graphs())

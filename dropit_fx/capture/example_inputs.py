@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dropit_fx.capture.fake import as_activation, fake_mode_of, fake_state
+from dropit_fx.capture.fake import as_activation, blank, fake_mode_of, fake_state
 from dropit_fx.capture.trace import CaptureError
 from dropit_fx.capture.untouched import untouched
 from dropit_fx.private import ConvNd, codegen, pytree, storage_id
@@ -100,14 +100,12 @@ def record(
             f" stopped before submodule '{missing}': {type(failed).__name__}: {failed}"
         ) from failed
 
-    def blank(t: Tensor) -> Tensor:
-        layout = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
-        if not t.is_floating_point():
-            return layout
-        layout.requires_grad_()
-        return layout if storage_id(t) in outside else as_activation(layout)
+    def alike(t: Tensor) -> Tensor:
+        made = blank(t)
+        leaf = storage_id(t) in outside or not made.requires_grad
+        return made if leaf else as_activation(made)
 
-    return {n: pytree.tree_map_only(Tensor, blank, given) for n, given in seen.items()}
+    return {n: pytree.tree_map_only(Tensor, alike, given) for n, given in seen.items()}
 
 
 @dataclass

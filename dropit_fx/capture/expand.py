@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from dropit_fx.capture.faithful import difference, meaning
+from dropit_fx.capture.fake import blank
 from dropit_fx.capture.input_guards import InputGuards
 from dropit_fx.capture.modes import lay_over
 from dropit_fx.capture.regions import REGION
@@ -168,7 +169,7 @@ def _open_function(graph_module: fx.GraphModule, node: fx.Node, values: dict[str
 
         return run
 
-    empty, blanks = nn.Module(), [_blank(t) for t in tensors.values()]
+    empty, blanks = nn.Module(), [blank(t) for t in tensors.values()]
     traces = []
     for flag in (True, False) if flags else (True,):
         with untouched(empty, generators=True) as seen:  # not around tracers, which draw names
@@ -249,14 +250,6 @@ def _plain(value: Any) -> Any:
     return tuple(map(_plain, value)) if type(value) is tuple else value
 
 
-def _blank(tensor: Tensor) -> Tensor:
-    """Uninitialised memory of the same layout, for a tracer that reads sizes and strides only."""
-    blank = torch.empty_strided(
-        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
-    )
-    return blank.requires_grad_() if tensor.is_floating_point() else blank
-
-
 def _trace_first_size(
     run: Callable[..., Any], tensors: list[Tensor], fixed: list[bool]
 ) -> tuple[fx.GraphModule, list[str]]:
@@ -295,7 +288,7 @@ def _needed(
     Tracers ask it for layouts and broadcasts, and a last batch may well have one element.
     """
     ones = {i for i in range(len(blanks)) if f"args[{i}].size()[0] != 1" in conditions}
-    given = tuple(_blank(t[:1]) if i in ones else t for i, t in enumerate(blanks))
+    given = tuple(blank(t[:1]) if i in ones else t for i, t in enumerate(blanks))
     empty = nn.Module()
     with untouched(empty):
         try:
@@ -318,7 +311,7 @@ def _trace(
         context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
             dynamic_sizes=[dynamic] * tensor.dim()
         )
-        fakes.append(mode.from_tensor(_blank(tensor).detach(), symbolic_context=context))
+        fakes.append(mode.from_tensor(blank(tensor).detach(), symbolic_context=context))
     return _aten(run, fakes, pre_dispatch)
 
 

@@ -98,6 +98,14 @@ def held(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def blank(tensor: Tensor) -> Tensor:
+    """Uninitialised memory of the same layout; a leaf that requires a gradient where it can."""
+    made = torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
+    return made.requires_grad_() if tensor.is_floating_point() else made
+
+
 @contextmanager
 def fake_state(module: nn.Module, mode: FakeTensorMode) -> Iterator[dict[int, bool]]:
     """Fake parameters and buffers for the time of a run.
@@ -138,9 +146,6 @@ class RealStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     supports_higher_order_operators = True
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

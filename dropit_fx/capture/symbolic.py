@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from dropit_fx.ops.draws import DRAWING
-from dropit_fx.ops.table import AUGMENTED
+from dropit_fx.ops.table import AUGMENTED, DRAWING
 from dropit_fx.private import buffers, pytree
 
 _WRITES = (*AUGMENTED, "imatmul")

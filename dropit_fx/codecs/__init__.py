@@ -1,8 +1,8 @@
 """The list of codecs: how a tensor may be kept, one file each, in one visible tuple.
 
 May be imported from here: ``CODECS``, ``CODEC``, the words that stand in the place of a codec,
-``codec`` (what a codec is), ``mink`` for ``whole``, and ``cast`` and ``low_rank`` for the words of
-their options. Needs ``ops`` for the uses and the step tables, and ``kernels``.
+``codec`` (what a codec is), ``mink`` for ``format_of``, and ``cast`` and ``low_rank`` for the words
+of their options. Needs ``ops`` for the uses and the step tables, and ``kernels``.
 """
 
 from dropit_fx.codecs.bitmask import BITMASK

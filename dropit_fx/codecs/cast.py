@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dropit_fx.codecs.codec import Codec, Option, Options
-from dropit_fx.codecs.mink import whole
 from dropit_fx.kernels.dtypes import saturated
 from dropit_fx.kernels.fused_bits import divides, is_empty
 from dropit_fx.ops.rule import Use
+from dropit_fx.words import is_whole
 
 BFLOAT16 = "bfloat16"
 _MANTISSA = (1 << 23) - 1  # of a float32
@@ -58,7 +58,7 @@ DTYPE = Option(
 BLOCK = Option(
     name="block",
     default=128,
-    legal=lambda v: v is None or (whole(v) and v >= 8 and v % 8 == 0),
+    legal=lambda v: v is None or (is_whole(v) and v >= 8 and v % 8 == 0),
     meaning="elements that share a scale, a multiple of 8, or null for the whole tensor;"
     " 'bfloat16' has none",
 )

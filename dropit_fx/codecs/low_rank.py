@@ -24,18 +24,19 @@ from torch import Tensor
 
 import dropit_fx.kernels.projection  # noqa: F401  registers its ops
 from dropit_fx.codecs.codec import Codec, Option, Options
-from dropit_fx.codecs.mink import BITS, BLOCK, ROUNDING, format_of, whole
+from dropit_fx.codecs.mink import BITS, BLOCK, ROUNDING, format_of
 from dropit_fx.kernels import FULL, Format
 from dropit_fx.kernels.dtypes import saturated
 from dropit_fx.kernels.fused_bits import is_empty
 from dropit_fx.ops.autocasting import without_autocast
 from dropit_fx.ops.rule import Use
+from dropit_fx.words import is_whole
 
 RANGE, RANDOM = PROJECTIONS = ("range", "random")
 
 
 def _legal_rank(value: Any) -> bool:
-    if whole(value):
+    if is_whole(value):
         return bool(value >= 1)
     return isinstance(value, float) and 1 / FULL <= value < 1
 
@@ -62,7 +63,7 @@ def _sizes(numel: Any, options: Options) -> tuple[Any, Any]:
     """How many rows there are, and the rank."""
     rows, rank = numel // torch.sym_max(options["width"], 1), options["rank"]
     most = torch.sym_min(rows, options["width"]) if options["projection"] == RANGE else rows
-    if whole(rank):
+    if is_whole(rank):
         return rows, torch.sym_min(most, rank)
     return rows, (most * round(rank * FULL) + FULL - 1) // FULL
 

@@ -26,6 +26,7 @@ from dropit_fx.codecs.codec import Codec, Option, Options
 from dropit_fx.kernels import FULL, SPACINGS, Format, fused
 from dropit_fx.ops.autocasting import without_autocast
 from dropit_fx.ops.rule import Use
+from dropit_fx.words import is_number, is_whole
 
 
 def keep_ratio(gamma: float) -> int:
@@ -33,17 +34,8 @@ def keep_ratio(gamma: float) -> int:
     return round((1 - gamma) * FULL)
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def whole(value: Any) -> bool:
-    """Whether a config value is an integer."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _legal_gamma(value: Any) -> bool:
-    return _number(value) and math.isfinite(value) and 0 <= value < 1 and keep_ratio(value) > 0
+    return is_number(value) and math.isfinite(value) and 0 <= value < 1 and keep_ratio(value) > 0
 
 
 GAMMA = Option(
@@ -56,7 +48,7 @@ GAMMA = Option(
 BITS = Option(
     name="bits",
     default=None,
-    legal=lambda v: v is None or (whole(v) and 1 <= v <= 8),
+    legal=lambda v: v is None or (is_whole(v) and 1 <= v <= 8),
     meaning="bits of a kept value, 1 to 8, or null for the tensor's own dtype",
     shown=True,
 )
@@ -64,7 +56,7 @@ QUANT_BITS = replace(BITS, default=4)
 BLOCK = Option(
     name="block",
     default=1024,
-    legal=lambda v: whole(v) and v >= 8 and v % 8 == 0,
+    legal=lambda v: is_whole(v) and v >= 8 and v % 8 == 0,
     meaning="elements of a block, a multiple of 8",
 )
 SCOPE = Option(

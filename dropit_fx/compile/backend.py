@@ -95,6 +95,7 @@ def dropit(
     *,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
+    lower: Callable[..., Any] | None = None,
 ) -> Compiled:
     """The backend ``"dropit"``: rewrite, then inductor.
 
@@ -108,11 +109,13 @@ def dropit(
             ops, to fuse them (True, False; None: False); anything else goes to inductor. Each of
             ours has a default in the environment (``DROPIT_PRESET=...``), for callers that cannot
             pass options.
+        lower: What makes code of each forward and backward behind the cut, called with it and its
+            fake inputs; as ``inner_compile`` of ``compile_fx``. None: inductor.
 
     Raises:
         ConfigError: An unknown option, or a value that cannot mean anything.
     """
-    return _compile(gm, example_inputs, "inductor", mode, dict(options or {}))
+    return _compile(gm, example_inputs, "inductor", mode, dict(options or {}), lower)
 
 
 def dropit_eager(
@@ -124,27 +127,6 @@ def dropit_eager(
 ) -> Compiled:
     """The backend ``"dropit_eager"``: rewrite, then run the graph as it is. For debugging."""
     return _compile(gm, example_inputs, "eager", mode, dict(options or {}))
-
-
-def dropit_lowered_by(
-    lower: Callable[..., Any],
-    gm: fx.GraphModule,
-    example_inputs: list[Any],
-    options: Mapping[str, Any] | None = None,
-) -> Compiled:
-    """As :func:`dropit`, with ``lower`` in the place of what inductor makes code of a graph with.
-
-    Args:
-        lower: Called with each forward and backward behind the cut and its fake inputs, within
-            inductor's config of this compilation; as ``inner_compile`` of ``compile_fx``.
-        gm: Dynamo's graph; it is rewritten in place.
-        example_inputs: Its inputs, as fake tensors.
-        options: As for :func:`dropit`.
-
-    Raises:
-        ConfigError: As of :func:`dropit`.
-    """
-    return _compile(gm, example_inputs, "inductor", None, dict(options or {}), lower)
 
 
 def _compile(

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dropit_fx.ops.draws import BY_ELEMENT
-from dropit_fx.ops.table import operands_of, rule_of
+from dropit_fx.ops.table import DRAWING_EACH, operands_of, rule_of
 from dropit_fx.private import EXAMPLE_VALUE, VALUE
 from dropit_fx.private_inductor import decides_layout, inductor_config
-from dropit_fx.runtime.regions import bodies_of
+from dropit_fx.runtime.regions import bodies_of, name_of, with_users
 from dropit_fx.runtime.tensor_spec import memory_order
 
 _FORMATS = {2: torch.channels_last, 3: torch.channels_last_3d}
@@ -47,15 +46,15 @@ def channels_last(graph_module: fx.GraphModule, options: Mapping[str, Any] | Non
     if any(_writes(n) for drawn in drawing.values() for n in drawn):
         return  # what they write into is the tensor in the order that it has
     orders = {n: memory_order(v) for n in graph.nodes if (v := _value(n)) is not None}
-    changed: dict[fx.Node, None] = {}
+    changed: list[fx.Node] = []
     for node, dims, value in list(_convolutions(graph)):
         layout = _layout(value, dims)
         if layout is not None and value.dim() == dims + 2:
             after = _laid_out(node, layout)
             orders[after] = orders[node]
             if not value.is_contiguous(memory_format=layout):
-                changed[after] = None
-    behind = _behind(changed)
+                changed.append(after)
+    behind = with_users(changed)
     for node in drawing:
         for operand in node.all_input_nodes:
             if operand in behind and operand in orders:
@@ -83,42 +82,28 @@ def _laid_out(node: fx.Node, layout: torch.memory_format) -> fx.Node:
     return after
 
 
-def _behind(nodes: Mapping[fx.Node, None]) -> set[fx.Node]:
-    """These nodes, and all that is made of them."""
-    found, todo = set[fx.Node](), [*nodes]
-    while todo:
-        if (node := todo.pop()) not in found:
-            found.add(node)
-            todo += node.users
-    return found
-
-
 def _drawn(graph_module: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
     """The nodes that draw a number for each element of a tensor: this one, or those of a region."""
     if node.op not in ("call_function", "call_method"):
         return []
     if bodies := bodies_of(graph_module, node):
         return [n for body in bodies for inner in body.graph.nodes for n in _drawn(body, inner)]
-    drawn = _name(node).rstrip("_") in BY_ELEMENT and any(
+    drawn = name_of(node).rstrip("_") in DRAWING_EACH and any(
         (value := _value(n)) is None or value.dim() > 2 for n in node.all_input_nodes
     )
     return [node] if drawn else []
 
 
 def _writes(node: fx.Node) -> bool:
-    at = 4 if _name(node) == "rrelu" else 3
+    at = 4 if name_of(node) == "rrelu" else 3
     inplace = node.args[at] if len(node.args) > at else node.kwargs.get("inplace")
-    return _name(node).endswith("_") or inplace is True
+    return name_of(node).endswith("_") or inplace is True
 
 
 def _value(node: fx.Node) -> Tensor | None:
     """A node's result as Dynamo saw it, if it is a tensor."""
     value = node.meta.get(EXAMPLE_VALUE)
     return value if isinstance(value, Tensor) else None
-
-
-def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def _as_in_the_model(node: fx.Node, operand: fx.Node, order: list[int]) -> None:

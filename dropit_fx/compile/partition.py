@@ -108,7 +108,8 @@ class KeepPacked(CustomPartitionerFn):
                 for reader in readers:
                     if reader is not out and not must_recompute(reader):
                         reader.meta[PLACE] = IN_BACKWARD  # nothing else reads a packed tensor
-        extra = [*packed, *_read_by_regions(gm, originals)]
+        # and what checkpointed regions read in the forward, where the graph has a stand-in of it
+        extra = [*packed, *dict.fromkeys(_originals_of(gm.graph, originals).values())]
         out.args = ((*flat[:count], *extra, *flat[count:]),)
         out.meta[OUTPUTS] = described[:count] + [None] * len(extra) + described[count:]
 
@@ -254,11 +255,6 @@ def _originals_of(graph: fx.Graph, originals: dict[str, str]) -> dict[fx.Node, f
     for value, original in read.items():  # in the order of the graph: the outer region's is known
         read[value] = read.get(original, original)
     return {nodes[value]: nodes[original] for value, original in read.items()}
-
-
-def _read_by_regions(joint: fx.GraphModule, originals: dict[str, str]) -> list[fx.Node]:
-    """What checkpointed regions read in the forward, where the joint graph has a stand-in of it."""
-    return list(dict.fromkeys(_originals_of(joint.graph, originals).values()))
 
 
 def _read_originals(forward: fx.GraphModule, originals: dict[str, str]) -> None:

@@ -36,7 +36,6 @@ from torch import Tensor
 
 from dropit_fx.kernels.format import AFFINE, UNIFORM, Format
 
-_INFINITY = 0x7F800000  # bit pattern of float32 Inf
 _TOP = 0x7F7F0000  # the greatest finite bfloat16, as a float32 pattern
 
 

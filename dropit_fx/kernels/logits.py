@@ -22,7 +22,7 @@ of the product, to which blocks of weight and bias are cast: under autocast it i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -250,19 +250,17 @@ def _fake_grads(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 _OPERANDS = "Tensor x, Tensor weight, Tensor? bias, Tensor? target, Tensor? factors"
 _LOGITS = "str[] steps, float[] numbers, ScalarType dtype"
-_OPS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
-    (
-        f"linear_rows({_OPERANDS}, int ignored, {_LOGITS})"
-        " -> (Tensor picked, Tensor lse, Tensor spread, Tensor mass)",
-        linear_rows,
-        _fake_rows,
-    ),
-    (
-        "linear_rows_backward(Tensor picked, Tensor total, Tensor spread, Tensor mass,"
-        f" {_OPERANDS}, Tensor lse, {_LOGITS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
-        linear_rows_backward,
-        _fake_grads,
-    ),
+define(
+    f"linear_rows({_OPERANDS}, int ignored, {_LOGITS})"
+    " -> (Tensor picked, Tensor lse, Tensor spread, Tensor mass)",
+    linear_rows,
+    _fake_rows,
+    triton=False,
 )
-for _schema, _run, _fake in _OPS:
-    define(_schema, _run, _fake, triton=False)
+define(
+    "linear_rows_backward(Tensor picked, Tensor total, Tensor spread, Tensor mass,"
+    f" {_OPERANDS}, Tensor lse, {_LOGITS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    linear_rows_backward,
+    _fake_grads,
+    triton=False,
+)

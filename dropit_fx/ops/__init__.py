@@ -1,6 +1,6 @@
 """What an op is: its spellings, what its backward reads, how it runs and goes backward.
 
 May be imported from here: ``rule`` (what a row says), ``table`` (the rows), ``backwards`` (what
-their formulas are given), ``autocasting``, ``draws``, ``step_tables``; of the families, ``masks``
+their formulas are given), ``autocasting``, ``step_tables``; of the families, ``masks``
 for ``DROPOUT`` and ``losses`` for ``reduction_enum``. Needs ``kernels`` only.
 """

@@ -118,12 +118,11 @@ POW = OpRule(
 )
 
 
-def _add(input: Any, other: Any, alpha: Any = 1) -> Tensor:
-    return torch.add(input, other, alpha=alpha)
+def _scaled(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(input: Any, other: Any, alpha: Any = 1) -> Tensor:
+        return op(input, other, alpha=alpha)
 
-
-def _sub(input: Any, other: Any, alpha: Any = 1) -> Tensor:
-    return torch.sub(input, other, alpha=alpha)
+    return run
 
 
 ADD_SUB = tuple(
@@ -144,7 +143,7 @@ ADD_SUB = tuple(
         run=run,
         derive=run,
     )
-    for name, run in (("add", _add), ("sub", _sub))
+    for name, run in (("add", _scaled(torch.add)), ("sub", _scaled(torch.sub)))
 )
 
 

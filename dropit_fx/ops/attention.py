@@ -105,10 +105,6 @@ def _attention_saving(
     return out, {"mask": mask}
 
 
-def _weights_shape(args: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (*args["query"].shape[:-1], args["key"].shape[-2])
-
-
 def _drops(args: Mapping[str, Any]) -> bool:
     p = args["dropout_p"]
     return not (isinstance(p, int | float) and p == 0)
@@ -183,7 +179,7 @@ ATTENTION = OpRule(
             use=Use.SLOPE,
             needed_by=_ATTENDS,
             bits=one_bit,
-            shape=_weights_shape,
+            shape=lambda args: (*args["query"].shape[:-1], args["key"].shape[-2]),  # of the weights
             when=_drops,
         ),
         Read(operand="result", use=Use.SHAPE, needed_by=_ATTENDS),

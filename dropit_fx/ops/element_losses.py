@@ -7,6 +7,7 @@ of the two would round the small difference of large numbers.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dropit_fx.ops.backwards import Called, Grads, Saved, optional
-from dropit_fx.ops.losses import deprecated_reduction, reduction_enum
+from dropit_fx.ops.losses import deprecated_reduction, loss_row, reduction_enum
 from dropit_fx.ops.rule import OpRule, Read, Use
 
 aten = torch.ops.aten
@@ -73,25 +74,25 @@ def _of_both(grad: Tensor, call: Called) -> Grads:
 
 
 def _of_difference(
-    name: str,
-    run: Callable[..., Tensor],
-    difference: Callable[..., Tensor],
-    bound: str = "",
-    obstacle: Callable[[Mapping[str, Any]], str] = _plain,
+    name: str, bound: str = "", obstacle: Callable[[Mapping[str, Any]], str] = _plain
 ) -> OpRule:
     """A row of a loss whose gradient is a function of the difference.
 
     Args:
         name: Of the loss.
-        run: The loss.
-        difference: What is kept, of the arguments of ``run``.
-        bound: The argument from which on the slope stays what it is.
+        bound: The argument from which on the slope stays what it is: the difference is cut there.
         obstacle: Of the row.
     """
     op, again = getattr(aten, name).default, getattr(aten, f"{name}_backward")
+    row = loss_row(name, op, *_BOTH, "reduction", *([bound] if bound else []))
+    run, names = row["run"], tuple(inspect.signature(row["run"]).parameters)
 
     def run_saving(*args: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        return run(*args), {"difference": difference(*args)}
+        difference = args[0] - args[1]
+        if bound:
+            far = min(args[names.index(bound)], torch.finfo(difference.dtype).max)
+            difference = difference.clamp(-far, far)
+        return run(*args), {"difference": difference}
 
     def backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
         """As ATen, of the difference and 0.
@@ -103,96 +104,25 @@ def _of_difference(
         size = reduction_enum(call.args["reduction"])
         return _of_both(again(grad, kept, kept.new_zeros(()), size, *more), call)
 
-    order = (*_BOTH, "reduction", *([bound] if bound else []))
     return OpRule(
-        name=name,
-        targets=(getattr(F, name), op),
-        orders={op: order},
+        **row,
         reads=(
             Read(operand="difference", use=Use.SLOPE, needed_by=_BOTH, like="input", instead=True),
             *[Read(operand=n, use=Use.SHAPE, needed_by=_BOTH) for n in _BOTH],
         ),
-        run=run,
         run_saving=run_saving,
         backward=backward,
         obstacle=obstacle,
     )
 
 
-def _unweighted(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A loss of ATen with the arguments that it has in ``torch.nn.functional``."""
-
-    def run(
-        input: Tensor,
-        target: Tensor,
-        size_average: bool | None = None,
-        reduce: bool | None = None,
-        reduction: Any = "mean",
-        weight: Tensor | None = None,
-    ) -> Tensor:
-        return op(input, target, reduction_enum(reduction))
-
-    return run
-
-
-def _difference(input: Tensor, target: Tensor, *settings: Any) -> Tensor:
-    return input - target
-
-
-MSE_LOSS = _of_difference("mse_loss", _unweighted(aten.mse_loss), _difference)
-
-
-def _cut(difference: Tensor, bound: float) -> Tensor:
-    """Cut where the slope stays what it is."""
-    far = min(bound, torch.finfo(difference.dtype).max)
-    return difference.clamp(-far, far)
-
-
-def _smooth_l1_loss(
-    input: Tensor,
-    target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: Any = "mean",
-    beta: float = 1.0,
-) -> Tensor:
-    out: Tensor = aten.smooth_l1_loss(input, target, reduction_enum(reduction), beta)
-    return out
-
-
-def _smooth_difference(
-    input: Tensor, target: Tensor, size_average: Any, reduce: Any, reduction: Any, beta: float
-) -> Tensor:
-    return _cut(input - target, beta)
-
-
-def _with_a_bend(args: Mapping[str, Any]) -> str:
-    return _plain(args) if args["beta"] > 0 else "with this beta it is no smooth_l1_loss"
-
-
+MSE_LOSS = _of_difference("mse_loss")
 SMOOTH_L1_LOSS = _of_difference(
-    "smooth_l1_loss", _smooth_l1_loss, _smooth_difference, "beta", _with_a_bend
+    "smooth_l1_loss",
+    "beta",
+    lambda args: _plain(args) if args["beta"] > 0 else "with this beta it is no smooth_l1_loss",
 )
-
-
-def _huber_loss(
-    input: Tensor,
-    target: Tensor,
-    reduction: Any = "mean",
-    delta: float = 1.0,
-    weight: Tensor | None = None,
-) -> Tensor:
-    out: Tensor = aten.huber_loss(input, target, reduction_enum(reduction), delta)
-    return out
-
-
-def _huber_difference(
-    input: Tensor, target: Tensor, reduction: Any, delta: float, weight: None
-) -> Tensor:
-    return _cut(input - target, delta)
-
-
-HUBER_LOSS = _of_difference("huber_loss", _huber_loss, _huber_difference, "delta")
+HUBER_LOSS = _of_difference("huber_loss", "delta")
 
 
 def _l1_saving(
@@ -216,9 +146,7 @@ def _l1_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
 
 
 L1_LOSS = OpRule(
-    name="l1_loss",
-    targets=(F.l1_loss, aten.l1_loss.default),
-    orders={aten.l1_loss.default: (*_BOTH, "reduction")},
+    **loss_row("l1_loss", aten.l1_loss.default, *_BOTH, "reduction"),
     reads=(
         Read(
             operand="sign",
@@ -228,41 +156,27 @@ L1_LOSS = OpRule(
             like="input",
         ),
     ),
-    run=_unweighted(aten.l1_loss),
     run_saving=_l1_saving,
     backward=_l1_backward,
     obstacle=_plain,
 )
 
 
-_LOGITS = "binary_cross_entropy_with_logits"
-
-
-def _bce_with_logits(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: Any = "mean",
-    pos_weight: Tensor | None = None,
-) -> Tensor:
-    size = reduction_enum(reduction)
-    out: Tensor = getattr(aten, _LOGITS)(input, target, weight, pos_weight, size)
-    return out
+_WITH_LOGITS = loss_row(
+    "binary_cross_entropy_with_logits",
+    aten.binary_cross_entropy_with_logits.default,
+    *(*_BOTH, "weight", "pos_weight", "reduction"),
+)
 
 
 def _bce_with_logits_saving(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    size_average: Any,
-    reduce: Any,
-    reduction: Any,
-    pos_weight: Tensor | None,
+    *settings: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """With the slope, op by op as PyTorch's backward makes it: ``sigmoid(x) - t``."""
-    out = _bce_with_logits(input, target, weight, None, None, reduction, pos_weight)
+    out, pos_weight = _WITH_LOGITS["run"](input, target, weight, *settings), settings[-1]
     if pos_weight is None:
         return out, {"slope": input.sigmoid().sub_(target)}
     positive = pos_weight * target
@@ -289,9 +203,7 @@ def _beside_logits(args: Mapping[str, Any]) -> str:
 
 
 BCE_WITH_LOGITS = OpRule(
-    name=_LOGITS,
-    targets=(getattr(F, _LOGITS), getattr(aten, _LOGITS).default),
-    orders={getattr(aten, _LOGITS).default: (*_BOTH, "weight", "pos_weight", "reduction")},
+    **_WITH_LOGITS,
     reads=(
         Read(operand="slope", use=Use.SLOPE, needed_by=("input",), like="input", instead=True),
         Read(operand="weight", use=Use.REDUCE, needed_by=("input",), lossy=False),
@@ -300,7 +212,6 @@ BCE_WITH_LOGITS = OpRule(
             for n in ("input", "target", "pos_weight")
         ],
     ),
-    run=_bce_with_logits,
     run_saving=_bce_with_logits_saving,
     backward=_bce_with_logits_backward,
     obstacle=_beside_logits,
@@ -382,20 +293,7 @@ KL_DIV = OpRule(
     ),
 )
 
-_BCE = "binary_cross_entropy"
 _STEEP = "near 0 and 1 a small change of it is a large one of the gradient: it stays exact"
-
-
-def _bce(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: Any = "mean",
-) -> Tensor:
-    out: Tensor = getattr(aten, _BCE)(input, target, weight, reduction_enum(reduction))
-    return out
 
 
 def _of_one_shape(args: Mapping[str, Any]) -> str:
@@ -408,14 +306,15 @@ def _of_one_shape(args: Mapping[str, Any]) -> str:
 
 
 BCE = OpRule(
-    name=_BCE,
-    targets=(getattr(F, _BCE), getattr(aten, _BCE).default),
-    orders={getattr(aten, _BCE).default: (*_BOTH, "weight", "reduction")},
+    **loss_row(
+        "binary_cross_entropy",
+        aten.binary_cross_entropy.default,
+        *(*_BOTH, "weight", "reduction"),
+    ),
     reads=tuple(
         Read(operand=n, use=Use.REDUCE, needed_by=_BOTH, lossy=False, why_exact=_STEEP)
         for n in (*_BOTH, "weight")
     ),
-    run=_bce,
     obstacle=_of_one_shape,
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dropit_fx.ops.backwards import Called, Formula, Grads, Saved, optional
-from dropit_fx.ops.rule import INSIDE, OpRule, Read, Use
-from dropit_fx.private import STACKLEVEL, log_softmax_backward_data, softmax_backward_data
+from dropit_fx.ops.rule import INSIDE, OpRule, Read, Use, called_as
+from dropit_fx.private import (
+    STACKLEVEL,
+    OpOverload,
+    log_softmax_backward_data,
+    softmax_backward_data,
+)
 
 aten = torch.ops.aten
 
@@ -100,50 +106,41 @@ def deprecated_reduction(args: Mapping[str, Any]) -> str:
     return ""
 
 
-def _nll_loss(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: Any = "mean",
-) -> Tensor:
-    out: Tensor = torch.ops.aten.nll_loss_nd(
-        input, target, weight, reduction_enum(reduction), ignore_index
-    )
-    return out
+def loss_row(name: str, op: OpOverload, *order: str) -> dict[str, Any]:
+    """What rows of losses have in common: name, spellings and ``run``.
 
+    ``run`` takes what the function of ``torch.nn.functional`` takes, or the number that ATen has
+    for a reduction, and is one op.
+
+    Args:
+        name: In ``torch.nn.functional``.
+        op: Of ATen.
+        order: Names of the arguments of ``op``.
+    """
+    function = getattr(F, name)
+    names = tuple(inspect.signature(function).parameters)
+
+    def run(*args: Any) -> Any:
+        given = dict(zip(names, args, strict=True))
+        given["reduction"] = reduction_enum(given["reduction"])
+        return op(*[given[n] for n in order])
+
+    targets, run = (function, op), called_as(function, run)
+    return {"name": name, "targets": targets, "orders": {op: order}, "run": run}
+
+
+_OF_CLASSES = ("input", "target", "weight", "reduction", "ignore_index")
 
 NLL_LOSS = OpRule(
-    name="nll_loss",
-    targets=(F.nll_loss, aten.nll_loss_nd.default),
-    orders={aten.nll_loss_nd.default: ("input", "target", "weight", "reduction", "ignore_index")},
+    **loss_row("nll_loss", aten.nll_loss_nd.default, *_OF_CLASSES),
     reads=(
         Read(operand="input", use=Use.SHAPE, needed_by=("input",)),
         Read(operand="target", use=Use.REDUCE, needed_by=("input",), lossy=False),
         Read(operand="weight", use=Use.REDUCE, needed_by=("input",), lossy=False),
         Read(operand=INSIDE, use=Use.SHAPE, needed_by=("input",)),
     ),
-    run=_nll_loss,
     obstacle=deprecated_reduction,
 )
-
-
-def _cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: Any = "mean",
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    out: Tensor = torch.ops.aten.cross_entropy_loss(
-        input, target, weight, reduction_enum(reduction), ignore_index, label_smoothing
-    )
-    return out
 
 
 def _class_dim(input: Tensor) -> int:
@@ -243,25 +240,13 @@ def _beyond_the_logarithms(args: Mapping[str, Any]) -> str:
 
 
 CROSS_ENTROPY = OpRule(
-    name="cross_entropy",
-    targets=(F.cross_entropy, aten.cross_entropy_loss.default),
-    orders={
-        aten.cross_entropy_loss.default: (
-            "input",
-            "target",
-            "weight",
-            "reduction",
-            "ignore_index",
-            "label_smoothing",
-        )
-    },
+    **loss_row("cross_entropy", aten.cross_entropy_loss.default, *_OF_CLASSES, "label_smoothing"),
     reads=(
         Read(operand="log_probs", use=Use.REDUCE, needed_by=("input",), like="input"),
         Read(operand="target", use=Use.REDUCE, needed_by=("input",), lossy=False),
         Read(operand="weight", use=Use.REDUCE, needed_by=("input",), lossy=False),
         Read(operand=INSIDE, use=Use.SHAPE, needed_by=("input",)),
     ),
-    run=_cross_entropy,
     run_saving=_cross_entropy_saving,
     backward=_cross_entropy_backward,
     obstacle=_beyond_the_logarithms,

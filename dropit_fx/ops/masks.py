@@ -10,13 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dropit_fx.ops.backwards import Called, Grads, Saved, is_plain
-from dropit_fx.ops.rule import OpRule, Read, Use, one_bit
+from dropit_fx.ops.rule import OpRule, Read, Use, one_bit, out_of_place
 
 aten = torch.ops.aten
-
-
-def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    return F.dropout(input, p, training)
 
 
 def _dropout_saving(
@@ -76,21 +72,19 @@ def _dropout_again(
     return input if mask is None else dropped_again(input, mask, p)
 
 
-def _dropout_draws(args: Mapping[str, Any]) -> str:
-    return "" if args["training"] and 0 < args["p"] < 1 else "this dropout draws no mask"
-
-
 DROPOUT = OpRule(
     name="dropout",
     targets=(F.dropout, torch.dropout, torch.dropout_, aten.dropout.default, aten.dropout_.default),
     orders=dict.fromkeys((torch.dropout_, aten.dropout_.default), ("input", "p", "training")),
     reads=(Read(operand="mask", use=Use.SLOPE, needed_by=("input",), bits=one_bit),),
-    run=_dropout,
+    run=out_of_place(F.dropout),
     run_saving=_dropout_saving,
     backward=_dropout_backward,
     derive=_dropout_again,
     derive_from=("mask",),
-    obstacle=_dropout_draws,
+    obstacle=lambda args: (
+        "" if args["training"] and 0 < args["p"] < 1 else "this dropout draws no mask"
+    ),
 )
 
 

@@ -82,6 +82,16 @@ def _scaled(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1 else x * factor
 
 
+def _of_rows(grad: Tensor, matrix: Tensor, call: Called, by: str) -> Tensor:
+    """``dA = dY B^T`` of ``input: (*, k)`` times ``matrix: (k, n)``, of the argument ``by``."""
+    shape, strides = call.shapes["input"], call.strides["input"]
+    if by not in call.needs and _batch_by_batch(shape, strides):
+        batch = grad.flatten(0, -3)  # (batch, rows, n)
+        return batch.bmm(matrix.t().expand(batch.shape[0], -1, -1)).reshape(shape)
+    columns = grad.dim() == 2 and _column_major(shape, strides)
+    return _left(grad.flatten(0, -2), matrix, columns).reshape(shape)
+
+
 def _linear_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """``input: (*, in)``, ``weight: (out, in)``, ``bias: (out,)``, ``grad: (*, out)``."""
     if grad.dim() < 2 or len(call.shapes["weight"]) != 2:
@@ -89,14 +99,7 @@ def _linear_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     out: Grads = {}
     flat = grad.flatten(0, -2)  # (rows, out)
     if "input" in call.needs:
-        shape, strides = call.shapes["input"], call.strides["input"]
-        if "weight" not in call.needs and _batch_by_batch(shape, strides):
-            batch = grad.flatten(0, -3)  # (batch, rows, out)
-            weight = saved["weight"].expand(batch.shape[0], -1, -1)
-            out["input"] = batch.bmm(weight).reshape(shape)
-        else:
-            columns = grad.dim() == 2 and _column_major(shape, strides)
-            out["input"] = _left(flat, saved["weight"].t(), columns).reshape(shape)
+        out["input"] = _of_rows(grad, saved["weight"].t(), call, "weight")
     if "weight" in call.needs:
         rows, x = saved.by_row("input", flat)
         out["weight"] = rows.t().mm(x)  # (out, rows) @ (rows, in)
@@ -131,19 +134,11 @@ def _matmul_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
         return vjp(grad, saved, call)
     out: Grads = {}
     if len(b_shape) == 2:
-        flat = grad.flatten(0, -2)  # (rows, n)
         if "input" in call.needs:
-            strides = call.strides["input"]
-            if "other" not in call.needs and _batch_by_batch(a_shape, strides):
-                batch = grad.flatten(0, -3)  # (batch, m, n)
-                matrix = saved["other"].t().expand(batch.shape[0], -1, -1)
-                out["input"] = batch.bmm(matrix).reshape(a_shape)
-            else:
-                columns = len(a_shape) == 2 and _column_major(a_shape, strides)
-                out["input"] = _left(flat, saved["other"], columns).reshape(a_shape)
+            out["input"] = _of_rows(grad, saved["other"], call, "other")
         if "other" in call.needs:
             columns = _column_major(b_shape, call.strides["other"])
-            out["other"] = _right(*saved.by_row("input", flat), columns)
+            out["other"] = _right(*saved.by_row("input", grad.flatten(0, -2)), columns)
         return out
     flat = grad.flatten(0, -3)  # (batch, m, n)
     if "input" in call.needs:

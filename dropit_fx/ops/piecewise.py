@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dropit_fx.ops.backwards import Called, Grads, Saved, masked
-from dropit_fx.ops.rule import OpRule, Read, Use, one_bit
+from dropit_fx.ops.rule import OpRule, Read, Use, one_bit, out_of_place
 
 aten = torch.ops.aten
 
@@ -25,11 +25,8 @@ def _piecewise(
 ) -> OpRule:
     """A row of a piecewise-linear function: one bit says which of its two slopes holds."""
     read = Read(operand=operand, use=Use.SLOPE, needed_by=("input",), bits=one_bit, between=between)
-    return OpRule(name=name, targets=targets, reads=(read,), **row)
-
-
-def _relu(input: Tensor, inplace: bool = False) -> Tensor:
-    return F.relu(input)
+    run = out_of_place(getattr(F, name))
+    return OpRule(name=name, targets=targets, reads=(read,), run=run, derive=run, **row)
 
 
 RELU = _piecewise(
@@ -37,14 +34,8 @@ RELU = _piecewise(
     "result",
     (F.relu, torch.relu, torch.relu_, "relu", "relu_", aten.relu.default, aten.relu_.default),
     between=lambda args: (0.0, None),
-    run=_relu,
-    derive=_relu,
     backward=masked("result"),
 )
-
-
-def _relu6(input: Tensor, inplace: bool = False) -> Tensor:
-    return F.relu6(input)
 
 
 RELU6 = _piecewise(
@@ -52,16 +43,8 @@ RELU6 = _piecewise(
     "result",
     (F.relu6, aten.relu6.default, aten.relu6_.default),
     between=lambda args: (0.0, 6.0),
-    run=_relu6,
-    derive=_relu6,
     backward=masked("result"),
 )
-
-
-def _hardtanh(
-    input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
-) -> Tensor:
-    return F.hardtanh(input, min_val, max_val)
 
 
 def _hardtanh_saving(
@@ -92,19 +75,15 @@ HARDTANH = _piecewise(
     "result",
     (F.hardtanh, F.hardtanh_, aten.hardtanh.default, aten.hardtanh_.default),
     between=lambda args: (args["min_val"], args["max_val"]),
-    run=_hardtanh,
     run_saving=_hardtanh_saving,
-    derive=_hardtanh,
     backward=masked("result"),
 )
 
 
-def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-    return F.leaky_relu(input, negative_slope)
-
-
-def _leaky_relu_saving(input: Tensor, *settings: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    return _leaky_relu(input, *settings), {"input": input > 0}
+def _leaky_relu_saving(
+    input: Tensor, negative_slope: float, inplace: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    return F.leaky_relu(input, negative_slope), {"input": input > 0}
 
 
 def _leaky_relu_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
@@ -117,8 +96,6 @@ LEAKY_RELU = _piecewise(
     "leaky_relu",
     "input",
     (F.leaky_relu, F.leaky_relu_, aten.leaky_relu.default, aten.leaky_relu_.default),
-    run=_leaky_relu,
-    derive=_leaky_relu,
     run_saving=_leaky_relu_saving,
     backward=_leaky_relu_backward,
 )

@@ -97,6 +97,25 @@ def one_bit(args: Mapping[str, Any]) -> int:
     return 1
 
 
+def called_as(function: Callable[..., Any], run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``run``, with the signature of another function, which names the operands of a row."""
+    run.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return run
+
+
+def out_of_place(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same function of the values, whose last argument is ``inplace``.
+
+    Whether a call writes in place is read for every row.
+    """
+    count = len(inspect.signature(function).parameters) - 1
+
+    def run(*args: Any, inplace: bool = False, **kwargs: Any) -> Tensor:
+        return function(*args[:count], **kwargs)
+
+    return called_as(function, run)
+
+
 @dataclass(frozen=True, kw_only=True)
 class OpRule:
     """One row of the op table: everything the passes know about an op.

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dropit_fx.ops.backwards import Called, Grads, Saved, pointwise
-from dropit_fx.ops.rule import INSIDE, OpRule, Read, Use
+from dropit_fx.ops.rule import INSIDE, OpRule, Read, Use, out_of_place
 
 aten = torch.ops.aten
 
@@ -45,15 +45,6 @@ def _of_input(op: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-def _in_place_or_not(op: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    """The same function of the values; whether a call writes in place is read for every row."""
-
-    def run(input: Tensor, inplace: bool = False) -> Tensor:
-        return op(input)
-
-    return run
-
-
 def _gelu(input: Tensor, approximate: str = "none") -> Tensor:
     return F.gelu(input, approximate=approximate)
 
@@ -76,16 +67,12 @@ SILU, MISH, HARDSWISH, HARDSIGMOID = (
     _smooth(
         name,
         (getattr(F, name), getattr(aten, name).default, getattr(aten, f"{name}_").default),
-        _in_place_or_not(getattr(F, name)),
+        out_of_place(getattr(F, name)),
         function=_table(name),
         backward=pointwise(getattr(aten, f"{name}_backward")),
     )
     for name in ("silu", "mish", "hardswish", "hardsigmoid")
 )
-
-
-def _elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
-    return F.elu(input, alpha)
 
 
 def _elu_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
@@ -97,7 +84,7 @@ def _elu_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
 ELU = _smooth(
     "elu",
     (F.elu, F.elu_, aten.elu.default, aten.elu_.default),
-    _elu,
+    out_of_place(F.elu),
     function=_table("elu", alpha=1.0),
     jumps=lambda args: args["alpha"] != 1,
     backward=_elu_backward,
@@ -106,20 +93,15 @@ ELU = _smooth(
 SELU = _smooth(
     "selu",
     (F.selu, torch.selu, torch.selu_, aten.selu.default, aten.selu_.default),
-    _in_place_or_not(F.selu),
+    out_of_place(F.selu),
     function=_table("selu"),
     jumps=lambda args: True,
 )
 
-
-def _celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
-    return F.celu(input, alpha)
-
-
 CELU = _smooth(
     "celu",
     (F.celu, torch.celu, torch.celu_, aten.celu.default, aten.celu_.default),
-    _celu,
+    out_of_place(F.celu),
     function=_table("celu", alpha=1.0),
 )
 

@@ -160,6 +160,17 @@ def is_inplace(node: fx.Node, args: Mapping[str, Any]) -> bool:
     return bool(args.get("inplace")) or _writes(node.target)
 
 
+# Ops that draw a random number for each element of a tensor, in the order of memory, by name: of
+# functions and methods, without the last underscore
+DRAWING_EACH = frozenset(
+    (
+        *("dropout", "native_dropout", "alpha_dropout", "rrelu", "bernoulli", "poisson", "normal"),
+        *("rand_like", "randn_like", "randint_like", "uniform", "exponential", "geometric"),
+        *("cauchy", "log_normal", "random", "binomial"),
+    )
+)
+# Or for each channel, or a few for each row: noise that is a small tensor of its own
+DRAWING = DRAWING_EACH | {"feature_dropout", "feature_alpha_dropout", "multinomial"}
 # `h *= 2` and its like: the function of the operator and the method behind it
 AUGMENTED = (
     *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"),

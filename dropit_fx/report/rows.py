@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import StringIO
+from itertools import chain
 from os import PathLike
 from typing import Any
 
@@ -256,17 +258,21 @@ def rows(plan: Plan, prefix: str = "", region: str = "") -> Iterator[Row]:
     """The rows of a finished plan."""
     counted: set[Copy] = set()
     swapped = {d.read.node for d in plan.decisions if d.packed}
-    dense = _Dense(plan)
+    untouched: dict[str, list[Site]] = defaultdict(list)  # losses may be fused since
+    for site in plan.unfused or plan.sites:
+        if site.dense:
+            untouched[site.name].append(site)
     for site, decisions in by_site(plan.sites, plan.decisions):
         if not site.dense and not any(d.read.node in swapped for d in decisions):
             continue
         packed = [d for d in decisions if d.packed]
         kept = [d for d in decisions if not d.packed]
         size = site.nbytes if kept else packed_bytes(packed, counted)
+        before = untouched[site.name].pop(0).nbytes if site.dense and untouched[site.name] else 0
         yield _row(
             site,
             prefix,
-            dense_bytes=dense.bytes_of(site),
+            dense_bytes=before,
             kept_bytes=size,
             codec="keep" if kept else "+".join(dict.fromkeys(d.spelled for d in packed)),
             reason=kept[0].reason if kept else "",
@@ -274,7 +280,8 @@ def rows(plan: Plan, prefix: str = "", region: str = "") -> Iterator[Row]:
             region="" if site.reads[0].number else region,
             note=next((d.note for d in decisions if d.note), _said(plan, decisions)),
         )
-    for site in dense.left():  # a fused loss does without it, or no rule trains what needed it
+    # what is left, a fused loss does without, or no rule trains what needed it
+    for site in chain.from_iterable(untouched.values()):
         codec = UNTRAINED if site.name in plan.untrained else FUSED
         note = _untrained(site, plan) if codec == UNTRAINED else ""
         yield _row(
@@ -297,26 +304,6 @@ def _said(plan: Plan, decisions: Sequence[Decision]) -> str:
     notes = (plan.notes.get(d.read.node, "") for d in decisions)
     reasons = {d.reason for d in decisions}
     return next((note for note in notes if note and note not in reasons), "")
-
-
-class _Dense:
-    """What the model untouched saves, by the names of its sites: losses may be fused since."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._sites: dict[str, list[Site]] = {}
-        for site in plan.unfused or plan.sites:
-            if site.dense:
-                self._sites.setdefault(site.name, []).append(site)
-
-    def bytes_of(self, site: Site) -> int:
-        """Bytes that the model untouched keeps of a storage; 0 where it has none of it."""
-        found = self._sites.get(site.name) if site.dense else None
-        return found.pop(0).nbytes if found else 0
-
-    def left(self) -> Iterator[Site]:
-        """The storages that only the model untouched keeps."""
-        for sites in self._sites.values():
-            yield from sites
 
 
 def _row(site: Site, prefix: str, **found: Any) -> Row:

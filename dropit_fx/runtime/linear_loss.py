@@ -14,8 +14,9 @@ The loss differs from the dense one by the rounding of a sum in float32, and so 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from dropit_fx.kernels import logits
 from dropit_fx.runtime.function import check_grad
 from dropit_fx.runtime.overrides import has_own_ops, stays_dense, transformed
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 Steps = Sequence[tuple[str, float]]  # (one of logits.STEPS, its number), in order
 IGNORED = -100  # the class of which PyTorch's losses take no notice, by default
 _NONE = -(2**62)  # no class
@@ -96,20 +98,25 @@ def _rows(
     return (*numbers, dtype)
 
 
-def _log_softmax(z: Tensor) -> Tensor:
-    return F.log_softmax(z, -1)
-
-
-def _logsumexp(z: Tensor) -> Tensor:
-    return z.logsumexp(-1)
-
-
 def _is_plain(*tensors: Tensor | None) -> bool:
     """Whether PyTorch's own ops are to run: the op of the rows is not told how else to."""
-    given = _tensors(*tensors)
-    return transformed() or has_own_ops(given) or stays_dense(given)
+    return transformed() or has_own_ops(tensors) or stays_dense(tensors)
 
 
+def _one_call(function: Function) -> Function:
+    """Decorates a function of tensors, of which a tracer's proxies, and modes, see one call."""
+
+    @functools.wraps(function)
+    def call(*tensors: Any, **how: Any) -> Any:
+        given = tuple(t for t in tensors if t is not None)
+        if has_torch_function(given) and not (transformed() or has_own_ops(given)):
+            return handle_torch_function(call, given, *tensors, **how)
+        return function(*tensors, **how)
+
+    return call  # type: ignore[return-value]
+
+
+@_one_call
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -145,23 +152,18 @@ def linear_cross_entropy(
         IndexError: A target is no class (on a GPU, an assertion there).
         ValueError: There are more or fewer targets than rows, or than probabilities of a row.
     """
-    tensors = (x, weight, bias, target, class_weight)
-    how: Any = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
 
     def dense(z: Tensor, target: Tensor, factors: Tensor | None, size: str) -> Tensor:
         if log_softmax:
             rows = F.log_softmax(z, -1)
             return F.nll_loss(rows, target, factors, reduction=size, ignore_index=ignore_index)
+        how: Any = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
         return F.cross_entropy(z, target, factors, reduction=size, **how)
 
     own = class_weight is not None and class_weight.requires_grad  # a gradient of its own
-    if own or _is_plain(*tensors):
+    if own or _is_plain(x, weight, bias, target, class_weight):
         z = dense_logits(x, weight, bias, steps)
         return dense(z, target, class_weight, _SIZES[reduction])
-    if has_torch_function(_tensors(*tensors)):
-        how |= {"steps": steps, "reduction": reduction, "log_softmax": log_softmax}
-        seen: Tensor = _handed_on(linear_cross_entropy, *tensors, **how)
-        return seen
     soft, classes = target.is_floating_point(), weight.shape[0]
     factors = class_weight if label_smoothing or soft else None
     if label_smoothing and factors is None:
@@ -199,6 +201,7 @@ def _reduced(each: Tensor, ignored: Tensor | None, counts: Tensor, reduction: in
     return each.sum() if reduction == 2 else each.sum() / counts.sum()
 
 
+@_one_call
 def linear_log_probs(
     x: Tensor,
     weight: Tensor,
@@ -222,16 +225,15 @@ def linear_log_probs(
     Raises:
         IndexError, ValueError: As :func:`linear_cross_entropy`.
     """
-    tensors = (x, weight, bias, index)
-    if _is_plain(*tensors):
+    if _is_plain(x, weight, bias, index):
         return F.log_softmax(dense_logits(x, weight, bias, steps), -1).gather(-1, index)
-    if has_torch_function(_tensors(*tensors)):
-        seen: Tensor = _handed_on(linear_log_probs, *tensors, steps=steps)
-        return seen
-    picked, lse, *_, dtype = _rows(x, weight, bias, steps, _log_softmax, index.reshape(-1))
+    target = index.reshape(-1)
+    rows = _rows(x, weight, bias, steps, lambda z: F.log_softmax(z, -1), target)
+    picked, lse, *_, dtype = rows
     return (picked - lse).reshape(index.shape).to(dtype)
 
 
+@_one_call
 def linear_logsumexp(
     x: Tensor,
     weight: Tensor,
@@ -244,34 +246,18 @@ def linear_logsumexp(
 
     An infinite logit gives NaN.
     """
-    tensors = (x, weight, bias)
-    if _is_plain(*tensors):
+    if _is_plain(x, weight, bias):
         return dense_logits(x, weight, bias, steps).logsumexp(-1, keepdim)
-    if has_torch_function(_tensors(*tensors)):
-        seen: Tensor = _handed_on(linear_logsumexp, *tensors, steps=steps, keepdim=keepdim)
-        return seen
-    _, lse, *_, dtype = _rows(x, weight, bias, steps, _logsumexp)
+    _, lse, *_, dtype = _rows(x, weight, bias, steps, lambda z: z.logsumexp(-1))
     return lse.reshape(*x.shape[:-1], *[1] * keepdim).to(dtype)
 
 
+@_one_call
 def logits_unless_training(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, steps: Steps = ()
 ) -> Tensor | None:
     """The logits as a model returns them; None while gradients are wanted (``drop_logits``)."""
-    tensors = (x, weight, bias)
-    if not transformed() and has_torch_function(_tensors(*tensors)) and not has_own_ops(tensors):
-        seen: Tensor | None = _handed_on(logits_unless_training, *tensors, steps=steps)
-        return seen
     return None if torch.is_grad_enabled() else dense_logits(x, weight, bias, steps)
-
-
-def _tensors(*values: Any) -> tuple[Any, ...]:
-    return tuple(v for v in values if v is not None)
-
-
-def _handed_on(function: Callable[..., Tensor | None], *tensors: Any, **kwargs: Any) -> Any:
-    """A tracer's proxies, and modes: they see one call."""
-    return handle_torch_function(function, _tensors(*tensors), *tensors, **kwargs)
 
 
 LOSSES = (linear_cross_entropy, linear_log_probs, linear_logsumexp, logits_unless_training)

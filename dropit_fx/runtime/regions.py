@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -183,6 +183,16 @@ def run_regions(graph_module: fx.GraphModule) -> None:
 def name_of(node: fx.Node) -> str:
     """The name of what a node calls, without the overload."""
     return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+
+
+def with_users(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """These nodes, and all that is made of them."""
+    found, todo = set[fx.Node](), [*nodes]
+    while todo:
+        if (node := todo.pop()) not in found:
+            found.add(node)
+            todo += node.users
+    return found
 
 
 def bodies_of(graph_module: nn.Module, node: fx.Node) -> list[fx.GraphModule]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dropit_fx.bench import commands as bench
 from dropit_fx.bench.formats import Coded, Sample, collect, measure_format
+from dropit_fx.cli import main
 from dropit_fx.codecs.cast import FLOAT8
 from dropit_fx.kernels import Format
 
@@ -94,7 +94,7 @@ def test_bench_kernels_writes_what_it_prints(
 ) -> None:
     path = tmp_path / "kernels.json"
     threads = torch.get_num_threads()
-    bench.main(["kernels", "--shape", "3", "1000", "--rounds", "1", "--json", str(path)])
+    main(["bench", "kernels", "--shape", "3", "1000", "--rounds", "1", "--json", str(path)])
     assert torch.get_num_threads() == threads
     written = json.loads(path.read_text())["dtypes"]
     assert written["float32"]["published"]["bits"] == pytest.approx(6.4)
@@ -114,7 +114,7 @@ def test_bench_formats_writes_a_table_a_file_and_a_picture(
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("dropit_fx.bench.formats.collect", lambda loss: samples[:2])
     data, picture = tmp_path / "formats.json", tmp_path / "formats.png"
-    bench.main(["formats", "--json", str(data), "--plot", str(picture)])
+    main(["bench", "formats", "--json", str(data), "--plot", str(picture)])
     rows = json.loads(data.read_text())["rows"]
     assert [row["bits"] for row in rows] == sorted(row["bits"] for row in rows)
     assert rows[0]["best"]

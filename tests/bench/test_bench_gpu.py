@@ -198,7 +198,7 @@ def test_make_gpu_is_one_command_of_the_interpreter_at_hand() -> None:
     command = ["make", "--dry-run", "gpu", "PYTHON=python3.12", "OUT=/tmp/figures"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     (line,) = [line for line in done.stdout.splitlines() if not line.startswith("make")]
-    words = "python3.12 -m dropit_fx.bench.gpu --tests tests/gpu --copy-to /tmp/figures"
+    words = "python3.12 -m dropit_fx.cli bench gpu --tests tests/gpu --copy-to /tmp/figures"
     assert line.replace("'", "").split() == words.split()
 
 

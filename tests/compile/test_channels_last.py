@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from dropit_fx.compile.channels_last import channels_last, inductor_lays_out
-from dropit_fx.ops.draws import DRAWING
+from dropit_fx.ops.table import DRAWING
 from dropit_fx.private_inductor import inductor_config
 
 Function = Callable[..., Tensor]

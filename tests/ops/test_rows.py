@@ -21,6 +21,7 @@ from op_cases import CASES, RECORDS
 
 from dropit_fx.codecs.bitmask import BITMASK
 from dropit_fx.kernels.format import index_bits
+from dropit_fx.ops.losses import loss_row
 from dropit_fx.ops.rule import INSIDE, OpRule
 from dropit_fx.ops.table import CHECKPOINT, OP_RULES, RULES, SAVES_NOTHING, bind
 
@@ -184,7 +185,12 @@ def code_of(function: Any) -> Iterator[CodeType]:
 
 
 def variables_read(function: Any) -> set[str]:
-    names: set[str] = set()
+    """What its code reads, or hands on: in an ``order``, or all of it to a function like it."""
+    around = inspect.getclosurevars(function).nonlocals
+    names = set(around.get("order", ()))
+    for inner in (f for f in around.values() if isinstance(f, FunctionType)):
+        if inspect.signature(inner) == inspect.signature(function):
+            names |= variables_read(inner)
     for code in code_of(function):
         for instruction in dis.get_instructions(code):
             if instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE")):
@@ -236,6 +242,9 @@ def test_a_parameter_that_is_passed_over_is_found() -> None:
 
     rule = OpRule(name="new", targets=(), reads=(), run=run)
     assert passed_over(rule, run) == {"scale", "mode"}
+    loss = loss_row("nll_loss", torch.ops.aten.nll_loss_nd.default, "input", "target", "reduction")
+    without = {"weight", "ignore_index", "size_average", "reduce"}
+    assert passed_over(rule, loss["run"]) == without
 
 
 def test_every_parameter_is_set_by_a_case_or_named_as_an_obstacle() -> None:

@@ -4,9 +4,6 @@ As in `coder`, every float operation must be one IEEE operation: divisions and r
 ones, and kernels are launched with `enable_fp_fusion=False`.
 """
 
-# Kernel arguments have no types that a type checker knows.
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
-
 from __future__ import annotations
 
 import triton

@@ -1,8 +1,5 @@
 """The value coder (see `dropit_fx.kernels.coder`) on tiles: a row a block, its scale beside it."""
 
-# Kernel arguments have no types that a type checker knows.
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
-
 from __future__ import annotations
 
 import triton

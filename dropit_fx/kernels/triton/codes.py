@@ -1,14 +1,10 @@
 """Bit streams of small integers, and step functions as their codes: one launch each."""
 
-# Kernel arguments have no types that a type checker knows.
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
-
 from __future__ import annotations
 
 import functools
 import struct
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -33,7 +29,7 @@ from dropit_fx.kernels.triton.bits import (
     store_tile,
     widen,
 )
-from dropit_fx.kernels.triton.launch import CODES, launch, programs
+from dropit_fx.kernels.triton.launch import CODES, Launch, launch, programs
 
 
 @triton.jit
@@ -163,7 +159,7 @@ def encode_steps(x: Tensor, borders: Sequence[float], bits: int) -> Tensor:
     if n:
         values, given = x.contiguous(), _exactly(borders)
 
-        def how() -> tuple[tuple[int], list[Tensor], dict[str, Any]]:
+        def how() -> Launch:
             arguments = {
                 "count": n,
                 "BORDERS": _patterns(given, torch.float32),
@@ -190,7 +186,7 @@ def decode_steps(
     if numel:
         codes, given = packed.contiguous(), _exactly(levels)
 
-        def how() -> tuple[tuple[int], list[Tensor], dict[str, Any]]:
+        def how() -> Launch:
             arguments = {
                 "count": numel,
                 "LEVELS": _patterns(given, dtype),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from dropit_fx.kernels.dispatch import warn_once
@@ -33,11 +34,6 @@ class Tile(NamedTuple):
     warps: int
 
 
-def power_of_two(n: int) -> int:
-    """The least power of two that is at least `n`."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def pack_tile(form: Format) -> Tile:
     """The tile of a program that packs: of those tried on an H100, the fastest.
 
@@ -58,7 +54,7 @@ def unpack_tile(form: Format) -> Tile:
 
 def _tile(block: int, share: int) -> Tile:
     """One warp for each 1024 / `share` elements, 16 at most."""
-    lanes = max(16, power_of_two(block))
+    lanes = max(16, triton.next_power_of_2(block))
     rows = max(1, _TILE // lanes)
     return Tile(rows, lanes, max(1, min(16, rows * lanes * share // _TILE)))
 
@@ -68,6 +64,7 @@ def programs(count: int, each: int) -> tuple[int]:
     return ((count + each - 1) // each,)
 
 
+Launch = tuple[tuple[int], Sequence[Tensor], Mapping[str, Any]]  # grid, pointers, the rest by name
 _READY: dict[tuple[Any, ...], tuple[Callable[..., Any], tuple[Any, ...]]] = {}
 _MOST = 4096  # launches that are remembered
 
@@ -76,7 +73,7 @@ def launch(
     kernel: Any,
     pointers: Sequence[Tensor],
     key: tuple[Any, ...],
-    how: Callable[[], tuple[tuple[int], Sequence[Tensor], Mapping[str, Any]]],
+    how: Callable[[], Launch],
 ) -> None:
     """Launches a kernel, from the second time on without Triton's look at each argument.
 
@@ -131,11 +128,6 @@ def fits(dtype: torch.dtype, numel: int, block: int) -> bool:
             f" up to {LARGEST_BLOCK} elements.",
         )
     return False
-
-
-def block_grid(numel: int, form: Format, tile: Tile) -> tuple[int]:
-    """Programs for `numel` elements in blocks."""
-    return programs(form.blocks(numel), tile.rows)
 
 
 def block_arguments(

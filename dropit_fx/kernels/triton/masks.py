@@ -4,13 +4,9 @@ Each reads its operands once and writes its result once, in one launch. float64 
 which is said once.
 """
 
-# Kernel arguments have no types that a type checker knows.
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
-
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -21,7 +17,7 @@ from dropit_fx.kernels.dispatch import warn_once
 from dropit_fx.kernels.dtypes import NUMBER
 from dropit_fx.kernels.format import uint_nbytes
 from dropit_fx.kernels.masks import apply_mask_reference, check_mask, pack_between_reference
-from dropit_fx.kernels.triton.launch import launch, programs
+from dropit_fx.kernels.triton.launch import Launch, launch, programs
 
 TILE = 4096  # elements of a program: whole bytes of the mask
 
@@ -108,7 +104,7 @@ def pack_between(x: Tensor, low: float | None, high: float | None) -> Tensor:
     if x.numel():
         both = x.contiguous(), out
 
-        def how() -> tuple[tuple[int], tuple[Tensor, Tensor], dict[str, Any]]:
+        def how() -> Launch:
             bounds = {"low": _rounded(low, x.dtype), "high": _rounded(high, x.dtype)}
             return programs(x.numel(), TILE), both, {"numel": x.numel(), **bounds, "TILE": TILE}
 
@@ -126,7 +122,7 @@ def apply_mask(bits: Tensor, grad: Tensor, off: float) -> Tensor:
     if grad.numel():
         all_three = bits.contiguous(), grad, out
 
-        def how() -> tuple[tuple[int], tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+        def how() -> Launch:
             n, factor = grad.numel(), _rounded(off, torch.float32)
             arguments = {"numel": n, "off": factor, "SCALED": off != 0, "TILE": TILE}
             return programs(n, TILE), all_three, arguments

@@ -4,9 +4,6 @@ The k-th largest key of a row is found by bisection between the row's least and 
 count a step. Keys of 16-bit dtypes are counted two at a time, in the halves of one integer.
 """
 
-# Kernel arguments have no types that a type checker knows.
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
-
 from __future__ import annotations
 
 import triton

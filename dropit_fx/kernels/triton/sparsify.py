@@ -4,12 +4,7 @@ One program handles a tile of blocks, a row each (`launch.pack_tile`). Codes bec
 no byte a code passes through memory.
 """
 
-# Kernel arguments have no types that a type checker knows.
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
-
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -36,11 +31,12 @@ from dropit_fx.kernels.triton.coder import encode
 from dropit_fx.kernels.triton.launch import (
     LARGEST_RUN,
     Channels,
+    Launch,
     block_arguments,
-    block_grid,
     fits,
     launch,
     pack_tile,
+    programs,
     shape_of,
 )
 from dropit_fx.kernels.triton.select import select, store_kept_codes
@@ -132,7 +128,7 @@ def _sparsify(
     mean, inverse = (channels.mean, channels.scale) if channels else (x, x)
     pointers = x, values, scale, mask, x if seed is None else seed, mean, inverse
 
-    def how() -> tuple[tuple[int], list[Tensor], dict[str, Any]]:
+    def how() -> Launch:
         k_full, k_tail = form.kept_counts(n)
         tile = pack_tile(form)
         own = {
@@ -144,7 +140,7 @@ def _sparsify(
         codes = values if form.bits else values.view(INT_OF[x.dtype])
         typed = [x.view(INT_OF[x.dtype]), codes, scale.view(torch.int16), *pointers[3:]]
         arguments = block_arguments(n, x.dtype, form, tile, channels)
-        return block_grid(n, form, tile), typed, own | arguments
+        return programs(form.blocks(n), tile.rows), typed, own | arguments
 
     launch(_sparsify_kernel, pointers, (n, x.dtype, form, sampled, shape_of(channels)), how)
     return values, scale, mask

@@ -1,11 +1,6 @@
 """Unpacking: the inverse of `sparsify`, one launch."""
 
-# Kernel arguments have no types that a type checker knows.
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
-
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -31,10 +26,11 @@ from dropit_fx.kernels.triton.coder import decode
 from dropit_fx.kernels.triton.launch import (
     LARGEST_RUN,
     Channels,
+    Launch,
     block_arguments,
-    block_grid,
     fits,
     launch,
+    programs,
     shape_of,
     unpack_tile,
 )
@@ -131,13 +127,13 @@ def _unsparsify(
     mean, deviation = (channels.mean, channels.scale) if channels else (out, out)
     pointers = out, values, scale if form.bits else mask, mask, mean, deviation
 
-    def how() -> tuple[tuple[int], list[Tensor], dict[str, Any]]:
+    def how() -> Launch:
         tile = unpack_tile(form)
         codes = values if form.bits else values.view(INT_OF[dtype])
         ends = scale.view(torch.int16) if form.bits else mask
         typed = [out.view(INT_OF[dtype]), codes, ends, *pointers[3:]]
         arguments = block_arguments(numel, dtype, form, tile, channels)
-        return block_grid(numel, form, tile), typed, arguments
+        return programs(form.blocks(numel), tile.rows), typed, arguments
 
     launch(_unsparsify_kernel, pointers, (numel, dtype, form, shape_of(channels)), how)
     return out

@@ -4,9 +4,6 @@ One launch each, which reads its operand once and writes its result once: 9 byte
 Pooling over two dimensions is pooling over three, of which the first has one cell.
 """
 
-# Kernel arguments have no types that a type checker knows.
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
-
 from __future__ import annotations
 
 import itertools
@@ -18,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dropit_fx.kernels.triton.launch import launch, programs
+from dropit_fx.kernels.triton.launch import Launch, launch, programs
 
 TILE = 1024  # elements of a program
 _TILE = tl.constexpr(TILE)
@@ -144,7 +141,7 @@ def _run(
     if x.numel():
         shape = list(x.shape[-dims:])
 
-        def how() -> tuple[tuple[int], tuple[Tensor, Tensor], dict[str, Any]]:
+        def how() -> Launch:
             arguments = geometry(shape, inner, sizes, *window)
             return programs(x.numel(), TILE), (dense, out), {"numel": x.numel(), **arguments}
 
