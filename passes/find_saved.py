@@ -110,7 +110,8 @@ class _Probe(fx.Interpreter):
         self.written |= written
         if n not in self._fixed:
             written |= self.storages.written(operands)
-            self._fixed -= {m for m in self._fixed if written & self._storages_of(m)}
+            if written:
+                self._fixed -= {m for m in self._fixed if written & self._storages_of(m)}
         self.autograd.mark_result(n, result)
         if life is not None:
             # recomputed: between forward and backward only the inputs stay

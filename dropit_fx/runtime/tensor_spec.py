@@ -62,8 +62,15 @@ def _is_outside(d: int, e: int, x: Tensor) -> bool:
 
 def has_gaps(x: Tensor) -> bool:
     """Whether ``x`` does not fill memory with one element at each place."""
-    with torch.no_grad():  # autograd refuses some views
-        return not x.permute(memory_order(x)).is_contiguous()
+    if x.is_contiguous():
+        return False
+    step = 1
+    for d in reversed(memory_order(x)):
+        if x.shape[d] != 1:
+            if x.stride(d) != step:
+                return True
+            step *= x.shape[d]
+    return False
 
 
 def is_view(made: Tensor, x: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import operator
 from collections import OrderedDict
 from collections.abc import Iterator
 from types import BuiltinFunctionType, FunctionType, ModuleType
@@ -61,6 +62,8 @@ class Part:
     def changes(self) -> Iterator[Change]:
         """What is no longer as it was."""
         now = self.read()
+        if _identical(self.was, now):
+            return
         for key in (*self.was, *(k for k in now if k not in self.was)):
             old, new = self.was.get(key, ABSENT), now.get(key, ABSENT)
             if not _same(old, new):
@@ -68,8 +71,7 @@ class Part:
 
     def restore(self) -> None:
         """Makes it what it was."""
-        now = self.read()
-        if list(now) != list(self.was) or any(now[k] is not v for k, v in self.was.items()):
+        if not _identical(self.was, self.read()):
             self.write(self.was)
 
 
@@ -102,7 +104,7 @@ class List(Dict):
 
 class Set(Dict):
     def read(self) -> dict[Any, Any]:
-        return {element: element for element in self.owner}
+        return dict(zip(self.owner, self.owner, strict=True))
 
     def write(self, values: dict[Any, Any]) -> None:
         self.owner.clear()
@@ -230,6 +232,11 @@ def _is_code(value: Any) -> bool:
 
 def _is_value(value: Any) -> bool:
     return isinstance(value, Tensor | int | float | complex | fx.Proxy) and type(value) is not bool
+
+
+def _identical(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
+    """Whether both hold the same objects, in one order: nearly all that is noted stays so."""
+    return list(one) == list(other) and all(map(operator.is_, one.values(), other.values()))
 
 
 def _same(old: Any, new: Any) -> bool:
