@@ -14,6 +14,7 @@ from dropit_fx.codecs import CODEC, UNREAD
 from dropit_fx.codecs.codec import Options
 from dropit_fx.config import Config, ConfigError
 from dropit_fx.kernels.dtypes import FLOATS
+from dropit_fx.kernels.row_norms import MEMORY, new_name
 from dropit_fx.ops.rule import Use
 from dropit_fx.ops.table import CHECKPOINT
 from dropit_fx.passes.plan import Decision, ParameterRead, Plan, SavedRead, Site
@@ -147,6 +148,8 @@ def _choose(read: SavedRead, config: Config, said: str) -> Decision:
         if not read.width:
             return kept(_NO_ROWS.format(read.row.name))
         sizes[WIDTH] = read.width
+    if codec.remembers(options):
+        options[MEMORY] = new_name(read.label)
     if not read.lossy and not codec.lossless(options):
         if read.read.why_exact:
             return kept(read.read.why_exact)

@@ -51,6 +51,9 @@ class Codec:
             packed of ``x: (rows, width)`` fewer rows, chosen or mixed, weighted so that
             ``grad'^T x'`` is ``grad^T unpack(parts)``. The options have one more, ``width``:
             elements of a row.
+        remembers: Whether with these options the choice of rows follows the gradients of earlier
+            steps. They have one more then, ``memory``: the name of what knows these
+            (``kernels.row_norms``).
         fused: Custom ops of ``pack`` and ``unpack`` (their names in namespace ``dropit``), each
             with a function of the same arguments in ops of PyTorch that a compiler fuses; it gives
             None for arguments of which there is no such form.
@@ -77,6 +80,7 @@ class Codec:
     contract: (
         Callable[[tuple[Tensor, ...], Options, Tensor, torch.dtype], tuple[Tensor, Tensor]] | None
     ) = None
+    remembers: Callable[[Options], bool] = lambda options: False
     fused: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     def can_keep(self, read: Read) -> bool:

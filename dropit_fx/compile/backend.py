@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from dropit_fx.config import Config, ConfigError, make_config
 from dropit_fx.passes import run_pipeline
 from dropit_fx.passes.choose_codecs import check_rules_matched
 from dropit_fx.passes.find_saved import FakeRunError
+from dropit_fx.passes.insert_packing import ROW_NORMS
 from dropit_fx.passes.plan import Plan
 from dropit_fx.private import list_options, lookup_backend
 from dropit_fx.private_inductor import (
@@ -169,7 +171,11 @@ def _compile(
     if compiler is _inductor:
         channels_last(gm, _patches(mode, options))
     record = rewrite_dynamo_graph(gm, example_inputs, config)
-    return compiler(_Job(gm, example_inputs, mode, options, record, fuse, lower))
+    compiled = compiler(_Job(gm, example_inputs, mode, options, record, fuse, lower))
+    # what chooses rows lives as long as the code that names it; where gm itself runs, it holds that
+    held = [m.meta.get(ROW_NORMS) for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    weakref.finalize(compiled, tuple, held)
+    return compiled
 
 
 _TRUTH = ({"1": True, "true": True, "0": False, "false": False}.__getitem__, "not true or false")
