@@ -18,7 +18,7 @@ from dropit_fx.kernels.row_norms import MEMORY, new_name
 from dropit_fx.ops.rule import Use
 from dropit_fx.ops.table import CHECKPOINT
 from dropit_fx.passes.plan import Decision, ParameterRead, Plan, SavedRead, Site
-from dropit_fx.runtime.copies import WIDTH, channel_nbytes
+from dropit_fx.runtime.copies import SAMPLES, WIDTH, channel_nbytes
 
 _STATISTICS = ("mean", "rstd", "invstd")  # of a norm: one each for so many values
 STRANDED = "a checkpointed region alone would hold it, behind an input that gets no gradient"
@@ -148,6 +148,8 @@ def _choose(read: SavedRead, config: Config, said: str) -> Decision:
         if not read.width:
             return kept(_NO_ROWS.format(read.row.name))
         sizes[WIDTH] = read.width
+        if read.read.by_sample is not None:
+            options[SAMPLES] = True
     if codec.remembers(options):
         options[MEMORY] = new_name(read.label)
     if not read.lossy and not codec.lossless(options):

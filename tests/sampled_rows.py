@@ -47,10 +47,14 @@ def chances(sizes: Tensor, count: int) -> Tensor:
 
 def hajek(x: Tensor, dy: Tensor, chance: Tensor) -> float:
     """The variance of a sample of fixed size without repetition (Hajek 1964); exact if uniform."""
-    products = torch.einsum("no,ni->noi", dy, x).flatten(1).double()
+    return hajek_of(torch.einsum("no,ni->noi", dy, x).flatten(1), chance)
+
+
+def hajek_of(products: Tensor, chance: Tensor) -> float:
+    """As ``hajek``, of what each row adds to the sum: (rows, ...)."""
     drawn = chance < 1
     pi = chance[drawn].double()[:, None]
-    expanded = products[drawn] / pi
+    expanded = products[drawn].double() / pi
     share = pi * (1 - pi) * len(pi) / (len(pi) - 1)
     centre = (share * expanded).sum(0) / share.sum()
     return float((share * (expanded - centre).square()).sum())
