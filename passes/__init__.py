@@ -23,12 +23,14 @@ from dropit_fx.passes.fuse_losses import fuse_losses
 from dropit_fx.passes.insert_packing import insert_packing
 from dropit_fx.passes.keep_small import keep_small
 from dropit_fx.passes.plan import Plan
+from dropit_fx.passes.sample_blocks import sample_blocks
 from dropit_fx.passes.share_packed import share_packed
 from dropit_fx.passes.verify import VerifyError, verify
 
 log = logging.getLogger(__name__)
 
 PIPELINE: tuple[Callable[[Plan], Plan], ...] = (
+    sample_blocks,
     detach_parameters,
     fuse_losses,
     find_saved,

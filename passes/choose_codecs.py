@@ -97,6 +97,9 @@ def check_rules_matched(plans: tuple[Plan, ...], config: Config) -> None:
                 f"rule {training} matched no read of a parameter."
                 f" Modules with parameters: {_some(parameters)}."
             )
+    for block in config.backprop:
+        if not any(block.number in plan.blocks for plan in plans):
+            raise ConfigError(f"rule {block} matched no module that is called in the graph.")
     for rule in config.rules:
         if rule.preset:
             continue

@@ -25,7 +25,7 @@ from dropit_fx.compile.lookups import AddLookups
 from dropit_fx.compile.partition import KeepPacked
 from dropit_fx.compile.returned import ReturnInputsAsTheyAre, in_turn
 from dropit_fx.compile.saved import Partition
-from dropit_fx.config import Config, ConfigError, make_config
+from dropit_fx.config import Config, ConfigError, make_config, refuse_backprop
 from dropit_fx.passes import run_pipeline
 from dropit_fx.passes.choose_codecs import check_rules_matched
 from dropit_fx.passes.find_saved import FakeRunError
@@ -167,6 +167,7 @@ def _compile(
     fuse = _checked_fuse(ours.pop("fuse"), inner)
     _check_inductor_options(options)
     config = make_config(ours.pop("config"), **ours)
+    refuse_backprop(config, "rows of a block are sampled by transform, which sees all of a model")
     compiler = _inner(inner)
     if compiler is _inductor:
         channels_last(gm, _patches(mode, options))
