@@ -17,6 +17,7 @@ from dropit_fx.codecs.codec import Codec
 from dropit_fx.ops.rule import OpRule, Use
 from dropit_fx.ops.table import RULES
 from dropit_fx.rules import DEFAULT_PRESET as DEFAULT_PRESET
+from dropit_fx.rules import BackpropRule as BackpropRule
 from dropit_fx.rules import Config as Config
 from dropit_fx.rules import Rule as Rule
 from dropit_fx.rules import TrainRule as TrainRule
@@ -59,8 +60,9 @@ def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None 
         source: Path of a YAML file, a mapping of the same shape, a Config (returned as it is), or
             None for the default preset. Keys: ``preset`` (a name, or null for none), ``rules`` (a
             list of ``{module, op, codec, <options of the codec>, train}``, ``codec`` or ``train``
-            or both), ``derive``, ``keep_small``, ``norm_values``, ``loss_classes`` (these four as
-            the preset says unless given), ``drop_logits``, ``force``.
+            or both, or of ``{module, backprop, dim}``), ``derive``, ``keep_small``,
+            ``norm_values``, ``loss_classes`` (these four as the preset says unless given),
+            ``drop_logits``, ``force``.
 
     Raises:
         ConfigError: An unknown key, preset, codec, op or option, or a value out of range.
@@ -105,11 +107,13 @@ def _before(base: Config, source: Mapping[str, Any], origin: str, preset: bool =
         if what and not (is_whole(value) and 0 <= value < 2**63):
             raise ConfigError(f"{origin}: {key!r} is a number of {what}, 0 or more: {value!r}")
     numbered = [(r, i, f"{origin}, rule {i}") for i, r in enumerate(rules, 1)]
+    backprop = tuple(_backprop_rule(r, i, at) for r, i, at in numbered if _says(r, "backprop"))
+    numbered = [(r, i, at) for r, i, at in numbered if not _says(r, "backprop")]
     training = tuple(_train_rule(r, i, at) for r, i, at in numbered if _says(r, "train"))
     own = tuple(
         _rule(r, at, preset) for r, _, at in numbered if _says(r, "codec") or not _says(r, "train")
     )
-    return replace(base, rules=own + base.rules, training=training, **settings)
+    return replace(base, rules=own + base.rules, training=training, backprop=backprop, **settings)
 
 
 def make_config(
@@ -247,6 +251,25 @@ def _train_rule(source: Mapping[str, Any], number: int, where: str) -> TrainRule
             raise ConfigError(f"{where}: {_no_op(glob)}")
     module = _globs(source.get("module", "*"), "module", where)
     return TrainRule(module=module, op=op, train=train, number=number)
+
+
+def _backprop_rule(source: Mapping[str, Any], number: int, where: str) -> BackpropRule:
+    share, dim = source["backprop"], source.get("dim", 0)
+    _known(source, ("module", "backprop", "dim"), where, " for a rule with 'backprop'")
+    if not isinstance(share, int | float) or not 0 < share < 1:
+        raise ConfigError(f"{where}: backprop = {share!r}: the share of rows, a number in (0, 1)")
+    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 0:
+        raise ConfigError(f"{where}: dim = {dim!r}: the dimension of rows, a whole number from 0")
+    if "module" not in source:
+        raise ConfigError(f"{where} {dict(source)}: no 'module', which names the block")
+    module = _globs(source["module"], "module", where)
+    return BackpropRule(module=module, share=float(share), dim=dim, number=number)
+
+
+def refuse_backprop(config: Config, who: str) -> None:
+    """Raises ConfigError where a rule says ``backprop``, which ``who`` cannot do."""
+    if config.backprop:
+        raise ConfigError(f"rule {config.backprop[0].number} {config.backprop[0]}: {who}")
 
 
 def _says(source: Any, key: str) -> bool:

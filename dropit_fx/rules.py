@@ -92,12 +92,33 @@ class TrainRule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BackpropRule:
+    """Of which rows of a block gradients flow: the first rule that names the block decides.
+
+    Attributes:
+        module: Globs on the qualified name of the block.
+        share: Of its rows, in (0, 1).
+        dim: Of the block's input and result, whose entries are rows.
+        number: Of the rule in its config, from 1.
+    """
+
+    module: tuple[str, ...]
+    share: float
+    dim: int = 0
+    number: int
+
+    def __str__(self) -> str:
+        return f"{{module: {_joined(self.module)}, backprop: {self.share}, dim: {self.dim}}}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """An ordered list of rules.
 
     Attributes:
         rules: The config's own rules, then the preset's; the first match wins.
         training: What the config's own rules say of parameters; the first match wins.
+        backprop: What they say of the rows of a block that gradients flow through.
         preset: The preset that the last of them come from, or None.
         derive: Keep no copy of what is a cheap function of something packed: make it again in the
             backward.
@@ -114,6 +135,7 @@ class Config:
 
     rules: tuple[Rule, ...] = ()
     training: tuple[TrainRule, ...] = ()
+    backprop: tuple[BackpropRule, ...] = ()
     preset: str | None = DEFAULT_PRESET
     force: bool = False
     derive: bool = False

@@ -1,8 +1,9 @@
 """The pipeline: each pass is a function from a plan to a plan, and the verifier follows each.
 
 May be imported from here: ``run_pipeline``, ``verify``, ``plan`` (the data), ``find_saved`` for its
-error, ``choose_codecs`` for the check of rules, ``share_packed`` for what is shared. Needs
-``capture`` for fake tensors, ``runtime``, ``config`` and what stands below them.
+error, ``choose_codecs`` for the check of rules, ``share_packed`` for what is shared,
+``insert_packing`` for what a module holds beside its graph. Needs ``capture`` for fake tensors,
+``runtime``, ``config`` and what stands below them.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from dropit_fx.passes.fuse_losses import fuse_losses
 from dropit_fx.passes.insert_packing import insert_packing
 from dropit_fx.passes.keep_small import keep_small
 from dropit_fx.passes.plan import Plan
+from dropit_fx.passes.sample_blocks import sample_blocks
 from dropit_fx.passes.share_packed import share_packed
 from dropit_fx.passes.verify import VerifyError, verify
 
 log = logging.getLogger(__name__)
 
 PIPELINE: tuple[Callable[[Plan], Plan], ...] = (
+    sample_blocks,
     detach_parameters,
     fuse_losses,
     find_saved,

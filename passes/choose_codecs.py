@@ -14,10 +14,11 @@ from dropit_fx.codecs import CODEC, UNREAD
 from dropit_fx.codecs.codec import Options
 from dropit_fx.config import Config, ConfigError
 from dropit_fx.kernels.dtypes import FLOATS
+from dropit_fx.kernels.row_norms import MEMORY, new_name
 from dropit_fx.ops.rule import Use
 from dropit_fx.ops.table import CHECKPOINT
 from dropit_fx.passes.plan import Decision, ParameterRead, Plan, SavedRead, Site
-from dropit_fx.runtime.copies import WIDTH, channel_nbytes
+from dropit_fx.runtime.copies import SAMPLES, WIDTH, channel_nbytes
 
 _STATISTICS = ("mean", "rstd", "invstd")  # of a norm: one each for so many values
 STRANDED = "a checkpointed region alone would hold it, behind an input that gets no gradient"
@@ -96,6 +97,9 @@ def check_rules_matched(plans: tuple[Plan, ...], config: Config) -> None:
                 f"rule {training} matched no read of a parameter."
                 f" Modules with parameters: {_some(parameters)}."
             )
+    for block in config.backprop:
+        if not any(block.number in plan.blocks for plan in plans):
+            raise ConfigError(f"rule {block} matched no module that is called in the graph.")
     for rule in config.rules:
         if rule.preset:
             continue
@@ -147,6 +151,10 @@ def _choose(read: SavedRead, config: Config, said: str) -> Decision:
         if not read.width:
             return kept(_NO_ROWS.format(read.row.name))
         sizes[WIDTH] = read.width
+        if read.read.by_sample is not None:
+            options[SAMPLES] = True
+    if codec.remembers(options):
+        options[MEMORY] = new_name(read.label)
     if not read.lossy and not codec.lossless(options):
         if read.read.why_exact:
             return kept(read.read.why_exact)

@@ -53,7 +53,7 @@ def detach_parameters(plan: Plan) -> Plan:
         _detach(graph, reads)
     left = {site.name for site in find_saved(plan).sites if site.dense}
     untrained = frozenset(site.name for site in dense if site.dense and site.name not in left)
-    return replace(plan, unfused=dense, untrained=untrained)
+    return replace(plan, unfused=plan.unfused or dense, untrained=untrained)
 
 
 def undetached(plan: Plan) -> Iterator[ParameterRead]:

@@ -22,6 +22,7 @@ from dropit_fx.passes.match_saved import is_copy_of, match_saved
 from dropit_fx.passes.plan import Elements, Keeper, SavedRead
 from dropit_fx.passes.storages import FREE, Storages, elements
 from dropit_fx.private import storage_id, version
+from dropit_fx.runtime.copies import width_of
 from dropit_fx.runtime.overrides import is_complex
 from dropit_fx.runtime.regions import WRITTEN, name_of
 from dropit_fx.runtime.tensor_spec import ascends, memory_order
@@ -254,9 +255,14 @@ def _is_wanted(read: Read, ran: Ran) -> bool:
 def _width(read: Read | None, operands: Mapping[str, Any]) -> Any:
     """``SavedRead.width``."""
     x = operands.get(read.operand) if read is not None else None
-    if x is None or read is None or read.by_row is None or not read.by_row(operands):
+    if x is None or read is None or x.dim() < 2:
         return 0
-    return x.shape[-1] if x.dim() > 1 and ascends(memory_order(x)) else 0
+    order = memory_order(x)
+    if read.by_sample is not None and read.by_sample(operands):
+        return width_of(x.shape, order) if order[0] == 0 else 0
+    if read.by_row is not None and read.by_row(operands):
+        return x.shape[-1] if ascends(order) else 0
+    return 0
 
 
 def _made(read: Read, operands: Mapping[str, Any]) -> Tensor:

@@ -4,7 +4,7 @@
 
 Requires: decisions that say which copies they share. Ensures: every packed decision stands in the
 graph, and nothing else changed; in-place ops that are packed run out of place, with later readers
-redirected.
+redirected. What choices of rows remember of earlier steps is held by the module.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from torch import fx
 from torch.fx.node import map_arg
 
+from dropit_fx.kernels.row_norms import MEMORY, named
 from dropit_fx.ops.rule import OpRule, Use
 from dropit_fx.ops.table import CHECKPOINT, is_inplace
 from dropit_fx.passes.derive_values import bases_of, recipe
@@ -29,6 +30,8 @@ from dropit_fx.runtime.copies import DROP, KEEP
 from dropit_fx.runtime.packed_call import PACKED_OPS, derived, pack, unless_changed
 from dropit_fx.runtime.regions import place_of, stand_in
 
+ROW_NORMS = "dropit_row_norms"  # in ``meta`` of a module: what holds them that its packs name
+
 
 def insert_packing(plan: Plan) -> Plan:
     """Rewrites ``plan.module`` in place, and lets its regions read packed inputs."""
@@ -36,6 +39,9 @@ def insert_packing(plan: Plan) -> Plan:
     for node in list(plan.module.graph.nodes):
         if node.name in writer.by_node:
             writer.swap(node)
+    memories = {d.options[MEMORY] for d in plan.decisions if d.packed and MEMORY in d.options}
+    if memories:
+        plan.module.meta[ROW_NORMS] = tuple(map(named, sorted(memories)))
     plan.module.graph.lint()
     plan.module.recompile()
     return plan

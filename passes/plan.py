@@ -268,8 +268,9 @@ class Plan:
         bodies: Plans of nested graphs (checkpointed regions) by attribute name.
         parameters: From ``detach_parameters``, where a rule says what is trained: who reads them.
         untrained: From ``detach_parameters``: the names of sites that nothing keeps since.
-        unfused: From ``detach_parameters`` or ``fuse_losses``: the sites of the graph as it was,
-            where they changed that.
+        sampled: From ``sample_blocks``: the names of sites of which some rows alone are kept since.
+        blocks: From ``sample_blocks``: the numbers of the rules that named a block.
+        unfused: From the first of these that changed the graph: the sites of the graph as it was.
         notes: From ``fuse_losses``: what is to be said of a node, by its name.
     """
 
@@ -284,6 +285,8 @@ class Plan:
     bodies: dict[str, Plan] = field(default_factory=dict)
     parameters: tuple[ParameterRead, ...] = ()
     untrained: frozenset[str] = frozenset()
+    sampled: frozenset[str] = frozenset()
+    blocks: frozenset[int] = frozenset()
     unfused: tuple[Site, ...] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
 

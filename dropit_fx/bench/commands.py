@@ -84,7 +84,7 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
     add_model(roofline)
     _add_roofline_options(roofline)
 
-    kernels = bench("kernels", "time of packing and unpacking")
+    kernels = bench("kernels", "time of packing and unpacking, and of products of kept rows")
     kernels.add_argument("--shape", type=int, nargs="+", default=(16, 197, 768), metavar="N")
     kernels.add_argument("--dtypes", nargs="+", default=("float32", "bfloat16"), metavar="DTYPE")
     kernels.add_argument("--threads", type=int, metavar="N", help="default: as torch is set")

@@ -1,7 +1,8 @@
 """``dropit-fx bench kernels``: the time of packing and unpacking one tensor.
 
 Beside ``clone()``, the least that any copy of the tensor costs, and beside the selection of the
-published DropIT. All of them take turns, so that the machine's moods reach all alike.
+published DropIT. All of them take turns, so that the machine's moods reach all alike. Then, as
+``products`` says, the weight gradient that is made of kept rows.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dropit_fx.bench.device import find_device, timed
+from dropit_fx.bench.products import products_table, time_products
 from dropit_fx.bench.published import scatter, select
 from dropit_fx.kernels import AFFINE, FULL, UNIFORM, Format
 from dropit_fx.report.rows import plain_table
@@ -53,7 +55,7 @@ def bench_kernels(
     device: str = "cpu",
     json_path: str | None = None,
 ) -> dict[str, Any]:
-    """Times the kernels on a normally distributed tensor and prints a table.
+    """Times the kernels on a normally distributed tensor and prints two tables.
 
     Args:
         shape: Of the tensor.
@@ -75,6 +77,7 @@ def bench_kernels(
     if threads is not None:
         torch.set_num_threads(threads)
     result: dict[str, Any] = {}
+    products: dict[str, Any] = {}
     try:
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("", total=len(dtypes) * (rounds + 2))
@@ -89,15 +92,19 @@ def bench_kernels(
                         if number >= 2:
                             times[job].append(elapsed)
                 result[name] = _summary(times, x)
+                products[name] = time_products(x.view(-1, shape[-1]), shape[-1], rounds)
         used = torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
     title = f"{'x'.join(map(str, shape))}, {used} threads, {rounds} rounds"
     for name, rows in result.items():
         Console().print(_table(f"{name}, {title}", rows))
+        Console().print(products_table(f"{name}, weight gradient", products[name]))
     if json_path is not None:
         about = {"shape": list(shape), "threads": used, "device": device}
-        Path(json_path).write_text(json.dumps(about | {"dtypes": result}, indent=2))
+        Path(json_path).write_text(
+            json.dumps(about | {"dtypes": result, "products": products}, indent=2)
+        )
     return result
 
 

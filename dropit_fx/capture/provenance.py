@@ -60,7 +60,19 @@ def node_module(node: fx.Node) -> str:
     stack = node.meta.get(MODULES)
     if not stack:
         return str(node.target) if node.op == "call_module" else ""
-    name = str(list(stack.values())[-1][0])
+    return _cleaned(str(list(stack.values())[-1][0]))
+
+
+def node_modules(node: fx.Node) -> list[tuple[str, str]]:
+    """The calls that the node is in, outermost first: what tells a call from others, and its name.
+
+    Names are as of :func:`node_module`. A module that is called twice has one name.
+    """
+    stack = node.meta.get(MODULES) or {}
+    return [(f"{key} {name}", _cleaned(str(name))) for key, (name, *_) in stack.items()]
+
+
+def _cleaned(name: str) -> str:
     if name.startswith(("L[", "G[")):
         name = name.split("]", 1)[1]
     name = name.replace("._modules['", ".").replace("']", "").replace("['", ".")

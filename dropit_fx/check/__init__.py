@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dropit_fx.check.checker import BACKENDS, Backend, Checker, surroundings
 from dropit_fx.check.found import Check, Finding, GradientError
 from dropit_fx.check.step import Task, default_loss
-from dropit_fx.config import Config, ConfigError, make_config
+from dropit_fx.config import Config, ConfigError, make_config, refuse_backprop
 
 __all__ = ["BACKENDS", "Check", "Finding", "GradientError", "check"]
 
@@ -82,6 +82,9 @@ def check(
     if backend not in BACKENDS:
         raise ConfigError(f"no backend {backend!r}. Choose one of: {', '.join(BACKENDS)}.")
     settled = make_config(config, preset=preset)
+    refuse_backprop(
+        settled, "it changes gradients, and check compares them. Leave it out for check"
+    )
     task = Task(model, tuple(example_args), dict(example_kwargs or {}), loss or default_loss)
     checker = Checker(task, settled, backend, progress)
     with surroundings(backend):

@@ -46,11 +46,14 @@ class Codec:
         faithful: Whether other values may be made from what these options give back.
         slope: ``unpack`` gives the derivative at the packed values, not the values.
         codes: It keeps reads that are small integers (``Read.bits``), and no others.
-        contract: For a codec of whole rows, which keeps ``Read.by_row`` and no others:
+        contract: For a codec of whole rows, which keeps ``by_row`` and ``by_sample`` reads alone:
             ``(parts, options, grad, dtype) -> (grad', x')``. Of ``grad: (rows, out)`` and what was
             packed of ``x: (rows, width)`` fewer rows, chosen or mixed, weighted so that
             ``grad'^T x'`` is ``grad^T unpack(parts)``. The options have one more, ``width``:
             elements of a row.
+        remembers: Whether with these options the choice of rows follows the gradients of earlier
+            steps. They have one more then, ``memory``: the name of what knows these
+            (``kernels.row_norms``).
         fused: Custom ops of ``pack`` and ``unpack`` (their names in namespace ``dropit``), each
             with a function of the same arguments in ops of PyTorch that a compiler fuses; it gives
             None for arguments of which there is no such form.
@@ -77,6 +80,7 @@ class Codec:
     contract: (
         Callable[[tuple[Tensor, ...], Options, Tensor, torch.dtype], tuple[Tensor, Tensor]] | None
     ) = None
+    remembers: Callable[[Options], bool] = lambda options: False
     fused: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     def can_keep(self, read: Read) -> bool:
@@ -84,7 +88,7 @@ class Codec:
         if self.serves == frozenset(Use):
             return True
         fits = self.codes == (read.bits is not None) and not (self.slope and read.function is None)
-        if self.contract is not None and read.by_row is None:
+        if self.contract is not None and read.by_row is None and read.by_sample is None:
             return False
         return fits and read.use in self.serves
 

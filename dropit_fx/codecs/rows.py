@@ -9,8 +9,10 @@ backward multiplies the kept rows alone: (1 - gamma) of the dense product. ``sel
   its inverse (WTA-CRS, arXiv 2305.15265). Right in the mean.
 * ``norm``: the largest norms as they are. Not right in the mean.
 
-The paper weighs with the norm of the row of dY too, as the last epoch left it for that training
-sample. A graph sees no numbers of samples, so that the norm of x alone decides here.
+With ``gradients``, ``wta_crs`` weighs a row by |x_i| |dY_i|, as the paper does. The paper takes the
+norm of dY_i of the last epoch, for that training sample; a graph sees no numbers of samples, and
+takes what earlier steps have seen at place i of the batch (``kernels.row_norms``); in the first
+step, |x_i| alone.
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import dropit_fx.kernels.rows  # noqa: F401  registers its op
 from dropit_fx.codecs.codec import Codec, Option, Options
 from dropit_fx.codecs.mink import BITS, BLOCK, GAMMA, ROUNDING, format_of, keep_ratio
 from dropit_fx.kernels import FULL
-from dropit_fx.kernels.rows import NORM, SELECTIONS
+from dropit_fx.kernels.row_norms import MEMORY
+from dropit_fx.kernels.rows import NORM, SELECTIONS, WTA_CRS
 from dropit_fx.ops.rule import Use
 
 SELECT = Option(
@@ -35,6 +37,18 @@ SELECT = Option(
     meaning="'uniform' and 'wta_crs' (more likely where the norm is larger) draw rows and are"
     " unbiased, 'norm' keeps the largest",
 )
+
+GRADIENTS = Option(
+    name="gradients",
+    default=True,
+    legal=lambda value: isinstance(value, bool),
+    meaning="true or false: 'wta_crs' also weighs a row of the batch by the gradients that earlier"
+    " steps had there",
+)
+
+
+def _remembers(options: Options) -> bool:
+    return bool(options["select"] == WTA_CRS and options["gradients"])
 
 
 def _count(numel: Any, options: Options) -> tuple[int, int]:
@@ -51,7 +65,10 @@ def _coded(options: Options) -> Options:
 def _pack(flat: Tensor, options: Options) -> tuple[Tensor, ...]:
     rows, count = _count(flat.numel(), options)
     x = flat.view(rows, options["width"])
-    index, weight = torch.ops.dropit.select_rows(x, count, options["select"])
+    if memory := options.get(MEMORY):
+        index, weight = torch.ops.dropit.select_known_rows(x, count, memory)
+    else:
+        index, weight = torch.ops.dropit.select_rows(x, count, options["select"])
     kept = x.index_select(0, index)
     if not options["bits"]:
         return kept, flat.new_empty(0), index, weight
@@ -85,7 +102,10 @@ def _unpack(parts: tuple[Tensor, ...], options: Options, numel: Any, dtype: torc
 def _contract(
     parts: tuple[Tensor, ...], options: Options, grad: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    some = grad.index_select(0, parts[2])
+    if memory := options.get(MEMORY):
+        some = torch.ops.dropit.note_rows(grad, parts[2], memory)
+    else:
+        some = grad.index_select(0, parts[2])
     return _weighted(some, parts, options), _kept(parts, options, dtype)
 
 
@@ -98,11 +118,12 @@ def _nbytes(numel: int, dtype: torch.dtype, options: Options) -> int:
 ROWS = Codec(
     name="rows",
     serves=frozenset({Use.CONTRACT}),
-    options=(replace(GAMMA, default=0.7), SELECT, BITS, BLOCK, ROUNDING),
+    options=(replace(GAMMA, default=0.7), SELECT, GRADIENTS, BITS, BLOCK, ROUNDING),
     pack=_pack,
     unpack=_unpack,
     nbytes=_nbytes,
     buffers=4,
     lossless=lambda options: keep_ratio(options["gamma"]) == FULL and not options["bits"],
     contract=_contract,
+    remembers=_remembers,
 )

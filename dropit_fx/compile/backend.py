@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -24,10 +25,11 @@ from dropit_fx.compile.lookups import AddLookups
 from dropit_fx.compile.partition import KeepPacked
 from dropit_fx.compile.returned import ReturnInputsAsTheyAre, in_turn
 from dropit_fx.compile.saved import Partition
-from dropit_fx.config import Config, ConfigError, make_config
+from dropit_fx.config import Config, ConfigError, make_config, refuse_backprop
 from dropit_fx.passes import run_pipeline
 from dropit_fx.passes.choose_codecs import check_rules_matched
 from dropit_fx.passes.find_saved import FakeRunError
+from dropit_fx.passes.insert_packing import ROW_NORMS
 from dropit_fx.passes.plan import Plan
 from dropit_fx.private import list_options, lookup_backend
 from dropit_fx.private_inductor import (
@@ -147,11 +149,16 @@ def _compile(
     fuse = _checked_fuse(ours.pop("fuse"), inner)
     _check_inductor_options(options)
     config = make_config(ours.pop("config"), **ours)
+    refuse_backprop(config, "rows of a block are sampled by transform, which sees all of a model")
     compiler = _inner(inner)
     if compiler is _inductor:
         channels_last(gm, _patches(mode, options))
     record = rewrite_dynamo_graph(gm, example_inputs, config)
-    return compiler(_Job(gm, example_inputs, mode, options, record, fuse, lower))
+    compiled = compiler(_Job(gm, example_inputs, mode, options, record, fuse, lower))
+    # what chooses rows lives as long as the code that names it; where gm itself runs, it holds that
+    held = [m.meta.get(ROW_NORMS) for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    weakref.finalize(compiled, tuple, held)
+    return compiled
 
 
 _TRUTH = ({"1": True, "true": True, "0": False, "false": False}.__getitem__, "not true or false")

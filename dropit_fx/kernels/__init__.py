@@ -2,8 +2,8 @@
 
 May be imported from here: what this file names, ``format`` (sizes of codes), ``dtypes``,
 ``dispatch`` (how an op is registered), the ops by ``attention``, ``hadamard``, ``logits``,
-``masks``, ``projection``, ``rows`` and ``windows``, and what compilers get for them, ``fused`` and
-``fused_bits``. Needs no other room.
+``masks``, ``projection``, ``rows``, ``row_norms`` (what earlier steps tell of rows) and
+``windows``, and what compilers get for them, ``fused`` and ``fused_bits``. Needs no other room.
 """
 
 from dropit_fx.kernels import ops as ops

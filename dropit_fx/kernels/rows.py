@@ -33,7 +33,7 @@ _FLOOR = 1e-6  # of the mean norm: the least that a row counts for
 
 
 def select_rows(
-    x: Tensor, count: int, select: str, seed: Tensor | None = None
+    x: Tensor, count: int, select: str, seed: Tensor | None = None, known: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Chooses rows.
 
@@ -42,6 +42,7 @@ def select_rows(
         count: how many to keep, 0..rows.
         select: one of `SELECTIONS`.
         seed: (1,) int64, of the choice; None: draws one.
+        known: (rows,), finite and positive: what `wta_crs` multiplies the norms by.
 
     Returns:
         Their numbers, int32 and ascending; their weights, float32, none for `norm`.
@@ -51,13 +52,15 @@ def select_rows(
         return _fake(x, 0, select)
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     sizes = torch.linalg.vector_norm(x, dim=1, dtype=work).double()
-    known = sizes.isfinite()
+    finite = sizes.isfinite()
     if select == NORM:
-        order = sizes.masked_fill(~known, torch.inf).argsort(descending=True, stable=True)
+        order = sizes.masked_fill(~finite, torch.inf).argsort(descending=True, stable=True)
         return order[:count].sort().values.to(torch.int32), x.new_empty(0, dtype=torch.float32)
     if select == UNIFORM:
         sizes = torch.ones_like(sizes)
-    chances = _chances(sizes, known, count)
+    elif known is not None:
+        sizes = sizes * known
+    chances = _chances(sizes, finite, count)
     keys = random_keys(draw_seed(x.device) if seed is None else seed, len(x) + 1)
     order = keys[:-1].argsort(stable=True)
     ends = chances[order].cumsum(0)
@@ -68,13 +71,13 @@ def select_rows(
     return index.to(torch.int32), chances[index].reciprocal().float()
 
 
-def _chances(sizes: Tensor, known: Tensor, count: int) -> Tensor:
+def _chances(sizes: Tensor, finite: Tensor, count: int) -> Tensor:
     """(rows,): how likely each row is to be kept; `count` together."""
-    finite = sizes.masked_fill(~known, 0.0)
-    total = finite.sum()
+    known = sizes.masked_fill(~finite, 0.0)
+    total = known.sum()
     total = total + (total == 0)
-    finite = finite.clamp(min=total * (_FLOOR / len(sizes)))
-    sizes = torch.where(known, finite, total)  # as much as all others: sure of a place
+    known = known.clamp(min=total * (_FLOOR / len(sizes)))
+    sizes = torch.where(finite, known, total)  # as much as all others: sure of a place
     rest = sizes.sort().values.cumsum(0).flip(0)[:count]  # behind so many of the largest
     places = torch.arange(count, 0, -1, device=sizes.device)
     return (sizes / (rest / places).amin()).clamp(max=1.0)

@@ -49,6 +49,18 @@ class Saved(Mapping[str, Tensor]):
         """
         return grad, self[operand].flatten(0, -2)
 
+    def by_sample(self, operand: str, grad: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The samples that the gradient of a layer's weight is a sum of, where some were dropped.
+
+        Of ``grad: (batch, out, *)``, weighted, and of the operand, ``(batch, in, *)``, both
+        without these. None where it is the sum of all.
+        """
+        return None
+
+    def blank(self, operand: str) -> Tensor:
+        """Memory in the shape and the layout of an operand, for what reads these alone."""
+        raise NotImplementedError
+
     def rounded(self, operand: str) -> bool:
         """Whether ``operand`` differs from what the op read in the forward."""
         raise NotImplementedError

@@ -55,6 +55,8 @@ class Read:
             arguments to whether it does. A 0 must then be read as 0, not as a number beside it.
         by_row: For an operand of which the gradient is one product that sums over its rows (all
             its dimensions but the last): from the call's arguments to whether this call is such.
+        by_sample: The same where the sum is over the first dimension alone, as of convolutions: a
+            row is a sample with all that it has. Of ``by_row`` and this, a read says one.
         by_channel: The backward divides by the deviation of each channel (dimension 1): what rounds
             it must round each channel around its own mean and in units of that deviation.
         nbytes: For what the op makes itself in a size that fake tensors do not tell: from the
@@ -80,6 +82,7 @@ class Read:
     function: Callable[[Mapping[str, Any]], str] | None = None
     jumps: Callable[[Mapping[str, Any]], bool] | None = None
     by_row: Callable[[Mapping[str, Any]], bool] | None = None
+    by_sample: Callable[[Mapping[str, Any]], bool] | None = None
     by_channel: bool = False
     nbytes: Callable[[Mapping[str, Any]], int] | None = None
     shape: Callable[[Mapping[str, Any]], tuple[Any, ...]] | None = None

@@ -22,6 +22,7 @@ from dropit_fx.private import uncompiled
 
 _META = "dropit_report"
 UNTRAINED = "untrained"  # in the place of a codec: no rule trains what needed it
+SAMPLED = "sampled"  # in the place of a codec: gradients flow through some of its rows
 FUSED = "fused"  # in the place of a codec: the loss that kept it is computed with its layer
 
 
@@ -283,6 +284,7 @@ def rows(plan: Plan, prefix: str = "", region: str = "") -> Iterator[Row]:
     # what is left, a fused loss does without, or no rule trains what needed it
     for site in chain.from_iterable(untouched.values()):
         codec = UNTRAINED if site.name in plan.untrained else FUSED
+        codec = SAMPLED if site.name in plan.sampled else codec
         note = _untrained(site, plan) if codec == UNTRAINED else ""
         yield _row(
             site, prefix, dense_bytes=site.nbytes, kept_bytes=0, codec=codec, reason="", note=note

@@ -37,7 +37,8 @@ def _is_plain(x: Tensor) -> bool:
     return type(x) is Tensor and not torch.compiler.is_compiling()
 
 
-WIDTH = "width"  # beside the options of a codec of rows: elements of a row
+# beside the options of a codec of rows: elements of a row, and whether these are samples
+WIDTH, SAMPLES = "width", "samples"
 
 KEEP: tuple[str, dict[str, Any]] = ("keep", {})  # in ``packed=`` of a call: the tensor as it is
 DROP: tuple[str, dict[str, Any]] = ("drop", {})  # and: its shape alone
@@ -204,6 +205,35 @@ def kept_rows(
     if options[WIDTH] != spec.shape[-1] or not ascends(spec.order):
         return None
     return codec.contract(parts, options, grad, spec.dtype)
+
+
+def kept_samples(
+    kept: Kept, parts: tuple[Tensor, ...], spec: TensorSpec, grad: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """As :func:`kept_rows`, of ``grad: (batch, ...)`` and an operand whose rows are samples."""
+    codec, options = CODEC.get(kept.codec), dict(kept.options)
+    if codec is None or codec.contract is None or codec.lossless(options):
+        return None
+    if options[WIDTH] != width_of(spec.shape, spec.order) or spec.order[0] != 0:
+        return None
+    order = memory_order(grad)
+    order = order if order[0] == 0 else list(range(grad.dim()))
+    flat = in_order(grad, order).view(grad.shape[0], width_of(grad.shape, order))
+    some, x = codec.contract(parts, options, flat, spec.dtype)
+    return _as_samples(some, grad.shape, order), _as_samples(x, spec.shape, spec.order)
+
+
+def _as_samples(rows: Tensor, shape: Any, order: list[int]) -> Tensor:
+    """Rows, each a sample in memory order, in the shape and the layout of samples."""
+    return unflatten(rows.reshape(-1), (rows.shape[0], *shape[1:]), order)
+
+
+def width_of(shape: Sequence[Any], order: list[int]) -> Any:
+    """Elements of a sample: of all dimensions in memory but the outermost."""
+    width = 1
+    for d in order[1:]:
+        width = width * shape[d]
+    return width
 
 
 def unpack(packed: Packed, like: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from dropit_fx.runtime.copies import (
     Kept,
     is_rounded,
     kept_rows,
+    kept_samples,
     parts_of,
     read_back,
     shared_out,
@@ -48,6 +49,11 @@ class _SavedTensors(backwards.Saved):
             casts = value.dtype != spec.dtype and value.is_floating_point()
             return value.to(spec.dtype) if casts else value
         # a formula asks for its shape only: the gradients that read its values are not wanted
+        return self.blank(operand)
+
+    def blank(self, operand: str) -> Tensor:
+        """As the base class says."""
+        spec = self._specs[operand]
         return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=spec.device)
 
     def masked(self, operand: str, grad: Tensor) -> Tensor:
@@ -63,6 +69,12 @@ class _SavedTensors(backwards.Saved):
             if rows is not None:
                 return rows
         return super().by_row(operand, grad)
+
+    def by_sample(self, operand: str, grad: Tensor) -> tuple[Tensor, Tensor] | None:
+        """As the base class says."""
+        if operand not in self._slots:
+            return None
+        return kept_samples(*self._slots[operand], self._specs[operand], grad)
 
     def rounded(self, operand: str) -> bool:
         """As the base class says."""

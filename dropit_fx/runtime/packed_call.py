@@ -44,6 +44,7 @@ from dropit_fx.ops.rule import OpRule
 from dropit_fx.ops.table import CHECKPOINT, DERIVABLE, OP_RULES, bind
 from dropit_fx.runtime.copies import (
     KEEP,
+    SAMPLES,
     WIDTH,
     Kept,
     Packed,
@@ -52,6 +53,7 @@ from dropit_fx.runtime.copies import (
     kept_as,
     parts_of,
     shared_out,
+    width_of,
 )
 from dropit_fx.runtime.function import PackedFunction, is_wanted_by
 from dropit_fx.runtime.overrides import has_own_ops, stays_dense, transformed
@@ -114,7 +116,8 @@ def pack(
         x = _lowered(x) if autocast else x
         order, known = memory_order(x), dict(options)
         if CODEC[codec].contract is not None:  # of rows as they lie in memory
-            known[WIDTH] = x.shape[order[-1]] if order else 1
+            last = x.shape[order[-1]] if order else 1
+            known[WIDTH] = width_of(x.shape, order) if known.get(SAMPLES) else last
         parts = parts_of(x, order, codec, known)
     return Packed(parts, codec, tuple(known.items()), x.dtype)
 

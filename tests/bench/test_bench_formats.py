@@ -102,7 +102,12 @@ def test_bench_kernels_writes_what_it_prints(
     assert written["float32"]["steps, 3 bits"]["bits"] == 3
     assert written["float32"]["steps, 3 bits"]["unpack"]["of_clone"] > 0
     assert all(row["seconds"] > 0 for row in (w["clone"] for w in written.values()))
-    assert "gamma 0.7, 2 bits" in capsys.readouterr().out
+    products = json.loads(path.read_text())["products"]["bfloat16"]
+    assert products.keys() == {"dense", "norm", "uniform", "wta_crs"}
+    assert products["dense"]["of_dense"] == 1
+    said = capsys.readouterr().out
+    assert "gamma 0.7, 2 bits" in said
+    assert "keep 30 %, wta_crs" in said
 
 
 def test_bench_formats_writes_a_table_a_file_and_a_picture(

@@ -265,7 +265,7 @@ def test_what_is_wrong_in_a_rule_is_said() -> None:
         ({"rank": 1.5}, "of rows or width, whichever is less, for 'range'"),
         ({"rank": True}, "a whole number"),
         ({"projection": "gaussian"}, "'random' (sums of rows with random signs; unbiased)"),
-        ({"op": "conv2d"}, "the backward of conv2d is no product that sums over its rows"),
+        ({"op": "bmm"}, "the backward of bmm is no product that sums over its rows"),
     ):
         with pytest.raises(ConfigError) as refused:
             dropit_fx.load_config(config(**wrong))

@@ -11,79 +11,30 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from op_calls import T, case, cotangent, graph_of, pack_graph, run
-from torch import Tensor, fx, nn
+from op_calls import T, case, cotangent, graph_of, pack_graph
+from sampled_rows import (
+    chances,
+    config,
+    hajek,
+    packed_linear,
+    skewed,
+    weight_gradient,
+    with_replacement,
+)
+from torch import Tensor, nn
 
 import dropit_fx
 from dropit_fx import ConfigError, measure
-from dropit_fx.bench import formats
 from dropit_fx.codecs import CODEC
 from dropit_fx.compile import backend
 from dropit_fx.kernels.rows import SELECTIONS, select_rows
-from dropit_fx.passes.plan import Plan
 
 ROWS = CODEC["rows"]
 UNBIASED = ("uniform", "wta_crs")
 every_selection = pytest.mark.parametrize("select", SELECTIONS)
 
 
-def config(**options: Any) -> dict[str, Any]:
-    return {"preset": None, "force": True, "rules": [{"codec": "rows", **options}]}
-
-
-def packed_linear(x: Tensor, w: Tensor, **options: Any) -> tuple[fx.GraphModule, Plan]:
-    call = case("linear", T(tuple(x.shape)), T(tuple(w.shape)))
-    return pack_graph(graph_of(F.linear, call), [x, w.requires_grad_()], config(**options))
-
-
-def weight_gradient(layer: Any, x: Tensor, w: Tensor, seed: int = 3) -> Tensor:
-    """For ``cotangent`` of the result."""
-    grad = run(layer, [x, w.requires_grad_()], seed)[1][1]
-    assert grad is not None
-    return grad
-
-
-def skewed(rows: int, width: int) -> Tensor:
-    """Rows of which some are much larger than others."""
-    sizes = torch.logspace(-1.5, 1, rows)[torch.randperm(rows)]
-    return torch.randn(rows, width) * sizes[:, None]
-
-
 # --- unbiased, with the variance of the theory
-
-
-def chances(sizes: Tensor, count: int) -> Tensor:
-    """The chance of each row, by the fixed point that defines it; not as the kernel finds it."""
-    sure = torch.zeros_like(sizes, dtype=torch.bool)
-    while True:
-        rest = sizes.masked_fill(sure, 0)
-        found = torch.where(sure, 1.0, rest / rest.sum() * (count - sure.sum()))
-        if not (found > 1).any():
-            return found
-        sure |= found > 1
-
-
-def hajek(x: Tensor, dy: Tensor, chance: Tensor) -> float:
-    """The variance of a sample of fixed size without repetition (Hajek 1964); exact if uniform."""
-    products = torch.einsum("no,ni->noi", dy, x).flatten(1).double()
-    drawn = chance < 1
-    pi = chance[drawn].double()[:, None]
-    expanded = products[drawn] / pi
-    share = pi * (1 - pi) * len(pi) / (len(pi) - 1)
-    centre = (share * expanded).sum(0) / share.sum()
-    return float((share * (expanded - centre).square()).sum())
-
-
-def with_replacement(x: Tensor, dy: Tensor, sizes: Tensor, count: int, winners: bool) -> float:
-    """The variance of column-row sampling; with winners, of WTA-CRS as it was published."""
-    order = sizes.argsort(descending=True)
-    x, dy, p = x[order].double(), dy[order].double(), (sizes[order] / sizes.sum()).double()
-    tail = p.flip(0).cumsum(0).flip(0)
-    first = int((tail[:count] / torch.arange(count, 0, -1)).argmin()) if winners else 0
-    squares = x.square().sum(1) * dy.square().sum(1)
-    whole = (dy[first:].t() @ x[first:]).square().sum()
-    spread = (squares[first:] * tail[first] / p[first:]).sum() - whole
-    return float(spread / (count - first))
 
 
 @pytest.mark.parametrize("select", UNBIASED)
@@ -92,7 +43,7 @@ def test_the_mean_of_2000_draws_is_the_exact_gradient_and_their_variance_the_the
 ) -> None:
     (rows, width, out), gamma, draws = (48, 6, 5), 0.7, 2000
     x, w = skewed(rows, width), torch.randn(out, width)
-    layer, _ = packed_linear(x, w, gamma=gamma, select=select)
+    layer, _ = packed_linear(x, w, gamma=gamma, select=select, gradients=False)
     exact = weight_gradient(F.linear, x, w)
     away = torch.stack([weight_gradient(layer, x, w, seed) - exact for seed in range(draws)])
     off, errors = away.mean(0).abs(), away.std(0) / math.sqrt(draws)
@@ -124,70 +75,6 @@ def test_norm_keeps_the_largest_rows_as_they_are() -> None:
     kept = x.norm(dim=1).argsort(descending=True)[:15]
     expected = cotangent(torch.empty(50, 5))[kept].t() @ x[kept]
     torch.testing.assert_close(weight_gradient(layer, x, w), expected)
-
-
-@pytest.fixture(scope="module")
-def two_steps() -> tuple[list[formats.Sample], list[formats.Sample]]:
-    """What the Linear layers of a pretrained encoder read, at one step and at the next one."""
-    pytest.importorskip("transformers")
-    before = formats.collect("mlm", sequences=10)
-    encoder = formats.encoder
-
-    def trained(sequences: int, length: int) -> tuple[nn.Module, Tensor, int]:
-        model, ids, mask_id = encoder(sequences, length)
-        formats.loss_of("mlm", model, ids, mask_id).backward()
-        torch.optim.SGD(model.parameters(), lr=0.1).step()
-        model.zero_grad()
-        return model, ids, mask_id
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "encoder", trained)
-        return before, formats.collect("mlm", sequences=10)
-
-
-def spread(x: Tensor, dy: Tensor, select: str, sizes: Tensor, count: int) -> float:
-    """The mean squared error of dW over some draws, where the rows of x have these sizes."""
-    exact = dy.t() @ x
-    found = []
-    for seed in range(8):
-        chosen = x / x.norm(dim=1, keepdim=True) * sizes[:, None]
-        index, weight = select_rows(chosen, count, select, torch.tensor([seed]))
-        estimate = (dy[index] * weight[:, None]).t() @ x[index]
-        found.append(float((estimate - exact).square().sum()))
-    return statistics.mean(found)
-
-
-def test_on_a_pretrained_encoder_wta_crs_is_below_the_rest_where_gradient_norms_are_known(
-    two_steps: tuple[list[formats.Sample], list[formats.Sample]],
-) -> None:
-    """Of the step before. From |x| alone it is above uniform, and below column-row sampling."""
-    errors: dict[str, list[float]] = {}
-    for before, now in zip(*two_steps, strict=True):
-        assert before.name == now.name
-        x, dy = now.x, now.dy
-        count = math.ceil(0.3 * len(x))
-        whole = float((dy.t() @ x).square().sum())
-        norms, known = x.norm(dim=1), before.dy.norm(dim=1)
-        informed = norms * known.clamp(min=1e-3 * float(known.mean()))
-        for name, value in {
-            "uniform": hajek_of_uniform(x, dy, count),
-            "wta_crs": spread(x, dy, "wta_crs", informed, count),
-            "column-row": with_replacement(x, dy, informed, count, winners=False),
-            "wta_crs of |x|": spread(x, dy, "wta_crs", norms, count),
-            "column-row of |x|": with_replacement(x, dy, norms, count, winners=False),
-        }.items():
-            errors.setdefault(name, []).append(value / whole)
-    mean = {name: statistics.mean(found) for name, found in errors.items()}
-    assert mean["wta_crs"] < 0.8 * mean["uniform"] < 0.95 * mean["wta_crs of |x|"]
-    assert mean["wta_crs"] < 0.8 * mean["column-row"]
-    assert mean["wta_crs of |x|"] < 0.9 * mean["column-row of |x|"]
-
-
-def hajek_of_uniform(x: Tensor, dy: Tensor, count: int) -> float:
-    """As ``hajek``, without all the products."""
-    squares = float((x.square().sum(1) * dy.square().sum(1)).sum())
-    around = squares - float((dy.t() @ x).square().sum()) / len(x)
-    return (len(x) - count) / count * len(x) / (len(x) - 1) * around
 
 
 # --- the backward multiplies kept rows only
@@ -439,8 +326,8 @@ def test_what_is_no_row_in_memory_is_kept_with_the_reason() -> None:
     assert any("matmul does not sum over its rows" in r for r in batches)
 
 
-def test_convolutions_and_batched_products_are_refused_by_name() -> None:
-    for op in ("conv2d", "bmm", "relu"):
+def test_batched_products_are_refused_by_name() -> None:
+    for op in ("bmm", "relu"):
         with pytest.raises(ConfigError) as refused:
             dropit_fx.load_config({"rules": [{"op": op, "codec": "rows"}]})
         why = "uses it as" if op == "relu" else f"the backward of {op} is no product that sums over"

@@ -29,6 +29,7 @@ import freeze  # noqa: E402
 import llama_lora  # noqa: E402
 import picture  # noqa: E402
 import training  # noqa: E402
+import video  # noqa: E402
 
 VARIANTS = ["dense", "lossless", "balanced"]
 TINY = {
@@ -219,3 +220,13 @@ def test_a_frozen_share_of_an_encoder_saves_less(shallow: None) -> None:
     assert frozen["frozen"] >= 0.88
     assert frozen["saved"] < 0.6 * whole["saved"]
     assert frozen["peak"] < whole["peak"]
+
+
+def test_a_video_transformer_saves_in_proportion_to_its_frames() -> None:
+    options = video.arguments().parse_args(["--epochs", "1"])
+    train, test = video.clips(torch.arange(64), 1), video.clips(torch.arange(64, 80), 2)
+    whole, half, some = (video.one_run(share, train, test, options) for share in (1.0, 0.5, 0.25))
+    for share, row in ((0.5, half), (0.25, some)):
+        assert row["saved"] < (share + 0.05) * whole["saved"]
+        assert row["peak"] < (share + 0.1) * whole["peak"]
+    assert video.clips(torch.arange(2), 1)[0].shape == (2, video.FRAMES, video.SIDE, video.SIDE)

@@ -13,7 +13,7 @@ from torch import Tensor
 import dropit_fx
 from dropit_fx.bench.gpu_rows import preset_codecs
 from dropit_fx.codecs import CODEC
-from dropit_fx.kernels import Format, reference, rows
+from dropit_fx.kernels import Format, reference, row_norms, rows
 from dropit_fx.runtime import packed_call
 from dropit_fx.runtime.linear_loss import linear_cross_entropy
 
@@ -44,7 +44,7 @@ TESTED = {
     *("encode_steps", "decode_steps", "pack_between", "apply_mask"),
     *("sparsify_channels", "unsparsify_channels", "encode_window", "decode_window"),
     *("linear_rows", "linear_rows_backward", "stands_for", "select_rows", "rotate"),
-    *("mix_rows", "unmix_rows", "fresh_seed"),
+    *("mix_rows", "unmix_rows", "fresh_seed", "select_known_rows", "note_rows"),
 }
 
 
@@ -123,6 +123,21 @@ def test_rows_are_chosen_in_order_and_with_the_weights_of_their_norms(
         assert count == 0 or 7 in index.tolist()
         assert len(weight) == (0 if select == "norm" else count)
         assert (weight >= 1).all()
+
+
+def test_what_is_known_of_rows_stays_on_the_device(device: torch.device) -> None:
+    x, grad = torch.randn(500, 33), torch.randn(500, 9) * torch.logspace(-2, 0, 500)[:, None]
+    name = row_norms.new_name("test")
+    memory = row_norms.named(name)
+    index = torch.arange(0, 500, 7, dtype=torch.int32)
+    noted = OPS.note_rows(grad.to(device), index.to(device), name)
+    assert torch.equal(noted.cpu(), grad[index])
+    found, weight = OPS.select_known_rows(x.to(device), 150, name)
+    assert found.device.type == weight.device.type == device.type
+    assert len(found.unique()) == 150
+    squares = grad.square().sum(1)
+    known = (squares / squares.mean()).clamp(min=row_norms.FLOOR).sqrt()
+    torch.testing.assert_close(memory.known(x.to(device)).cpu(), known)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
