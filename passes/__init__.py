@@ -1,8 +1,9 @@
 """The pipeline: each pass is a function from a plan to a plan, and the verifier follows each.
 
 May be imported from here: ``run_pipeline``, ``verify``, ``plan`` (the data), ``find_saved`` for its
-error, ``choose_codecs`` for the check of rules, ``share_packed`` for what is shared. Needs
-``capture`` for fake tensors, ``runtime``, ``config`` and what stands below them.
+error, ``choose_codecs`` for the check of rules, ``share_packed`` for what is shared,
+``derive_values`` for what others are made from, ``insert_packing`` for the nodes that make copies.
+Needs ``capture`` for fake tensors, ``runtime``, ``config`` and what stands below them.
 """
 
 from __future__ import annotations

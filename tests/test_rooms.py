@@ -28,7 +28,7 @@ ORDER = (
     ("pointwise",),
     ("capture",),
     ("passes",),
-    ("report",),
+    ("report", "rewriting"),
     ("planner",),
     ("api", "compile", "eager"),
     ("check",),
