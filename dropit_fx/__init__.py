@@ -9,6 +9,7 @@ from dropit_fx.capture.trace import CaptureError
 from dropit_fx.check import Check, check
 from dropit_fx.config import Config, ConfigError, load_config
 from dropit_fx.eager import pack_checkpoints, pack_saved
+from dropit_fx.planner import PlanError, plan
 from dropit_fx.pointwise import pointwise
 from dropit_fx.report.rows import Report, report
 
@@ -20,12 +21,14 @@ __all__ = [
     "Check",
     "Config",
     "ConfigError",
+    "PlanError",
     "Report",
     "check",
     "load_config",
     "measure",
     "pack_checkpoints",
     "pack_saved",
+    "plan",
     "pointwise",
     "report",
     "schedule",

@@ -9,19 +9,13 @@ from typing import Any
 from torch import fx, nn
 
 from dropit_fx.capture import example_inputs
-from dropit_fx.capture.expand import expand, opaque_nodes
-from dropit_fx.capture.fake import fakes_of, propagate
-from dropit_fx.capture.provenance import first_line, node_module, node_where
-from dropit_fx.capture.regions import outline
 from dropit_fx.capture.trace import LOCK, CaptureError, capture
 from dropit_fx.capture.untouched import untouched
 from dropit_fx.config import Config, ConfigError, make_config
-from dropit_fx.passes import run_pipeline
 from dropit_fx.passes.choose_codecs import check_rules_matched
-from dropit_fx.passes.find_saved import FakeRunError
-from dropit_fx.passes.plan import Plan
+from dropit_fx.planner import Step, plan_step
 from dropit_fx.report.rows import attach
-from dropit_fx.runtime.regions import run_regions
+from dropit_fx.rewriting import rewrite as rewrite
 from dropit_fx.words import matches, unmatched
 
 
@@ -36,6 +30,7 @@ def transform(
     strategy: str | None = None,
     gamma: float | None = None,
     bits: int | None = None,
+    peak: str | int | float | None = None,
 ) -> fx.GraphModule:
     """Rewrites a model so that what its training step saves is kept packed.
 
@@ -59,6 +54,8 @@ def transform(
             Without a preset or a config, the preset is then ``"dropit"``, the published algorithm.
         gamma: Dropping rate in [0, 1), for all rules of the preset whose codec has one.
         bits: Bits of a kept value, 1 to 8, for all rules of the preset whose codec has them.
+        peak: In the place of a config: the memory that a step may take, as for ``dropit_fx.plan``,
+            which runs a batch of real inputs; for a loss or an optimizer of one's own, call that.
 
     Returns:
         The rewritten GraphModule; ``dropit_fx.report`` tells what became of each saved tensor.
@@ -66,7 +63,14 @@ def transform(
     Raises:
         CaptureError: No tracer takes the model, or shapes are needed and cannot be guessed.
         ConfigError: The config cannot mean anything, or a rule of it matches nothing.
+        PlanError: The peak cannot be understood, or cannot be kept.
     """
+    if peak is not None:
+        beside = (config, modules, preset, strategy, gamma, bits)
+        if any(given is not None for given in beside):
+            raise ConfigError("peak= plans the whole config: give no config or modules beside it.")
+        args, kwargs = example_inputs.resolve(model, example_args, example_kwargs)
+        config = plan_step(Step(model, args, kwargs), peak)
     resolved = make_config(config, preset=preset, strategy=strategy, gamma=gamma, bits=bits)
     if modules is not None:
         whole: fx.GraphModule = _transform_submodules(
@@ -84,54 +88,6 @@ def transform(
     check_rules_matched((plan,), resolved)
     attach(graph_module, plan)
     return graph_module
-
-
-def rewrite(
-    graph_module: fx.GraphModule,
-    config: Config,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> Plan:
-    """Runs the pipeline over a captured graph, in place.
-
-    Raises:
-        CaptureError: The graph does not run on inputs of the example's shapes.
-    """
-    fakes = fakes_of(example_inputs.placeholder_values(graph_module, args, kwargs))
-    if opaque_nodes(graph_module, wrapped=True):
-        expand(graph_module, propagate(graph_module, fakes), wrapped=True)
-    outline(graph_module)
-    try:
-        plan = run_pipeline(Plan(module=graph_module, inputs=fakes, config=config))
-    except FakeRunError as error:
-        raise _does_not_run(graph_module, error) from error
-    run_regions(graph_module)
-    return plan
-
-
-def _does_not_run(graph_module: fx.GraphModule, error: FakeRunError) -> CaptureError:
-    """Which line of the model stopped the run that tells sizes, why, and the way out."""
-    node, cause = error.node, error.__cause__ or error
-    kind = type(graph_module).__name__
-    if node is None:
-        return CaptureError(f"{kind} does not run on inputs of the example's shapes: {cause}")
-    module = node_module(node)
-    where = [f"module '{module}'"] if module else []
-    if node.op == "call_module":
-        leaf = graph_module.get_submodule(str(node.target))
-        where = [f"module '{node.target}' ({type(leaf).__name__})"]
-    where += [node_where(node)] if node_where(node) else []
-    reason = first_line(cause)
-    if type(cause).__name__.startswith(("DataDependent", "DynamicOutput", "GuardOnData")):
-        why = f"asks for the value of a tensor, and a graph is made from shapes alone ({reason})"
-    else:
-        why = f"does not run on inputs of the example's shapes ({reason})"
-    return CaptureError(
-        f"{kind} cannot be rewritten: {', '.join(where) or f'{node.name!r}'} {why}.\nIf the model"
-        " itself runs on example_args and example_kwargs, use transform(model, modules=...) for the"
-        ' other submodules, or torch.compile(model, backend="dropit"), which takes such models'
-        " piece by piece."
-    )
 
 
 def _transform_submodules(

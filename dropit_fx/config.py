@@ -59,8 +59,8 @@ def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None 
     Args:
         source: Path of a YAML file, a mapping of the same shape, a Config (returned as it is), or
             None for the default preset. Keys: ``preset`` (a name, or null for none), ``rules`` (a
-            list of ``{module, op, codec, <options of the codec>, train}``, ``codec`` or ``train``
-            or both, or of ``{module, backprop, dim}``), ``derive``, ``keep_small``,
+            list of ``{module, op, codec, <options of the codec>, derive, train}``, ``codec`` or
+            ``train`` or both, or of ``{module, backprop, dim}``), ``derive``, ``keep_small``,
             ``norm_values``, ``loss_classes`` (these four as the preset says unless given),
             ``drop_logits``, ``force``.
 
@@ -222,7 +222,11 @@ def _rule(source: Any, where: str, preset: bool) -> Rule:
         raise ConfigError(f"{where}: no codec {name!r}.{did_you_mean(name, _named())}")
     codec = CODEC[name]
     legal = tuple(o.name for o in codec.options)
-    _known(source, ("module", "op", "codec", *legal, "train"), where, f" for codec {name!r}")
+    keys = ("module", "op", "codec", *legal, "derive", "train")
+    _known(source, keys, where, f" for codec {name!r}")
+    derive = source.get("derive", False)
+    if not isinstance(derive, bool):
+        raise ConfigError(f"{where}: 'derive' is true or false, not {derive!r}")
     options = {k: v for k, v in source.items() if k in legal}
     _check_options(codec, options, where)
     rule = Rule(
@@ -231,6 +235,7 @@ def _rule(source: Any, where: str, preset: bool) -> Rule:
         codec=name,
         options=tuple(options.items()),
         preset=preset,
+        derive=derive,
     )
     for glob in rule.op:
         if why := _unsuited(glob, name):

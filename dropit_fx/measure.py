@@ -118,7 +118,7 @@ def saved_tensors(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Sav
         held.append(weakref.ref(box))
         return box
 
-    with _leaving_no_trace():
+    with leaving_no_trace():
         # Not under the hooks: they would be there while Dynamo traces.
         fn(*args, **kwargs)
         before = storages_alive()
@@ -216,7 +216,7 @@ def peak_memory(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
                 "Pass `x.detach().requires_grad_()` in its place."
             )
 
-    with _leaving_no_trace():
+    with leaving_no_trace():
         start = next_sequence_number()
         devices = _devices((fn, args, kwargs)) | _run_step(fn, args, kwargs, start)
         if others := {d.type for d in devices} - {"cpu", "cuda", "meta"}:
@@ -243,7 +243,7 @@ def _check_callable(fn: object, caller: str) -> None:
 
 
 @contextmanager
-def _leaving_no_trace() -> Iterator[None]:
+def leaving_no_trace() -> Iterator[None]:
     """Runs a block with gradients enabled; puts back random states and the modules' buffers."""
     with ExitStack() as stack:
         cuda = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
@@ -330,6 +330,18 @@ def _peak_on_cuda(devices: list[torch.device], step: Callable[[], object]) -> in
 
 
 def _peak_on_cpu(step: Callable[[], object]) -> int:
+    with cpu_profile() as profiler:
+        step()
+    level = peak = 0
+    for _, nbytes in sorted(memory_events(profiler), key=lambda event: event[0]):
+        level += nbytes
+        peak = max(peak, level)
+    return peak
+
+
+@contextmanager
+def cpu_profile() -> Iterator[profile]:
+    """A profile of what a block runs and allocates on CPU, to be read when the block has ended."""
     # Kineto reads its log level when it is first used; at the default it reports each start and
     # stop.
     quiet = "KINETO_LOG_LEVEL" not in os.environ
@@ -339,12 +351,7 @@ def _peak_on_cpu(step: Callable[[], object]) -> int:
         with profile(
             activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False
         ) as profiler:
-            step()
+            yield profiler
     finally:
         if quiet:
             del os.environ["KINETO_LOG_LEVEL"]
-    level = peak = 0
-    for _, nbytes in sorted(memory_events(profiler), key=lambda event: event[0]):
-        level += nbytes
-        peak = max(peak, level)
-    return peak

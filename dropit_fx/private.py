@@ -375,6 +375,17 @@ def shows_saved() -> bool:
 
 
 @_reads("torch.profiler.profile.profiler.kineto_results")
+def spans(profiler: torch.profiler.profile, prefix: str) -> list[tuple[str, int, int]]:
+    """Name, start and end in ns of what was recorded under names that begin so."""
+    run: Any = profiler.profiler
+    return [
+        (event.name(), event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in run.kineto_results.events()
+        if event.name().startswith(prefix)
+    ]
+
+
+@_reads("torch.profiler.profile.profiler.kineto_results")
 def memory_events(profiler: torch.profiler.profile) -> list[tuple[int, int]]:
     """Time in ns and bytes, negative where memory is freed, of what a CPU profile has noted."""
     run: Any = profiler.profiler

@@ -27,10 +27,13 @@ class Rule:
     options: tuple[tuple[str, Any], ...] = ()
     # True for rules of a preset: these may match nothing
     preset: bool = False
+    # whether what the rule speaks of may be made again in the place of a copy, as with a preset's
+    derive: bool = False
 
     def __str__(self) -> str:
         parts = _where(self.module, self.op)
         parts += [f"codec: {self.codec}", *(f"{k}: {v}" for k, v in self.options)]
+        parts += ["derive: true"] if self.derive else []
         return "{" + ", ".join(parts) + "}"
 
     def matches(self, module: str, op: str, read: Read) -> bool:

@@ -2,8 +2,9 @@
 
 May be imported from here: ``run_pipeline``, ``verify``, ``plan`` (the data), ``find_saved`` for its
 error, ``choose_codecs`` for the check of rules, ``share_packed`` for what is shared,
-``insert_packing`` for what a module holds beside its graph. Needs ``capture`` for fake tensors,
-``runtime``, ``config`` and what stands below them.
+``derive_values`` for what others are made from, ``insert_packing`` for the nodes that make copies
+and for what a module holds beside its graph. Needs ``capture`` for fake tensors, ``runtime``,
+``config`` and what stands below them.
 """
 
 from __future__ import annotations

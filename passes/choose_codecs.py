@@ -169,7 +169,12 @@ def _choose(read: SavedRead, config: Config, said: str) -> Decision:
         options["by_channel"] = True
         nbytes += channel_nbytes(read.shape)
     return Decision(
-        read=read, codec=rule.codec, options=options, nbytes=nbytes, own=not rule.preset, note=note
+        read=read,
+        codec=rule.codec,
+        options=options,
+        nbytes=nbytes,
+        own=not rule.preset and not rule.derive,
+        note=note,
     )
 
 

@@ -639,10 +639,16 @@ def _sparse_tensors_show_their_parts() -> None:
 def _a_profile_notes_allocations() -> None:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        with torch.profiler.record_function("mine 1"):
+            torch.ones(1000)
         torch.ones(1000)
-    sizes = [nbytes for _, nbytes in private.memory_events(profiler)]
+    events = private.memory_events(profiler)
+    sizes = [nbytes for _, nbytes in events]
     assert sizes[0] >= 4000, f"its events are {sizes}"
     assert sum(sizes) == 0
+    ((name, start, end),) = private.spans(profiler, "mine ")
+    assert name == "mine 1"
+    assert [start <= time <= end for time, _ in events] == [True, True, False, False]
 
 
 @of("torch._dynamo.eval_frame.OptimizedModule._orig_mod", "torch.nn.Module._compiled_call_impl")

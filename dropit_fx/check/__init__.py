@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from dropit_fx.check.checker import BACKENDS, Backend, Checker, surroundings
 from dropit_fx.check.found import Check, Finding, GradientError
-from dropit_fx.check.step import Task, default_loss
+from dropit_fx.check.step import Task
 from dropit_fx.config import Config, ConfigError, make_config, refuse_backprop
+from dropit_fx.loss import default_loss
 
 __all__ = ["BACKENDS", "Check", "Finding", "GradientError", "check"]
 

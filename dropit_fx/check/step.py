@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dropit_fx.loss import SEED
 from dropit_fx.private import pytree
-
-SEED = 20_230_202
 
 
 @dataclass
@@ -48,23 +47,6 @@ class Seen:
     loss: float = math.nan
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
-
-
-def default_loss(output: Any) -> Tensor:
-    """The output's own loss, or a fixed random projection of all that has a gradient."""
-    own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if isinstance(own, Tensor) and own.numel() == 1:
-        return own
-    tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
-    if not tensors:
-        raise ValueError("no tensor that the model returns has a gradient")
-    generator = torch.Generator().manual_seed(SEED)
-    parts = []
-    for tensor in tensors:
-        flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        weights = torch.randn(flat.shape, generator=generator).to(flat.device)
-        parts.append((flat.float() * weights).sum() / math.sqrt(max(flat.numel(), 1)))
-    return torch.stack([p.to(parts[0].device) for p in parts]).sum()
 
 
 def _seed() -> None:

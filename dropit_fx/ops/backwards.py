@@ -9,7 +9,8 @@ codec every gradient has the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +90,7 @@ def vjp(
         return again(*[given[n] if n in given else fixed[n] for n in call.args])
 
     given = [saved[n] for n in wanted]
-    if not is_plain(grad, *given):
+    if not is_plain(*(x for x in (grad, *given) if type(x) not in _PLAIN)):
         pull = torch.func.vjp(run, *given)[1]
         return dict(zip(wanted, pull(grad), strict=True))
     with torch.enable_grad():
@@ -108,6 +109,22 @@ def is_plain(*tensors: Tensor) -> bool:
         or any(type(x) is not Tensor for x in tensors)
         or peek_interpreter_stack() is not None
     )
+
+
+_PLAIN: list[type[Tensor]] = []  # whose generic backwards autograd itself runs, too
+
+
+@contextmanager
+def as_plain(kind: type[Tensor]) -> Iterator[None]:
+    """For the time of a block, the generic backward of such tensors is that of plain ones.
+
+    They are fake ones, and what is told of them is memory.
+    """
+    _PLAIN.append(kind)
+    try:
+        yield
+    finally:
+        _PLAIN.pop()
 
 
 def optional(saved: Saved, call: Called, operand: str) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -32,14 +32,15 @@ from dropit_fx.runtime.copies import (
 )
 from dropit_fx.runtime.tensor_spec import TensorSpec, in_order, spec_of, unflatten
 
+Slots = Sequence[tuple[Kept, tuple[Tensor, ...]]]  # how each operand is kept, and what holds it
+
 
 class _SavedTensors(backwards.Saved):
     """Operand -> dense tensor, unpacked when read; operands that nobody saved are blank memory."""
 
-    def __init__(self, ctx: Any) -> None:
-        slots = shared_out(ctx.kept, ctx.saved_tensors)
+    def __init__(self, slots: Slots, specs: Mapping[str, TensorSpec]) -> None:
         self._slots = {kept.operand: (kept, parts) for kept, parts in slots}
-        self._specs = ctx.specs
+        self._specs = specs
 
     def __getitem__(self, operand: str) -> Tensor:
         spec = self._specs[operand]
@@ -148,25 +149,37 @@ class PackedFunction(torch.autograd.Function):
         """Runs the row's formula, which unpacks what it reads."""
         if grad is not None:
             check_grad(grad, f"packed_{ctx.rule_name}")
-        rule = RULES[ctx.rule_name]
         grads: backwards.Grads = {}
         if grad is not None:
-            tensors = {n: spec for n, spec in ctx.specs.items() if n in ctx.plain}
-            call = backwards.Called(
-                rule,
-                ctx.plain,
-                {n: spec.shape for n, spec in tensors.items()},
-                {n: spec.stride for n, spec in tensors.items()},
-                {n: spec.dtype for n, spec in tensors.items()},
-                frozenset(ctx.needs),
-            )
-            formula = rule.backward or backwards.vjp
-            if any(k.codec != DERIVED and CODEC[k.codec].slope for k in ctx.kept):
-                formula = backwards.slopes
-            with _autocast_as(ctx.autocast, grad.device.type):
-                grads = formula(grad, _SavedTensors(ctx), call)
+            grads = gradients(ctx, grad, shared_out(ctx.kept, ctx.saved_tensors), ctx.needs)
         by_argument = [grads.get(n) if n in ctx.needs else None for n in ctx.plain]
         return (None, None, None, None, *by_argument, *[None] * ctx.parts)
+
+
+def gradients(ctx: Any, grad: Tensor, slots: Slots, needs: tuple[str, ...]) -> backwards.Grads:
+    """What a row's formula makes of ``slots``: by argument, for those in ``needs``.
+
+    Args:
+        ctx: The node of a ``PackedFunction``.
+        grad: Of its result.
+        slots: How its operands are kept, and the tensors that hold them.
+        needs: Arguments whose gradients are wanted.
+    """
+    rule = RULES[ctx.rule_name]
+    tensors = {n: spec for n, spec in ctx.specs.items() if n in ctx.plain}
+    call = backwards.Called(
+        rule,
+        ctx.plain,
+        {n: spec.shape for n, spec in tensors.items()},
+        {n: spec.stride for n, spec in tensors.items()},
+        {n: spec.dtype for n, spec in tensors.items()},
+        frozenset(needs),
+    )
+    formula = rule.backward or backwards.vjp
+    if any(k.codec != DERIVED and CODEC[k.codec].slope for k, _ in slots):
+        formula = backwards.slopes
+    with _autocast_as(ctx.autocast, grad.device.type):
+        return formula(grad, _SavedTensors(slots, ctx.specs), call)
 
 
 def _autocast_as(dtype: torch.dtype | None, device: str) -> AbstractContextManager[Any]:

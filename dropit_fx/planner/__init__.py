@@ -1,0 +1,15 @@
+"""How a step is brought under a peak: bytes in, a config out that keeps its word.
+
+``timeline`` tells the memory of a step without running it, ``workspaces`` measures what ops take
+for themselves; ``moves`` says what may become of each saved tensor, ``sensitivity`` what that puts
+into the gradient, ``choice`` solves the knapsack, and ``search`` tells the peak again of the graph
+that it makes. May be imported from here: ``plan``, ``plan_step``, ``Step``, ``PlanError`` and
+``PlannedConfig``.
+"""
+
+from dropit_fx.planner.errors import PlanError
+from dropit_fx.planner.planned import PlannedConfig
+from dropit_fx.planner.search import plan, plan_step
+from dropit_fx.planner.step import Step
+
+__all__ = ["PlanError", "PlannedConfig", "Step", "plan", "plan_step"]

@@ -1,0 +1,244 @@
+"""From a step and a peak to a config: told, measured, chosen, and told again of what it makes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.optim import Optimizer
+
+from dropit_fx.capture.example_inputs import resolve
+from dropit_fx.capture.graph_module import RewrittenModule
+from dropit_fx.capture.trace import LOCK, capture
+from dropit_fx.capture.untouched import untouched
+from dropit_fx.passes.plan import Plan
+from dropit_fx.planner.choice import Item, choose, smallest
+from dropit_fx.planner.errors import PlanError
+from dropit_fx.planner.moves import (
+    Group,
+    base_config,
+    config_of,
+    groups_of,
+    places_by_level,
+    rules_of,
+    without_copies,
+)
+from dropit_fx.planner.notes import about, notes_of
+from dropit_fx.planner.planned import PlannedConfig
+from dropit_fx.planner.sensitivity import Progress, Sensitivity, measure_errors
+from dropit_fx.planner.size import peak_bytes, shown
+from dropit_fx.planner.step import Step
+from dropit_fx.planner.timeline import Timeline, forecast
+from dropit_fx.planner.workspaces import Workspaces, measure_workspaces
+from dropit_fx.rewriting import rewrite
+from dropit_fx.rules import Config, Rule
+
+ROUNDS = 8  # of choosing, and telling the peak of what was chosen
+CLOSE = 0.98  # of the peak that was asked for: near enough
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    peak: str | int | float,
+    loss: Callable[[Any], Tensor] | None = None,
+    optimizer: Optimizer | None = None,
+    error_limit: float | None = None,
+    progress: Progress = lambda text, share: None,
+) -> PlannedConfig:
+    """Plans a config that keeps a training step under a peak of memory, at the least error.
+
+    The peak is that of all tensors of a step: parameters, buffers, inputs, gradients, the state of
+    the optimizer, what is saved for the backward, logits and temporaries. One batch runs: once for
+    what ops take for themselves, once for the errors that packing puts into the gradients; then the
+    model is what it was. What is chosen is told again of the graph that it makes, until that keeps
+    the peak. The same question has the same answer.
+
+    Args:
+        model: Any module that ``transform`` takes, in the mode in which it trains.
+        example_inputs: A batch of real inputs, on the model's device: a tensor, a tuple of
+            positional inputs, or a mapping of keyword inputs. None: blank ones of a guessed shape.
+        peak: Bytes; ``"6GiB"``, ``"800MB"``; or ``"40%"`` of the dense step's peak.
+        loss: From the model's output to the scalar that is differentiated. None: its ``loss`` if it
+            has one, otherwise a fixed random projection of all that has a gradient.
+        optimizer: What moves the parameters; its state and temporaries then count.
+        error_limit: The most that the gradient of all parameters may lose, relative to its norm, as
+            it is told; None: what the peak takes.
+        progress: Called with what is done, and the share of it that is.
+
+    Returns:
+        A config for ``transform``, with ``predicted`` and ``error``; ``save`` writes it as a file.
+
+    Raises:
+        PlanError: The peak cannot be understood or cannot be kept (the message names the least
+            that can, and what stands there), or no backward keeps anything.
+        CaptureError: No tracer takes the model.
+        ModuleNotFoundError: scipy is missing (``pip install 'dropit-fx[plan]'``).
+    """
+    args, kwargs = _inputs(model, example_inputs)
+    step = Step(model, args, kwargs, loss, optimizer)
+    return plan_step(step, peak, error_limit, progress)
+
+
+def plan_step(
+    step: Step,
+    peak: str | int | float,
+    error_limit: float | None = None,
+    progress: Progress = lambda text, share: None,
+) -> PlannedConfig:
+    """As :func:`plan`, for a step."""
+    if error_limit is not None and not error_limit >= 0:
+        raise PlanError(f"error_limit = {error_limit!r}: a relative error, 0 or more")
+    peak_bytes(peak, 10**12)  # before anything runs
+    with LOCK, untouched(step.model, generators=True):
+        return _Search(step, progress).run(peak, error_limit)
+
+
+def _inputs(model: nn.Module, given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if given is None:
+        return resolve(model, None, None)
+    if isinstance(given, Mapping):
+        return (), dict(given)
+    return (tuple(given) if isinstance(given, tuple | list) else (given,)), {}
+
+
+@dataclass
+class _Found:
+    """A choice, the config that it is, and what is told of it."""
+
+    levels: tuple[int, ...]
+    config: Config
+    told: Timeline
+    gap: float
+
+
+class _Search:
+    """Looks for the config of one step."""
+
+    def __init__(self, step: Step, progress: Progress) -> None:
+        self.step, self.progress = step, progress
+        self.workspaces: Workspaces = {}
+        self.captured: fx.GraphModule = capture(step.model, step.args, dict(step.kwargs))
+        self.groups: list[Group] = []
+
+    def run(self, peak: str | int | float, error_limit: float | None) -> PlannedConfig:
+        self.progress("the base", 0.0)
+        base = self._rewritten(base_config())
+        self.workspaces = measure_workspaces(self.step, base.module)
+        dense = forecast(self.step, self.captured, self.workspaces)
+        asked = peak_bytes(peak, dense.peak)
+        if asked >= dense.peak:
+            whole = Config(rules=(Rule(codec="keep"),), preset=None)
+            return self._planned(whole, asked, dense, dense, None, (), 0.0)
+        told = forecast(self.step, base.module, self.workspaces)
+        self.groups = groups_of(base, told)
+        if not self.groups:
+            raise PlanError(
+                f"peak = {peak!r}: the step takes {shown(dense.peak)} dense, and keeps nothing for"
+                f" its backward that can be packed; {_standing(dense)}"
+            )
+        least = self._least()
+        if least.told.peak > asked:
+            raise PlanError(
+                f"peak = {peak!r} is {shown(asked)}, and the least that can be kept is"
+                f" {shown(least.told.peak)} ({least.told.peak} bytes,"
+                f" {least.told.peak / dense.peak:.0%} of dense); {_standing(least.told)}"
+            )
+        errors = measure_errors(self.step, base, self.groups, self.progress)
+        found = self._search(told, errors, asked, least)
+        error = self._error(found.levels, errors)
+        if error_limit is not None and error > error_limit:
+            raise PlanError(
+                f"under {shown(asked)} the gradient loses {error:.3g} of its norm, more than"
+                f" error_limit = {error_limit}: ask for a higher peak, or for a higher limit"
+            )
+        return self._planned(
+            found.config, asked, dense, found.told, errors, found.levels, found.gap
+        )
+
+    def _rewritten(self, config: Config) -> Plan:
+        """A copy of the captured graph, rewritten."""
+        module = self.captured
+        if any(isinstance(m, fx.GraphModule) for m in list(module.modules())[1:]):
+            module = capture(self.step.model, self.step.args, dict(self.step.kwargs))
+        else:
+            module = RewrittenModule(module, copy.deepcopy(module.graph), type(module).__name__)
+        return rewrite(module, config, self.step.args, self.step.kwargs)
+
+    def _found(self, levels: Sequence[int], gap: float = 0.0) -> _Found:
+        config = config_of(rules_of(places_by_level(self.groups, levels)))
+        module = self._rewritten(config).module
+        told = forecast(self.step, module, self.workspaces)
+        return _Found(tuple(levels), config, told, gap)
+
+    def _least(self) -> _Found:
+        """Every group at its smallest."""
+        sizes = [[g.nbytes(level) for level in g.levels] for g in self.groups]
+        return self._found([smallest(of) for of in sizes])
+
+    def _search(self, told: Timeline, errors: Sensitivity, asked: int, least: _Found) -> _Found:
+        """Chooses for a peak that is moved by what the last choice was off."""
+        items, used = self._items(errors), without_copies(self.groups, told)
+        seen: dict[tuple[int, ...], _Found] = {}
+        target, best, over = asked, least, None
+        for number in range(ROUNDS):
+            self.progress("choosing", number / ROUNDS)
+            choice = choose(items, used, target)
+            if choice is None:
+                break
+            found = seen.get(choice.levels) or self._found(choice.levels, choice.gap)
+            seen[choice.levels] = found
+            off = found.told.peak - asked
+            if off > 0:
+                over, target = target, target - off
+                continue
+            if self._error(found.levels, errors) <= self._error(best.levels, errors):
+                best = found
+            if found.told.peak >= CLOSE * asked or self._error(found.levels, errors) == 0:
+                break
+            target = target - off if over is None else (target + over) // 2
+        self.progress("choosing", 1.0)
+        return best
+
+    def _items(self, errors: Sensitivity) -> list[list[Item]]:
+        """The levels as the knapsack has them; what cannot be measured costs more than all."""
+        most = 1e6 * max(
+            errors.gradient, *(e for of in errors.errors for e in of if e < float("inf"))
+        )
+        return [
+            [Item(min(e, most), g.spans(lv)) for e, lv in zip(of, g.levels, strict=True)]
+            for g, of in zip(self.groups, errors.errors, strict=True)
+        ]
+
+    def _error(self, levels: Sequence[int], errors: Sensitivity) -> float:
+        pairs = zip(errors.errors, levels, strict=True)
+        return float((sum(of[i] for of, i in pairs) / errors.gradient) ** 0.5)
+
+    def _planned(
+        self,
+        config: Config,
+        asked: int,
+        dense: Timeline,
+        told: Timeline,
+        errors: Sensitivity | None,
+        levels: Sequence[int],
+        gap: float,
+    ) -> PlannedConfig:
+        error = 0.0 if errors is None else self._error(levels, errors)
+        figures = {"asked": asked, "dense": dense.peak, "predicted": told.peak, "error": error}
+        notes = notes_of(config.rules, self.groups, levels, errors) if errors else ()
+        said = about(self.step, told, figures)
+        settings = dict(vars(config))
+        return PlannedConfig(**settings, **figures, gap=gap, notes=notes, about=said)  # type: ignore[arg-type]
+
+
+def _standing(told: Timeline) -> str:
+    """What is in use at the peak."""
+    alive = told.alive(told.peak_op)
+    what = ", ".join(f"{kind} {shown(n)}" for kind, n in alive.items() if n)
+    at = told.peak_op
+    return f"at the peak, in the {told.phase(at)} ({told.ops[at]}), there are {what}"

@@ -1,0 +1,74 @@
+"""What each op takes for itself while it runs, above what it is given: measured in one real step.
+
+A convolution copies its weight into another layout, an attention makes room for its sums: that is
+there before the op returns, and fake tensors do not tell of it. In one step, each op is recorded
+beside what PyTorch's CPU allocator gives out meanwhile. Ops are known again by their name and the
+shapes and dtypes of their tensors. Scratch memory that libraries allocate by themselves is not seen
+here, nor in ``measure.peak_memory``.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from dropit_fx.measure import cpu_profile
+from dropit_fx.planner.step import Step, tensors_of
+from dropit_fx.private import TorchDispatchMode, memory_events, pytree, spans
+
+Spec = tuple[Any, ...]  # of a call: the op, and its tensors' shapes and dtypes
+Workspaces = Mapping[Spec, int]  # bytes at most above what there is when the op begins
+
+_PREFIX = "dropit_fx op "
+
+
+def spec_of_call(func: Any, args: Any, kwargs: Any) -> Spec:
+    """What two calls have in common that take the same room."""
+    leaves = pytree.tree_leaves((args, kwargs or {}))
+    return (str(func), *((tuple(t.shape), t.dtype) for t in leaves if isinstance(t, Tensor)))
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records every op under a number."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[Spec] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append(spec_of_call(func, args, kwargs))
+        with record_function(f"{_PREFIX}{len(self.calls) - 1}"):
+            return func(*args, **(kwargs or {}))
+
+
+def measure_workspaces(step: Step, module: nn.Module) -> dict[Spec, int]:
+    """What the ops of a step of ``module``, in the place of its model, take for themselves.
+
+    On other devices than CPU nothing is measured.
+
+    Raises:
+        RuntimeError: The profiler is already running.
+    """
+    tensors = tensors_of((step.args, step.kwargs, list(module.parameters())))
+    if any(t.device.type != "cpu" for t in tensors):
+        return {}
+    with step.real() as (args, kwargs), cpu_profile() as profiler, _Recorder() as recorder:
+        step.loss_of(module(*args, **kwargs)).backward()  # type: ignore[no-untyped-call]
+    events = sorted(memory_events(profiler), key=lambda event: event[0])
+    times = [time for time, _ in events]
+    levels = [0, *itertools.accumulate(nbytes for _, nbytes in events)]
+    found: dict[Spec, int] = {}
+    for name, start, end in spans(profiler, _PREFIX):
+        first, last = bisect.bisect_left(times, start), bisect.bisect_right(times, end)
+        most = max(levels[first : last + 1]) - levels[first]
+        call = recorder.calls[int(name.removeprefix(_PREFIX))]
+        if most > found.get(call, 0):
+            found[call] = most
+    return found

@@ -1,0 +1,68 @@
+"""A captured graph through the pipeline, in place; and what to say where it does not run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx
+
+from dropit_fx.capture import example_inputs
+from dropit_fx.capture.expand import expand, opaque_nodes
+from dropit_fx.capture.fake import fakes_of, propagate
+from dropit_fx.capture.provenance import first_line, node_module, node_where
+from dropit_fx.capture.regions import outline
+from dropit_fx.capture.trace import CaptureError
+from dropit_fx.config import Config
+from dropit_fx.passes import run_pipeline
+from dropit_fx.passes.find_saved import FakeRunError
+from dropit_fx.passes.plan import Plan
+from dropit_fx.runtime.regions import run_regions
+
+
+def rewrite(
+    graph_module: fx.GraphModule,
+    config: Config,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Plan:
+    """Runs the pipeline over a captured graph, in place.
+
+    Raises:
+        CaptureError: The graph does not run on inputs of the example's shapes.
+    """
+    fakes = fakes_of(example_inputs.placeholder_values(graph_module, args, kwargs))
+    if opaque_nodes(graph_module, wrapped=True):
+        expand(graph_module, propagate(graph_module, fakes), wrapped=True)
+    outline(graph_module)
+    try:
+        plan = run_pipeline(Plan(module=graph_module, inputs=fakes, config=config))
+    except FakeRunError as error:
+        raise _does_not_run(graph_module, error) from error
+    run_regions(graph_module)
+    return plan
+
+
+def _does_not_run(graph_module: fx.GraphModule, error: FakeRunError) -> CaptureError:
+    """Which line of the model stopped the run that tells sizes, why, and the way out."""
+    node, cause = error.node, error.__cause__ or error
+    kind = type(graph_module).__name__
+    if node is None:
+        return CaptureError(f"{kind} does not run on inputs of the example's shapes: {cause}")
+    module = node_module(node)
+    where = [f"module '{module}'"] if module else []
+    if node.op == "call_module":
+        leaf = graph_module.get_submodule(str(node.target))
+        where = [f"module '{node.target}' ({type(leaf).__name__})"]
+    where += [node_where(node)] if node_where(node) else []
+    reason = first_line(cause)
+    if type(cause).__name__.startswith(("DataDependent", "DynamicOutput", "GuardOnData")):
+        why = f"asks for the value of a tensor, and a graph is made from shapes alone ({reason})"
+    else:
+        why = f"does not run on inputs of the example's shapes ({reason})"
+    return CaptureError(
+        f"{kind} cannot be rewritten: {', '.join(where) or f'{node.name!r}'} {why}.\nIf the model"
+        " itself runs on example_args and example_kwargs, use transform(model, modules=...) for the"
+        ' other submodules, or torch.compile(model, backend="dropit"), which takes such models'
+        " piece by piece."
+    )

@@ -1,0 +1,141 @@
+"""A plan keeps its word: the real peak is below what was asked for, and the file is the plan."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dropit_fx import ConfigError, PlanError, load_config, plan, transform
+from dropit_fx.check.compare import losses, paired
+from dropit_fx.planner.step import Step
+from tests.models import CASE
+from tests.planner.steps import measured, state_of
+
+
+def block() -> nn.Sequential:
+    layers = nn.LayerNorm(32), nn.Linear(32, 128), nn.Tanh(), nn.Linear(128, 32), nn.Dropout(0.1)
+    return nn.Sequential(*layers)
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(*[block() for _ in range(3)])
+
+
+def square(y: Tensor) -> Tensor:
+    return (y**2).mean()
+
+
+def gradients(model: nn.Module, step: Step, owner: nn.Module) -> dict[str, Tensor | None]:
+    owner.zero_grad()
+    torch.manual_seed(0)
+    step.loss_of(model(*step.args, **step.kwargs)).backward()
+    found = {n: p.grad for n, p in owner.named_parameters()}
+    owner.zero_grad()
+    return found
+
+
+NAMES = ("mlp", "deit_tiny_patch16_224", "resnet18", "gpt2")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_real_peak_is_below_what_was_asked_for(name: str) -> None:
+    """Or the error names the least, which can be kept."""
+    model: nn.Module = net() if name == "mlp" else CASE[name].model()
+    args: tuple[Any, ...] = (torch.randn(512, 32),)
+    args, kwargs = (args, {}) if name == "mlp" else CASE[name].inputs(8)
+    step = Step(model, args, kwargs)
+    predicted, errors, least = [], [], 0
+    for share in (100, 80, 60, 40):
+        try:
+            planned = plan(model, kwargs or args, peak=f"{share}%")
+        except PlanError as error:
+            least = int(str(error).partition(" bytes")[0].rpartition("(")[2])
+            planned = plan(model, kwargs or args, peak=least)
+        packed = transform(model, planned, example_args=args, example_kwargs=kwargs)
+        real = measured(step, packed)
+        assert planned.predicted <= planned.asked
+        assert real == pytest.approx(planned.predicted, rel=0.01)
+        assert real <= planned.asked + 4  # the gradient of the loss, a number
+        predicted.append(planned.predicted)
+        errors.append(planned.error)
+        if least:
+            break
+    assert predicted == sorted(predicted, reverse=True)
+    assert errors == sorted(errors)
+
+
+def test_the_error_is_as_it_was_told() -> None:
+    torch.manual_seed(0)
+    model, x = net(), torch.randn(512, 32)
+    step = Step(model, (x,), loss=square)
+    planned = plan(model, x, peak="60%", loss=square)
+    packed = transform(model, planned, example_args=(x,))
+    whole, _ = losses(paired(gradients(model, step, model), gradients(packed, step, model)))
+    assert planned.error > 0
+    assert planned.error / 2 < whole.relative < 2 * planned.error
+
+
+def test_the_file_is_the_plan_and_says_what_it_costs(tmp_path: Path) -> None:
+    model, x = net(), torch.randn(512, 32)
+    planned = plan(model, x, peak="60%")
+    planned.save(tmp_path / "plan.yaml")
+    read = load_config(tmp_path / "plan.yaml")
+    assert all(getattr(read, k) == getattr(planned, k) for k in ("rules", "preset", "derive"))
+    one, other = (transform(model, c, example_args=(x,)) for c in (planned, read))
+    assert one.code == other.code
+    text = (tmp_path / "plan.yaml").read_text()
+    assert f"peak predicted: {planned.predicted} bytes" in text
+    assert "(512, 32) float32" in text
+    assert re.search(r"# keeps .*, gradient error [\d.e-]+\n  - \{module: ", text)
+    assert plan(model, x, peak="60%") == planned
+
+
+def test_nothing_is_left_in_the_model() -> None:
+    model, x = CASE["resnet18"].model(), torch.randn(4, 3, 64, 64)
+    model(x).sum().backward()
+    before, chance = state_of(model), torch.get_rng_state()
+    plan(model, x, peak="99%")
+    after = state_of(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[n], t) for n, t in before.items())
+    assert torch.equal(torch.get_rng_state(), chance)
+
+
+def test_eval_mode_and_frozen_parameters() -> None:
+    model, x = net().eval(), torch.randn(512, 32)
+    model[0].requires_grad_(False)
+    planned = plan(model, x, peak="80%")
+    packed = transform(model, planned, example_args=(x,))
+    assert measured(Step(model, (x,)), packed) <= planned.asked + 4
+    assert not model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_bad_questions_are_told() -> None:
+    model, x = net(), torch.randn(512, 32)
+    with pytest.raises(PlanError, match=r"a share of dense's peak"):
+        plan(model, x, peak="a lot")
+    with pytest.raises(PlanError, match=r"at the peak, in the backward .* there are temporaries"):
+        plan(model, x, peak="1%")
+    with pytest.raises(PlanError, match=r"more than error_limit = 0\.0"):
+        plan(model, x, peak="60%", error_limit=0.0)
+    with pytest.raises(PlanError, match="error_limit = -1"):
+        plan(model, x, peak="60%", error_limit=-1)
+    with pytest.raises(PlanError, match="there is no backward"):
+        plan(net().requires_grad_(False), x, peak="60%")
+    with pytest.raises(PlanError, match="keeps nothing"):
+        plan(nn.Linear(8, 8), torch.randn(4, 8), peak="60%")
+    with pytest.raises(PlanError, match="finite and not 0"):
+        plan(model, torch.full((512, 32), float("nan")), peak="70%")
+    with pytest.raises(ConfigError, match="give no config or modules beside it"):
+        transform(model, example_args=(x,), peak="60%", preset="max")
+
+
+def test_transform_takes_a_peak() -> None:
+    model, x = net(), torch.randn(512, 32)
+    packed = transform(model, example_args=(x,), peak="60%")
+    dense = measured(Step(model, (x,)), model)
+    assert measured(Step(model, (x,)), packed) <= 0.6 * dense + 4
