@@ -88,9 +88,8 @@ def saved_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 
     Returns:
         Bytes, 0 where nothing requires a gradient. Counted by storage. Not counted: whatever
-        existed before the call, leaf tensors that require a gradient, what is freed before `fn`
-        returns, and what autograd does not know of: a mask that the function of a checkpointed
-        region closes over.
+        existed before the call, parameters, what is freed before `fn` returns, and what autograd
+        does not know of: a mask that the function of a checkpointed region closes over.
 
     Raises:
         TypeError: `fn` cannot be called.
@@ -159,7 +158,8 @@ def _held(
     `seen` is what hooks have seen them hold, in the order of saving.
     """
     leaves = [node.variable for node in nodes if hasattr(node, "variable")]
-    excluded = {storage_id(part) for leaf in leaves for part in plain_parts(leaf)} | before.keys()
+    parameters = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter)]  # FSDP makes them anew
+    excluded = {storage_id(part) for p in parameters for part in plain_parts(p)} | before.keys()
     found: dict[int, Tensor] = {}  # by storage
     readers: dict[int, dict[str, None]] = {}
     for tensor in (part for one in seen for part in plain_parts(one)):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+import dropit_fx
 from dropit_fx.measure import peak_memory, saved_bytes, saved_tensors
 
 FLOAT = 4
@@ -83,6 +84,24 @@ def test_counts_under_grad_whatever_the_caller_has_switched_off() -> None:
         assert saved_bytes(model, x) == 32 * 16 * FLOAT
     with torch.inference_mode():
         assert saved_bytes(model, x) == 32 * 16 * FLOAT
+
+
+class _BeginsAnew(nn.Module):
+    """Cuts its input off, and differentiates from there on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        anew = F.relu(x).detach() * 1.0
+        anew.requires_grad_()
+        return anew.amax(-1)
+
+
+def test_a_leaf_that_the_forward_makes_is_kept_like_any_activation() -> None:
+    x = torch.randn(4, 8, requires_grad=True)
+    model = _BeginsAnew()
+    assert saved_bytes(model, x) == 4 * 8 * 4 + 4 * 4  # what amax reads, and its result
+    packed = dropit_fx.transform(model, example_args=(x,))
+    told = dropit_fx.report(packed)
+    assert (told.dense_bytes, told.kept_bytes) == (saved_bytes(model, x), saved_bytes(packed, x))
 
 
 def test_frozen_weights_are_parameters_too() -> None:
