@@ -1,4 +1,4 @@
-"""The command ``dropit-fx``: ``report`` what a model saves, ``check``, ``demo``, ``bench`` it.
+"""The command ``dropit-fx``: ``report`` on a model, ``check``, ``plan``, ``demo``, ``bench`` it.
 
 Errors that the user can mend are one message on stderr and exit code 2; a check that fails is 1.
 """
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from torch import nn
 
 import dropit_fx
@@ -27,13 +28,21 @@ from dropit_fx.capture.trace import CaptureError
 from dropit_fx.check import BACKENDS
 from dropit_fx.config import DEFAULT_PRESET, PAPER_PRESET, ConfigError, make_config
 from dropit_fx.logs import shown
+from dropit_fx.planner import PlanError
 from dropit_fx.report.rows import Report, as_text, mib, plain_table
 
 if TYPE_CHECKING:
     from dropit_fx.compile.saved import Partition
 
 # What the user can mend. A missing module: the extras, and what a factory imports.
-USER_ERRORS = (CaptureError, ConfigError, SpecError, OSError, ModuleNotFoundError)
+USER_ERRORS = (
+    CaptureError,
+    ConfigError,
+    PlanError,
+    SpecError,
+    OSError,
+    ModuleNotFoundError,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,6 +119,28 @@ def _parser() -> argparse.ArgumentParser:
         help="what rewrites the model (default: transform)",
     )
     check.set_defaults(run=_check)
+
+    plan = commands.add_parser(
+        "plan",
+        help="a config file that keeps the peak of a step below so many bytes",
+        description="Plans what is packed, in how many bits, and what is made again, so that all"
+        " tensors of an eager training step stay below a peak at the least error of the gradient;"
+        " writes a config file of explicit rules. The model runs a few times on random inputs: a"
+        " factory that returns (module, example_args) plans for real ones.",
+        epilog="example: dropit-fx plan --model timm:resnet18 --batch 32 --peak 80%% -o plan.yaml",
+    )
+    add_model(plan)
+    plan.add_argument(
+        "--peak", required=True, metavar="BYTES", help="6GiB, 800MB, or 40%% of the dense step's"
+    )
+    plan.add_argument(
+        "--error-limit",
+        type=float,
+        metavar="SHARE",
+        help="the most that the gradient may lose, relative to its norm (default: what it takes)",
+    )
+    plan.add_argument("-o", "--out", metavar="FILE", help="default: standard output")
+    plan.set_defaults(run=_plan)
 
     demo = commands.add_parser(
         "demo",
@@ -194,6 +225,29 @@ def _check(options: argparse.Namespace) -> int:
     else:
         sys.stdout.write(str(found))
     return 0 if found else 1
+
+
+def _plan(options: argparse.Namespace) -> int:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(f"building {options.model}", total=1.0)
+        model, args = model_spec.build(options.model, options.batch, options.size)
+        planned = dropit_fx.plan(
+            model,
+            args,
+            peak=options.peak,
+            error_limit=options.error_limit,
+            progress=lambda text, share: bar.update(task, description=text, completed=share),
+        )
+    if options.out:
+        planned.save(options.out)
+    else:
+        sys.stdout.write(planned.to_yaml())
+    console.print(
+        f"peak {mib(planned.predicted)} of {mib(planned.asked)} asked for, {mib(planned.dense)}"
+        f" dense; the gradient loses {planned.error:.2%}"
+    )
+    return 0
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import dropit_fx
+from dropit_fx.bench.model_spec import build
 from dropit_fx.cli import main
 
 FACTORIES = """
@@ -19,6 +21,13 @@ def mlp():
 def tokens():
     model = nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 64), nn.Linear(64, 64))
     return model, (torch.arange(10).expand(2, 10),)
+
+def blocks():
+    torch.manual_seed(0)
+    layers = []
+    for _ in range(4):
+        layers += nn.LayerNorm(64), nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64)
+    return nn.Sequential(*layers), (torch.randn(256, 64),)
 
 def number():
     return 3
@@ -50,6 +59,33 @@ def test_report_of_a_factory(factories: str, capsys: pytest.CaptureFixture[str])
     assert lines[0].split()[:2] == ["saved", "tensor"]
     assert any("bitmask(bits=1)+mink(gamma=0.9)" in line for line in lines)
     assert lines[-1].startswith("total")
+
+
+def test_a_plan_is_a_file_that_keeps_the_peak(
+    factories: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = f"{factories}:blocks"
+    asked = ["plan", "--model", spec, "--batch", "256", "--peak", "70%"]
+    assert main([*asked, "-o", "plan.yaml"]) == 0
+    assert "asked for" in capsys.readouterr().err
+    model, args = build(spec, 256, None)
+    packed = dropit_fx.transform(model, "plan.yaml", example_args=args)
+    report = dropit_fx.report(packed)
+    assert report.kept_bytes < report.dense_bytes
+    assert main(asked) == 0
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "plan.yaml").read_text()
+    assert printed.startswith("# ")
+
+
+@pytest.mark.parametrize(("peak", "said"), [("1%", "least"), ("many", "many"), ("-4GiB", "-4GiB")])
+def test_a_peak_that_is_none_or_cannot_be_kept_is_one_message(
+    factories: str, capsys: pytest.CaptureFixture[str], peak: str, said: str
+) -> None:
+    assert main(["plan", "--model", f"{factories}:blocks", f"--peak={peak}"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("dropit-fx: error: ")
+    assert said in told
 
 
 def test_report_of_timm_with_size(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """examples/deit.py: the command lines of the published code, on a few images."""
 
+import functools
 import json
 import pickle
 import sys
@@ -22,6 +23,12 @@ FEW = ["--epochs", "1", "--batch-size", "2", "--workers", "0"]
 
 def pixels(rng: np.random.Generator, count: int, side: int) -> np.ndarray:
     return rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the twelve blocks, which are alike, three."""
+    monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, depth=3))
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import gc
 import re
 import socket
 import sys
@@ -250,6 +251,7 @@ def checkpoints(folder: Path) -> dict[str, Tensor]:
 
 def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # searches for tensors need not walk through libraries
     store = dist.FileStore(str(folder / "store"), RANKS)
     wait = datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=wait)
