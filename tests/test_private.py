@@ -920,6 +920,8 @@ def private_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 names = [node.attr] if node.attr in LEAVES and is_hidden(node.attr) else []
             case ast.Attribute(value=ast.Name(id="sys")):
                 pass  # Python's own
+            case ast.Attribute(attr="_replace"):
+                pass  # of a named tuple, whose methods have names like that to be no field's
             case ast.Attribute():
                 dotted = ast.unparse(node)
                 names = [dotted] if is_hidden(node.attr) or is_private(dotted) else []
