@@ -52,7 +52,8 @@ class RowNorms:
 
     def note(self, grad: Tensor) -> None:
         """Adds ``grad: (rows, out)``, of one reader of the copy."""
-        squares = torch.linalg.vector_norm(grad, dim=1, dtype=torch.float32).square()
+        work = torch.promote_types(grad.dtype, torch.float32)
+        squares = torch.linalg.vector_norm(grad, dim=1, dtype=work).square().float()
         before = self._seen.get(grad.device)
         if before is not None and len(before) == len(squares):
             squares = squares + before

@@ -247,12 +247,23 @@ def test_bytes_are_as_predicted_in_every_dtype(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_lower_precision_has_the_gradient_of_float32(select: str, dtype: torch.dtype) -> None:
     x, w = skewed(60, 16).to(dtype), torch.randn(5, 16).to(dtype)
-    layer, _ = packed_linear(x, w, gamma=0.5, select=select)
+    # without what it would know of the first step in the second
+    layer, _ = packed_linear(x, w, gamma=0.5, select=select, gradients=False)
     found = weight_gradient(layer, x, w)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     expected = weight_gradient(layer, x.to(wide), w.detach().to(wide))
     assert found.dtype == dtype
     torch.testing.assert_close(found.to(wide), expected, rtol=0.05, atol=0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_gradients_of_earlier_steps_are_known_in_every_dtype(dtype: torch.dtype) -> None:
+    x, w = skewed(60, 16).to(dtype), torch.randn(5, 16).to(dtype)
+    layer, _ = packed_linear(x, w, gamma=0.5, select="wta_crs")
+    for _ in range(3):
+        found = weight_gradient(layer, x, w)
+        assert found.dtype == dtype
+        assert bool(found.isfinite().all())
 
 
 def test_norms_that_overflow_are_norms_of_finite_rows_still() -> None:
