@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from models import CASE
+from planned_steps import measured, resident, state_of
 from torch import Tensor, nn
 
 from dropit_fx import measure, transform
@@ -9,8 +11,6 @@ from dropit_fx.planner.errors import PlanError
 from dropit_fx.planner.step import Step
 from dropit_fx.planner.timeline import BACKWARD, FORWARD, OPTIMIZER, forecast
 from dropit_fx.planner.workspaces import measure_workspaces
-from tests.models import CASE
-from tests.planner.steps import measured, resident, state_of
 
 FLOAT = 4
 SHARE = 0.01  # of a measured peak: how far the told one may be from it

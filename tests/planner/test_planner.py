@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from models import CASE
+from planned_steps import measured, state_of
 from torch import Tensor, nn
 
 from dropit_fx import ConfigError, PlanError, load_config, plan, transform
 from dropit_fx.check.compare import losses, paired
 from dropit_fx.planner.step import Step
-from tests.models import CASE
-from tests.planner.steps import measured, state_of
 
 
 def block() -> nn.Sequential:
