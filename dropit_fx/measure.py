@@ -23,7 +23,7 @@ from __future__ import annotations
 import gc
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -289,11 +289,9 @@ def _run_step(
     nodes = nodes_behind(tensors, start)
     leaves = [n.variable for n in nodes if hasattr(n, "variable")]
     leaves += [t for t in tensors if t.is_leaf]
-    grads = [leaf.grad for leaf in leaves]
-    for leaf in leaves:
-        leaf.grad = None
     try:
-        torch.autograd.backward([(t.real if t.is_complex() else t).sum() for t in tensors])
+        with without_gradients(leaves):
+            torch.autograd.backward([(t.real if t.is_complex() else t).sum() for t in tensors])
     except RuntimeError as error:
         if "backward through the graph a second time" in str(error):
             error.add_note(
@@ -301,10 +299,20 @@ def _run_step(
                 "its outputs, without having called backward on them."
             )
         raise
-    finally:
-        for leaf, grad in zip(leaves, grads, strict=True):
-            leaf.grad = grad
     return devices
+
+
+@contextmanager
+def without_gradients(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Some tensors have no gradient when a block begins, and those of before when it has ended."""
+    held = [(tensor, tensor.grad) for tensor in tensors]
+    for tensor, _ in held:
+        tensor.grad = None
+    try:
+        yield
+    finally:
+        for tensor, grad in held:
+            tensor.grad = grad
 
 
 def _devices(tree: Any) -> set[torch.device]:

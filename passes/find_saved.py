@@ -50,7 +50,7 @@ def find_saved(plan: Plan) -> Plan:
         FakeRunError: A node cannot run on fake tensors of the example's shapes.
     """
     mode = fake_mode_of(plan.inputs)
-    with mode, RealStorages(), torch.enable_grad(), fake_state(plan.module, mode) as state:  # type: ignore[no-untyped-call]
+    with mode, RealStorages(), torch.enable_grad(), fake_state(plan.module, mode) as state:
         probe = _Probe(plan, state)
         return probe.result(probe.run(*plan.inputs))
 

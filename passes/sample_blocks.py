@@ -39,10 +39,8 @@ from dropit_fx.runtime.packed_call import by_mode
 from dropit_fx.runtime.sampled_blocks import draw_rows, flow_through, kept_count
 from dropit_fx.words import matches
 
-_CLOSE = {
-    torch.bfloat16: 0.05,
-    torch.float16: 0.01,
-}  # of the norm: what sums in two orders differ by
+# what sums in two orders differ by, of the norm
+_CLOSE = {torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
 def sample_blocks(plan: Plan) -> Plan:

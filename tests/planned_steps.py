@@ -5,13 +5,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from dropit_fx import measure
-from dropit_fx.planner.step import Step, tensors_of
+from dropit_fx.holders import tensors_in
+from dropit_fx.planner.step import Step
 
 
 def resident(step: Step) -> int:
     """Bytes of the model and its inputs, each storage once."""
     held = [*step.model.parameters(), *step.model.buffers()]
-    tensors = [*held, *tensors_of((step.args, step.kwargs))]
+    tensors = [*held, *tensors_in((step.args, step.kwargs))]
     sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(sizes.values())
 

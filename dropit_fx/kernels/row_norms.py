@@ -40,9 +40,8 @@ class RowNorms:
     def __init__(self, name: str) -> None:
         self.name = name
         self._seen: dict[torch.device, Tensor] = {}  # since rows were last chosen
-        self._sums: dict[
-            torch.device, tuple[Tensor, Tensor]
-        ] = {}  # of the steps before, and their weight
+        # of the steps before, and their weight
+        self._sums: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return named, (self.name,)

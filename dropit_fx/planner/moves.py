@@ -8,6 +8,8 @@ one rule of a config (module and op), or in one storage, change together: they a
 
 from __future__ import annotations
 
+import glob
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -146,11 +148,9 @@ def made_by(decision: Decision) -> Made | None:
 def is_lossy(decision: Decision) -> bool:
     """Whether a copy is kept that is not the tensor to the last bit."""
     codec = CODEC.get(decision.codec)
-    return made_by(decision) is not None and codec is not None and not _exact(codec, decision)
-
-
-def _exact(codec: Any, decision: Decision) -> bool:
-    return bool(codec.lossless(decision.options))
+    if codec is None or made_by(decision) is None:
+        return False
+    return not codec.lossless(decision.options)
 
 
 def groups_of(base: Plan, told: Timeline) -> list[Group]:
@@ -282,17 +282,12 @@ def rules_of(chosen: Mapping[Place, Mapping[bool, Level]]) -> tuple[Rule, ...]:
     """
     rules = []
     for (module, op), levels in sorted(chosen.items(), key=lambda item: not item[0][0]):
-        at: dict[str, Any] = {"module": (_glob(module),), "op": (op,)}
+        at: dict[str, Any] = {"module": (glob.escape(module) or "*",), "op": (op,)}
         given = sorted(levels.items(), key=lambda item: item[1] == WHOLE)
         for level in dict.fromkeys(level for _, level in given):
             derive = level not in (WHOLE, EXACT)
             rules.append(Rule(**at, codec=level.codec, options=level.options, derive=derive))
     return tuple(rules)
-
-
-def _glob(module: str) -> str:
-    escaped = "".join(f"[{c}]" if c in "*?[" else c for c in module)
-    return escaped or "*"
 
 
 def places_by_level(
@@ -318,6 +313,4 @@ def places_by_level(
 def place_of_rule(rule: Rule) -> Place:
     """The module and the op that a rule of :func:`rules_of` names."""
     name = rule.module[0]
-    for c in "*?[":
-        name = name.replace(f"[{c}]", "\0" + c)
-    return ("" if name == "*" else name.replace("\0", "")), rule.op[0]
+    return ("" if name == "*" else re.sub(r"\[([*?[])\]", r"\1", name)), rule.op[0]

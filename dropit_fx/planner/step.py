@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dropit_fx.loss import default_loss
-from dropit_fx.measure import leaving_no_trace
+from dropit_fx.measure import leaving_no_trace, without_gradients
 from dropit_fx.planner.errors import PlanError
 from dropit_fx.private import pytree
 
@@ -64,24 +64,6 @@ class Step:
         )
         with leaving_no_trace(), without_gradients(self.model.parameters()):
             yield given
-
-
-@contextmanager
-def without_gradients(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Some tensors have no gradient when a block begins, and those of before when it has ended."""
-    held = [(tensor, tensor.grad) for tensor in tensors]
-    for tensor, _ in held:
-        tensor.grad = None
-    try:
-        yield
-    finally:
-        for tensor, grad in held:
-            tensor.grad = grad
-
-
-def tensors_of(values: Any) -> list[Tensor]:
-    """The tensors in a structure."""
-    return [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
 
 
 _NOTHING = "there is no backward to keep anything for"

@@ -21,9 +21,11 @@ from torch.optim import Optimizer
 
 from dropit_fx.capture.example_inputs import placeholder_values
 from dropit_fx.capture.fake import RealStorages, fake_mode_of, fake_state, fakes_of
+from dropit_fx.holders import tensors_in
+from dropit_fx.measure import without_gradients
 from dropit_fx.ops.backwards import as_plain
 from dropit_fx.planner.errors import PlanError
-from dropit_fx.planner.step import Step, tensors_of, without_gradients
+from dropit_fx.planner.step import Step
 from dropit_fx.planner.workspaces import Workspaces, spec_of_call
 from dropit_fx.private import FakeTensor, FakeTensorMode, TorchDispatchMode, pytree, storage_id
 from dropit_fx.runtime.copies import Packed
@@ -123,14 +125,14 @@ def forecast(step: Step, module: nn.Module, workspaces: Workspaces | None = None
         as_plain(FakeTensor),
         torch.enable_grad(),
         fake_state(module, mode),
-        without_gradients([*module.parameters(), *tensors_of(fakes)]),
+        without_gradients([*module.parameters(), *tensors_in(fakes)]),
     ):
         ledger = _Ledger(workspaces or {})
         ledger.hold("parameters", module.parameters())
         ledger.hold("buffers", module.buffers())
         ledger.hold("inputs", fakes)
         optimizer = _fake_optimizer(step.optimizer, mode, ledger)
-        with RealStorages(), ledger:  # type: ignore[no-untyped-call]
+        with RealStorages(), ledger:
             if isinstance(module, fx.GraphModule):
                 out = _Noting(module, ledger).run(*fakes)
             else:
@@ -142,7 +144,7 @@ def forecast(step: Step, module: nn.Module, workspaces: Workspaces | None = None
             loss.backward()  # type: ignore[no-untyped-call]
             del loss
             ledger.begin(OPTIMIZER)
-            ledger.mark(GRADIENTS, [t.grad for t in (*module.parameters(), *tensors_of(fakes))])
+            ledger.mark(GRADIENTS, [t.grad for t in (*module.parameters(), *tensors_in(fakes))])
             if optimizer is not None:
                 optimizer.step()
         return ledger.timeline()
@@ -173,7 +175,7 @@ def _fake_optimizer(
         ) from error
     for p in trained:
         p.grad = None
-    ledger.hold("optimizer state", tensors_of([*fake.state.values()]))
+    ledger.hold("optimizer state", tensors_in([*fake.state.values()]))
     return fake
 
 
@@ -200,7 +202,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def hold(self, kind: str, tensors: Any) -> None:
         """Counts tensors as resident, each storage once."""
-        for tensor in (t for t in tensors_of(list(tensors)) if storage_id(t) not in self._alive):
+        for tensor in (t for t in tensors_in(list(tensors)) if storage_id(t) not in self._alive):
             self._held.append(tensor)
             self._alive[storage_id(tensor)] = -1
             self._resident[kind] += tensor.untyped_storage().nbytes()
@@ -215,7 +217,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def mark(self, kind: str, tensors: Any) -> None:
         """Says what these tensors are."""
-        for tensor in tensors_of(list(tensors)):
+        for tensor in tensors_in(list(tensors)):
             life = self._alive.get(storage_id(tensor), -1)
             if life >= 0:
                 self._lives[life][4] = kind
@@ -230,7 +232,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._ops.append(str(func))
         workspace = self._workspaces.get(spec_of_call(func, args, kwargs), 0)
         out = func(*args, **(kwargs or {}))
-        for tensor in tensors_of(out):
+        for tensor in tensors_in(out):
             self._note(tensor, at)
         self._used.append(max(before + workspace, self._level))
         return out

@@ -17,8 +17,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from dropit_fx.holders import tensors_in
 from dropit_fx.measure import cpu_profile
-from dropit_fx.planner.step import Step, tensors_of
+from dropit_fx.planner.step import Step
 from dropit_fx.private import TorchDispatchMode, memory_events, pytree, spans
 
 Spec = tuple[Any, ...]  # of a call: the op, and its tensors' shapes and dtypes
@@ -56,7 +57,7 @@ def measure_workspaces(step: Step, module: nn.Module) -> dict[Spec, int]:
     Raises:
         RuntimeError: The profiler is already running.
     """
-    tensors = tensors_of((step.args, step.kwargs, list(module.parameters())))
+    tensors = tensors_in((step.args, step.kwargs, list(module.parameters())))
     if any(t.device.type != "cpu" for t in tensors):
         return {}
     with step.real() as (args, kwargs), cpu_profile() as profiler, _Recorder() as recorder:
