@@ -22,7 +22,7 @@ from torch import nn
 
 import dropit_fx
 from dropit_fx.bench import model_spec
-from dropit_fx.bench.commands import PRESET_OPTIONS, add_benches, add_model
+from dropit_fx.bench.commands import PRESET_OPTIONS, add_benches, add_model, add_plot
 from dropit_fx.bench.model_spec import SpecError
 from dropit_fx.capture.trace import CaptureError
 from dropit_fx.check import BACKENDS
@@ -43,6 +43,7 @@ USER_ERRORS = (
     OSError,
     ModuleNotFoundError,
 )
+NO_MEMORY = "can't allocate memory"  # a part of what PyTorch says of the host's
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,15 +59,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = options.run(options)
     except USER_ERRORS as error:
-        print(f"dropit-fx: error: {error}", file=sys.stderr)
-        return 2
+        return _error(str(error))
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and NO_MEMORY not in str(error):
+            raise
+        return _error(f"out of memory, try a smaller --batch: {str(error).splitlines()[0]}")
     return code
+
+
+def _error(text: str) -> int:
+    """Says what the user can mend; the exit code."""
+    print(f"dropit-fx: error: {text}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dropit-fx", description="Keeps what a training step saves for backward packed."
     )
+    versions = f"dropit-fx {dropit_fx.__version__}, PyTorch {torch.__version__}"
+    parser.add_argument("--version", action="version", version=versions)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     report = commands.add_parser(
@@ -92,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--passes", action="store_true", help="also print the plan after each pass, and the graph"
     )
-    report.add_argument("--plot", metavar="FILE", help="draw it as .png, .svg or .pdf")
+    add_plot(report)
     report.add_argument("--html", metavar="FILE", help="write it as a page for a browser")
     report.add_argument(
         "--compiled",
@@ -176,13 +188,16 @@ def _report(options: argparse.Namespace) -> int:
     progress = Console(stderr=True)
     config = _settings(options)
     with shown("passes", sys.stdout) if options.passes else nullcontext():
-        model, args, report = _packed(progress, options, config)
-    compiled = _compiled(progress, model, args, config) if options.compiled else {}
+        model, inputs, report = _packed(progress, options, config, fake=not options.compiled)
+    compiled = _compiled(progress, model, inputs, config) if options.compiled else {}
 
     named = {k: v for k, v in config.items() if v is not None}
     about = _about(options)
     if options.plot:
-        report.plot(options.plot)
+        try:
+            report.plot(options.plot)
+        except ValueError as error:  # no saved tensor to draw
+            raise SpecError(f"--plot: {error}") from error
     if options.html:
         report.page(options.html, about | (named or {"preset": DEFAULT_PRESET}))
     if options.json:
@@ -210,10 +225,11 @@ def _check(options: argparse.Namespace) -> int:
     settled = make_config(**_settings(options))
     progress = Console(stderr=True)
     with progress.status(f"building {options.model}") as status:
-        model, args = model_spec.build(options.model, options.batch, options.size)
+        model, args, kwargs = model_spec.build_step(options.model, options.batch, options.size)
         found = dropit_fx.check(
             model,
             args,
+            kwargs,
             config=settled,
             backend=options.backend,
             progress=lambda text: status.update(f"checking: {text}"),
@@ -231,10 +247,10 @@ def _plan(options: argparse.Namespace) -> int:
     console = Console(stderr=True)
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task(f"building {options.model}", total=1.0)
-        model, args = model_spec.build(options.model, options.batch, options.size)
+        model, args, kwargs = model_spec.build_step(options.model, options.batch, options.size)
         planned = dropit_fx.plan(
             model,
-            args,
+            kwargs or args,
             peak=options.peak,
             error_limit=options.error_limit,
             progress=lambda text, share: bar.update(task, description=text, completed=share),
@@ -256,7 +272,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def _demo(options: argparse.Namespace) -> int:
     config = {"preset": options.preset}
-    _, _, report = _packed(Console(stderr=True), options, config)
+    _, _, report = _packed(Console(stderr=True), options, config, fake=True)
     report.page(options.out, _about(options) | config)
     dense, kept = mib(report.dense_bytes), mib(report.kept_bytes)
     print(f"{options.out}: {dense} saved dense, {kept} kept, {report.ratio:.1%} of dense")
@@ -274,27 +290,32 @@ def _demo_model() -> str:
 
 
 def _packed(
-    progress: Console, options: argparse.Namespace, config: dict[str, Any]
-) -> tuple[nn.Module, tuple[Any, ...], Report]:
+    progress: Console, options: argparse.Namespace, config: dict[str, Any], fake: bool
+) -> tuple[nn.Module, model_spec.Inputs, Report]:
     """The model that the options name, its inputs, and the report of it packed."""
     with progress.status(f"building {options.model}"):
-        model, args = model_spec.build(options.model, options.batch, options.size)
+        model, args, kwargs = model_spec.build_step(
+            options.model, options.batch, options.size, fake
+        )
     with progress.status("finding what autograd saves"):
-        report = dropit_fx.report(dropit_fx.transform(model, example_args=args, **config))
-    return model, args, report
+        report = dropit_fx.report(
+            dropit_fx.transform(model, example_args=args, example_kwargs=kwargs, **config)
+        )
+    return model, (args, kwargs), report
 
 
 Partitions = dict[str, "list[Partition]"]  # "dense" and "packed"
 
 
 def _compiled(
-    progress: Console, model: nn.Module, args: tuple[Any, ...], config: dict[str, Any]
+    progress: Console, model: nn.Module, inputs: model_spec.Inputs, config: dict[str, Any]
 ) -> Partitions:
     """Compiles the model twice with inductor and reads the partitions."""
     from dropit_fx.compile import backend  # these import inductor, which takes seconds
     from dropit_fx.compile.partition import KeepPacked
     from dropit_fx.private_inductor import PARTITIONER
 
+    args, kwargs = inputs
     dense: list[Partition] = []
     before = len(backend.compiled_graphs())
     options = {k: v for k, v in config.items() if v is not None}
@@ -303,10 +324,10 @@ def _compiled(
     with warnings.catch_warnings(), no_caches:  # a cached result has no graph to read
         warnings.filterwarnings("ignore", ".*force_disable_caches")
         with progress.status("compiling it dense"):
-            torch.compile(model, options=guard)(*args)
+            torch.compile(model, options=guard)(*args, **kwargs)
         torch.compiler.reset()
         with progress.status("compiling it packed"):
-            torch.compile(model, backend="dropit", options=options)(*args)
+            torch.compile(model, backend="dropit", options=options)(*args, **kwargs)
         torch.compiler.reset()
     packed = [p for graph in backend.compiled_graphs()[before:] for p in graph.partitions]
     return {"dense": dense, "packed": packed}

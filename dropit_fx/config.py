@@ -26,6 +26,7 @@ from dropit_fx.words import did_you_mean, is_whole, matches, shortened
 _COUNTS = {"norm_values": "values", "loss_classes": "classes"}  # settings that are numbers
 PRESET_KEYS = ("derive", "keep_small", *_COUNTS)  # that a preset sets beside its rules
 _OWN_KEYS = ("drop_logits", "force")  # that no preset sets
+LONGEST_GLOB = 1000  # characters; the expression that it becomes takes long to make
 PAPER_PRESET = "dropit"  # of the published call, which names a strategy or a rate
 
 
@@ -283,6 +284,8 @@ def _says(source: Any, key: str) -> bool:
 
 def _named_by(glob: str) -> list[OpRule]:
     """The rows of the op table that a glob names."""
+    if glob in RULES:
+        return [RULES[glob]]
     return [r for r in RULES.values() if matches(r.name, (glob,))]
 
 
@@ -319,6 +322,8 @@ def _globs(value: Any, key: str, where: str) -> tuple[str, ...]:
     globs = tuple(value) if isinstance(value, list | tuple) else (value,)
     if not globs or not all(isinstance(g, str) and g for g in globs):
         raise ConfigError(f"{where}: '{key}' is a glob or a list of globs, not {value!r}")
+    if any(len(g) > LONGEST_GLOB for g in globs):
+        raise ConfigError(f"{where}: a glob of '{key}' has more than {LONGEST_GLOB} characters")
     return globs
 
 

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import TypeGuard
 
 LONGEST = 200  # characters of a word in a message
@@ -25,13 +26,28 @@ def closest(word: object, legal: Iterable[str], count: int = 1) -> str:
 
 def matches(name: str, globs: Iterable[str]) -> bool:
     """Whether one of some globs matches a name; ``*`` crosses dots."""
-    return any(fnmatchcase(name, glob) for glob in globs)
+    return any(_matches(name, glob) for glob in globs)
+
+
+def _matches(name: str, glob: str) -> bool:
+    """By what stands before the first wildcard, if that is enough: a config may have many rules."""
+    start, wild = _start(glob)
+    if not name.startswith(start):
+        return False
+    return glob == "*" or (fnmatchcase(name, glob) if wild else name == glob)
+
+
+@lru_cache(2**16)
+def _start(glob: str) -> tuple[str, bool]:
+    """What a glob's matches start with, and whether a wildcard follows."""
+    start = re.split(r"[*?[]", glob, maxsplit=1)[0]
+    return start, start != glob
 
 
 def unmatched(globs: Iterable[str], names: Iterable[str]) -> Iterator[str]:
     """The globs that match none of the names."""
     known = tuple(names)
-    return (glob for glob in globs if not any(fnmatchcase(name, glob) for name in known))
+    return (glob for glob in globs if not any(_matches(name, glob) for name in known))
 
 
 def is_number(value: object) -> bool:

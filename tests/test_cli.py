@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import dropit_fx
 from dropit_fx.bench.model_spec import build
@@ -32,6 +33,21 @@ def blocks():
 def number():
     return 3
 
+def wanting(width, depth=2):
+    return nn.Linear(width, width)
+
+def raising():
+    raise RuntimeError("no weights here" + chr(10) + "nor there")
+
+def keywords():
+    class Scaled(nn.Linear):
+        def forward(self, x, *, scale):
+            return super().forward(x * scale)
+    return Scaled(64, 64), {"x": torch.randn(2, 64), "scale": torch.ones(2, 1)}
+
+def wide():
+    return nn.Linear(4096, 8), (torch.ones(1, 4096),)
+
 class Branches(nn.Module):
     def forward(self, x):
         return x if x.sum() > 0 else -x
@@ -45,6 +61,7 @@ def untraceable():
 def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A module of factories in the working directory, imported anew."""
     (tmp_path / "cli_factories.py").write_text(FACTORIES)
+    (tmp_path / "cli_broken.py").write_text("1 / 0")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "cli_factories", raising=False)
@@ -150,6 +167,12 @@ def test_what_to_pack(factories: str, capsys: pytest.CaptureFixture[str], tmp_pa
         (["--model", "cli_factories:mpl"], "has no function 'mpl'. Did you mean 'mlp"),
         (["--model", "cli_factories:number"], "cli_factories:number returned int; a module was"),
         (["--model", "cli_factories:untraceable"], "no tracer takes"),
+        (["--model", "cli_factories:raising"], "raised RuntimeError: no weights here\n"),
+        (["--model", "cli_factories:wanting"], "without arguments, and requires width\n"),
+        (["--model", "cli_broken:net"], "importing cli_broken raised ZeroDivisionError: "),
+        (["--model", "hf:gptt"], "no kind of model 'gptt', and it is no folder with a config.json"),
+        (["--model", "hf:wav2vec2"], "is made by none of AutoModelForSeq2SeqLM"),
+        (["--model", "cli_factories:wide", "--plot", "x.png"], "--plot: nothing to draw"),
         (["--model", "cli_factories:mlp", "--gamma", "2"], "gamma = 2.0 for codec 'mink'"),
         (["--model", "cli_factories:mlp", "--preset", "dropt"], "Did you mean 'dropit'?"),
         (["--model", "cli_factories:mlp", "--config", "none.yaml"], "none.yaml"),
@@ -176,6 +199,56 @@ def test_a_missing_extra_is_named(
     assert "pip install 'dropit-fx[plot]'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [["check"], ["plan", "--peak", "50%"]])
+def test_what_does_not_fit_into_memory_is_one_message(
+    factories: str, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    assert main([*command, "--model", f"{factories}:mlp", "--batch", str(10**14)]) == 2
+    error = capsys.readouterr().err
+    assert f"no inputs of a batch of {10**14}: " in error
+    assert "Traceback" not in error
+
+
+def test_running_out_of_memory_is_one_message(
+    factories: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(*_: object, **__: object) -> None:
+        torch.empty(10**14)
+
+    monkeypatch.setattr(dropit_fx, "check", check)
+    assert main(["check", "--model", f"{factories}:mlp"]) == 2
+    assert "out of memory, try a smaller --batch: " in capsys.readouterr().err
+
+
+def test_a_report_takes_no_memory_for_its_inputs(
+    factories: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = 10**10  # of 64 floats: 2.3 TiB
+    assert main(["report", "--model", f"{factories}:mlp", "--batch", str(rows), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["dense_bytes"] > rows * 64 * 4
+
+
+def test_keyword_inputs(factories: str, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = ["--model", f"{factories}:keywords", "--batch", "8"]
+    assert main(["report", *spec, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert any(r["op"] == "linear" and r["shape"] == [8, 64] for r in rows)
+    assert main(["check", *spec]) == 0
+    assert main(["bench", "step", *spec]) == 2
+    assert "takes keyword inputs" in capsys.readouterr().err
+
+
+def test_a_config_of_hugging_face_is_a_model_with_its_loss(
+    factories: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    transformers.GPT2Config(n_layer=1, n_embd=64, n_head=2, vocab_size=99).save_pretrained("tiny")
+    given = ["--model", "hf:tiny", "--batch", "4", "--size", "24", "--json"]
+    assert main(["report", *given]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert any(r["op"] == "cross_entropy" and r["shape"] == [4 * 24, 99] for r in rows)
+
+
 @pytest.mark.parametrize("arguments", [[], ["reprt"], ["report"], ["report", "--model"]])
 def test_arguments_that_do_not_parse(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -192,6 +265,21 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         main(arguments)
     assert stop.value.code == 0
     assert f"dropit-fx {' '.join(arguments[:-1])}".rstrip() in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text == f"dropit-fx {dropit_fx.__version__}, PyTorch {torch.__version__}\n"
+
+
+def test_the_suffix_of_a_picture_is_read_first(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["report", "--model", "none:none", "--plot", "x.doc"])
+    assert stop.value.code == 2
+    assert "'x.doc' is none of .png, .svg, .pdf" in capsys.readouterr().err
 
 
 def test_bench_pareto(factories: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -383,6 +383,10 @@ def test_sugar_without_anything_to_sweeten_is_refused() -> None:
         ("rules: {}", ": 'rules' is a list of rules, not dict"),
         ("a: " + "[" * 500 + "]" * 500, ": nested more than 50 deep"),
         ("[" * 100_000, ": nested more than 50 deep"),
+        (
+            f"rules: [{{codec: keep, module: '{'*a' * 501}'}}]",
+            ", rule 1: a glob of 'module' has more than 1000 characters",
+        ),
         ("preset: 2026-99-99", ": month must be in 1..12"),
         (f"norm_values: {10**30}", ": 'norm_values' is a number of values, 0 or more: 1000"),
         ("- a\n- b\n", ": a mapping was expected, not list"),

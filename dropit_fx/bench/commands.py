@@ -11,10 +11,16 @@ import importlib
 from typing import Any
 
 from dropit_fx.bench.formats import LOSSES
-from dropit_fx.config import DEFAULT_PRESET
+from dropit_fx.config import DEFAULT_PRESET, presets
 
+PICTURES = (".png", ".svg", ".pdf")
 PRESET_OPTIONS: tuple[tuple[str, type, str], ...] = (
-    ("preset", str, f"its rules come after the config's own (default: {DEFAULT_PRESET})"),
+    (
+        "preset",
+        str,
+        f"one of {', '.join(presets())}; its rules come after the config's own (default:"
+        f" {DEFAULT_PRESET})",
+    ),
     ("gamma", float, "dropping rate in [0, 1), for all rules of the preset that have one"),
     ("bits", int, "bits of a kept value, 1 to 8, for all rules of the preset that have them"),
 )
@@ -113,25 +119,39 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
             "--json", dest="json_path", metavar="FILE", help="write the figures to FILE too"
         )
     for one in (pareto, formats):
-        one.add_argument(
-            "--plot", dest="plot_path", metavar="FILE", help="draw it as .png, .svg or .pdf"
-        )
+        add_plot(one, dest="plot_path")
 
 
 def add_model(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """Adds what ``model_spec.build`` takes: a model, the batch, the side of images."""
+    """Adds what ``model_spec.build_step`` takes: a model, the batch, the side of images."""
     parser.add_argument(
         "--model",
         required=default is None,
         default=default,
         metavar="SPEC",
-        help="timm:NAME, torchvision:NAME, or pkg.module:factory (called without arguments;"
-        " returns a module, or (module, example_args))" + (f"; default: {default}" * bool(default)),
+        help="timm:NAME, torchvision:NAME, hf:NAME (a kind of transformers model, or a folder with"
+        " its config.json), or pkg.module:factory (called without arguments; returns a module, or"
+        " (module, example_args))" + (f"; default: {default}" * bool(default)),
     )
     parser.add_argument("--batch", type=_positive, default=16, help="batch size (default: 16)")
     parser.add_argument(
-        "--size", type=_positive, metavar="PX", help="image side (default: what the model tells)"
+        "--size",
+        type=_positive,
+        metavar="N",
+        help="side of images, or tokens of a text of hf: (default: what the model tells)",
     )
+
+
+def add_plot(parser: argparse.ArgumentParser, **settings: Any) -> None:
+    """Adds a picture, whose suffix is read before anything takes time."""
+    text = f"draw it as {', '.join(PICTURES[:-1])} or {PICTURES[-1]}"
+    parser.add_argument("--plot", metavar="FILE", type=_picture, help=text, **settings)
+
+
+def _picture(path: str) -> str:
+    if not path.lower().endswith(PICTURES):
+        raise argparse.ArgumentTypeError(f"{path!r} is none of {', '.join(PICTURES)}")
+    return path
 
 
 def _add_rounds(parser: argparse.ArgumentParser) -> None:

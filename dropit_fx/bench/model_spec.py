@@ -1,20 +1,43 @@
-"""Models by name: ``timm:NAME``, ``torchvision:NAME``, ``pkg.module:factory``."""
+"""Models by name: ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME``, ``pkg.module:factory``."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dropit_fx.capture import example_inputs
+from dropit_fx.capture.fake import fake_mode_of
 from dropit_fx.private import pytree
 from dropit_fx.words import closest
 
-LIBRARIES = ("timm", "torchvision")
+LIBRARIES = ("timm", "torchvision", "hf")
+TOKENS = 128  # of a text, where no size is given
+
+# heads of Hugging Face models, the first that there is: all compute a loss from labels
+HEADS = (
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForCausalLM",
+    "AutoModelForImageClassification",
+)
+
+# what a training script sets, where a config leaves it open: no cache of keys is returned, and the
+# first step with labels does not write what they are into the config
+TRAINING = {
+    "use_cache": False,
+    "problem_type": "single_label_classification",
+    "decoder_start_token_id": 0,
+}
+
+Inputs = example_inputs.Inputs
 
 
 class SpecError(ValueError):
@@ -22,36 +45,52 @@ class SpecError(ValueError):
 
 
 def build(spec: str, batch: int, size: int | None = None) -> tuple[nn.Module, tuple[Any, ...]]:
+    """As :func:`build_step`, for what takes positional inputs only."""
+    model, args, kwargs = build_step(spec, batch, size)
+    if kwargs:
+        raise SpecError(f"{spec} takes keyword inputs: let it return (module, example_args)")
+    return model, args
+
+
+def build_step(
+    spec: str, batch: int, size: int | None = None, fake: bool = False
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     """Makes a model with random weights, in training mode, and inputs for it.
 
     Args:
-        spec: ``timm:NAME``, ``torchvision:NAME``, or ``pkg.module:factory``. The factory is called
-            without arguments and returns a module, or ``(module, example_args)``.
+        spec: ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME`` (a kind of model such as ``gpt2``, or
+            a folder with its ``config.json``), or ``pkg.module:factory``. The factory is called
+            without arguments and returns a module, ``(module, example_args)``, or
+            ``(module, example_kwargs)``.
         batch: Length of the inputs' first dimension.
-        size: Height and width of image inputs; None: what the model tells (224 where it does not).
+        size: Height and width of image inputs, length of a text of ``hf:``; None: what the model
+            tells (224 where it does not; 128 tokens).
+        fake: Whether the inputs are fake tensors, which take no memory.
 
     Returns:
-        The model and its positional inputs.
+        The model, its positional and its keyword inputs.
 
     Raises:
-        SpecError: There is no such model, or the factory returns something else.
+        SpecError: There is no such model, it cannot be made, or its inputs take too much memory.
         CaptureError: The shapes of a factory's inputs cannot be guessed.
     """
     library, colon, name = spec.partition(":")
     if not colon or not name or not library:
         raise SpecError(
-            f"{spec!r} is no model: write timm:NAME, torchvision:NAME or pkg.mod:factory"
+            f"{spec!r} is no model: write timm:NAME, torchvision:NAME, hf:NAME or pkg.mod:factory"
         )
-    if library in LIBRARIES:
-        model = _timm(name, size) if library == "timm" else _torchvision(name)
-        channels, side = _image(model)
-        side = size or side
-        return model.train(), (torch.randn(batch, channels, side, side),)
-    model, given = _from_factory(library, name)
-    args, kwargs = example_inputs.guess(model) if given is None else (given, {})
-    if kwargs:
-        raise SpecError(f"{spec} takes keyword inputs: let it return (module, example_args)")
-    return model.train(), pytree.tree_map_only(Tensor, lambda t: _resized(t, batch, size), args)
+    with_inputs = {"timm": _timm, "torchvision": _torchvision, "hf": _hugging_face}
+    inputs: Callable[[int], Inputs]
+    if library in with_inputs:
+        model, inputs = with_inputs[library](name, size)
+    else:
+        model, inputs = _from_factory(library, name, size)
+    try:
+        with fake_mode_of(()) if fake else nullcontext():
+            args, kwargs = inputs(batch)
+    except RuntimeError as error:
+        raise SpecError(f"no inputs of a batch of {batch}: {_line(error)}") from error
+    return model.train(), args, kwargs
 
 
 def small_net() -> tuple[nn.Module, tuple[Any, ...]]:
@@ -68,29 +107,90 @@ def small_net() -> tuple[nn.Module, tuple[Any, ...]]:
     return model, (torch.randn(16, 3, 32, 32),)
 
 
-def _timm(name: str, size: int | None) -> nn.Module:
+def _timm(name: str, size: int | None) -> tuple[nn.Module, Callable[[int], Inputs]]:
     timm = _imported("timm", "demo")
     known = timm.list_models()
     if name.split(".")[0] not in known:
         raise SpecError(f"timm has no model {name!r}.{closest(name, known, 3)}")
     try:
-        model: nn.Module = timm.create_model(name, **({} if size is None else {"img_size": size}))
+        model = timm.create_model(name, **({} if size is None else {"img_size": size}))
     except TypeError:  # a convolutional model takes any size
         model = timm.create_model(name)
-    return model
+    except Exception as error:  # each model says in its own way that a size does not fit
+        raise SpecError(f"timm:{name} with --size {size}: {_line(error)}") from error
+    return model, _images(model, size)
 
 
-def _torchvision(name: str) -> nn.Module:
+def _torchvision(name: str, size: int | None) -> tuple[nn.Module, Callable[[int], Inputs]]:
     models = _imported("torchvision", "").models
     if name not in models.list_models():
         raise SpecError(
             f"torchvision has no model {name!r}.{closest(name, models.list_models(), 3)}"
         )
-    model: nn.Module = models.get_model(name, weights=None)
-    return model
+    no_weights = {"weights": None}
+    if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
+        no_weights["weights_backbone"] = None
+    model = models.get_model(name, **no_weights)
+    return model, _images(model, size)
 
 
-def _from_factory(module_name: str, name: str) -> tuple[nn.Module, tuple[Any, ...] | None]:
+def _images(model: nn.Module, size: int | None) -> Callable[[int], Inputs]:
+    channels, side = _image(model)
+    side = size or side
+    return lambda batch: ((torch.randn(batch, channels, side, side),), {})
+
+
+def _hugging_face(name: str, size: int | None) -> tuple[nn.Module, Callable[[int], Inputs]]:
+    """A model of transformers as its config makes it, with its loss: labels are among its inputs.
+
+    Nothing is downloaded for the name of a kind of model.
+    """
+    transformers = _imported("transformers", "hf")
+    kinds = tuple(transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES)
+    try:
+        if name in kinds:
+            config = transformers.AutoConfig.for_model(name)
+        else:
+            config = transformers.AutoConfig.from_pretrained(name)
+    except Exception as error:  # also of the network
+        raise SpecError(
+            f"transformers has no kind of model {name!r}, and it is no folder with a"
+            f" config.json.{closest(name, kinds, 3)}"
+        ) from error
+    for key, value in TRAINING.items():
+        if getattr(config, key, None) in (None, True):
+            setattr(config, key, value)
+    if size is not None and hasattr(config, "image_size"):
+        config.image_size = size
+    heads = (getattr(transformers, head) for head in HEADS)
+    head = next((h for h in heads if type(config) in h._model_mapping), None)
+    if head is None:
+        raise SpecError(
+            f"hf:{name} is made by none of {', '.join(HEADS)}: write a factory, pkg.mod:factory"
+        )
+    try:
+        model = head.from_config(config)
+    except Exception as error:  # each model says in its own way that a config does not fit
+        raise SpecError(f"hf:{name}: {_line(error)}") from error
+
+    def inputs(batch: int) -> Inputs:
+        if model.main_input_name == "input_ids":
+            words = config.get_text_config().vocab_size
+            tokens = torch.randint(words, (batch, size or TOKENS))
+            return (), {"input_ids": tokens, "labels": tokens.clone()}
+        channels, side = _image(model)
+        side = getattr(config, "image_size", None) or size or side
+        pixels = torch.randn(batch, channels, *([side] * 2 if isinstance(side, int) else side))
+        labels = torch.zeros(batch, dtype=torch.long)
+        return (), {model.main_input_name: pixels, "labels": labels}
+
+    return model, inputs
+
+
+def _from_factory(
+    module_name: str, name: str, size: int | None
+) -> tuple[nn.Module, Callable[[int], Inputs]]:
+    spec = f"{module_name}:{name}"
     if os.getcwd() not in sys.path:  # as `python -m` has it
         sys.path.insert(0, os.getcwd())
     try:
@@ -100,20 +200,60 @@ def _from_factory(module_name: str, name: str) -> tuple[nn.Module, tuple[Any, ..
             raise
         hint = closest(module_name, LIBRARIES, 3)
         raise SpecError(f"no module {error.name!r} to import {name!r} from.{hint}") from error
+    except Exception as error:  # the user's code ran: anything can be raised
+        raise SpecError(f"importing {module_name} raised {_named(error)}") from error
     factory = getattr(module, name, None)
     if not callable(factory):
         callables = [n for n, value in vars(module).items() if callable(value)]
         raise SpecError(
             f"module {module_name!r} has no function {name!r}.{closest(name, callables, 3)}"
         )
-    made = factory()
+    if wanted := _required(factory):
+        raise SpecError(f"{spec} is called without arguments, and requires {', '.join(wanted)}")
+    try:
+        made = factory()
+    except Exception as error:
+        raise SpecError(f"{spec} raised {_named(error)}") from error
     model, given = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(model, nn.Module) or not (given is None or isinstance(given, tuple | list)):
+    legal = given is None or isinstance(given, tuple | list | Mapping)
+    if not isinstance(model, nn.Module) or not legal:
         raise SpecError(
-            f"{module_name}:{name} returned {type(made).__name__}; a module was expected, or"
+            f"{spec} returned {type(made).__name__}; a module was expected, or"
             " (module, example_args)"
         )
-    return model, None if given is None else tuple(given)
+    if given is None:
+        args, kwargs = example_inputs.guess(model)
+    elif isinstance(given, Mapping):
+        args, kwargs = (), dict(given)
+    else:
+        args, kwargs = tuple(given), {}
+
+    def inputs(batch: int) -> Inputs:
+        resized: Inputs = pytree.tree_map_only(
+            Tensor, lambda t: _resized(t, batch, size), (args, kwargs)
+        )
+        return resized
+
+    return model, inputs
+
+
+def _required(factory: Callable[..., Any]) -> list[str]:
+    """The arguments that it cannot be called without."""
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):  # some built-ins do not tell
+        return []
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in optional]
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {_line(error)}"
+
+
+def _line(error: Exception) -> str:
+    """The first line of what an error says."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _imported(name: str, extra: str) -> Any:
