@@ -12,6 +12,7 @@ from dropit_fx.eager import pack_checkpoints, pack_saved
 from dropit_fx.planner import PlanError, plan
 from dropit_fx.pointwise import pointwise
 from dropit_fx.report.rows import Report, report
+from dropit_fx.rules import Rule
 
 logs.read_environment()
 
@@ -23,6 +24,7 @@ __all__ = [
     "ConfigError",
     "PlanError",
     "Report",
+    "Rule",
     "check",
     "load_config",
     "measure",

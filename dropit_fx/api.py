@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import glob
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -16,6 +18,7 @@ from dropit_fx.passes.choose_codecs import check_rules_matched
 from dropit_fx.planner import Step, plan_step
 from dropit_fx.report.rows import attach
 from dropit_fx.rewriting import rewrite as rewrite
+from dropit_fx.rules import Rule
 from dropit_fx.words import matches, unmatched
 
 
@@ -31,6 +34,7 @@ def transform(
     gamma: float | None = None,
     bits: int | None = None,
     peak: str | int | float | None = None,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
 ) -> fx.GraphModule:
     """Rewrites a model so that what its training step saves is kept packed.
 
@@ -56,6 +60,9 @@ def transform(
         bits: Bits of a kept value, 1 to 8, for all rules of the preset whose codec has them.
         peak: In the place of a config: the memory that a step may take, as for ``dropit_fx.plan``,
             which runs a batch of real inputs; for a loss or an optimizer of one's own, call that.
+        filter_fn: Called with each module and its qualified name (``""``: the model's own); where
+            it says False, what the module itself reads (not its children) is kept dense, whatever
+            the rules say.
 
     Returns:
         The rewritten GraphModule; ``dropit_fx.report`` tells what became of each saved tensor.
@@ -66,12 +73,16 @@ def transform(
         PlanError: The peak cannot be understood, or cannot be kept.
     """
     if peak is not None:
-        beside = (config, modules, preset, strategy, gamma, bits)
+        beside = (config, modules, preset, strategy, gamma, bits, filter_fn)
         if any(given is not None for given in beside):
             raise ConfigError("peak= plans the whole config: give no config or modules beside it.")
         args, kwargs = example_inputs.resolve(model, example_args, example_kwargs)
         config = plan_step(Step(model, args, kwargs), peak)
     resolved = make_config(config, preset=preset, strategy=strategy, gamma=gamma, bits=bits)
+    if filter_fn is not None:
+        if modules is not None:
+            raise ConfigError("modules= and filter_fn= both say what is rewritten: give one.")
+        resolved = _filtered(resolved, model, filter_fn)
     if modules is not None:
         whole: fx.GraphModule = _transform_submodules(
             model,
@@ -90,6 +101,16 @@ def transform(
     return graph_module
 
 
+def _filtered(
+    config: Config, model: nn.Module, filter_fn: Callable[[nn.Module, str], bool]
+) -> Config:
+    """With a rule before all others that keeps what the function refuses."""
+    named = model.named_modules(remove_duplicate=False)
+    refused = tuple(glob.escape(name) for name, module in named if not filter_fn(module, name))
+    rule = Rule(module=refused, codec="keep", preset=True)  # it may match nothing
+    return replace(config, rules=(rule, *config.rules)) if refused else config
+
+
 def _transform_submodules(
     model: nn.Module,
     config: Config,
@@ -100,9 +121,9 @@ def _transform_submodules(
     if not globs:
         raise ConfigError("modules is an empty list: name a submodule, or leave it out.")
     known = [n for n, _ in model.named_modules() if n]
-    for glob in unmatched(globs, known):
+    for none in unmatched(globs, known):
         children = ", ".join(n for n, _ in model.named_children())
-        raise ConfigError(f"modules={glob!r} matches no submodule. Direct children: {children}.")
+        raise ConfigError(f"modules={none!r} matches no submodule. Direct children: {children}.")
     names = [n for n in known if matches(n, globs)]
     names = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
     made: dict[str, fx.GraphModule] = {}

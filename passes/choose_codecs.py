@@ -7,6 +7,7 @@ another.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -111,9 +112,12 @@ def check_rules_matched(plans: tuple[Plan, ...], config: Config) -> None:
 
 
 def _some(reads: Sequence[SavedRead | ParameterRead]) -> str:
-    """Whose they are, a dozen at most."""
-    shown = sorted({f"{r.module or '<root>'} ({r.op})" for r in reads})
-    return ", ".join(shown[:12]) + (", ..." if len(shown) > 12 else "") or "none"
+    """Whose they are: of many, numbers in names are ``*``; a dozen at most."""
+    shown = sorted({(r.module or "<root>", r.op) for r in reads})
+    if len(shown) > 12:
+        shown = sorted({(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), op) for name, op in shown})
+    told = [f"{name} ({op})" for name, op in shown]
+    return ", ".join(told[:12]) + (", ..." if len(told) > 12 else "") or "none"
 
 
 def _choose(read: SavedRead, config: Config, said: str) -> Decision:

@@ -432,6 +432,37 @@ def test_a_rule_that_matches_nothing_is_printed_with_what_there_is() -> None:
         dropit_fx.transform(model(), config, example_args=(x,))
 
 
+def test_what_there_is_of_a_deep_model_is_told_as_globs() -> None:
+    deep = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(8)))
+    config = {"rules": [{"module": "layer9", "codec": "keep"}]}
+    text = "packable ones: *.* (linear), *.* (relu)."
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        dropit_fx.transform(deep, config, example_args=(torch.randn(64, 64),))
+
+
+def test_a_filter_says_which_modules_are_packed() -> None:
+    blocks = (nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)) for _ in range(2))
+    net, x = nn.Sequential(*blocks), torch.randn(64, 64)
+    asked: dict[str, nn.Module] = {}
+
+    def kept(module: nn.Module, name: str) -> bool:
+        asked[name] = module
+        return not (isinstance(module, nn.Linear) or name == "1.1")
+
+    own = {"rules": [{"op": "linear", "codec": "quant"}]}
+    for config in (None, own):
+        packed = dropit_fx.transform(net, config, example_args=(x,), filter_fn=kept)
+        for row in dropit_fx.report(packed).rows:
+            dense = isinstance(asked[row.module], nn.Linear) or row.module == "1.1"
+            assert (row.codec == "keep") == dense, row
+    assert asked == dict(net.named_modules())
+    everything = dropit_fx.transform(net, example_args=(x,), filter_fn=lambda *_: True)
+    rows = dropit_fx.report(everything).rows
+    assert rows == dropit_fx.report(dropit_fx.transform(net, example_args=(x,))).rows
+    with pytest.raises(ConfigError, match="modules= and filter_fn= both say what is rewritten"):
+        dropit_fx.transform(net, example_args=(x,), modules="0", filter_fn=kept)
+
+
 def test_a_rule_that_an_earlier_one_overshadows_still_matches() -> None:
     x = torch.randn(64, 64)
     config = {"rules": [{"codec": "keep"}, {"module": "2", "codec": "mink"}]}

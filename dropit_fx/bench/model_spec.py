@@ -22,12 +22,12 @@ LIBRARIES = ("timm", "torchvision", "hf")
 TOKENS = 128  # of a text, where no size is given
 
 # heads of Hugging Face models, the first that there is: all compute a loss from labels
-HEADS = (
-    "AutoModelForSeq2SeqLM",
-    "AutoModelForMaskedLM",
-    "AutoModelForCausalLM",
-    "AutoModelForImageClassification",
-)
+HEADS = {
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+}
 
 # what a training script sets, where a config leaves it open: no cache of keys is returned, and the
 # first step with labels does not write what they are into the config
@@ -162,14 +162,14 @@ def _hugging_face(name: str, size: int | None) -> tuple[nn.Module, Callable[[int
             setattr(config, key, value)
     if size is not None and hasattr(config, "image_size"):
         config.image_size = size
-    heads = (getattr(transformers, head) for head in HEADS)
-    head = next((h for h in heads if type(config) in h._model_mapping), None)
+    able = (head for head, kinds in HEADS.items() if type(config) in getattr(transformers, kinds))
+    head = next(able, None)
     if head is None:
         raise SpecError(
             f"hf:{name} is made by none of {', '.join(HEADS)}: write a factory, pkg.mod:factory"
         )
     try:
-        model = head.from_config(config)
+        model = getattr(transformers, head).from_config(config)
     except Exception as error:  # each model says in its own way that a config does not fit
         raise SpecError(f"hf:{name}: {_line(error)}") from error
 

@@ -29,6 +29,18 @@ class RewrittenModule(fx.GraphModule):
     pickled.
     """
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name.startswith("__"):
+                raise
+            raise AttributeError(
+                f"{error}: a rewritten model has the forward, parameters and buffers of the"
+                " original, not its other methods and attributes, nor the types of its submodules;"
+                " ask the original, whose parameters are the same tensors"
+            ) from None
+
     def __reduce__(self) -> tuple[Any, ...]:
         nodes = list(self.graph.nodes)
         index = {n: _Ref(i) for i, n in enumerate(nodes)}

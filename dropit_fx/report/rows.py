@@ -21,6 +21,7 @@ from dropit_fx.passes.share_packed import by_site, packed_bytes
 from dropit_fx.private import uncompiled
 
 _META = "dropit_report"
+NOTEBOOK = "<pre style='line-height:normal'><code>{code}</code></pre>"  # what Rich exports into
 UNTRAINED = "untrained"  # in the place of a codec: no rule trains what needed it
 SAMPLED = "sampled"  # in the place of a codec: gradients flow through some of its rows
 FUSED = "fused"  # in the place of a codec: the loss that kept it is computed with its layer
@@ -112,12 +113,23 @@ class Report:
             "kept_bytes": self.kept_bytes,
             "ratio": self.ratio,
             "untrained": list(self.untrained),
-            "rows": [asdict(r) for r in self.rows],
+            "rows": self.records(),
         }
 
     def to_json(self) -> str:
         """``to_dict`` as indented JSON."""
         return json.dumps(self.to_dict(), indent=2)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The rows as plain mappings, such as ``pandas.DataFrame`` takes."""
+        return [asdict(r) for r in self.rows]
+
+    def _repr_html_(self) -> str:
+        """The summary, for notebooks."""
+        out = StringIO()
+        console = Console(file=out, record=True, width=120, force_jupyter=False)
+        console.print(self.summary_table())
+        return console.export_html(inline_styles=True, code_format=NOTEBOOK)
 
     def table(self) -> Table:
         """The rows as a rich table, with totals below."""

@@ -101,6 +101,21 @@ def test_json_holds_rows_and_totals(report: Report) -> None:
     assert sum(r["dense_bytes"] for r in data["rows"]) == data["dense_bytes"]
 
 
+def test_records_and_notebooks(report: Report) -> None:
+    records = report.records()
+    assert [r["kept_bytes"] for r in records] == [r.kept_bytes for r in report.rows]
+    page = report._repr_html_()
+    assert page.startswith("<pre")
+    assert "mink(gamma=0.9)" in page
+    assert f"{report.ratio:.1%} of dense" in page
+
+
+def test_what_a_rewritten_model_does_not_have_is_said(rewritten: nn.Module) -> None:
+    with pytest.raises(AttributeError, match=r"no attribute 'no_weight_decay'.*ask the original"):
+        rewritten.no_weight_decay()
+    assert not hasattr(rewritten, "num_classes")
+
+
 def test_a_model_that_was_not_rewritten_has_no_report() -> None:
     with pytest.raises(ValueError, match=r"Shared was not rewritten by dropit_fx\.transform"):
         dropit_fx.report(Shared())
