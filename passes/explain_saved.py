@@ -20,8 +20,8 @@ from dropit_fx.ops.table import CHECKPOINT, bind, derivable_rule_of, is_inplace,
 from dropit_fx.passes.ask_autograd import Autograd, Saved
 from dropit_fx.passes.match_saved import is_copy_of, match_saved
 from dropit_fx.passes.plan import Elements, Keeper, SavedRead
-from dropit_fx.passes.storages import FREE, Storages, elements
-from dropit_fx.private import storage_id, version
+from dropit_fx.passes.storages import FREE, Storages
+from dropit_fx.private import storage_id
 from dropit_fx.runtime.copies import width_of
 from dropit_fx.runtime.overrides import is_complex
 from dropit_fx.runtime.regions import WRITTEN, name_of
@@ -188,6 +188,10 @@ class Explainer:
         storage, at = self.storages.of(value), self._order[ran.node]
         if storage.kept_by in FREE or storage.nodes[0].op == "placeholder":
             return f"it writes into {storage.kept_by or 'an input of the graph'}"
+        if value.untyped_storage().nbytes() != value.numel() * value.element_size():
+            return (
+                "it writes into a tensor that is a part of a larger one"  # a packed one has its own
+            )
         for other in storage.nodes:
             if other is ran.node or other is written:
                 continue
@@ -211,7 +215,7 @@ class Explainer:
         x = operands[operand] if isinstance(source, fx.Node) else None
         identity = None
         if isinstance(x, Tensor):
-            identity = elements(x, version(x)) if source is n else self.storages.before(x)
+            identity = self.storages.now(x) if source is n else self.storages.before(x)
         kept.owner = self.storages.of(tensor, f"{n.name}.{operand}").owner
         kept.nbytes = read.nbytes(operands) if read and read.nbytes else 0
         kept.read = SavedRead(

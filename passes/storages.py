@@ -54,8 +54,9 @@ class Storages:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._seen: dict[tuple[str, str], Elements] = {}
         self._makers: dict[Elements, str] = {}
-        self._last: dict[int, Tensor] = {}  # seen of each storage: it counts the versions
-        self._first: dict[int, tuple[Tensor, list[str]]] = {}  # of each storage, and all its nodes
+        # What is first seen of each storage counts its versions (a `.data` of it counts anew for
+        # itself); and all its nodes.
+        self._first: dict[int, tuple[Tensor, list[str]]] = {}
         self._differentiable: set[tuple[str, str]] = set()
 
     def of(self, tensor: Tensor, owner: str = "") -> Storage:
@@ -77,14 +78,20 @@ class Storages:
         for operand in n.all_input_nodes:
             value = env[operand]
             if isinstance(value, Tensor):
-                self._seen[n.name, operand.name] = elements(value, version(value))
+                self._seen[n.name, operand.name] = self.now(value)
                 if value.requires_grad:
                     self._differentiable.add((n.name, operand.name))
         self._watched = self._versions_of(operands)
 
     def before(self, x: Tensor) -> Elements:
         """An operand of the node as it was before the node ran."""
-        return elements(x, self._before.get(id(x), version(x)))
+        written = self._watched.get(storage_id(x))
+        return self.now(x) if written is None else elements(x, written)
+
+    def now(self, x: Tensor) -> Elements:
+        """A tensor as it is."""
+        first, _ = self._first.get(storage_id(x), (x, ()))
+        return elements(x, version(first))
 
     def written(self, operands: list[Tensor]) -> set[int]:
         """The storages among the operands that the node has written to."""
@@ -117,13 +124,12 @@ class Storages:
                 self._alive[n.name] = Keeper.NUMBER
             return
         self._shapes[n.name] = tuple(result.shape)
-        seen = result.detach()  # counts on with the tensor
-        self._last[storage_id(result)] = seen
-        self._first.setdefault(storage_id(result), (seen, []))[1].append(n.name)
+        alike = result.detach()  # counts on with the tensor
+        self._first.setdefault(storage_id(result), (alike, []))[1].append(n.name)
         keeper = self.of(result).kept_by
         if keeper in _ALIVE:
             self._alive[n.name] = keeper
-        made = elements(result, version(result))
+        made = self.now(result)
         if not any(self._seen.get((n.name, m.name)) == made for m in n.all_input_nodes):
             self._makers.setdefault(made, n.name)  # else a view of what another has made
 
@@ -133,7 +139,7 @@ class Storages:
         Args:
             lost: Values that no row makes again.
         """
-        versions = {storage: version(t) for storage, t in self._last.items()}
+        versions = {storage: version(t) for storage, (t, _) in self._first.items()}
         for storage in self.unseen:  # nothing shows that it is what it was
             versions[storage] = -1
             lost = lost | set(self._first[storage][1])

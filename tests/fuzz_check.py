@@ -249,13 +249,17 @@ _CONTRACTION = re.compile("(?:Mm|mm|Mv|Dot|Linear|Convolution)Backward")
 
 
 def without_smaller_half(total: Tensor, spared: set[int]) -> None:
-    """Drops the smaller half of what contractions have saved, but of the storages in ``spared``."""
+    """Drops the smaller half of what contractions have saved, but of the storages in ``spared``.
 
-    def pack(t: Tensor) -> Tensor:
+    A convolution saves the zeros of its padding too, of which a packed one knows nothing.
+    """
+
+    def pack(t: Tensor, padded: bool) -> Tensor:
         flat = t.detach().flatten()
         if storage_id(t) in spared:
             return t.detach()
-        largest = flat.abs().topk((flat.numel() + 1) // 2).indices
+        count = int(flat.count_nonzero()) if padded else flat.numel()
+        largest = flat.abs().topk((count + 1) // 2).indices
         return torch.zeros_like(flat).scatter(0, largest, flat[largest]).view(t.shape)
 
     todo, seen = [total.grad_fn], set()
@@ -266,10 +270,11 @@ def without_smaller_half(total: Tensor, spared: set[int]) -> None:
         seen.add(node)
         todo += [following for following, _ in node.next_functions]
         if _CONTRACTION.search(node.name()):
+            hook = partial(pack, padded="Convolution" in node.name())
             for name in dir(node):
                 there = name.startswith("_raw_saved_")
                 if there and getattr(node, name.removeprefix("_raw")) is not None:
-                    getattr(node, name).register_hooks(pack, lambda t: t)
+                    getattr(node, name).register_hooks(hook, lambda t: t)
 
 
 # Comparing ----------------------------------------------------------------------------------------

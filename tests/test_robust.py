@@ -1009,6 +1009,59 @@ def test_attention_over_other_inputs_than_its_own(name: str, way: str) -> None:
     assert_same(*found)
 
 
+class WritesOfANorm(nn.Module):
+    """A norm of which autograd keeps no input, which is written to behind it."""
+
+    def __init__(self, others: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.norm, self.others = nn.RMSNorm(64), others
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x * 1.5
+        y = self.norm(h)
+        self.others(h)
+        return y
+
+
+@pytest.mark.parametrize("way", ["transform", "dropit_eager"])
+@pytest.mark.parametrize("before", [False, True])
+def test_data_counts_anew_and_hides_no_write(before: bool, way: str) -> None:
+    def others(h: Tensor) -> None:
+        alias = h.data if before else None
+        h.relu_()
+        alias = h.data if alias is None else alias
+        torch.sin(alias * 2)
+
+    model, x = WritesOfANorm(others), torch.randn(64, 64)
+    for preset in ("lossless", "balanced"):
+        if way == "transform":
+            run: Any = dropit_fx.transform(model, preset=preset, example_args=(x,))
+        else:
+            torch._dynamo.reset()
+            run = torch.compile(model, backend="dropit_eager", options={"preset": preset})
+        ours, theirs = grads(run, x), grads(model, x)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("write", [F.relu_, lambda h: F.dropout(h, 0.5, True, inplace=True)])
+def test_a_part_of_a_larger_tensor_that_is_written_to_is_counted_as_it_is(
+    write: Callable[[Tensor], Tensor],
+) -> None:
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:  # the mean lies in the memory of all losses
+            loss = F.binary_cross_entropy(x.sigmoid(), torch.full_like(x, 0.5))
+            return torch.view_as_real(write(loss) * torch.complex(self.scale, self.scale)).sum()
+
+    x = torch.randn(64, 64, requires_grad=True)
+    packed = dropit_fx.transform(Loss(), example_args=(x,))
+    assert measure.saved_bytes(packed, x) == dropit_fx.report(packed).kept_bytes
+
+
 class UnseenWrites(nn.Module):
     """What autograd does not count: writes through ``.data``, before and after others read it."""
 

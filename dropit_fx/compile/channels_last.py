@@ -9,20 +9,25 @@ draws them in memory order too: it reads the layout of the model, for the dense 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from dropit_fx.ops.table import DRAWING_EACH, operands_of, rule_of
-from dropit_fx.private import EXAMPLE_VALUE, VALUE
+from dropit_fx.capture.fake import concrete_fakes, propagate
+from dropit_fx.ops.table import DRAWING_EACH, is_inplace, operands_of, rule_of
+from dropit_fx.private import EXAMPLE_VALUE, VALUE, storage_id
 from dropit_fx.private_inductor import decides_layout, inductor_config
 from dropit_fx.runtime.regions import bodies_of, name_of, with_users
 from dropit_fx.runtime.tensor_spec import memory_order
 
 _FORMATS = {2: torch.channels_last, 3: torch.channels_last_3d}
 _DIMS: dict[str, int] = {f"conv{kind}{d}d": d for kind in ("", "_transpose") for d in (1, 2, 3)}
+
+# Functions and methods that give a view or an error, and one of elements by their place in memory
+AS_STRIDED = "as_strided"
+_VIEWING = frozenset(("view", "view_as", "view_as_complex", "_unsafe_view", AS_STRIDED))
 
 # Nodes of the forward graph that inductor sees for each node of Dynamo's, packing included:
 # 2.3 in a ConvNeXt, 3.0 in a DeiT, 4.3 in a ResNet.
@@ -45,9 +50,13 @@ def channels_last(graph_module: fx.GraphModule, options: Mapping[str, Any] | Non
     drawing = {n: drawn for n in graph.nodes if (drawn := _drawn(graph_module, n))}
     if any(_writes(n) for drawn in drawing.values() for n in drawn):
         return  # what they write into is the tensor in the order that it has
+    convolutions = list(_convolutions(graph))
+    viewing = _viewing(graph_module, [node for node, _, _ in convolutions])
+    if any(_written_later(graph_module, node) for node in viewing):
+        return  # a view of a copy is not written with the original
     orders = {n: memory_order(v) for n in graph.nodes if (v := _value(n)) is not None}
     changed: list[fx.Node] = []
-    for node, dims, value in list(_convolutions(graph)):
+    for node, dims, value in convolutions:
         layout = _layout(value, dims)
         if layout is not None and value.dim() == dims + 2:
             after = _laid_out(node, layout)
@@ -66,6 +75,67 @@ def channels_last(graph_module: fx.GraphModule, options: Mapping[str, Any] | Non
                 _laid_out(node, layout)
     graph.lint()
     graph_module.recompile()
+    if changed:
+        _restore(graph_module, viewing, orders)
+
+
+def _viewing(graph_module: fx.GraphModule, convolutions: list[fx.Node]) -> list[fx.Node]:
+    """Behind the convolutions: nodes, and calls of regions, that ask for strides to be as they are.
+
+    ``view`` ends in an error where the strides do not fit; ``as_strided`` gives other elements.
+    """
+    behind = with_users(convolutions)
+    nodes = [n for n in graph_module.graph.nodes if n in behind]
+    return [n for n in nodes if _calls(graph_module, n, _VIEWING)]
+
+
+def _calls(graph_module: fx.GraphModule, node: fx.Node, names: Collection[str]) -> bool:
+    """Whether a node, or one of a region that it calls, calls one of these."""
+    if bodies := bodies_of(graph_module, node):
+        return any(_calls(body, inner, names) for body in bodies for inner in body.graph.nodes)
+    return name_of(node) in names
+
+
+def _written_later(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether something behind a node writes into what it views."""
+    seen = {storage_id(v) for n in node.all_input_nodes if (v := _value(n)) is not None}
+    nodes = list(graph_module.graph.nodes)
+    return any(
+        storage_id(v) in seen
+        for later in nodes[nodes.index(node) :]
+        if _writes_any(graph_module, later)
+        for n in later.all_input_nodes
+        if (v := _value(n)) is not None
+    )
+
+
+def _writes_any(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node, or one of a region that it calls, writes into one of its inputs."""
+    if bodies := bodies_of(graph_module, node):
+        return any(_writes_any(body, inner) for body in bodies for inner in body.graph.nodes)
+    bound = {**node.kwargs, **operands_of(node)}
+    return is_inplace(node, bound) or "out" in node.kwargs or name_of(node) == "setitem"
+
+
+def _restore(
+    graph_module: fx.GraphModule, viewing: list[fx.Node], orders: Mapping[fx.Node, list[int]]
+) -> None:
+    """Has the views read the layout of the model, wherever theirs is another by now."""
+    inputs = concrete_fakes(map(_value, graph_module.graph.find_nodes(op="placeholder")))
+    wrong: Any = True
+    while wrong:
+        found = propagate(graph_module, inputs)  # up to the first view that does not run
+        wrong = [
+            (node, operand)
+            for node in viewing
+            if node.name not in found or _calls(graph_module, node, (AS_STRIDED,))
+            for operand in node.all_input_nodes
+            if operand in orders and isinstance(found.get(operand.name), Tensor)
+            if memory_order(found[operand.name]) != orders[operand]
+        ]
+        for node, operand in wrong:
+            _as_in_the_model(node, operand, orders[operand])
+        graph_module.recompile()
 
 
 def _layout(value: Tensor, dims: int) -> torch.memory_format | None:

@@ -141,6 +141,90 @@ def test_symbolic_sizes_stay_as_they_are_on_a_gpu() -> None:
     assert not inductor_lays_out(graph)
 
 
+def views(h: Tensor) -> Tensor:
+    return h.view(h.shape[0], -1) * 2
+
+
+def pooled_views(h: Tensor) -> tuple[Tensor, Tensor]:
+    return F.max_pool2d(F.relu(h), 2).view(2, -1) * 2, F.avg_pool2d(h, 2).view(2, 4, -1) * 3
+
+
+def view_in_region(h: Tensor) -> Tensor:
+    found: Tensor = checkpoint(lambda h: h.view(2, -1).sin(), h, use_reentrant=False)
+    return found
+
+
+def strided(h: Tensor) -> Tensor:
+    return torch.as_strided(h, (2, 4, 8), (256, 64, 1)) * 2
+
+
+def complex_view(h: Tensor) -> Tensor:
+    return torch.view_as_real(torch.view_as_complex(h.view(2, 4, 8, 4, 2)) * 2)
+
+
+def written_views(h: Tensor) -> Tensor:
+    h.view(-1).mul_(2)
+    return h + 1
+
+
+def set_views(h: Tensor) -> Tensor:
+    h.view(2, -1)[0] = 3.0
+    return h + 1
+
+
+@pytest.mark.parametrize(
+    "read",
+    [views, pooled_views, view_in_region, strided, complex_view, written_views, set_views],
+    ids=lambda f: f.__name__,
+)
+def test_what_reads_strides_reads_those_of_the_model(read: Callable[[Tensor], Any]) -> None:
+    def run(x: Tensor, w: Tensor) -> Any:
+        return read(F.conv2d(x, w, padding=1))
+
+    x, w = torch.randn(2, 4, 8, 8), torch.randn(4, 4, 3, 3)
+    graph = captured(run, x, w)
+    asks = bool(graph.graph.find_nodes(op="call_method", target="contiguous"))
+    assert not asks
+    channels_last(graph, {"force_layout_optimization": True})
+    asked = graph.graph.find_nodes(op="call_method", target="contiguous")
+    assert bool(asked) == (read not in (written_views, set_views))  # else as it was
+    (found,) = (graph(x, w),)
+    expected = run(x, w)
+    for a, b in zip(found, expected if isinstance(expected, tuple) else (expected,), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_views_that_fit_stay_as_they_are() -> None:
+    def run(x: Tensor, w: Tensor) -> Tensor:
+        h = F.conv2d(x, w, stride=8).flatten(2).transpose(1, 2)  # as a ViT's patches
+        return (h * 2).view(2, 4, 2, 32).sin()
+
+    graph = captured(run, torch.randn(2, 3, 16, 16), torch.randn(64, 3, 8, 8))
+    channels_last(graph, {"force_layout_optimization": True})
+    asked = graph.graph.find_nodes(op="call_method", target="contiguous")
+    assert [n.kwargs for n in asked] == [{"memory_format": torch.channels_last}]
+
+
+class LeNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8 * 64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.max_pool2d(torch.relu(self.first(x)), 2)
+        out: Tensor = self.last(h.view(h.size(0), -1))
+        return out
+
+
+def test_a_view_behind_convolutions_compiles() -> None:
+    model, x = LeNet(), torch.randn(2, 3, 16, 16)
+    packed = torch.compile(model, backend="dropit", options={"force_layout_optimization": True})
+    expected = model(x)
+    torch.testing.assert_close(packed(x), expected)
+    packed(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 class Draws(nn.Module):
     """A dropout of what a convolution gave, and numbers in another order of memory."""
 
