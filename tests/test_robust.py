@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 from collections.abc import Callable
 from contextlib import suppress
@@ -851,6 +852,45 @@ def test_copies_and_pickles_train_on_their_own(tmp_path: Any) -> None:
         assert_same(grads(other, x), expected)
         assert str(dropit_fx.report(other)) == str(dropit_fx.report(packed))
         assert not {id(p) for p in other.parameters()} & {id(p) for p in packed.parameters()}
+
+
+def twice(module: nn.Module, args: Any) -> Any:
+    return tuple(2 * a for a in args)
+
+
+def thrice(module: nn.Module, grads: Any) -> Any:
+    return tuple(3 * g for g in grads)
+
+
+def test_copies_and_pickles_have_the_hooks_of_the_model() -> None:
+    x, model = torch.randn(32, 64), mlp()
+    model.register_forward_pre_hook(twice)
+    model.register_full_backward_pre_hook(thrice)
+    packed = dropit_fx.transform(model, LOSSLESS, example_args=(x,))
+    expected = grads(model, x)
+    for other in (packed, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert_same(grads(other, x), expected)
+
+
+class Says(nn.Parameter):
+    """Says itself what an op does with it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[misc]
+        return result * 2 if func in (F.linear, torch._C._nn.linear) else result
+
+
+def test_parameters_that_say_what_ops_do_are_asked() -> None:
+    x, model = torch.randn(32, 64), mlp()
+    packed = dropit_fx.transform(model, example_args=(x,))  # it packs what the weight is read with
+    state = {n: p.detach().clone() for n, p in model.named_parameters()}
+    weight: Tensor = state["2.weight"]
+    state["2.weight"] = torch.Tensor._make_subclass(Says, weight, True)  # type: ignore[attr-defined]
+    other = torch.func.functional_call(packed, state, (x,))
+    assert torch.equal(other, torch.func.functional_call(model, state, (x,)))
+    usual = torch.func.functional_call(model, state | {"2.weight": weight}, (x,))
+    assert not torch.equal(other, usual)
 
 
 SEEN: list[Any] = []

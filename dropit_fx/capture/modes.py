@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 TRAINING_FLAG = "training_flag"
 COUNTER = "num_batches_tracked"  # of batch norm, which counts in training mode only
+_COUNTS = ("add_", "aten.add_.Tensor")
 
 
 class TrainingFlag(nn.Module):
@@ -258,13 +259,17 @@ def _copy_of_no_effect(
         return added
     if bound := _dropout_of(node):
         return _idle_dropout(node, bound, graph, ahead, twins)
-    counter = node.args[0] if node.args else node
-    if not isinstance(counter, fx.Node) or not str(counter.target).endswith(COUNTER):
+    counter = counted = node.args[0] if node.args else node
+    while isinstance(counted, fx.Node) and str(counted.target) in _COUNTS:  # once more
+        counted = counted.args[0]
+    if not isinstance(counter, fx.Node) or not isinstance(counted, fx.Node):
+        return None
+    if not str(counted.target).endswith(COUNTER):
         return None
     with graph.inserting_before(ahead):
         if node.op == "get_attr":
             added = graph.get_attr(str(node.target))
-        elif str(node.target) in ("add_", "aten.add_.Tensor") and node.args[1] == 1:
+        elif str(node.target) in _COUNTS and node.args[1] == 1:
             added = graph.create_node(
                 node.op, node.target, (twins[counter], 0, *node.args[2:]), dict(node.kwargs)
             )
