@@ -94,6 +94,7 @@ class _Probe(fx.Interpreter):
                     result = n.meta[EXAMPLE_VALUE]
                 else:
                     result = super().run_node(n)
+            _require_storages(result)
         except Exception as error:
             failed = FakeRunError(
                 f"node '{n.name}' ({n.target}) of module '{node_module(n)}' does not run on fake"
@@ -242,6 +243,14 @@ class _Probe(fx.Interpreter):
                 kept_by=self.storages.keeper(all_kept[0].tensor),
                 dense=any(r.dense for r in reads.values()),
             )
+
+
+def _require_storages(result: Any) -> None:
+    """Raises TypeError where a node makes a tensor whose memory nothing is known of."""
+    for tensor in pytree.tree_leaves(result):
+        if isinstance(tensor, Tensor) and tensor.layout != torch.strided and not tensor.is_nested:
+            kind = str(tensor.layout).removeprefix("torch.")
+            raise TypeError(f"it makes a tensor of layout {kind}, whose bytes are not counted")
 
 
 def _is_number(n: fx.Node) -> bool:

@@ -1125,3 +1125,20 @@ def test_data_that_is_assigned_is_refused_with_the_line() -> None:
     with pytest.raises(CaptureError, match=r"test_robust.py:\d+: model.scale.data = .*\n.*: data"):
         dropit_fx.transform(model, example_args=(torch.randn(4, 16),))
     assert torch.equal(model.scale, torch.ones(16))
+
+
+class Graph(nn.Module):
+    """Sums over neighbours, by a sparse matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        near = torch.eye(8).to_sparse()
+        return torch.sparse.mm(near, F.gelu(self.linear(x)))
+
+
+def test_sparse_tensors_are_refused_with_the_line() -> None:
+    with pytest.raises(CaptureError, match=r"test_robust\.py.*layout sparse_coo, whose bytes"):
+        dropit_fx.transform(Graph(), example_args=(torch.randn(8, 16),))

@@ -394,3 +394,25 @@ def test_a_run_that_fails_leaves_the_modes_that_it_has_entered() -> None:
         find_saved(Plan(module=module, inputs=inputs, config=make_config()))
     assert not torch.is_autocast_enabled("cpu")
     assert not torch.is_inference_mode_enabled()
+
+
+TARGETS = torch.tensor([0.5, 1.0, 2.0])
+
+
+class OfTargets(nn.Module):
+    """What it computes of no input is computed while it is traced, in each mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).tanh() * TARGETS.exp() + TARGETS.log()
+
+
+def test_what_is_computed_of_no_input_serves_both_modes() -> None:
+    model, x = OfTargets(), torch.randn(4, 3)
+    made = transform(model, example_args=(x,), preset="lossless")
+    for training in (True, False):
+        assert torch.equal(made.train(training)(x), model(x))
+    assert list(made.state_dict()) == list(model.state_dict())
