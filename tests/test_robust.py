@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 import dropit_fx
 from dropit_fx import measure
@@ -1142,3 +1143,27 @@ class Graph(nn.Module):
 def test_sparse_tensors_are_refused_with_the_line() -> None:
     with pytest.raises(CaptureError, match=r"test_robust\.py.*layout sparse_coo, whose bytes"):
         dropit_fx.transform(Graph(), example_args=(torch.randn(8, 16),))
+
+
+def test_distributed_tensors_run_dense() -> None:
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
+    packed = dropit_fx.transform(model, MINK, example_args=(torch.ones(32, 64),))
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        local = {n: p.detach().clone() for n, p in model.named_parameters()}
+        state = {
+            n: distribute_tensor(t, mesh, [Replicate()]).requires_grad_() for n, t in local.items()
+        }
+        x = torch.randn(32, 64)
+        whole = distribute_tensor(x, mesh, [Replicate()]).requires_grad_()
+        out = torch.func.functional_call(packed, state, (whole,))
+        (grad,) = torch.autograd.grad(out.sum(), [whole])
+        x.requires_grad_()
+        expected = torch.func.functional_call(model, local, (x,))
+        assert torch.equal(out.to_local(), expected)
+        assert torch.equal(grad.to_local(), torch.autograd.grad(expected.sum(), [x])[0])
+    finally:
+        torch.distributed.destroy_process_group()
