@@ -77,8 +77,8 @@ def storages_alive() -> dict[int, Tensor]:
     for tensor in alive(Tensor):
         try:
             storages.update((storage_id(part), part) for part in plain_parts(tensor))
-        except (RuntimeError, NotImplementedError):
-            continue  # a tensor without storage, such as functorch leaves behind, saves nothing
+        except (RuntimeError, NotImplementedError, ValueError):
+            continue  # without storage (functorch's, parameters of lazy modules) it saves nothing
     return storages
 
 

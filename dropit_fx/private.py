@@ -196,8 +196,8 @@ def last_seeding() -> object:
 
 @_reads("torch.Tensor._version")
 def version(tensor: Tensor) -> int:
-    """How often a tensor has been written in place."""
-    return tensor._version
+    """How often a tensor has been written in place; those of inference mode do not count: 0."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @_reads("torch.Tensor._base")
@@ -252,7 +252,7 @@ HOOK_DICTS = (
     "_backward_hooks",
     "_is_full_backward_hook",
 )
-MODULE_STATE = ("training", *MODULE_DICTS, "_non_persistent_buffers_set")  # less hooks
+MODULE_STATE = ("training", *MODULE_DICTS, "_non_persistent_buffers_set", *HOOK_DICTS)
 
 
 def buffers(module: nn.Module) -> dict[str, Tensor | None]:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from dropit_fx.capture.fake import RealStorages, fake_mode_of, fake_state
+from dropit_fx.capture.fake import RealStorages, fake_mode_of, fake_state, leaving_blocks
 from dropit_fx.capture.provenance import node_module, node_where
 from dropit_fx.ops.table import rule_of
 from dropit_fx.passes.ask_autograd import Autograd, Behind, Saved
@@ -52,7 +52,8 @@ def find_saved(plan: Plan) -> Plan:
     mode = fake_mode_of(plan.inputs)
     with mode, RealStorages(), torch.enable_grad(), fake_state(plan.module, mode) as state:
         probe = _Probe(plan, state)
-        return probe.result(probe.run(*plan.inputs))
+        with leaving_blocks(probe):
+            return probe.result(probe.run(*plan.inputs))
 
 
 class _Probe(fx.Interpreter):
@@ -93,6 +94,7 @@ class _Probe(fx.Interpreter):
                     result = n.meta[EXAMPLE_VALUE]
                 else:
                     result = super().run_node(n)
+            _require_storages(result)
         except Exception as error:
             failed = FakeRunError(
                 f"node '{n.name}' ({n.target}) of module '{node_module(n)}' does not run on fake"
@@ -204,7 +206,8 @@ class _Probe(fx.Interpreter):
         with fake_state(body, fake_mode_of(args)) as state:
             fixed = {at for at, arg in enumerate(n.args[1:]) if arg in self._fixed}
             probe = _Probe(plan, state, frozenset(fixed))
-            result = probe.run(*given)
+            with leaving_blocks(probe):
+                result = probe.run(*given)
             self.bodies[region_of(n)] = probe.result(result)
         self.written |= probe.written
         written = {
@@ -240,6 +243,14 @@ class _Probe(fx.Interpreter):
                 kept_by=self.storages.keeper(all_kept[0].tensor),
                 dense=any(r.dense for r in reads.values()),
             )
+
+
+def _require_storages(result: Any) -> None:
+    """Raises TypeError where a node makes a tensor whose memory nothing is known of."""
+    for tensor in pytree.tree_leaves(result):
+        if isinstance(tensor, Tensor) and tensor.layout != torch.strided and not tensor.is_nested:
+            kind = str(tensor.layout).removeprefix("torch.")
+            raise TypeError(f"it makes a tensor of layout {kind}, whose bytes are not counted")
 
 
 def _is_number(n: fx.Node) -> bool:

@@ -33,6 +33,7 @@ COUNTED = 4  # bytes are counted for one program in so many: that takes as long 
 LONGEST = {"inductor": 300}  # seconds of processor for one program; 60 for other ways
 WAITING = 10  # times as long by the clock: what waits for ever ends, what is given little time not
 SHRINKING = 90  # seconds for one failure
+DEATHS = 20  # of workers: those that die after that are not replaced
 CONFIGS = {
     "aot": ("formulas", "balanced"),
     "inductor": ("balanced",),
@@ -122,7 +123,7 @@ class Run:
         return bool(self.failures) or any(o == "failed" for _, o in self.counts)
 
     def all(self) -> None:
-        """Does every task; a worker that dies is replaced."""
+        """Does every task; a worker that dies is replaced, up to a number of them."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -141,7 +142,7 @@ class Run:
                 process.start()
                 return process
 
-            alive = {n: started(n) for n in range(self.workers)}
+            alive, deaths = {n: started(n) for n in range(self.workers)}, 0
             while alive:
                 try:
                     message = told.get(timeout=5)
@@ -152,7 +153,11 @@ class Run:
                                 f"a worker died with exit code {process.exitcode}, while it ran:\n"
                                 + _last_program(number)
                             )
-                            alive[number] = started(number)
+                            deaths += 1
+                            if deaths <= DEATHS:
+                                alive[number] = started(number)
+                            else:
+                                del alive[number]
                     continue
                 if self.note(message):
                     progress.console.rule()

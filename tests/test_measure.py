@@ -27,6 +27,12 @@ def mlp(*, frozen: int | None = None) -> nn.Sequential:
 # --- saved_bytes: counts by hand
 
 
+def test_lazy_modules_elsewhere_do_not_matter() -> None:
+    lazy = nn.LazyLinear(4)  # its parameters have no storage yet
+    assert saved_bytes(nn.Linear(8, 16), torch.randn(4, 8)) == 0
+    assert isinstance(lazy.weight, nn.UninitializedParameter)
+
+
 def test_linear_saves_only_its_input() -> None:
     x = torch.randn(32, 8)
     assert saved_bytes(nn.Linear(8, 16), x) == 0  # x existed before

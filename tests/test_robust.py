@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 import dropit_fx
 from dropit_fx import measure
@@ -853,6 +855,45 @@ def test_copies_and_pickles_train_on_their_own(tmp_path: Any) -> None:
         assert not {id(p) for p in other.parameters()} & {id(p) for p in packed.parameters()}
 
 
+def twice(module: nn.Module, args: Any) -> Any:
+    return tuple(2 * a for a in args)
+
+
+def thrice(module: nn.Module, grads: Any) -> Any:
+    return tuple(3 * g for g in grads)
+
+
+def test_copies_and_pickles_have_the_hooks_of_the_model() -> None:
+    x, model = torch.randn(32, 64), mlp()
+    model.register_forward_pre_hook(twice)
+    model.register_full_backward_pre_hook(thrice)
+    packed = dropit_fx.transform(model, LOSSLESS, example_args=(x,))
+    expected = grads(model, x)
+    for other in (packed, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert_same(grads(other, x), expected)
+
+
+class Says(nn.Parameter):
+    """Says itself what an op does with it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[misc]
+        return result * 2 if func in (F.linear, torch._C._nn.linear) else result
+
+
+def test_parameters_that_say_what_ops_do_are_asked() -> None:
+    x, model = torch.randn(32, 64), mlp()
+    packed = dropit_fx.transform(model, example_args=(x,))  # it packs what the weight is read with
+    state = {n: p.detach().clone() for n, p in model.named_parameters()}
+    weight: Tensor = state["2.weight"]
+    state["2.weight"] = torch.Tensor._make_subclass(Says, weight, True)  # type: ignore[attr-defined]
+    other = torch.func.functional_call(packed, state, (x,))
+    assert torch.equal(other, torch.func.functional_call(model, state, (x,)))
+    usual = torch.func.functional_call(model, state | {"2.weight": weight}, (x,))
+    assert not torch.equal(other, usual)
+
+
 SEEN: list[Any] = []
 
 
@@ -1138,3 +1179,44 @@ def test_data_that_is_assigned_is_refused_with_the_line() -> None:
     with pytest.raises(CaptureError, match=r"test_robust.py:\d+: model.scale.data = .*\n.*: data"):
         dropit_fx.transform(model, example_args=(torch.randn(4, 16),))
     assert torch.equal(model.scale, torch.ones(16))
+
+
+class Graph(nn.Module):
+    """Sums over neighbours, by a sparse matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        near = torch.eye(8).to_sparse()
+        return torch.sparse.mm(near, F.gelu(self.linear(x)))
+
+
+def test_sparse_tensors_are_refused_with_the_line() -> None:
+    with pytest.raises(CaptureError, match=r"test_robust\.py.*layout sparse_coo, whose bytes"):
+        dropit_fx.transform(Graph(), example_args=(torch.randn(8, 16),))
+
+
+def test_distributed_tensors_run_dense() -> None:
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
+    packed = dropit_fx.transform(model, MINK, example_args=(torch.ones(32, 64),))
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        local = {n: p.detach().clone() for n, p in model.named_parameters()}
+        state = {
+            n: distribute_tensor(t, mesh, [Replicate()]).requires_grad_() for n, t in local.items()
+        }
+        x = torch.randn(32, 64)
+        whole = distribute_tensor(x, mesh, [Replicate()]).requires_grad_()
+        out = torch.func.functional_call(packed, state, (whole,))
+        (grad,) = torch.autograd.grad(out.sum(), [whole])
+        x.requires_grad_()
+        expected = torch.func.functional_call(model, local, (x,))
+        assert torch.equal(out.to_local(), expected)
+        assert torch.equal(grad.to_local(), torch.autograd.grad(expected.sum(), [x])[0])
+    finally:
+        torch.distributed.destroy_process_group()

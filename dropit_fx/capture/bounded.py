@@ -11,7 +11,6 @@ import ctypes
 import faulthandler
 import os
 import re
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -41,7 +40,7 @@ def sympy_bounded(seconds: float) -> Iterator[None]:
 
     def watch() -> None:
         spent, before = 0.0, _cpu_time(thread)
-        with tempfile.TemporaryFile(buffering=0) as out:
+        with os.fdopen(os.memfd_create("stack"), "w+b", buffering=0) as out:  # needs no folder
             while not done.wait(_EVERY):
                 with lock:
                     now, files = _cpu_time(thread), _files(thread, out.fileno())

@@ -41,13 +41,15 @@ from dropit_fx.private import (
 
 log = logging.getLogger(__name__)
 
+EINSUM = (torch.einsum, torch.ops.aten.einsum.default)  # of Dynamo and fx, and of export
+
 
 def opaque_nodes(graph_module: fx.GraphModule, wrapped: bool = False) -> list[fx.Node]:
     """The nodes that :func:`expand` would open; ``wrapped``: functions under torch.fx.wrap too."""
     return [
         n
         for n in graph_module.graph.nodes
-        if n.target in (F.multi_head_attention_forward, torch.einsum)
+        if n.target in (F.multi_head_attention_forward, *EINSUM)
         or _attention_module(graph_module, n)
         or (wrapped and _is_wrapped(n))
     ]
@@ -108,7 +110,7 @@ def _expand_node(graph_module: fx.GraphModule, node: fx.Node, values: dict[str, 
 
     tensors = [values[s.name] for s in sources] + list(parameters.values())
     # before dispatch, einsum is one op still
-    inner = _trace(run, tensors, pre_dispatch=node.target is not torch.einsum)
+    inner = _trace(run, tensors, pre_dispatch=node.target not in EINSUM)
     copied: dict[fx.Node, fx.Node] = {}
     placeholders = inner.graph.find_nodes(op="placeholder")
     with graph.inserting_before(node):

@@ -137,6 +137,19 @@ def _numbered_momentum(module: nn.Module) -> Iterator[None]:
             norm.momentum = None
 
 
+@contextmanager
+def leaving_blocks(run: fx.Interpreter) -> Iterator[None]:
+    """After an error, the autocasts and inference modes that a graph had entered are left again."""
+    try:
+        yield
+    except BaseException:
+        for node, value in reversed(list(run.env.items())):
+            for user in node.users:
+                if user not in run.env and getattr(user.target, "__name__", "")[:6] == "_exit_":
+                    user.target(value)
+        raise
+
+
 class RealStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """For the time of a block, what ops make is as large in memory as it is on real tensors.
 
@@ -234,7 +247,8 @@ def propagate(graph_module: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str
         run = fx.Interpreter(graph_module, garbage_collect_values=False)
         run.extra_traceback = False
         try:
-            run.run(*inputs)
+            with leaving_blocks(run):
+                run.run(*inputs)
         except Exception as error:
             log.info("on fake tensors: %s", error)
     return {node.name: value for node, value in run.env.items()}

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 TRAINING_FLAG = "training_flag"
 COUNTER = "num_batches_tracked"  # of batch norm, which counts in training mode only
+CONSTANT = "_tensor_constant"  # as fx begins the names of tensors that it finds
+_COUNTS = ("add_", "aten.add_.Tensor")
 
 
 class TrainingFlag(nn.Module):
@@ -110,6 +112,7 @@ def _overlay(mine: fx.GraphModule, other: fx.GraphModule, training: bool) -> str
     """
     for node in (*mine.graph.nodes, *other.graph.nodes):
         _spell_out(node)
+    _name_alike(mine, other)
     for one, another in ((mine, other), (other, mine)):  # buffers that only one of them reads
         own = dict(one.named_buffers())
         adopt(one, [(n, b) for n, b in another.named_buffers() if n not in own])
@@ -135,6 +138,25 @@ def _overlay(mine: fx.GraphModule, other: fx.GraphModule, training: bool) -> str
     except Differs as where:
         return str(where)
     return ""
+
+
+def _name_alike(mine: fx.GraphModule, other: fx.GraphModule) -> None:
+    """Lets ``other`` read the constants of ``mine`` that it has of its own, with the same bits.
+
+    What a model computes of tensors that are no inputs of it, each trace computes once.
+    """
+    pairs = [*zip(*(m.graph.find_nodes(op="get_attr") for m in (mine, other)), strict=False)]
+    for read, again in pairs:
+        a, b = str(read.target), str(again.target)
+        if a == b or not (a.startswith(CONSTANT) and b.startswith(CONSTANT)):
+            continue
+        ours, theirs = getattr(mine, a), getattr(other, b)
+        if ours.dtype == theirs.dtype and torch.equal(ours, theirs):
+            again.target = a
+            other.register_buffer(a, ours, persistent=False)
+    for name in {n for n, _ in other.named_buffers() if n.startswith(CONSTANT)}:
+        if not any(n.target == name for n in other.graph.find_nodes(op="get_attr")):
+            delattr(other, name)
 
 
 class Differs(RuntimeError):
@@ -258,13 +280,17 @@ def _copy_of_no_effect(
         return added
     if bound := _dropout_of(node):
         return _idle_dropout(node, bound, graph, ahead, twins)
-    counter = node.args[0] if node.args else node
-    if not isinstance(counter, fx.Node) or not str(counter.target).endswith(COUNTER):
+    counter = counted = node.args[0] if node.args else node
+    while isinstance(counted, fx.Node) and str(counted.target) in _COUNTS:  # once more
+        counted = counted.args[0]
+    if not isinstance(counter, fx.Node) or not isinstance(counted, fx.Node):
+        return None
+    if not str(counted.target).endswith(COUNTER):
         return None
     with graph.inserting_before(ahead):
         if node.op == "get_attr":
             added = graph.get_attr(str(node.target))
-        elif str(node.target) in ("add_", "aten.add_.Tensor") and node.args[1] == 1:
+        elif str(node.target) in _COUNTS and node.args[1] == 1:
             added = graph.create_node(
                 node.op, node.target, (twins[counter], 0, *node.args[2:]), dict(node.kwargs)
             )

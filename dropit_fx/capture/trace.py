@@ -27,6 +27,7 @@ from dropit_fx.capture.faithful.hooks import (
     NotCarried,
     own_hooks,
     refuse_hooks,
+    refuse_overrides,
     torchs_hooks_inside,
 )
 from dropit_fx.capture.faithful.one_run import named
@@ -185,6 +186,7 @@ def _captured(
         _check_fit(model, tuple(args or ()), dict(kwargs or {}))
     try:
         refuse_hooks(model)
+        refuse_overrides(model)
         study = Study(model, tuple(args or ()), dict(kwargs or {})) if known else None
     except NotCarried as error:
         raise CaptureError(_refusal(model, str(error))) from error

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from dropit_fx.capture.expand import expand, opaque_nodes
 from dropit_fx.capture.fake import concrete_fakes, propagate
+from dropit_fx.capture.provenance import node_where
 from dropit_fx.compile.channels_last import channels_last
 from dropit_fx.compile.fuse import FusePacking
 from dropit_fx.compile.lookups import AddLookups
@@ -215,6 +216,9 @@ def rewrite_dynamo_graph(
     """Runs the pipeline over Dynamo's graph in place; None where nothing is to be trained."""
     if not torch.is_grad_enabled():
         return None
+    if whole := _stays_whole(gm, example_inputs):
+        log.warning("this graph is compiled as it is, nothing is packed: %s", whole)
+        return None
     inputs = concrete_fakes(example_inputs)
     try:
         if opaque_nodes(gm):
@@ -239,6 +243,16 @@ def rewrite_dynamo_graph(
         config.preset,
     )
     return record
+
+
+def _stays_whole(gm: fx.GraphModule, example_inputs: list[Any]) -> str:
+    """Why nothing of a graph is packed, where its values have no memory of their own; else ""."""
+    if any(isinstance(value, Tensor) and value.is_nested for value in example_inputs):
+        return "an input is a nested tensor, whose memory is that of its parts"
+    nodes = (n for m in gm.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes)
+    inner = next((n for n in nodes if "_increment_nesting" in str(n.target)), None)
+    where = node_where(inner) if inner is not None else ""
+    return "" if inner is None else f"torch.func transforms a part of it{where and f', in {where}'}"
 
 
 _OURS = {f.__name__: f for f in (pack, unless_changed, derived, stand_in, *LOSSES)}

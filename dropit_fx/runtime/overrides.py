@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,23 +20,35 @@ def transformed() -> bool:
 
 
 def has_own_ops(values: Sequence[Any]) -> bool:
-    """Whether a subclass of tensors has a say of its own in what ops do (no mode, no proxy)."""
+    """Whether a subclass of tensors has a say of its own in what ops do (no mode, no proxy).
+
+    A parameter may be of such a class (quantised weights are), or of one that says nothing new.
+    """
     return any(
         isinstance(v, Tensor)
-        and not isinstance(v, nn.Parameter)
         and type(v) is not Tensor
         and hasattr(type(v).__torch_function__, "__func__")
+        and not (isinstance(v, nn.Parameter) and override_of(type(v)) is None)
         for v in values
     )
+
+
+def override_of(kind: type[Tensor]) -> Callable[..., Any] | None:
+    """The ``__torch_function__`` of a class of tensors, where that is none of PyTorch's own."""
+    own = getattr(kind.__torch_function__, "__func__", None)
+    return None if own is Tensor.__torch_function__.__func__ else own  # type: ignore[attr-defined]
 
 
 def stays_dense(values: Sequence[Any]) -> bool:
     """Whether one of ``values`` has no memory to pack, or is complex: formulas are for real ones.
 
-    Asked in every call: a loop takes half the time of ``any``.
+    Nor has an activation that is made of other tensors (DTensor) memory of its own. Asked in every
+    call: a loop takes half the time of ``any``.
     """
     for v in values:
         if isinstance(v, Tensor) and (v.device.type == "meta" or v.is_complex()):
+            return True
+        if hasattr(type(v), "__tensor_flatten__") and not isinstance(v, nn.Parameter):
             return True
     return False
 

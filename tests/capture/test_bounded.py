@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -31,6 +32,14 @@ def test_what_is_spent_in_sympy_is_bounded() -> None:
     with pytest.raises(TooLong, match="of comparing sizes"), sympy_bounded(0.2):
         OF_SIZES(IN_SYMPY, start + 60)
     assert time.monotonic() < start + 50
+
+
+def test_no_folder_for_temporary_files_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    end = time.monotonic() + 60
+    with pytest.raises(TooLong), sympy_bounded(0.2):
+        OF_SIZES(IN_SYMPY, end)
+    assert time.monotonic() < end
 
 
 @pytest.mark.parametrize("run", [IN_SYMPY, in_file("/lib/model.py", SPIN)])

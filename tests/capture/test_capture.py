@@ -16,7 +16,11 @@ from torch import Tensor, fx, nn
 
 from dropit_fx import CaptureError, ConfigError, report, transform
 from dropit_fx.capture import example_inputs
+from dropit_fx.capture.fake import fakes_of, propagate
 from dropit_fx.capture.input_guards import InputGuards
+from dropit_fx.config import make_config
+from dropit_fx.passes.find_saved import FakeRunError, find_saved
+from dropit_fx.passes.plan import Plan
 
 
 def line_of(function: Callable[..., Any], code: str) -> int:
@@ -360,3 +364,55 @@ def test_a_rule_that_matches_in_one_submodule_is_enough() -> None:
     rules = {"rules": [{"module": "mlp.fc2", "codec": "mink", "gamma": 0.5}]}
     model = transform(vision_transformer(), rules, modules="blocks.*", example_args=(x,))
     assert [r.codec for r in report(model).rows if r.module.endswith("mlp.fc2")]
+
+
+def _fails(x: Tensor) -> Tensor:
+    raise ValueError("not on fake tensors")
+
+
+def test_a_run_that_fails_leaves_the_modes_that_it_has_entered() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.call_function(
+        torch.amp.autocast_mode._enter_autocast, ("cpu", torch.bfloat16, True, None)
+    )
+    graph.call_function(torch.autograd.grad_mode._enter_inference_mode, (True,))
+    failing = graph.call_function(_fails, (x,))
+    for entered, leave in zip(
+        list(graph.nodes)[2:0:-1],
+        (
+            torch.autograd.grad_mode._exit_inference_mode,
+            torch.amp.autocast_mode._exit_autocast,
+        ),
+        strict=True,
+    ):
+        graph.call_function(leave, (entered,))
+    graph.output(failing)
+    module, inputs = fx.GraphModule({}, graph), fakes_of((torch.randn(3),))
+    propagate(module, inputs)
+    with pytest.raises(FakeRunError, match="not on fake tensors"):
+        find_saved(Plan(module=module, inputs=inputs, config=make_config()))
+    assert not torch.is_autocast_enabled("cpu")
+    assert not torch.is_inference_mode_enabled()
+
+
+TARGETS = torch.tensor([0.5, 1.0, 2.0])
+
+
+class OfTargets(nn.Module):
+    """What it computes of no input is computed while it is traced, in each mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).tanh() * TARGETS.exp() + TARGETS.log()
+
+
+def test_what_is_computed_of_no_input_serves_both_modes() -> None:
+    model, x = OfTargets(), torch.randn(4, 3)
+    made = transform(model, example_args=(x,), preset="lossless")
+    for training in (True, False):
+        assert torch.equal(made.train(training)(x), model(x))
+    assert list(made.state_dict()) == list(model.state_dict())

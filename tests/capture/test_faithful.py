@@ -579,6 +579,23 @@ def test_hooks_of_the_model_are_its_own_still() -> None:
     assert fired == []
 
 
+class Twice(nn.Parameter):
+    """Says itself what a linear layer does with it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[misc]
+        return result * 2 if func is nn.functional.linear else result
+
+
+def test_a_parameter_that_says_what_ops_do_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.GELU())
+    weight = model[0].weight.detach().clone()
+    model[0].weight = torch.Tensor._make_subclass(Twice, weight, True)  # type: ignore[attr-defined]
+    with pytest.raises(CaptureError, match=r"'0.weight' is a Twice: .*__torch_function__.*ops do"):
+        transform(model, example_args=(torch.randn(8, 16),), preset="lossless")
+
+
 # --- what only the other mode does
 
 

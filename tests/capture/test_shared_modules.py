@@ -107,3 +107,25 @@ def test_a_run_on_fakes_puts_every_tensor_back(name: str) -> None:
         assert not set(before.values()) & set(inside.values())
         assert len(set(inside.values())) == len(set(before.values()))
     assert before == {n: id(t) for n, t in model.state_dict(keep_vars=True).items()}
+
+
+class Listed(nn.Module):
+    """A batch norm that is called under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(16)
+        self.norms = nn.ModuleList([self.norm])
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.linear(self.norms[0](x)).tanh())
+        return out
+
+
+def test_a_batch_norm_of_two_names_serves_both_modes() -> None:
+    model, x = Listed(), torch.randn(8, 16)
+    packed = dropit_fx.transform(model, example_args=(x,), preset="lossless")
+    for training in (True, False):
+        assert torch.equal(packed.train(training)(x), model.train(training)(x))
+    assert int(model.norm.num_batches_tracked) == 4  # the two calls of each model, in training

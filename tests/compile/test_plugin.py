@@ -263,3 +263,63 @@ def test_views_that_autograd_refuses_stop_nothing(fresh):
     found = torch.autograd.grad(run(x)[0].sum(), [*model.parameters()])
     assert all(map(torch.equal, found, wanted))
     assert dropit_fx.measure.saved_bytes(run, x) > 0
+
+
+# --- what has no memory of its own, and modes
+
+
+class Within(nn.Module):
+    """Two layers, and between them what another says."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.a, self.b, self.between = nn.Linear(16, 16), nn.Linear(16, 16), between
+
+    def forward(self, x):
+        return self.b(self.between(nn.functional.gelu(self.a(x))))
+
+
+def batched(h):
+    return torch.vmap(lambda row: nn.functional.gelu(row).sin())(h)
+
+
+def differentiated(h):
+    return torch.func.grad(lambda h: nn.functional.silu(h).pow(2).sum())(h)
+
+
+def pushed_forward(h):
+    return torch.func.jvp(lambda h: nn.functional.silu(h).pow(2), (h,), (h,))[1]
+
+
+@pytest.mark.parametrize("between", [batched, differentiated, pushed_forward])
+def test_a_graph_that_transforms_a_part_of_itself_is_compiled_as_it_is(between, caplog):
+    model, x = Within(between), torch.randn(8, 16)
+    expected = torch.autograd.grad(model(x).sum(), [*model.parameters()])
+    out = torch.compile(model, backend="dropit_eager", fullgraph=True)(x)
+    assert torch.equal(out, model(x))
+    found = torch.autograd.grad(out.sum(), [*model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert "nothing is packed: torch.func transforms a part of it" in caplog.text
+
+
+def without_counting(h):
+    with torch.inference_mode():
+        scale = h.abs().mean().clone()
+    return h * scale.clone().detach()
+
+
+def test_a_part_in_inference_mode_is_no_obstacle():
+    model, x = Within(without_counting), torch.randn(8, 16)
+    out = torch.compile(model, backend="dropit_eager", options={"preset": "max"})(x)
+    assert torch.equal(out, model(x))
+    assert not torch.is_inference_mode_enabled()
+    assert 0 < backend.compiled_graphs()[-1].report.ratio < 0.9
+
+
+def test_nested_inputs_are_compiled_as_they_are(caplog):
+    parts = [torch.randn(n, 16) for n in (3, 5, 2)]
+    x = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 4))
+    out = torch.compile(model, backend="dropit_eager")(x)
+    assert torch.equal(out.values(), model(x).values())
+    assert "nothing is packed: an input is a nested tensor" in caplog.text

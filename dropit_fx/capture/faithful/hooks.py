@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from dropit_fx.private import HOOK_DICTS, has_any_global_hook
+from dropit_fx.runtime.overrides import override_of
 
 INSIDE = "_dropit_hooks_inside"  # of a class whose forward runs PyTorch's hooks
 
@@ -37,6 +38,20 @@ def refuse_hooks(model: nn.Module) -> None:
                     kind = kind.strip("_").replace("_", " ").removesuffix("s")
                     whose = f"module '{name}' ({type(module).__name__})"
                     raise NotCarried(f"{whose} has a {kind}, {place_of(hook)}")
+
+
+def refuse_overrides(model: nn.Module) -> None:
+    """Raises NotCarried for a parameter or buffer whose class says in Python what ops do.
+
+    Runs on fake tensors do not see it: what is shown of a graph, and told of its bytes, is of other
+    ops. Classes that are made of tensors (quantised ones, DTensor) are those classes there too.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        kind = type(tensor)
+        own = override_of(kind)
+        seen_there = hasattr(kind, "__tensor_flatten__")
+        if own is not None and not seen_there and not kind.__module__.startswith("torch."):
+            raise NotCarried(f"'{name}' is a {kind.__name__}: {place_of(own)} says what its ops do")
 
 
 def _asks_for_gradients(hook: Any) -> bool:
