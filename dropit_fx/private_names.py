@@ -56,6 +56,7 @@ def _lack(text: str, part: str = "import dropit_fx") -> Lack:
 
 _VIEWS = _lack("what linear returns for inputs of three dimensions cannot be written in place")
 _COPIES = _lack("channels-last copies of weights may be saved", "backend='dropit'")
+_UNTOLD = _lack("nobody says where torch.compile gives no graph", "backend='dropit'")
 _VARIANTS = _lack(
     "bench pareto may run its later variants uncompiled, and says so", "backend='dropit'"
 )
@@ -113,6 +114,11 @@ TABLE: tuple[Name, ...] = (
         _PLUGIN,
         "sizes of the example where they are dynamic",
         probe=False,
+    ),
+    Name(
+        "torch.fx.experimental.symbolic_shapes.free_unbacked_symbols",
+        _PLUGIN,
+        "telling sizes that depend on values",
     ),
     Name("torch.UntypedStorage._cdata", _SEEN, "telling storages apart"),
     Name("torch.Tensor._version", _SEEN, "telling values apart that were written in place"),
@@ -355,6 +361,13 @@ TABLE: tuple[Name, ...] = (
         "lightning.pytorch.LightningModule._compiler_ctx",
         _lack("FreezeLayers does not ask for variants= of a compiled module", "Lightning"),
         "telling that it is compiled: Trainer unwraps it",
+        probe=False,
+    ),
+    Name("torch._dynamo.on_compile_end", _UNTOLD, "noticing that Dynamo gives no graph"),
+    Name("torch._dynamo.callback_handler.end_callbacks", _UNTOLD, "being called once"),
+    Name(
+        "torch._dynamo.exc.Unsupported.real_stack",
+        *(_UNTOLD, "the line at which it stopped, and of which function for which backend"),
         probe=False,
     ),
     Name("torch._dynamo.lookup_backend", _INNER, "inner backends by name"),
