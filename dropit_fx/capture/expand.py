@@ -41,6 +41,8 @@ from dropit_fx.private import (
 
 log = logging.getLogger(__name__)
 
+_EINSUM = (torch.einsum, torch.ops.aten.einsum.default)  # the latter in exported graphs
+
 
 def opaque_nodes(graph_module: fx.GraphModule, wrapped: bool = False) -> list[fx.Node]:
     """The nodes that :func:`expand` would open; ``wrapped``: functions under torch.fx.wrap too."""
@@ -48,7 +50,7 @@ def opaque_nodes(graph_module: fx.GraphModule, wrapped: bool = False) -> list[fx
         n
         for n in graph_module.graph.nodes
         if (
-            n.target in (F.multi_head_attention_forward, torch.einsum)
+            n.target in (F.multi_head_attention_forward, *_EINSUM)
             or _attention_module(graph_module, n)
             or (wrapped and _is_wrapped(n))
         )
@@ -111,7 +113,7 @@ def _expand_node(graph_module: fx.GraphModule, node: fx.Node, values: dict[str, 
 
     tensors = [values[s.name] for s in sources] + list(parameters.values())
     # before dispatch, einsum is one op still
-    inner = _trace(run, tensors, pre_dispatch=node.target is not torch.einsum)
+    inner = _trace(run, tensors, pre_dispatch=node.target not in _EINSUM)
     copied: dict[fx.Node, fx.Node] = {}
     placeholders = inner.graph.find_nodes(op="placeholder")
     with graph.inserting_before(node):

@@ -244,9 +244,17 @@ class Attends(nn.Module):
         return self.o(out.reshape(4, 16, 32))
 
 
+class Exported(Attends):
+    """One that ``torch.export`` alone takes, for it decides by a size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.shape[1] > 8 else x.flip(1))
+
+
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-def test_einsum_keeps_what_products_keep(similarity: Any) -> None:
-    model, x = Attends(similarity), torch.randn(4, 16, 32)
+@pytest.mark.parametrize("attends", [Attends, Exported])
+def test_einsum_keeps_what_products_keep(attends: type[Attends], similarity: Any) -> None:
+    model, x = attends(similarity), torch.randn(4, 16, 32)
     results = []
     for function in (model, dropit_fx.transform(model, example_args=(x,), preset="lossless")):
         out = function(x)
