@@ -81,6 +81,7 @@ if TYPE_CHECKING:  # the names to import, with their types
     native_batch_norm_legit: Any
     unsafe_index: Any
     embedding_bag: Any
+    assert_scalar: Any
     to_copy: Any
     unsafe_view: Any
 

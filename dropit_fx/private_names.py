@@ -117,7 +117,7 @@ TABLE: tuple[Name, ...] = (
     ),
     Name(
         "torch.fx.experimental.symbolic_shapes.free_unbacked_symbols",
-        _PLUGIN,
+        _SEEN,
         "telling sizes that depend on values",
     ),
     Name("torch.UntypedStorage._cdata", _SEEN, "telling storages apart"),
@@ -298,6 +298,7 @@ TABLE: tuple[Name, ...] = (
         "bytes that a fake tensor leaves out",
     ),
     Name("torch.ops.aten._embedding_bag", _SEEN, "bytes that a fake tensor leaves out"),
+    Name("torch.ops.aten._assert_scalar", _SEEN, "conditions on sizes that depend on values"),
     Name("torch.ops.aten._to_copy", _SPELLING, "dtype casts in exported graphs"),
     Name("torch.ops.aten._safe_softmax", _lack("attention with dropout fails"), "its weights"),
     Name("torch.ops.aten._softmax_backward_data", _lack("softmax cannot be packed"), "backward"),

@@ -18,6 +18,7 @@ from dropit_fx.private import (
     OpOverload,
     ShapeEnv,
     TorchDispatchMode,
+    assert_scalar,
     conv_backend,
     disable_current_modes,
     embedding_bag,
@@ -245,7 +246,7 @@ class FakeRun(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """What a node makes."""
-        if n.target is torch.ops.aten._assert_scalar.default:  # on sizes
+        if n.target is assert_scalar.default:  # on sizes
             return None
         if n not in self.by_values:
             return super().run_node(n)
