@@ -47,6 +47,7 @@ from dropit_fx.holders import (
 from dropit_fx.private import (
     FakeTensor,
     buffers,
+    dynamo_skips,
     memory_events,
     pytree,
     storage_id,
@@ -117,6 +118,7 @@ def saved_tensors(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Sav
         held.append(weakref.ref(box))
         return box
 
+    dynamo_skips(pack)  # it runs in the middle of models that are compiled in pieces
     with leaving_no_trace():
         # Not under the hooks: they would be there while Dynamo traces.
         fn(*args, **kwargs)

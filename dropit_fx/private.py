@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, ParamSpec, TypeVar
 from unittest import mock
 
 import torch
@@ -56,6 +58,7 @@ if TYPE_CHECKING:  # the names to import, with their types
         DimDynamic,
         ShapeEnv,
         StatelessSymbolicContext,
+        free_unbacked_symbols,
     )
     from torch.fx.node import _get_qualified_name as get_qualified_name
     from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
@@ -78,6 +81,7 @@ if TYPE_CHECKING:  # the names to import, with their types
     native_batch_norm_legit: Any
     unsafe_index: Any
     embedding_bag: Any
+    assert_scalar: Any
     to_copy: Any
     unsafe_view: Any
 
@@ -409,6 +413,51 @@ def dynamo_skips(function: Callable[..., Any]) -> None:
         skip = look_up("torch._C._dynamo.eval_frame._FrameAction").SKIP
         strategy = look_up("torch._C._dynamo.eval_frame._FrameExecStrategy")(skip, skip)
         look_up(name)(function.__code__, strategy)
+
+
+class Stopped(NamedTuple):
+    """An attempt of Dynamo's that ended without a graph."""
+
+    backend: Any  # that it was made for
+    function: str  # with its file and line
+    where: str  # file and line at which it stopped
+    reason: str
+    values: Mapping[str, Any]  # of the function's variables
+
+
+def at_end_of_compile(call: Callable[[Any], None]) -> None:
+    """Has Dynamo call it at the end of each attempt to compile a function, once."""
+    if has("torch._dynamo.on_compile_end"):
+        handler = look_up("torch._dynamo.callback_handler")
+        if call not in handler.end_callbacks:
+            look_up("torch._dynamo.on_compile_end")(call)
+
+
+def stopped_tracing() -> Stopped | None:
+    """What ended Dynamo's attempt, where no graph came of it; asked at its end."""
+    error: Any = sys.exception()
+    stack = getattr(error, "real_stack", None)
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and not {"code", "compiler_fn"} <= frame.f_locals.keys():
+        frame = frame.f_back
+    if not stack or frame is None:
+        return None
+    known, code = frame.f_locals, frame.f_locals["code"]
+    name = code.co_qualname.rpartition("<locals>.")[2]
+    backend = known["compiler_fn"]
+    for inner in (
+        "_torchdynamo_orig_backend",
+        "compiler_fn",
+        "func",
+    ):  # of torch.compile's wrappers
+        backend = getattr(backend, inner, backend)
+    return Stopped(
+        backend=backend,
+        function=f"{name} ({code.co_filename}:{code.co_firstlineno})",
+        where=f"{stack[-1].filename}:{stack[-1].lineno}",
+        reason=str(error),
+        values=known.get("locals", {}),
+    )
 
 
 # Keys of node.meta --------------------------------------------------------------------------------

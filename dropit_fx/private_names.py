@@ -56,6 +56,7 @@ def _lack(text: str, part: str = "import dropit_fx") -> Lack:
 
 _VIEWS = _lack("what linear returns for inputs of three dimensions cannot be written in place")
 _COPIES = _lack("channels-last copies of weights may be saved", "backend='dropit'")
+_UNTOLD = _lack("nobody says where torch.compile gives no graph", "backend='dropit'")
 _VARIANTS = _lack(
     "bench pareto may run its later variants uncompiled, and says so", "backend='dropit'"
 )
@@ -113,6 +114,11 @@ TABLE: tuple[Name, ...] = (
         _PLUGIN,
         "sizes of the example where they are dynamic",
         probe=False,
+    ),
+    Name(
+        "torch.fx.experimental.symbolic_shapes.free_unbacked_symbols",
+        _SEEN,
+        "telling sizes that depend on values",
     ),
     Name("torch.UntypedStorage._cdata", _SEEN, "telling storages apart"),
     Name("torch.Tensor._version", _SEEN, "telling values apart that were written in place"),
@@ -292,6 +298,7 @@ TABLE: tuple[Name, ...] = (
         "bytes that a fake tensor leaves out",
     ),
     Name("torch.ops.aten._embedding_bag", _SEEN, "bytes that a fake tensor leaves out"),
+    Name("torch.ops.aten._assert_scalar", _SEEN, "conditions on sizes that depend on values"),
     Name("torch.ops.aten._to_copy", _SPELLING, "dtype casts in exported graphs"),
     Name("torch.ops.aten._safe_softmax", _lack("attention with dropout fails"), "its weights"),
     Name("torch.ops.aten._softmax_backward_data", _lack("softmax cannot be packed"), "backward"),
@@ -355,6 +362,13 @@ TABLE: tuple[Name, ...] = (
         "lightning.pytorch.LightningModule._compiler_ctx",
         _lack("FreezeLayers does not ask for variants= of a compiled module", "Lightning"),
         "telling that it is compiled: Trainer unwraps it",
+        probe=False,
+    ),
+    Name("torch._dynamo.on_compile_end", _UNTOLD, "noticing that Dynamo gives no graph"),
+    Name("torch._dynamo.callback_handler.end_callbacks", _UNTOLD, "being called once"),
+    Name(
+        "torch._dynamo.exc.Unsupported.real_stack",
+        *(_UNTOLD, "the line at which it stopped, and of which function for which backend"),
         probe=False,
     ),
     Name("torch._dynamo.lookup_backend", _INNER, "inner backends by name"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from dropit_fx.capture.fake import sized_by_values
 from dropit_fx.capture.provenance import node_module, node_where
 from dropit_fx.ops.autocasting import autocast_on
 from dropit_fx.ops.rule import INSIDE, Call, OpRule, Read, Use
@@ -159,6 +160,8 @@ class Explainer:
         body: Any = self.module.get_submodule(name)
         if not n.kwargs.get("once", True) and body.meta[WRITTEN]:
             return "its region writes into a buffer again when it is made again"
+        if any(map(sized_by_values, body.graph.nodes)):  # of rounded inputs they might be others
+            return "sizes in its region depend on values"
         goes = any(
             storage_id(t) == storage_id(tensor) and t.requires_grad
             for t in (ran.values[m] for m in n.all_input_nodes)

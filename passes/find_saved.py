@@ -8,6 +8,8 @@ is what still lives when the graph has run: a branch that ends without a gradien
 saved with it, as it does in a real step, but for what a checkpointed region holds behind an input
 that gets no gradient.
 
+An op that makes or reads something in a size that depends on values (a mask's rows) stays as it is.
+
 An input that is a leaf stays with the caller; one that another op has made is an activation like
 those inside (a block that is compiled by itself), kept for the backward alone.
 
@@ -26,7 +28,14 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from dropit_fx.capture.fake import RealStorages, fake_mode_of, fake_state, leaving_blocks
+from dropit_fx.capture.fake import (
+    FakeRun,
+    RealStorages,
+    fake_mode_of,
+    fake_state,
+    leaving_blocks,
+    sized_by_values,
+)
 from dropit_fx.capture.provenance import node_module, node_where
 from dropit_fx.ops.table import rule_of
 from dropit_fx.passes.ask_autograd import Autograd, Behind, Saved
@@ -35,6 +44,9 @@ from dropit_fx.passes.plan import Plan, SavedRead, Site
 from dropit_fx.passes.storages import Chance, Storages, is_state
 from dropit_fx.private import EXAMPLE_VALUE, pytree, storage_id, version
 from dropit_fx.runtime.regions import WRITTEN, written_unseen
+
+BY_VALUES = "a size of this call depends on values"
+UNCOUNTED = "its size depends on values: it stays, and is not counted"
 
 
 class FakeRunError(RuntimeError):
@@ -56,20 +68,20 @@ def find_saved(plan: Plan) -> Plan:
             return probe.result(probe.run(*plan.inputs))
 
 
-class _Probe(fx.Interpreter):
+class _Probe(FakeRun):
     """Runs the graph on fake tensors and notes what autograd keeps at each node."""
 
     def __init__(
         self, plan: Plan, state: Mapping[int, bool], fixed: frozenset[int] = frozenset()
     ) -> None:
-        super().__init__(plan.module, garbage_collect_values=False)
+        super().__init__(plan.module)
         self.plan = plan
-        self.extra_traceback = False
         self.autograd = Autograd()
         self.storages = Storages(state)
         self.reads = Explainer(plan.module, self.storages, self.autograd)
         self.bodies: dict[str, Plan] = {}
         self.written: set[int] = set()  # storages, where no version tells of it
+        self._uncounted: set[int] = set()  # storages, where their size depends on values
         self._held: list[tuple[str, bool, Saved]] = []  # free ones: by whom, and packed as well
         self._regions: dict[str, list[Callable[[], object]]] = {}  # their results' marks
         self._behind: list[tuple[Callable[[], object], Tensor | None]] = []  # regions hold
@@ -122,12 +134,31 @@ class _Probe(fx.Interpreter):
             self._regions.setdefault(region_of(n), []).append(self.autograd.mark)
         fixed |= {n} & self._fixed
         ran = Ran(n, values=self.env, needing=needing, fixed=fixed)
+        if n in self.by_values:
+            self._add_uncounted(ran, saved, operands, result)
+            return result
         ran = self.reads.bound(ran, result)
         if free := [kept for kept in saved if self.storages.is_free(kept.tensor)]:
             packed = self.reads.holds_packed(ran)
             self._held += [(n.name, packed, kept) for kept in free]
         self.reads.explain(ran, saved)
         return result
+
+    def _add_uncounted(
+        self, ran: Ran, saved: list[Saved], operands: list[Tensor], result: Any
+    ) -> None:
+        """Reads of a node in sizes that depend on values: they stay, and not all are counted."""
+        known = {storage_id(t) for t in operands}
+        tensors = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        if ran.node in self.stood_in:  # what it saves is not known: it may be all
+            saved = [Saved(t.detach(), self.autograd.mark) for t in (*operands, *tensors)]
+        made = [*tensors, *(kept.tensor for kept in saved)]
+        if sized_by_values(ran.node, itself=True):
+            self._uncounted |= {storage_id(t) for t in made} - known
+        for kept in saved:
+            if not self.storages.is_free(kept.tensor):
+                uncounted = storage_id(kept.tensor) in self._uncounted
+                self.reads.add(ran, kept, None, UNCOUNTED if uncounted else BY_VALUES)
 
     def _storages_of(self, n: fx.Node) -> set[int]:
         leaves = pytree.tree_leaves(self.env.get(n))
@@ -236,13 +267,15 @@ class _Probe(fx.Interpreter):
                 reads.setdefault((kept.read.node, kept.read.operand), kept.read)
             yield Site(
                 name=all_kept[0].owner,
-                nbytes=max(
-                    all_kept[0].tensor.untyped_storage().nbytes(), *(k.nbytes for k in all_kept)
-                ),
+                nbytes=max(self._nbytes(all_kept[0].tensor), *(k.nbytes for k in all_kept)),
                 reads=tuple(reads.values()),
                 kept_by=self.storages.keeper(all_kept[0].tensor),
                 dense=any(r.dense for r in reads.values()),
             )
+
+    def _nbytes(self, tensor: Tensor) -> int:
+        uncounted = storage_id(tensor) in self._uncounted
+        return 0 if uncounted else tensor.untyped_storage().nbytes()
 
 
 def _require_storages(result: Any) -> None:

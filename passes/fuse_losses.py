@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import fx
 
-from dropit_fx.capture.fake import propagate
+from dropit_fx.capture.fake import propagate, sized_by_values
 from dropit_fx.ops.table import is_inplace, rule_of
 from dropit_fx.passes.find_saved import find_saved
 from dropit_fx.passes.match_layers import Layer, is_check, layer_of
@@ -109,6 +109,8 @@ def _head(layer: Layer, values: Mapping[str, Any], plan: Plan) -> list[_Head]:
     head = _Head(layer=layer, readers=tuple(Matcher(width, values).readers(layer.node)))
     if not head.losses:
         return []
+    if sized_by_values(layer.node):
+        raise NoMatch("how many rows they have depends on values")
     if width * x.element_size() + _NUMBERS >= classes * z.element_size():
         raise NoMatch("no less would be kept without them")
     if len(head.losses) < len(head.readers) and not plan.config.drop_logits:

@@ -667,6 +667,44 @@ def _backends_have_names() -> None:
     assert callable(private.lookup_backend("inductor"))
 
 
+@of("torch._dynamo.exc.Unsupported.real_stack")
+def _dynamo_tells_where_it_stops_and_for_whom() -> None:
+    seen: list[Any] = []
+
+    def stops(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            torch._dynamo.graph_break()
+        return x
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        return graph
+
+    def note(args: Any) -> None:
+        seen.append(private.stopped_tracing())
+
+    private.at_end_of_compile(note)
+    try:
+        torch.compile(stops, backend=backend)(torch.ones(2))
+    finally:
+        torch._dynamo.callback_handler.remove_end_callback(note)
+    [found] = [s for s in seen if s]
+    first = stops.__code__.co_firstlineno
+    assert found.backend is backend, f"the backend is {found.backend}"
+    assert found.function == f"stops ({__file__}:{first})", found.function
+    assert found.where == f"{__file__}:{first + 2}", found.where
+    assert "x" in found.values, f"its variables are {sorted(found.values)}"
+
+
+@of("torch.fx.experimental.symbolic_shapes.free_unbacked_symbols")
+def _sizes_that_depend_on_values_have_symbols() -> None:
+    mode = private.FakeTensorMode(shape_env=private.ShapeEnv())
+    with mode:
+        x = torch.ones(4)
+        rows = x[x > 0]
+    assert private.free_unbacked_symbols(rows)
+    assert not private.free_unbacked_symbols(x)
+
+
 @of("torch._inductor.list_options")
 def _options_have_names() -> None:
     known = private.list_options()

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from dropit_fx.capture.faithful import difference, meaning
-from dropit_fx.capture.fake import blank
+from dropit_fx.capture.fake import blank, sized_by_values
 from dropit_fx.capture.input_guards import InputGuards
 from dropit_fx.capture.modes import lay_over
 from dropit_fx.capture.regions import REGION
@@ -49,9 +49,12 @@ def opaque_nodes(graph_module: fx.GraphModule, wrapped: bool = False) -> list[fx
     return [
         n
         for n in graph_module.graph.nodes
-        if n.target in (F.multi_head_attention_forward, *EINSUM)
-        or _attention_module(graph_module, n)
-        or (wrapped and _is_wrapped(n))
+        if (
+            n.target in (F.multi_head_attention_forward, *EINSUM)
+            or _attention_module(graph_module, n)
+            or (wrapped and _is_wrapped(n))
+        )
+        and not sized_by_values(n)
     ]
 
 

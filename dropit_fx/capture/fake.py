@@ -11,14 +11,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from dropit_fx.private import (
+    EXAMPLE_VALUE,
     FakeTensor,
     FakeTensorMode,
     NormBase,
     OpOverload,
+    ShapeEnv,
     TorchDispatchMode,
+    assert_scalar,
     conv_backend,
     disable_current_modes,
     embedding_bag,
+    free_unbacked_symbols,
     hint,
     pytree,
     reparametrize_module,
@@ -39,21 +43,21 @@ def concrete_fakes(values: Iterable[Any]) -> tuple[Any, ...]:
     """Fresh fake tensors of the same layout, with hints in the place of symbolic sizes.
 
     What runs on them leaves no guards in the compiler's shape environment, and every size is a
-    number.
+    number, those that depend on values too (:class:`FakeRun`).
     """
-    mode = fake_mode_of(())
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
 
     def concrete(value: Any) -> Any:
         if isinstance(value, Tensor):
             with mode:
                 fake = torch.empty_strided(
-                    [hint(s) for s in value.shape],
-                    [hint(s) for s in value.stride()],
+                    [_number(s) for s in value.shape],
+                    [_number(s) for s in value.stride()],
                     dtype=value.dtype,
                     device=value.device,
                 )
             return _differentiable_as(value, fake)
-        return hint(value) if isinstance(value, torch.SymInt) else value
+        return _number(value) if isinstance(value, torch.SymInt) else value
 
     return tuple(concrete(v) for v in values)
 
@@ -236,6 +240,96 @@ def _zeros(fake: Tensor) -> Tensor:
     return torch.zeros(fake.shape, dtype=fake.dtype, device=fake.device)
 
 
+class FakeRun(fx.Interpreter):
+    """Runs a graph on fake tensors, with numbers for sizes that depend on values.
+
+    A mask's rows are told by nothing but a real run: that many are :data:`SOME`. An op that does
+    not take such numbers (they do not add up) has what Dynamo noted of its result.
+
+    Attributes:
+        by_values: The nodes that make or read something in such a size.
+        stood_in: Those of them that did not run.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module, garbage_collect_values=False)
+        self.extra_traceback = False
+        self.by_values = {n for n in graph_module.graph.nodes if sized_by_values(n)}
+        self.stood_in: set[fx.Node] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        """What a node makes."""
+        if n.target is assert_scalar.default:  # on sizes
+            return None
+        if n not in self.by_values:
+            return super().run_node(n)
+        try:
+            with _unlogged():
+                result = super().run_node(n)
+        except Exception as error:
+            if n.op == "output" or EXAMPLE_VALUE not in n.meta:
+                raise
+            log.info("%s does not run with numbers for its sizes: %s", n.name, error)
+            self.stood_in.add(n)
+            operands = [self.env[m] for m in n.all_input_nodes]
+            result = pytree.tree_map(lambda v: _like(v, operands), n.meta[EXAMPLE_VALUE])
+        return pytree.tree_map(lambda v: _like(v, [v]) if _by_values(v) else v, result)
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """For the time of a block, PyTorch does not log what does not run on fake tensors."""
+    theirs = logging.getLogger(FakeTensor.__module__)
+    before, theirs.disabled = theirs.disabled, True
+    try:
+        yield
+    finally:
+        theirs.disabled = before
+
+
+SOME = 2  # elements: one might be broadcast
+
+
+def sized_by_values(node: fx.Node, itself: bool = False) -> bool:
+    """Whether a node of Dynamo's makes (``itself``) or reads what depends on values in its size."""
+    asked = [node] if itself else [node, *node.all_input_nodes]
+    return any(_by_values(n.meta.get(EXAMPLE_VALUE)) for n in asked)
+
+
+def _by_values(value: Any) -> bool:
+    return bool(free_unbacked_symbols(value))
+
+
+def _number(size: Any) -> int:
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    if not _by_values(size):
+        return int(hint(size))
+    expression = size.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, SOME)))
+
+
+def _like(value: Any, operands: list[Any]) -> Any:
+    """In numbers what has symbolic sizes: a tensor is made by autograd of the operands."""
+    if isinstance(value, torch.SymInt):
+        return _number(value)
+    if not isinstance(value, Tensor):
+        return value
+    layout = [*map(_number, value.shape)], [*map(_number, value.stride())]
+    made: Tensor = _Made.apply(layout, value.dtype, value.device, *operands)
+    return made if value.requires_grad else made.detach()
+
+
+class _Made(torch.autograd.Function):
+    """New memory, of which autograd knows the operands; ``apply(layout, dtype, device, *any)``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layout: Any, dtype: torch.dtype, device: torch.device, *operands: Any
+    ) -> Tensor:
+        return torch.empty_strided(*layout, dtype=dtype, device=device)
+
+
 def propagate(graph_module: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str, Any]:
     """Node name -> its value, for fake inputs in the order of the placeholders.
 
@@ -244,8 +338,7 @@ def propagate(graph_module: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str
     """
     mode = fake_mode_of(inputs)
     with mode, torch.no_grad(), fake_state(graph_module, mode):
-        run = fx.Interpreter(graph_module, garbage_collect_values=False)
-        run.extra_traceback = False
+        run = FakeRun(graph_module)
         try:
             with leaving_blocks(run):
                 run.run(*inputs)

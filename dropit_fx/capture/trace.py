@@ -264,9 +264,9 @@ def _opened(model: nn.Module, study: Study | None) -> fx.GraphModule | None:
 
 def _refusal(model: nn.Module, reason: str) -> str:
     return (
-        f"no graph can do all that {type(model).__name__} does: {reason}\n"
-        'Use torch.compile(model, backend="dropit"), which keeps it, or transform(model,'
-        " modules=...) for submodules that do without."
+        f"no graph can do all that {type(model).__name__} does: {reason}; use"
+        ' torch.compile(model, backend="dropit"), which keeps it, or transform(model, modules=...)'
+        " for submodules that do without."
     )
 
 

@@ -23,6 +23,7 @@ from dropit_fx.capture.provenance import node_where
 from dropit_fx.compile.channels_last import channels_last
 from dropit_fx.compile.fuse import FusePacking
 from dropit_fx.compile.lookups import AddLookups
+from dropit_fx.compile.no_graph import TellOfNoGraph
 from dropit_fx.compile.partition import KeepPacked
 from dropit_fx.compile.returned import ReturnInputsAsTheyAre, in_turn
 from dropit_fx.compile.saved import Partition
@@ -132,6 +133,10 @@ def dropit_eager(
     return _compile(gm, example_inputs, "eager", mode, dict(options or {}))
 
 
+_no_graph = TellOfNoGraph((dropit, dropit_eager))
+_no_graph.ask()
+
+
 def _compile(
     gm: fx.GraphModule,
     example_inputs: list[Any],
@@ -140,6 +145,7 @@ def _compile(
     options: dict[str, Any],
     lower: Callable[..., Any] | None = None,
 ) -> Compiled:
+    _no_graph.ask()
     ours = _from_environment()
     given = {k: options.pop(k) for k in OPTIONS if k in options}
     ours |= {k: v for k, v in given.items() if v is not None}

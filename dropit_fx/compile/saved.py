@@ -102,6 +102,7 @@ def storage(node: fx.Node) -> int:
 
 
 def nbytes_of(node: fx.Node) -> int:
-    """Bytes of the whole storage; 0 for what is no tensor."""
+    """Bytes of the whole storage; 0 for what is no tensor, or in a size that depends on values."""
     value = node.meta.get(VALUE)
-    return hint(value.untyped_storage().nbytes()) if isinstance(value, Tensor) else 0
+    nbytes = hint(value.untyped_storage().nbytes()) if isinstance(value, Tensor) else 0
+    return nbytes if isinstance(nbytes, int) else 0

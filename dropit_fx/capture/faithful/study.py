@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -64,6 +65,9 @@ class Study:
             reason = f"it draws from {seen.chance[0]}, in {place_of(type(model).forward)}"
         elif changes:
             reason = _assigned(model, changes[0])
+        elif type(failed).__name__ == "DynamicOutputShapeException":
+            assert failed is not None
+            reason = _sized_by_values(model, failed)
         if reason and training == self.training:
             raise NotCarried(reason) from failed
         if reason and found is not None:
@@ -111,10 +115,23 @@ def _in_mode(module: nn.Module, training: bool) -> Iterator[None]:
 
 def _assigned(model: nn.Module, change: Change) -> str:
     """Says which attribute, of which module, is assigned where."""
-    owner, name = model.get_submodule(change.module), change.module
-    whose = f"module '{name}' ({type(owner).__name__})" if name else "the model itself"
-    found = f"{whose} changes {change.attribute!r} while it runs"
+    owner = model.get_submodule(change.module)
+    found = f"{_whose(change.module, owner)} changes {change.attribute!r} while it runs"
     return f"{found}, in {place_of(type(owner).forward)} (a cache: call the model once)"
+
+
+def _sized_by_values(model: nn.Module, error: Exception) -> str:
+    """Says which module makes something in a size that depends on values, and where."""
+    names = {m: n for n, m in model.named_modules()}
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    running = [m for f in frames if isinstance(m := f.f_locals.get("self"), nn.Module)]
+    owner = next((m for m in reversed(running) if m in names), model)
+    made = f"{_whose(names[owner], owner)} makes a tensor in a size that depends on values"
+    return f"{made}, in {error_line(error)}"
+
+
+def _whose(name: str, module: nn.Module) -> str:
+    return f"module '{name}' ({type(module).__name__})" if name else "the model itself"
 
 
 def _is_benign(model: nn.Module, change: Change) -> bool:
