@@ -12,6 +12,7 @@ from dropit_fx.eager import pack_checkpoints, pack_saved
 from dropit_fx.planner import PlanError, plan
 from dropit_fx.pointwise import pointwise
 from dropit_fx.report.rows import Report, report
+from dropit_fx.report.suggest import suggest
 from dropit_fx.rules import Rule
 
 logs.read_environment()
@@ -34,6 +35,7 @@ __all__ = [
     "pointwise",
     "report",
     "schedule",
+    "suggest",
     "transform",
 ]
 

@@ -16,7 +16,7 @@ from dropit_fx.capture.untouched import untouched
 from dropit_fx.config import Config, ConfigError, make_config
 from dropit_fx.passes.choose_codecs import check_rules_matched
 from dropit_fx.planner import Step, plan_step
-from dropit_fx.report.rows import attach
+from dropit_fx.report.rows import Origin, attach
 from dropit_fx.rewriting import rewrite as rewrite
 from dropit_fx.rules import Rule
 from dropit_fx.words import matches, unmatched
@@ -97,7 +97,7 @@ def transform(
         graph_module = capture(model, args, kwargs)
         plan = rewrite(graph_module, resolved, args, kwargs)
     check_rules_matched((plan,), resolved)
-    attach(graph_module, plan)
+    attach(graph_module, plan, origin=Origin.of(model, args, kwargs, resolved))
     return graph_module
 
 

@@ -1,4 +1,4 @@
-"""The command ``dropit-fx``: ``report`` on a model, ``check``, ``plan``, ``demo``, ``bench`` it.
+"""The command ``dropit-fx``: ``report`` on a model, ``suggest``, ``check``, ``plan``, ``bench`` it.
 
 Errors that the user can mend are one message on stderr and exit code 2; a check that fails is 1.
 """
@@ -107,6 +107,12 @@ def _parser() -> argparse.ArgumentParser:
     add_plot(report)
     report.add_argument("--html", metavar="FILE", help="write it as a page for a browser")
     report.add_argument(
+        "--snapshot", metavar="FILE", help="the predicted step for pytorch.org/memory_viz (.pickle)"
+    )
+    report.add_argument(
+        "--trace", metavar="FILE", help="the predicted step for ui.perfetto.dev (.json)"
+    )
+    report.add_argument(
         "--compiled",
         action="store_true",
         help="also compile the model, dense and with the plug-in, and read what the compiled"
@@ -154,6 +160,17 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("-o", "--out", metavar="FILE", help="default: standard output")
     plan.set_defaults(run=_plan)
 
+    suggest = commands.add_parser(
+        "suggest",
+        help="the rules that would lower what is kept most",
+        description="Tries rules in front of what is packed already, and writes the three that"
+        " save most as lines of a config file, each with the bytes that it saves.",
+        epilog="example: dropit-fx suggest --model timm:resnet18 --batch 32 > rules.yaml",
+    )
+    add_model(suggest)
+    _add_config(suggest)
+    suggest.set_defaults(run=_suggest)
+
     demo = commands.add_parser(
         "demo",
         help="the same as a page for a browser",
@@ -198,6 +215,9 @@ def _report(options: argparse.Namespace) -> int:
             report.plot(options.plot)
         except ValueError as error:  # no saved tensor to draw
             raise SpecError(f"--plot: {error}") from error
+    for path, write in ((options.snapshot, report.snapshot), (options.trace, report.trace)):
+        if path:
+            write(path)
     if options.html:
         report.page(options.html, about | (named or {"preset": DEFAULT_PRESET}))
     if options.json:
@@ -263,6 +283,18 @@ def _plan(options: argparse.Namespace) -> int:
         f"peak {mib(planned.predicted)} of {mib(planned.asked)} asked for, {mib(planned.dense)}"
         f" dense; the gradient loses {planned.error:.2%}"
     )
+    return 0
+
+
+def _suggest(options: argparse.Namespace) -> int:
+    console = Console(stderr=True)
+    built, _, report = _packed(console, options, _settings(options), fake=True)
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(f"trying rules: {type(built).__name__}", total=1.0)
+        found = dropit_fx.suggest(
+            report, progress=lambda text, share: bar.update(task, completed=share)
+        )
+    sys.stdout.write(str(found))
     return 0
 
 

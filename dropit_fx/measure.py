@@ -293,7 +293,7 @@ def _run_step(
     leaves += [t for t in tensors if t.is_leaf]
     try:
         with without_gradients(leaves):
-            torch.autograd.backward([(t.real if t.is_complex() else t).sum() for t in tensors])
+            torch.autograd.backward([_summed(t.real if t.is_complex() else t) for t in tensors])
     except RuntimeError as error:
         if "backward through the graph a second time" in str(error):
             error.add_note(
@@ -302,6 +302,10 @@ def _run_step(
             )
         raise
     return devices
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    return tensor.sum() if tensor.dim() else tensor
 
 
 @contextmanager

@@ -2,22 +2,48 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from dropit_fx.capture import example_inputs
 from dropit_fx.capture.expand import expand, opaque_nodes
 from dropit_fx.capture.fake import fakes_of, propagate
+from dropit_fx.capture.graph_module import RewrittenModule
 from dropit_fx.capture.provenance import first_line, node_module, node_where
 from dropit_fx.capture.regions import outline
-from dropit_fx.capture.trace import CaptureError
+from dropit_fx.capture.trace import CaptureError, capture
 from dropit_fx.config import Config
 from dropit_fx.passes import run_pipeline
 from dropit_fx.passes.find_saved import FakeRunError
 from dropit_fx.passes.plan import Plan
 from dropit_fx.runtime.regions import run_regions
+
+
+class Rewriter:
+    """A model that is captured once, to be rewritten under one config after the other.
+
+    Attributes:
+        module: Its graph as it was captured.
+
+    Raises:
+        CaptureError: No tracer takes the model.
+    """
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._given = model, args, dict(kwargs)
+        self.module: fx.GraphModule = capture(*self._given)
+
+    def rewritten(self, config: Config) -> Plan:
+        """A copy of the captured graph, rewritten."""
+        module = self.module
+        if any(isinstance(m, fx.GraphModule) for m in list(module.modules())[1:]):
+            module = capture(*self._given)
+        else:
+            module = RewrittenModule(module, copy.deepcopy(module.graph), type(module).__name__)
+        return rewrite(module, config, *self._given[1:])
 
 
 def rewrite(

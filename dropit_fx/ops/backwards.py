@@ -90,7 +90,7 @@ def vjp(
         return again(*[given[n] if n in given else fixed[n] for n in call.args])
 
     given = [saved[n] for n in wanted]
-    if not is_plain(*(x for x in (grad, *given) if type(x) not in _PLAIN)):
+    if not is_plain(grad, *given):
         pull = torch.func.vjp(run, *given)[1]
         return dict(zip(wanted, pull(grad), strict=True))
     with torch.enable_grad():
@@ -106,17 +106,17 @@ def is_plain(*tensors: Tensor) -> bool:
     """Whether autograd may be run on ``tensors`` here: no compiler, no transform, no subclass."""
     return not (
         torch.compiler.is_compiling()
-        or any(type(x) is not Tensor for x in tensors)
+        or any(type(x) is not Tensor and type(x) not in _PLAIN for x in tensors)
         or peek_interpreter_stack() is not None
     )
 
 
-_PLAIN: list[type[Tensor]] = []  # whose generic backwards autograd itself runs, too
+_PLAIN: list[type[Tensor]] = []  # whose ops run as those of plain ones, too
 
 
 @contextmanager
 def as_plain(kind: type[Tensor]) -> Iterator[None]:
-    """For the time of a block, the generic backward of such tensors is that of plain ones.
+    """For the time of a block, what runs for such tensors is what runs for plain ones.
 
     They are fake ones, and what is told of them is memory.
     """

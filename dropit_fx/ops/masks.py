@@ -49,7 +49,8 @@ def _by_factors(x: Tensor) -> bool:
 
 def _factor(x: Tensor, p: float) -> float:
     """One of those factors, as the dtype of ``x`` has rounded it."""
-    return torch.ones((), dtype=x.dtype, device=x.device).div_(1 - p).item()
+    one = torch.ones((), dtype=x.dtype, device=x.device).div_(1 - p)
+    return one.item() if type(x) is Tensor else 1 / (1 - p)  # fake ones have no values
 
 
 def _dropout_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:

@@ -3,8 +3,9 @@
 ``timeline`` tells the memory of a step without running it, ``workspaces`` measures what ops take
 for themselves; ``moves`` says what may become of each saved tensor, ``sensitivity`` what that puts
 into the gradient, ``choice`` solves the knapsack, and ``search`` tells the peak again of the graph
-that it makes. May be imported from here: ``plan``, ``plan_step``, ``Step``, ``PlanError`` and
-``PlannedConfig``.
+that it makes. May be imported from here: ``plan``, ``plan_step``, ``Step``, ``PlanError``,
+``PlannedConfig``, ``timeline`` (``forecast``, ``Timeline``), and ``size`` for bytes as people read
+them.
 """
 
 from dropit_fx.planner.errors import PlanError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +10,8 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from dropit_fx.capture.example_inputs import resolve
-from dropit_fx.capture.graph_module import RewrittenModule
-from dropit_fx.capture.trace import LOCK, capture
+from dropit_fx.capture.trace import LOCK
 from dropit_fx.capture.untouched import untouched
-from dropit_fx.passes.plan import Plan
 from dropit_fx.planner.choice import Item, choose, smallest
 from dropit_fx.planner.errors import PlanError
 from dropit_fx.planner.moves import (
@@ -32,11 +29,12 @@ from dropit_fx.planner.sensitivity import Progress, Sensitivity, measure_errors
 from dropit_fx.planner.size import peak_bytes, shown
 from dropit_fx.planner.step import Step
 from dropit_fx.planner.timeline import Timeline, forecast
-from dropit_fx.planner.workspaces import Workspaces, measure_workspaces
-from dropit_fx.rewriting import rewrite
+from dropit_fx.planner.workspaces import Spec, measure_workspaces
+from dropit_fx.rewriting import Rewriter
 from dropit_fx.rules import Config, Rule
 
 ROUNDS = 8  # of choosing, and telling the peak of what was chosen
+RUNS = 3  # of what was chosen, until no op takes more for itself than was known
 CLOSE = 0.98  # of the peak that was asked for: near enough
 
 
@@ -53,10 +51,10 @@ def plan(
     """Plans a config that keeps a training step under a peak of memory, at the least error.
 
     The peak is that of all tensors of a step: parameters, buffers, inputs, gradients, the state of
-    the optimizer, what is saved for the backward, logits and temporaries. One batch runs: once for
-    what ops take for themselves, once for the errors that packing puts into the gradients; then the
-    model is what it was. What is chosen is told again of the graph that it makes, until that keeps
-    the peak. The same question has the same answer.
+    the optimizer, what is saved for the backward, logits and temporaries. One batch runs a few
+    times: for what ops take for themselves, dense and packed, and for the errors that packing puts
+    into the gradients; then the model is what it was. What is chosen is told again of the graph
+    that it makes, and runs once, until it keeps the peak. The same question has the same answer.
 
     Args:
         model: Any module that ``transform`` takes, in the mode in which it trains.
@@ -112,6 +110,7 @@ class _Found:
 
     levels: tuple[int, ...]
     config: Config
+    module: fx.GraphModule
     told: Timeline
     gap: float
 
@@ -121,15 +120,16 @@ class _Search:
 
     def __init__(self, step: Step, progress: Progress) -> None:
         self.step, self.progress = step, progress
-        self.workspaces: Workspaces = {}
-        self.captured: fx.GraphModule = capture(step.model, step.args, dict(step.kwargs))
+        self.workspaces: dict[Spec, int] = {}
+        self.rewriter = Rewriter(step.model, step.args, step.kwargs)
         self.groups: list[Group] = []
 
     def run(self, peak: str | int | float, error_limit: float | None) -> PlannedConfig:
         self.progress("the base", 0.0)
-        base = self._rewritten(base_config())
-        self.workspaces = measure_workspaces(self.step, base.module)
-        dense = forecast(self.step, self.captured, self.workspaces)
+        base = self.rewriter.rewritten(base_config())
+        self._run(self.rewriter.module)
+        self._run(base.module)
+        dense = forecast(self.step, self.rewriter.module, self.workspaces)
         asked = peak_bytes(peak, dense.peak)
         if asked >= dense.peak:
             whole = Config(rules=(Rule(codec="keep"),), preset=None)
@@ -149,7 +149,15 @@ class _Search:
                 f" {least.told.peak / dense.peak:.0%} of dense); {_standing(least.told)}"
             )
         errors = measure_errors(self.step, base, self.groups, self.progress)
-        found = self._search(told, errors, asked, least)
+        for _ in range(RUNS):
+            found = self._search(told, errors, asked, least)
+            if found is least or not self._run(found.module):
+                break
+            found = self._found(found.levels, found.gap)
+            if found.told.peak <= asked:
+                break
+        else:
+            found = least
         error = self._error(found.levels, errors)
         if error_limit is not None and error > error_limit:
             raise PlanError(
@@ -160,25 +168,25 @@ class _Search:
             found.config, asked, dense, found.told, errors, found.levels, found.gap
         )
 
-    def _rewritten(self, config: Config) -> Plan:
-        """A copy of the captured graph, rewritten."""
-        module = self.captured
-        if any(isinstance(m, fx.GraphModule) for m in list(module.modules())[1:]):
-            module = capture(self.step.model, self.step.args, dict(self.step.kwargs))
-        else:
-            module = RewrittenModule(module, copy.deepcopy(module.graph), type(module).__name__)
-        return rewrite(module, config, self.step.args, self.step.kwargs)
-
     def _found(self, levels: Sequence[int], gap: float = 0.0) -> _Found:
         config = config_of(rules_of(places_by_level(self.groups, levels)))
-        module = self._rewritten(config).module
+        module = self.rewriter.rewritten(config).module
         told = forecast(self.step, module, self.workspaces)
-        return _Found(tuple(levels), config, told, gap)
+        return _Found(tuple(levels), config, module, told, gap)
+
+    def _run(self, module: nn.Module) -> bool:
+        """Runs a step for what its ops take for themselves: whether that is more than was known."""
+        before = dict(self.workspaces)
+        for op, nbytes in measure_workspaces(self.step, module).items():
+            self.workspaces[op] = max(nbytes, self.workspaces.get(op, 0))
+        return self.workspaces != before
 
     def _least(self) -> _Found:
         """Every group at its smallest."""
         sizes = [[g.nbytes(level) for level in g.levels] for g in self.groups]
-        return self._found([smallest(of) for of in sizes])
+        levels = [smallest(of) for of in sizes]
+        found = self._found(levels)
+        return self._found(levels) if self._run(found.module) else found
 
     def _search(self, told: Timeline, errors: Sensitivity, asked: int, least: _Found) -> _Found:
         """Chooses for a peak that is moved by what the last choice was off."""

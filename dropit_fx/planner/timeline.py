@@ -3,7 +3,8 @@
 The step runs on fake tensors, forward, loss, backward and optimizer, and every storage is noted
 when an op makes it and when the last that held it is gone. That is what a step on real tensors
 does, since the same code holds the same tensors; what fake tensors do not tell is what an op takes
-for itself while it runs, which ``workspaces.py`` measures in one step.
+for itself while it runs, which ``workspaces.py`` measures in one step. Single numbers are counted
+too: of ``x * 0.5``, PyTorch makes a tensor of the number, and autograd may keep it.
 """
 
 from __future__ import annotations
@@ -21,13 +22,21 @@ from torch.optim import Optimizer
 
 from dropit_fx.capture.example_inputs import placeholder_values
 from dropit_fx.capture.fake import RealStorages, fake_mode_of, fake_state, fakes_of
-from dropit_fx.holders import tensors_in
+from dropit_fx.holders import grad_fn_of, tensors_in
 from dropit_fx.measure import without_gradients
 from dropit_fx.ops.backwards import as_plain
 from dropit_fx.planner.errors import PlanError
 from dropit_fx.planner.step import Step
-from dropit_fx.planner.workspaces import Workspaces, spec_of_call
-from dropit_fx.private import FakeTensor, FakeTensorMode, TorchDispatchMode, pytree, storage_id
+from dropit_fx.planner.workspaces import Workspaces, spec_of_call, wrapped_bytes
+from dropit_fx.private import (
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    pytree,
+    raw_saved,
+    shows_saved,
+    storage_id,
+)
 from dropit_fx.runtime.copies import Packed
 
 FORWARD, BACKWARD, OPTIMIZER = PHASES = "forward", "backward", "optimizer"
@@ -199,6 +208,8 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._used: list[int] = []
         self._level = 0
         self._phases: list[int] = []
+        self._made: list[weakref.ref[Tensor]] = []  # by the last op, where it was given numbers
+        self._asks = shows_saved()  # looked up here: where ops arrive, autograd is off
 
     def hold(self, kind: str, tensors: Any) -> None:
         """Counts tensors as resident, each storage once."""
@@ -209,6 +220,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def begin(self, phase: str) -> None:
         """The next op is the first of a phase; what is there when the backward begins is saved."""
+        self._note_numbers()
         self._phases.append(len(self._ops))
         if phase == BACKWARD:
             for life in self._alive.values():
@@ -228,14 +240,29 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return tuple(life for life in found if life >= 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # a question that fake tensors alone are asked
+            return func(*args, **(kwargs or {}))
+        self._note_numbers()
         at, before = len(self._ops), self._level
         self._ops.append(str(func))
         workspace = self._workspaces.get(spec_of_call(func, args, kwargs), 0)
+        numbers = wrapped_bytes(func, args)
         out = func(*args, **(kwargs or {}))
-        for tensor in tensors_in(out):
+        made = tensors_in(out)
+        for tensor in made:
             self._note(tensor, at)
-        self._used.append(max(before + workspace, self._level))
+        self._used.append(max(before + workspace, self._level) + numbers)
+        self._made = [weakref.ref(t) for t in made] if numbers and self._asks else []
         return out
+
+    def _note_numbers(self) -> None:
+        """What autograd keeps of the numbers that the last op was given: its node is there now."""
+        for tensor in [ref() for ref in self._made]:
+            node = None if tensor is None else grad_fn_of(tensor)
+            for _, kept in raw_saved(node) if node is not None else ():
+                if isinstance(kept, Tensor) and not kept.dim() and type(kept) is Tensor:
+                    self._note(kept, len(self._ops) - 1)
+        self._made = []
 
     def _note(self, tensor: Tensor, at: int) -> None:
         key = storage_id(tensor)

@@ -20,18 +20,34 @@ from torch.profiler import record_function
 from dropit_fx.holders import tensors_in
 from dropit_fx.measure import cpu_profile
 from dropit_fx.planner.step import Step
-from dropit_fx.private import TorchDispatchMode, memory_events, pytree, spans
+from dropit_fx.private import (
+    OpOverload,
+    TorchDispatchMode,
+    memory_events,
+    pytree,
+    schema,
+    spans,
+)
 
 Spec = tuple[Any, ...]  # of a call: the op, and its tensors' shapes and dtypes
 Workspaces = Mapping[Spec, int]  # bytes at most above what there is when the op begins
 
 _PREFIX = "dropit_fx op "
+_NUMBERS = {float: 8, int: 8, bool: 1, complex: 16}  # bytes of a tensor of one
 
 
 def spec_of_call(func: Any, args: Any, kwargs: Any) -> Spec:
     """What two calls have in common that take the same room."""
     leaves = pytree.tree_leaves((args, kwargs or {}))
     return (str(func), *((tuple(t.shape), t.dtype) for t in leaves if isinstance(t, Tensor)))
+
+
+def wrapped_bytes(func: Any, args: Any) -> int:
+    """Bytes of the tensors that PyTorch makes of numbers where an op takes tensors."""
+    if not isinstance(func, OpOverload) or not any(type(a) in _NUMBERS for a in args):
+        return 0
+    pairs = zip(args, schema(func).arguments, strict=False)
+    return sum(_NUMBERS.get(type(a), 0) for a, takes in pairs if str(takes.type) == "Tensor")
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -41,10 +57,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[Spec] = []
+        self.calls: list[tuple[Spec, int]] = []  # and what its numbers take a second time here
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls.append(spec_of_call(func, args, kwargs))
+        self.calls.append((spec_of_call(func, args, kwargs), wrapped_bytes(func, args)))
         with record_function(f"{_PREFIX}{len(self.calls) - 1}"):
             return func(*args, **(kwargs or {}))
 
@@ -68,8 +84,8 @@ def measure_workspaces(step: Step, module: nn.Module) -> dict[Spec, int]:
     found: dict[Spec, int] = {}
     for name, start, end in spans(profiler, _PREFIX):
         first, last = bisect.bisect_left(times, start), bisect.bisect_right(times, end)
-        most = max(levels[first : last + 1]) - levels[first]
-        call = recorder.calls[int(name.removeprefix(_PREFIX))]
+        call, again = recorder.calls[int(name.removeprefix(_PREFIX))]
+        most = max(levels[first : last + 1]) - levels[first] - again
         if most > found.get(call, 0):
             found[call] = most
     return found

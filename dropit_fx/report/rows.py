@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
 from itertools import chain
 from os import PathLike
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from dropit_fx.capture.fake import fake_mode_of
+from dropit_fx.capture.provenance import node_module, node_where
+from dropit_fx.config import Config
 from dropit_fx.passes.plan import Copy, Decision, Plan, Site
 from dropit_fx.passes.share_packed import by_site, packed_bytes
-from dropit_fx.private import uncompiled
+from dropit_fx.planner import Step
+from dropit_fx.planner.timeline import Timeline, forecast
+from dropit_fx.private import pytree, uncompiled
 
 _META = "dropit_report"
 NOTEBOOK = "<pre style='line-height:normal'><code>{code}</code></pre>"  # what Rich exports into
+_ORIGIN = "dropit_origin"
+_INPUTS = "dropit_inputs"  # what the example inputs were, in the order of the placeholders
 UNTRAINED = "untrained"  # in the place of a codec: no rule trains what needed it
 SAMPLED = "sampled"  # in the place of a codec: gradients flow through some of its rows
 FUSED = "fused"  # in the place of a codec: the loss that kept it is computed with its layer
@@ -76,10 +85,14 @@ class Report:
         rows: One for each storage.
         parameters: Where a rule of the config says what is trained: qualified names, and whether
             what reads the parameter gives it a gradient: True, False, or None: some of it does.
+        model: The rewritten graph, where it is one for the whole model: its step can be told.
+        origin: What ``transform`` was given, where it rewrote the whole model.
     """
 
     rows: tuple[Row, ...]
     parameters: tuple[tuple[str, bool | None], ...] = ()
+    model: fx.GraphModule | None = field(default=None, compare=False, repr=False)
+    origin: Origin | None = field(default=None, compare=False, repr=False)
 
     @property
     def untrained(self) -> tuple[str, ...]:
@@ -182,6 +195,46 @@ class Report:
 
         report_picture(self, path)
 
+    def snapshot(self, path: str | PathLike[str], **step: Any) -> None:
+        """Writes the predicted step for PyTorch's memory visualiser, pytorch.org/memory_viz.
+
+        Each block is told with its kind, the op that made it, the node, its module and the line.
+        Times are numbers of ops. Nothing runs: it is told on fake tensors of the example's shapes,
+        and what ops take for themselves while they run is not in it.
+
+        Args:
+            path: Of the file, ``step.pickle``.
+            **step: ``loss``, from the model's output to a scalar (default: its own loss, or a
+                projection of what it returns), and ``optimizer``, over its parameters.
+
+        Raises:
+            ValueError: Several graphs, or one that ``transform`` has not made.
+        """
+        from dropit_fx.report.step_files import write_snapshot
+
+        write_snapshot(self._told(step), self._places(), path)
+
+    def trace(self, path: str | PathLike[str], **step: Any) -> None:
+        """Writes the predicted step as Chrome's trace events, for ui.perfetto.dev.
+
+        Phases, ops, and bytes by kind as counters. As :meth:`snapshot` otherwise.
+        """
+        from dropit_fx.report.step_files import write_trace
+
+        write_trace(self._told(step), path)
+
+    def _told(self, step: Mapping[str, Any]) -> Timeline:
+        if self.model is None:
+            raise ValueError(
+                "a step is predicted of one graph of a whole model: of report(transform(model)),"
+                " not of modules= and not of what torch.compile has made"
+            )
+        return forecast(Step(self.model, _fakes(self.model.meta[_INPUTS]), **step), self.model)
+
+    def _places(self) -> dict[str, tuple[str, str]]:
+        assert self.model is not None
+        return {n.name: (node_module(n), node_where(n)) for n in self.model.graph.nodes}
+
     def page(self, path: str | PathLike[str], about: Mapping[str, object] | None = None) -> None:
         """Writes one HTML file to look at: memory through a step, codecs, a table that sorts.
 
@@ -236,12 +289,83 @@ def report(rewritten: nn.Module) -> Report:
             f"{type(rewritten).__name__} was not rewritten by dropit_fx.transform; for"
             ' torch.compile(model, backend="dropit") see dropit_fx.backend.compiled_graphs()'
         )
-    return merged(found)
+    if not isinstance(rewritten, fx.GraphModule) or _INPUTS not in rewritten.meta:
+        return merged(found)
+    return replace(merged(found), model=rewritten, origin=rewritten.meta[_ORIGIN])
 
 
-def attach(graph_module: fx.GraphModule, plan: Plan, prefix: str = "") -> None:
+def attach(
+    graph_module: fx.GraphModule, plan: Plan, prefix: str = "", origin: Origin | None = None
+) -> None:
     """Leaves the report on the module, so that it survives deepcopy and pickle."""
     graph_module.meta[_META] = report_of(plan, prefix)
+    graph_module.meta[_ORIGIN] = origin
+    if not prefix:
+        graph_module.meta[_INPUTS] = pytree.tree_map_only(Tensor, _Blank.of, plan.inputs)
+
+
+@dataclass(frozen=True)
+class _Blank:
+    """What a fake tensor is, in plain data."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+    @staticmethod
+    def of(x: Tensor) -> _Blank:
+        return _Blank(tuple(x.shape), x.stride(), x.dtype, x.device, x.requires_grad)
+
+    def made(self) -> Tensor:
+        """Memory of that layout; fake in a mode for fake tensors."""
+        made = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+        return made.requires_grad_(self.requires_grad)
+
+    def zeros(self) -> Tensor:
+        """The same, of zeros."""
+        return self.made().detach().zero_().requires_grad_(self.requires_grad)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What ``transform`` was given: nothing is kept alive by it, and copies do not have it.
+
+    Attributes:
+        model: None where it is gone.
+        blanks: The example's arguments, positional ones and keywords, without their values.
+        config: As it was resolved.
+    """
+
+    model: Callable[[], nn.Module | None]
+    blanks: Any
+    config: Config
+
+    @staticmethod
+    def of(model: nn.Module, args: Any, kwargs: Any, config: Config) -> Origin:
+        """Of the arguments of ``transform``."""
+        blanks = pytree.tree_map_only(Tensor, _Blank.of, (args, dict(kwargs)))
+        return Origin(weakref.ref(model), blanks, config)
+
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of zeros."""
+        args, kwargs = pytree.tree_map_only(_Blank, _Blank.zeros, self.blanks)
+        return args, kwargs
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    return None
+
+
+def _fakes(blanks: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Fake tensors, all of one mode, in the places of their descriptions."""
+    with fake_mode_of(()):
+        found: tuple[Any, ...] = pytree.tree_map_only(_Blank, _Blank.made, blanks)
+    return found
 
 
 def report_of(plan: Plan, prefix: str = "") -> Report:

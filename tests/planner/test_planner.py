@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import CASE
 from planned_steps import measured, state_of
 from torch import Tensor, nn
@@ -58,14 +59,36 @@ def test_the_real_peak_is_below_what_was_asked_for(name: str) -> None:
         real = measured(step, packed)
         assert planned.predicted <= planned.asked
         assert real == pytest.approx(planned.predicted, rel=0.01)
-        # single numbers, as the gradient of the loss, are not told: 52 bytes of GPT-2's two MiB
-        assert real <= planned.asked + 64
+        assert real <= planned.asked
         predicted.append(planned.predicted)
         errors.append(planned.error)
         if least:
             break
     assert predicted == sorted(predicted, reverse=True)
     assert errors == sorted(errors)
+
+
+class Attention(nn.Module):
+    """Its backward takes room for itself, dense and packed in different ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(query, key, value)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("share", [100, 90, 70])
+def test_what_ops_take_for_themselves_is_known_of_every_graph(share: int) -> None:
+    model, x = nn.Sequential(Attention(), Attention()), torch.randn(2, 256, 32)
+    step = Step(model, (x,))
+    planned = plan(model, x, peak=f"{share}%")
+    assert planned.dense == measured(step, model)
+    real = measured(step, transform(model, planned, example_args=(x,)))
+    assert real <= planned.predicted <= planned.asked
 
 
 def test_the_error_is_as_it_was_told() -> None:
@@ -110,7 +133,7 @@ def test_eval_mode_and_frozen_parameters() -> None:
     model[0].requires_grad_(False)
     planned = plan(model, x, peak="80%")
     packed = transform(model, planned, example_args=(x,))
-    assert measured(Step(model, (x,)), packed) <= planned.asked + 4
+    assert measured(Step(model, (x,)), packed) <= planned.asked
     assert not model.training
     assert all(p.grad is None for p in model.parameters())
 
@@ -139,4 +162,4 @@ def test_transform_takes_a_peak() -> None:
     model, x = net(), torch.randn(512, 32)
     packed = transform(model, example_args=(x,), peak="60%")
     dense = measured(Step(model, (x,)), model)
-    assert measured(Step(model, (x,)), packed) <= 0.6 * dense + 4
+    assert measured(Step(model, (x,)), packed) <= 0.6 * dense
