@@ -77,6 +77,7 @@ if TYPE_CHECKING:  # the names to import, with their types
     safe_softmax: Callable[..., Tensor]
     native_batch_norm_legit: Any
     unsafe_index: Any
+    unsafe_index_put: Any
     embedding_bag: Any
     to_copy: Any
     unsafe_view: Any
