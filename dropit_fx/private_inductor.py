@@ -5,6 +5,7 @@ As ``private.py``, of which it is a part: ``private_names.py`` has a line for ea
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -273,17 +274,53 @@ def _place(view: Any) -> str:
 
 
 def _parts_of_loops(kernel: Any) -> dict[str, int]:
-    """Bytes that loops read of each buffer: each index once, as often as it takes other values."""
+    """Bytes that loops read of each buffer: each index once, as often as it takes other values.
+
+    An index that reads what others read, as that of a neighbour in a byte does, is not counted.
+    """
     graph = look_up("torch._inductor.virtualized.V").graph
-    parts: dict[str, int] = {}
+    found: dict[str, list[Any]] = {}
     whole: set[str] = set()
     for dep in kernel.read_writes.reads:
         if type(dep).__name__ != "MemoryDep" or dep.is_indirect():
             whole.add(dep.name)
-            continue
-        nbytes = int(dep.get_numel()) * graph.get_dtype(dep.name).itemsize
-        parts[dep.name] = parts.get(dep.name, 0) + nbytes
-    return {name: nbytes for name, nbytes in parts.items() if name not in whole}
+        else:
+            found.setdefault(dep.name, []).append(dep)
+    return {
+        name: sum(int(d.get_numel()) for d in _apart(deps)) * graph.get_dtype(name).itemsize
+        for name, deps in found.items()
+        if name not in whole
+    }
+
+
+def _apart(deps: list[Any]) -> list[Any]:
+    """Those of several indices into a buffer that read what no other does, as they begin."""
+    if len(deps) == 1:
+        return deps
+    kept: list[Any] = []
+    seen: set[int] = set()
+    for places, dep in sorted(
+        ((_first_places(d), d) for d in deps), key=lambda pair: -len(pair[0])
+    ):
+        if not kept or not places <= seen:
+            kept.append(dep)
+        seen |= places
+    return kept
+
+
+def _first_places(dep: Any, count: int = 512) -> set[int]:
+    """What an index is in the first iterations of its loops."""
+    import sympy  # type: ignore[import-untyped]  # PyTorch's; slow to import
+
+    functions = {
+        "FloorDiv": lambda x, by: x // by,
+        "ModularIndexing": lambda x, by, modulus: x // by % modulus,
+    }
+    index = dep.index.expand(identity=True)  # what inductor hides from sympy is printed wrongly
+    at = sympy.lambdify(dep.var_names, index, modules=[functions, "math"])
+    sizes = [int(n) for n in dep.size]
+    rows = itertools.product(*(range(n) for n in sizes))
+    return {int(at(*row)) for row in itertools.islice(rows, count)}
 
 
 def origins(kernel: Any) -> list[fx.Node]:

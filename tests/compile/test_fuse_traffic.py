@@ -26,7 +26,7 @@ Pack = Callable[[Tensor], tuple[Tensor, ...]]
 
 def packer(bits: int, spacing: int = SYMMETRIC) -> Pack:
     numbers = FULL, BLOCK, bits, spacing, False
-    return lambda x: torch.ops.dropit.sparsify(x.view(-1), *numbers)[:2]
+    return lambda x: torch.ops.dropit.sparsify(x.reshape(-1), *numbers)[:2]
 
 
 def codes(bits: int) -> int:
@@ -124,6 +124,16 @@ def test_beside_other_loops_a_value_is_read_once_more(name: str) -> None:
     found = scheduled(packed, *given)
     assert traffic(found)[0] - reads <= more * DENSE + 2 * SMALL, found
     assert traffic(found)[1] - writes <= codes(4) + 2 * SMALL, found
+
+
+def test_of_a_part_of_a_tensor_packing_reads_that_part_once() -> None:
+    """As of queries, keys and values in one tensor: neighbours in a byte are no more reads."""
+    pack = packer(4)
+    found = scheduled(
+        lambda x: pack(x.unflatten(-1, (3, 12, 64)).select(2, 0).reshape(SHAPE)),
+        (SAMPLES, TOKENS, 3 * WIDTH),
+    )
+    assert DENSE <= traffic(found)[0] <= DENSE + SMALL, found
 
 
 # Consumers: bytes are read where the value is needed
