@@ -80,6 +80,7 @@ if TYPE_CHECKING:  # the names to import, with their types
     safe_softmax: Callable[..., Tensor]
     native_batch_norm_legit: Any
     unsafe_index: Any
+    unsafe_index_put: Any
     embedding_bag: Any
     assert_scalar: Any
     to_copy: Any

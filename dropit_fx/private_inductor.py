@@ -5,6 +5,7 @@ As ``private.py``, of which it is a part: ``private_names.py`` has a line for ea
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,18 @@ POST_PASS = "post_grad_custom_post_pass"
 CACHEABLE = "unsafe_marked_cacheable_functions"
 INNER_COMPILE = "inner_compile"
 
+# What inductor is told where it fuses packing. How many operations and reads a value may take
+# before it is written to memory for several readers: its own limits are 30, 4 and 8; unpacking is
+# some fifty operations and three reads, but of fewer bytes than what would be written. And that
+# loops are compared by the places that they read, in whatever shape a tensor is: so those over
+# blocks join.
+FUSING = {
+    "realize_opcount_threshold": 200,
+    "realize_reads_threshold": 8,
+    "realize_acc_reads_threshold": 16,
+    "loop_ordering_after_fusion": False,
+}
+
 
 def inductor_has(option: str) -> bool:
     """Whether inductor's config has an option."""
@@ -39,6 +52,19 @@ def takes_several_passes() -> bool:
 def inductor_config(**values: Any) -> AbstractContextManager[Any]:
     """Sets options of inductor's for the time of a block."""
     return _patched("torch._inductor.config", **values)
+
+
+def written_as(value: fx.Node) -> fx.Node:
+    """``value`` as a node that inductor writes to memory once, however many calls read views of it.
+
+    It is made where its graph inserts nodes; ``value`` itself where inductor has no such op.
+    """
+    name = "torch._inductor.inductor_prims.force_stride_order"
+    if not has(name):
+        return value
+    made = value.graph.call_function(look_up(name), (value, value.meta[VALUE].stride()))
+    made.meta = dict(value.meta)
+    return made
 
 
 def decides_layout(graph: fx.Graph, is_inference: bool) -> bool:
@@ -202,7 +228,8 @@ def accesses(kernel: Any) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes that a kernel of a schedule reads, and that it writes, of each buffer.
 
     By inductor's count, each byte once and nothing of what does not outlive the kernel; but of a
-    buffer of which only a part is read, that part, where inductor counts all of it.
+    buffer of which only a part is read, that part, where inductor counts all of it; and nothing is
+    read of one that loops only write into, where inductor has it come first.
     """
     both, writes = (
         kernel.get_read_write_buffer_accesses(include_reads=reads, include_writes=True)
@@ -212,9 +239,17 @@ def accesses(kernel: Any) -> tuple[dict[str, int], dict[str, int]]:
     reads = {
         name: min(int(nbytes), parts.get(name, int(nbytes)))
         for name, nbytes in both.items()
-        if nbytes and name not in writes
+        if nbytes and name not in writes and name not in _only_written(kernel)
     }
     return reads, {name: int(n) for name, n in writes.items() if n}
+
+
+def _only_written(kernel: Any) -> set[str]:
+    """The buffers into which loops write some elements, and of which they load none."""
+    if kernel.is_extern():
+        return set()
+    loaded = {d.name for d in kernel.read_writes.reads if type(d).__name__ == "MemoryDep"}
+    return {name for out in kernel.get_outputs() for name in out.get_mutations()} - loaded
 
 
 def _parts_of_operands(kernel: Any) -> dict[str, int]:
@@ -239,17 +274,53 @@ def _place(view: Any) -> str:
 
 
 def _parts_of_loops(kernel: Any) -> dict[str, int]:
-    """Bytes that loops read of each buffer: each index once, as often as it takes other values."""
+    """Bytes that loops read of each buffer: each index once, as often as it takes other values.
+
+    An index that reads what others read, as that of a neighbour in a byte does, is not counted.
+    """
     graph = look_up("torch._inductor.virtualized.V").graph
-    parts: dict[str, int] = {}
+    found: dict[str, list[Any]] = {}
     whole: set[str] = set()
     for dep in kernel.read_writes.reads:
         if type(dep).__name__ != "MemoryDep" or dep.is_indirect():
             whole.add(dep.name)
-            continue
-        nbytes = int(dep.get_numel()) * graph.get_dtype(dep.name).itemsize
-        parts[dep.name] = parts.get(dep.name, 0) + nbytes
-    return {name: nbytes for name, nbytes in parts.items() if name not in whole}
+        else:
+            found.setdefault(dep.name, []).append(dep)
+    return {
+        name: sum(int(d.get_numel()) for d in _apart(deps)) * graph.get_dtype(name).itemsize
+        for name, deps in found.items()
+        if name not in whole
+    }
+
+
+def _apart(deps: list[Any]) -> list[Any]:
+    """Those of several indices into a buffer that read what no other does, as they begin."""
+    if len(deps) == 1:
+        return deps
+    kept: list[Any] = []
+    seen: set[int] = set()
+    for places, dep in sorted(
+        ((_first_places(d), d) for d in deps), key=lambda pair: -len(pair[0])
+    ):
+        if not kept or not places <= seen:
+            kept.append(dep)
+        seen |= places
+    return kept
+
+
+def _first_places(dep: Any, count: int = 512) -> set[int]:
+    """What an index is in the first iterations of its loops."""
+    import sympy  # type: ignore[import-untyped]  # PyTorch's; slow to import
+
+    functions = {
+        "FloorDiv": lambda x, by: x // by,
+        "ModularIndexing": lambda x, by, modulus: x // by % modulus,
+    }
+    index = dep.index.expand(identity=True)  # what inductor hides from sympy is printed wrongly
+    at = sympy.lambdify(dep.var_names, index, modules=[functions, "math"])
+    sizes = [int(n) for n in dep.size]
+    rows = itertools.product(*(range(n) for n in sizes))
+    return {int(at(*row)) for row in itertools.islice(rows, count)}
 
 
 def origins(kernel: Any) -> list[fx.Node]:

@@ -55,6 +55,7 @@ def _lack(text: str, part: str = "import dropit_fx") -> Lack:
 
 
 _VIEWS = _lack("what linear returns for inputs of three dimensions cannot be written in place")
+_REALISED = _lack("fused packing reads and writes more memory than it need", "backend='dropit'")
 _COPIES = _lack("channels-last copies of weights may be saved", "backend='dropit'")
 _UNTOLD = _lack("nobody says where torch.compile gives no graph", "backend='dropit'")
 _VARIANTS = _lack(
@@ -277,6 +278,12 @@ TABLE: tuple[Name, ...] = (
         instead=torch.ops.aten.index,
     ),
     Name(
+        "torch.ops.aten._unsafe_index_put",
+        _lack("fused packing checks each of its indices"),
+        "writing at places that are known to be inside",
+        instead=torch.ops.aten.index_put,
+    ),
+    Name(
         "torch.ops.aten._native_batch_norm_legit",
         _lack("inputs of batch norm cannot be packed"),
         "mean and deviation of channels",
@@ -405,6 +412,18 @@ TABLE: tuple[Name, ...] = (
             "packing stays custom ops in compiled graphs: `fuse` does nothing", "backend='dropit'"
         ),
         "handing over the pass that replaces packing by plain tensor ops",
+    ),
+    Name(
+        "torch._inductor.inductor_prims.force_stride_order",
+        *(_REALISED, "writing once what several calls of attention read"),
+    ),
+    *(
+        Name(f"torch._inductor.config.realize_{name}_threshold", _REALISED, "reading bytes again")
+        for name in ("opcount", "reads", "acc_reads")
+    ),
+    Name(
+        "torch._inductor.config.loop_ordering_after_fusion",
+        *(_REALISED, "packing in the loop that makes the values"),
     ),
     Name(
         "torch._inductor.config.post_grad_custom_post_pass",

@@ -101,6 +101,10 @@ settable("torch._dynamo.config.accumulated_recompile_limit", int)
 settable("torch._inductor.config.custom_partitioner_fn", type(None))
 settable("torch._inductor.config.post_grad_custom_pre_pass", type(None))
 settable("torch._inductor.config.post_grad_custom_post_pass", type(None))
+settable("torch._inductor.config.realize_opcount_threshold", (int, type(None)))
+settable("torch._inductor.config.realize_reads_threshold", int)
+settable("torch._inductor.config.realize_acc_reads_threshold", (int, type(None)))
+settable("torch._inductor.config.loop_ordering_after_fusion", bool)
 settable("torch._inductor.config.unsafe_marked_cacheable_functions", dict)
 parameters("torch._inductor.list_mode_options", "mode")
 parameters(
@@ -459,6 +463,12 @@ def _places_are_read() -> None:
     assert found.tolist() == [[3.0, 1.0]]
 
 
+@of("torch.ops.aten._unsafe_index_put")
+def _places_are_written() -> None:
+    found = private.unsafe_index_put(torch.zeros(4), [torch.tensor([3, 1])], torch.ones(2))
+    assert found.tolist() == [0.0, 1.0, 0.0, 1.0]
+
+
 @of("torch.ops.aten._native_batch_norm_legit")
 def _batch_norm_returns_its_statistics() -> None:
     x = torch.randn(8, 3, 5)
@@ -710,6 +720,17 @@ def _options_have_names() -> None:
     known = private.list_options()
     ours = "PARTITIONER", "PRE_PASS", "POST_PASS", "CACHEABLE"
     assert {getattr(private_inductor, name) for name in ours} <= set(known)
+
+
+@of("torch._inductor.inductor_prims.force_stride_order")
+def _a_value_is_written_once() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta[private.VALUE] = torch.empty(4)
+    graph.output(private_inductor.written_as(x))
+    given = torch.arange(4.0)
+    found = fx.GraphModule({}, graph)(given)
+    assert torch.equal(found, given)
 
 
 @of(f"{_GRAPH_PASS}.CustomGraphPass", f"{_GRAPH_PASS}.CustomPartitionerFn")

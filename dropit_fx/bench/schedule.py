@@ -19,6 +19,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils.flop_counter import flop_registry
 
 from dropit_fx.capture.fake import fake_mode_of
+from dropit_fx.compile.fuse import ATTENTION
 from dropit_fx.kernels import attention as attention_kernel
 from dropit_fx.private import VALUE, FakeTensorMode, OpOverload, make_boxed_func, pytree, schema
 from dropit_fx.private_inductor import (
@@ -34,7 +35,6 @@ from dropit_fx.private_inductor import (
 )
 
 GPU = torch.device("cuda", 0)
-ATTENTION = "::_scaled_dot_product_"  # in the names of ATen's ops of it
 Backend = Callable[[fx.GraphModule, list[Any], Callable[..., Any]], Callable[..., Any]]
 
 

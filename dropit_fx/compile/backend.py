@@ -36,6 +36,7 @@ from dropit_fx.passes.plan import Plan
 from dropit_fx.private import list_options, lookup_backend
 from dropit_fx.private_inductor import (
     CACHEABLE,
+    FUSING,
     INNER_COMPILE,
     PARTITIONER,
     POST_PASS,
@@ -315,6 +316,7 @@ def _inductor(job: _Job) -> Compiled:
         patches[PRE_PASS] = in_turn(patches.get(PRE_PASS), AddLookups())
         if job.fuse:
             patches[PRE_PASS] = in_turn(patches[PRE_PASS], FusePacking())
+            patches = {k: v for k, v in FUSING.items() if inductor_has(k)} | patches
     if inductor_has(POST_PASS):
         patches[POST_PASS] = in_turn(patches.get(POST_PASS), ReturnInputsAsTheyAre())
     # our functions are safe to cache under a version that changes with the formulas and kernels

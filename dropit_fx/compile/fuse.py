@@ -5,6 +5,9 @@ each op of a codec is replaced by the form of it that the codec offers in ops of
 (``Codec.fused``): inductor schedules these with their neighbours, so that what reads a packed
 tensor reads its bytes, and nothing is dispatched from Python. Ops without such a form stay: of
 what selects (gamma > 0), or draws random numbers.
+
+What attention reads is written to memory once: inductor would make a copy for each call of it, of
+forward and backward.
 """
 
 from __future__ import annotations
@@ -26,9 +29,11 @@ from dropit_fx.private import (
     pytree,
     select_decomp_table,
 )
+from dropit_fx.private_inductor import written_as
 from dropit_fx.runtime.packed_call import CACHE_VERSION
 from dropit_fx.runtime.regions import overload_name
 
+ATTENTION = "::_scaled_dot_product_"  # in the names of ATen's ops of it
 FORMS: dict[str, Callable[..., Any]] = {
     f"dropit::{name}": form for codec in CODECS for name, form in codec.fused.items()
 }
@@ -71,6 +76,8 @@ def _replace(
     before = set(graph.nodes)
     with graph.inserting_before(node):
         made: Any = graph.graph_copy(traced, inputs)
+        if isinstance(made, fx.Node) and len(_attention_reading(node)) > 1:
+            made = written_as(made)
     for new in set(graph.nodes) - before:
         new.meta = {**node.meta, **new.meta}  # where it comes from
     if isinstance(made, fx.Node):
@@ -80,6 +87,17 @@ def _replace(
             item.replace_all_uses_with(made[item.args[1]])
             graph.erase_node(item)
     graph.erase_node(node)
+
+
+def _attention_reading(node: fx.Node) -> set[fx.Node]:
+    """The calls of attention that read a value or a view of it."""
+    found: set[fx.Node] = set()
+    for user in node.users:
+        if getattr(user.target, "is_view", False):
+            found |= _attention_reading(user)
+        elif ATTENTION in overload_name(user):
+            found.add(user)
+    return found
 
 
 def _depends_on_data(value: Any) -> bool:

@@ -8,7 +8,6 @@ would be slow. `compile.fuse` puts them in the place of the ops.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,13 +19,14 @@ from dropit_fx.kernels import masks
 from dropit_fx.kernels.format import Format
 from dropit_fx.kernels.fused_bits import (
     as_stored,
+    bytes_by_codes,
     bytes_of,
     codes_at,
+    codes_together,
     divides,
     is_empty,
     places,
     take,
-    together,
 )
 
 Parts = tuple[Tensor, Tensor, Tensor]
@@ -47,9 +47,8 @@ def sparsify(
         return nothing, x.new_empty(0, dtype=torch.bfloat16), nothing.clone()
     length = block or numel
     rows = form.blocks(numel) if block else 1
-    each = math.lcm(bits, 8) // bits  # codes that fill whole bytes
-    if divides(length, numel) and divides(each, length) and not form.is_codebook:
-        return _in_one_pass(x.view(rows, length // each, each), form)
+    if divides(length, numel) and divides(codes_together(bits), length) and not form.is_codebook:
+        return _in_one_pass(x, length, form)
     x = x.to(torch.float32)
     valid = None
     if divides(length, numel):
@@ -72,17 +71,21 @@ def sparsify(
     return bytes_of(code, numel, bits, x), scale, nothing
 
 
-def _in_one_pass(groups: Tensor, form: Format) -> Parts:
-    """Of whole blocks, (blocks, groups of a block, codes that fill whole bytes).
+def _in_one_pass(x: Tensor, length: int, form: Format) -> Parts:
+    """Of whole blocks, an iteration for each value: a compiler joins it to what makes the values.
 
-    The first codes of all groups are a tensor, the second ones too: so the loop over a block for
-    its scale has the iterations of the loop that writes its bytes, and a compiler makes one.
+    The loop over a block for its scale and the one that writes its bytes become one, in which the
+    block is read from memory once.
     """
-    parts = [one.to(torch.float32) for one in groups.unbind(2)]
-    blocks = coder.blocks_of(parts, None, form)
-    codes = [coder.encode(x, lambda j: blocks.columns[j][:, None], None, form) for x in parts]
-    nothing = groups.new_empty(0, dtype=torch.uint8)
-    return together(codes, form.bits), _stored(blocks.columns), nothing
+    blocks = coder.blocks_of([x.view(-1, length).to(torch.float32)], None, form)
+
+    def code(at: Tensor) -> Tensor:
+        row = at // length
+        value = take(x, at).to(torch.float32)
+        return coder.encode(value, lambda j: take(blocks.columns[j], row), None, form)
+
+    values = bytes_by_codes(code, x.numel(), form.bits, x)
+    return values, _stored(blocks.columns), x.new_empty(0, dtype=torch.uint8)
 
 
 def _stored(columns: list[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dropit_fx.kernels.dtypes import INT_OF
 from dropit_fx.kernels.format import uint_nbytes
-from dropit_fx.private import unsafe_index
+from dropit_fx.private import unsafe_index, unsafe_index_put
 
 
 def places(count: Any, like: Tensor) -> Tensor:
@@ -71,49 +71,56 @@ def bytes_of(code: Callable[[Tensor], Tensor], numel: Any, bits: int, like: Tens
         bits: 1..8.
         like: on the device of the result.
     """
-    byte = places(uint_nbytes(numel, bits), like)
-    if 8 % bits == 0:
-        each = 8 // bits
-        whole = divides(each, numel)
-        parts = [_code(code, byte * each + i, numel, whole) << (i * bits) for i in range(each)]
-    else:
-        group, byte = byte // bits * 8, byte % bits
-        first = byte * 8 // bits  # the first of the group's 8 codes that has a bit in the byte
-        most = max((8 * k + 7) // bits - 8 * k // bits + 1 for k in range(bits))
-        parts = []
-        for i in range(most):
-            shift = ((first + i) * bits - byte * 8).to(torch.int32)
-            one = _code(code, group + first + i, numel, False)
-            parts.append((one << shift.clamp(min=0)) >> (-shift).clamp(min=0))
-    return _joined(parts)
+    each = codes_together(bits)
+    size = each * bits // 8
+    at = places(uint_nbytes(numel, bits), like)
+    if not divides(each, numel):
+        inside = code
+        code = lambda at: torch.where(at < numel, inside(at.clamp(max=numel - 1)), 0)  # noqa: E731
+    return _byte(code, at // size * each, at % size, bits)
 
 
-def together(codes: Sequence[Tensor], bits: int) -> Tensor:
-    """The bit stream of codes that fill whole bytes, each byte made by itself.
+def bytes_by_codes(code: Callable[[Tensor], Tensor], numel: int, bits: int, like: Tensor) -> Tensor:
+    """As `bytes_of`, with an iteration for each code: those that share a byte write the same one.
 
-    Args:
-        codes: int32 of one shape, each below 2**bits: the first, second, ... of each group.
-        bits: 1..8; of as many codes as make whole bytes.
-
-    Returns:
-        (numel * bits / 8,) uint8.
+    Of whole groups of `codes_together`. A code is computed as often as it has iterations in its
+    bytes, but the loop is that of whatever makes the values, so that both can be one kernel.
     """
-    made = []
-    for byte in range(len(codes) * bits // 8):
-        shifts = [(code, at * bits - byte * 8) for at, code in enumerate(codes)]
-        inside = [(code, shift) for code, shift in shifts if -bits < shift < 8]
-        made.append(_joined([c << shift if shift >= 0 else c >> -shift for c, shift in inside]))
-    return made[0].reshape(-1) if len(made) == 1 else torch.stack(made, -1).view(-1)
+    each = codes_together(bits)
+    size = each * bits // 8
+    at = places(numel, like)
+    number = (at % each).clamp(max=size - 1)
+    made = _byte(code, at // each * each, number, bits)
+    if size == each:
+        return made
+    room = like.new_empty(numel * bits // 8, dtype=torch.uint8)
+    out: Tensor = unsafe_index_put(room, [at // each * size + number], made)
+    return out
+
+
+def codes_together(bits: int) -> int:
+    """Codes that fill whole bytes: those of one byte, or eight."""
+    return 8 // bits if 8 % bits == 0 else 8
+
+
+def _byte(code: Callable[[Tensor], Tensor], group: Tensor, number: Tensor, bits: int) -> Tensor:
+    """Bytes (uint8) of groups of codes: ``group`` is the first place, ``number`` of which byte."""
+    each = codes_together(bits)
+    if each * bits == 8:
+        return _joined([code(group + i) << (i * bits) for i in range(each)])
+    first = number * 8 // bits  # the first of the group's codes that has a bit in the byte
+    most = max((8 * k + 7) // bits - 8 * k // bits + 1 for k in range(bits))
+    parts = []
+    for i in range(most):
+        shift = ((first + i) * bits - number * 8).to(torch.int32)
+        one = code(group + (first + i).clamp(max=each - 1))  # one behind it has no bit in the byte
+        parts.append((one << shift.clamp(min=0)) >> (-shift).clamp(min=0))
+    return _joined(parts)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     """The bytes whose bits these are, int32 each; what lies above a byte is of the next one."""
     return (reduce(torch.bitwise_or, parts) & 0xFF).to(torch.uint8)
-
-
-def _code(code: Callable[[Tensor], Tensor], at: Tensor, numel: Any, whole: bool) -> Tensor:
-    """The codes at these places, 0 behind the last one; ``whole``: none lies there."""
-    return code(at) if whole else torch.where(at < numel, code(at.clamp(max=numel - 1)), 0)
 
 
 def as_stored(x: Tensor, dtype: torch.dtype) -> Tensor:
