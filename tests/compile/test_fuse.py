@@ -135,7 +135,12 @@ def test_gradients_bytes_and_report_are_those_of_the_kernels(no_code: None, name
     fused_out, fused_grads, fused_ops = step(model, x, {**options, "fuse": True})
     fused_record = backend.compiled_graphs()[-1]
     assert torch.equal(out, fused_out)
-    assert_close(fused_grads, grads, 0 if name == "lossless" else TIES)
+    bits = options.get("config", quant(bits=8))["rules"][-1]["bits"]
+    # which processor computes it decides whether a code lies at a tie: of each tensor, one may
+    one_level = (
+        3 * 2 ** (1 - bits) / (3 * 37 * 2 * WIDTH) ** 0.5
+    )  # a block's largest is 3 deviations
+    assert_close(fused_grads, grads, 0 if name == "lossless" else max(TIES, one_level))
     assert fused_record.report == record.report
     assert fused_record.partitions == record.partitions
     assert set(ops) & {op.removeprefix("dropit::") for op in FORMS}
