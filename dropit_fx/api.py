@@ -16,7 +16,8 @@ from dropit_fx.capture.untouched import untouched
 from dropit_fx.config import Config, ConfigError, make_config
 from dropit_fx.passes.choose_codecs import check_rules_matched
 from dropit_fx.planner import Step, plan_step
-from dropit_fx.report.rows import Origin, attach
+from dropit_fx.report.origin import Origin
+from dropit_fx.report.rows import attach
 from dropit_fx.rewriting import rewrite as rewrite
 from dropit_fx.rules import Rule
 from dropit_fx.words import matches, unmatched

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import json
-import weakref
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
 from itertools import chain
 from os import PathLike
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, fx, nn
 
-from dropit_fx.capture.fake import fake_mode_of
 from dropit_fx.capture.provenance import node_module, node_where
-from dropit_fx.config import Config
 from dropit_fx.passes.plan import Copy, Decision, Plan, Site
 from dropit_fx.passes.share_packed import by_site, packed_bytes
 from dropit_fx.planner import Step
 from dropit_fx.planner.timeline import Timeline, forecast
 from dropit_fx.private import pytree, uncompiled
+from dropit_fx.report.origin import Blank, Origin, fakes
 
 _META = "dropit_report"
 NOTEBOOK = "<pre style='line-height:normal'><code>{code}</code></pre>"  # what Rich exports into
@@ -229,7 +226,7 @@ class Report:
                 "a step is predicted of one graph of a whole model: of report(transform(model)),"
                 " not of modules= and not of what torch.compile has made"
             )
-        return forecast(Step(self.model, _fakes(self.model.meta[_INPUTS]), **step), self.model)
+        return forecast(Step(self.model, fakes(self.model.meta[_INPUTS]), **step), self.model)
 
     def _places(self) -> dict[str, tuple[str, str]]:
         assert self.model is not None
@@ -301,71 +298,7 @@ def attach(
     graph_module.meta[_META] = report_of(plan, prefix)
     graph_module.meta[_ORIGIN] = origin
     if not prefix:
-        graph_module.meta[_INPUTS] = pytree.tree_map_only(Tensor, _Blank.of, plan.inputs)
-
-
-@dataclass(frozen=True)
-class _Blank:
-    """What a fake tensor is, in plain data."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    requires_grad: bool
-
-    @staticmethod
-    def of(x: Tensor) -> _Blank:
-        return _Blank(tuple(x.shape), x.stride(), x.dtype, x.device, x.requires_grad)
-
-    def made(self) -> Tensor:
-        """Memory of that layout; fake in a mode for fake tensors."""
-        made = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
-        return made.requires_grad_(self.requires_grad)
-
-    def zeros(self) -> Tensor:
-        """The same, of zeros."""
-        return self.made().detach().zero_().requires_grad_(self.requires_grad)
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What ``transform`` was given: nothing is kept alive by it, and copies do not have it.
-
-    Attributes:
-        model: None where it is gone.
-        blanks: The example's arguments, positional ones and keywords, without their values.
-        config: As it was resolved.
-    """
-
-    model: Callable[[], nn.Module | None]
-    blanks: Any
-    config: Config
-
-    @staticmethod
-    def of(model: nn.Module, args: Any, kwargs: Any, config: Config) -> Origin:
-        """Of the arguments of ``transform``."""
-        blanks = pytree.tree_map_only(Tensor, _Blank.of, (args, dict(kwargs)))
-        return Origin(weakref.ref(model), blanks, config)
-
-    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of zeros."""
-        args, kwargs = pytree.tree_map_only(_Blank, _Blank.zeros, self.blanks)
-        return args, kwargs
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _nothing, ()
-
-
-def _nothing() -> None:
-    return None
-
-
-def _fakes(blanks: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Fake tensors, all of one mode, in the places of their descriptions."""
-    with fake_mode_of(()):
-        found: tuple[Any, ...] = pytree.tree_map_only(_Blank, _Blank.made, blanks)
-    return found
+        graph_module.meta[_INPUTS] = pytree.tree_map_only(Tensor, Blank.of, plan.inputs)
 
 
 def report_of(plan: Plan, prefix: str = "") -> Report:
