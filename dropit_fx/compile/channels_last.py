@@ -27,7 +27,7 @@ _DIMS: dict[str, int] = {f"conv{kind}{d}d": d for kind in ("", "_transpose") for
 
 # Functions and methods that give a view or an error, and one of elements by their place in memory
 AS_STRIDED = "as_strided"
-_VIEWING = frozenset(("view", "view_as", "view_as_complex", "_unsafe_view", AS_STRIDED))
+_VIEWING = frozenset(("view", "view_as", "view_as_complex", AS_STRIDED))
 
 # Nodes of the forward graph that inductor sees for each node of Dynamo's, packing included:
 # 2.3 in a ConvNeXt, 3.0 in a DeiT, 4.3 in a ResNet.
