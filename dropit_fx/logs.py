@@ -12,8 +12,8 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TextIO
+from contextlib import contextmanager, redirect_stderr
+from typing import Any, TextIO
 
 LOGGERS = {
     "passes": ("dropit_fx.passes", logging.DEBUG),
@@ -55,3 +55,30 @@ def _turn_on(word: str, stream: TextIO) -> logging.Handler:
     logger.addHandler(handler)
     logger.setLevel(min(level, logger.level or level))
     return handler
+
+
+@contextmanager
+def without_dumps(log: logging.Logger) -> Iterator[None]:
+    """For the time of a block, graphs that PyTorch prints to stderr go to a log, at level INFO.
+
+    ``torch.export`` prints as far as it came before it raises; what is made of the error is said by
+    whoever catches it.
+    """
+    with redirect_stderr(_Without(sys.stderr, log)):
+        yield
+
+
+class _Without:
+    """A stream that graphs do not go to."""
+
+    def __init__(self, stream: Any, log: logging.Logger) -> None:
+        self._stream, self._log = stream, log
+
+    def write(self, text: str) -> int:
+        if not text.lstrip().startswith("def forward("):
+            return int(self._stream.write(text))
+        self._log.info("%s", text)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

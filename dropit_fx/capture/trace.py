@@ -38,6 +38,7 @@ from dropit_fx.capture.provenance import error_line, first_line
 from dropit_fx.capture.regions import checkpointing, from_annotations, mark, marking
 from dropit_fx.capture.symbolic import SymbolicProxy, as_in_eager
 from dropit_fx.capture.untouched import has_own_train, untouched
+from dropit_fx.logs import without_dumps
 from dropit_fx.private import (
     HOOK_DICTS,
     MODULE_DICTS,
@@ -336,7 +337,7 @@ def _exported_program(
             tried.append(f"with {way} dynamic was given up in the other mode")
             continue
         try:
-            with sympy_bounded(seconds), preserve_node_meta(), marking():
+            with sympy_bounded(seconds), preserve_node_meta(), marking(), without_dumps(log):
                 program = torch.export.export(
                     model, args, kwargs, dynamic_shapes=named if count != 0 else None, strict=False
                 )
