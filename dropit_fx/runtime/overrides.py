@@ -26,7 +26,7 @@ def has_own_ops(values: Sequence[Any]) -> bool:
     """
     return any(
         isinstance(v, Tensor)
-        and type(v) is not Tensor
+        and type(v) not in (Tensor, nn.Parameter)
         and hasattr(type(v).__torch_function__, "__func__")
         and not (isinstance(v, nn.Parameter) and override_of(type(v)) is None)
         for v in values
