@@ -8,6 +8,7 @@ symbolic batch and sequence sizes, and the trace takes the place of the one opaq
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import operator
@@ -19,11 +20,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 
 from dropit_fx.capture.faithful import difference, meaning
 from dropit_fx.capture.fake import blank, sized_by_values
 from dropit_fx.capture.input_guards import InputGuards
-from dropit_fx.capture.modes import lay_over
+from dropit_fx.capture.modes import TRAINING_FLAG, lay_over, mode_flag
 from dropit_fx.capture.regions import REGION
 from dropit_fx.capture.untouched import untouched
 from dropit_fx.ops.table import rule_of
@@ -38,6 +40,7 @@ from dropit_fx.private import (
     pytree,
     tracing,
 )
+from dropit_fx.runtime.packed_call import by_mode
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +73,7 @@ def _attention_module(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module 
     if node.op != "call_module":
         return None
     module = graph_module.get_submodule(str(node.target))
-    # attention dropout follows the module's mode, which a trace would freeze
-    return module if isinstance(module, nn.MultiheadAttention) and not module.dropout else None
+    return module if isinstance(module, nn.MultiheadAttention) else None
 
 
 def expand(graph_module: fx.GraphModule, values: dict[str, Any], wrapped: bool = False) -> None:
@@ -99,6 +101,8 @@ def _expand_node(graph_module: fx.GraphModule, node: fx.Node, values: dict[str, 
     parameters: dict[str, Tensor] = {}
     module = _attention_module(graph_module, node)
     if module is not None:
+        # with the same parameters; in eval mode it asks for more than a graph decides
+        module = copy.deepcopy(module, {id(p): p for p in module.parameters()}).train()
         parameters = dict(module.named_parameters())
     names = list(parameters)
 
@@ -114,6 +118,11 @@ def _expand_node(graph_module: fx.GraphModule, node: fx.Node, values: dict[str, 
     tensors = [values[s.name] for s in sources] + list(parameters.values())
     # before dispatch, einsum is one op still
     inner = _trace(run, tensors, pre_dispatch=node.target not in EINSUM)
+    drawing = [] if module is None else _drawing(inner)
+    result = inner.graph.find_nodes(op="output")[0].args[0]
+    apart = all(user.target is operator.getitem for user in node.users)
+    if not isinstance(result, fx.Node) and not apart:
+        raise RuntimeError("its result is not taken apart")
     copied: dict[fx.Node, fx.Node] = {}
     placeholders = inner.graph.find_nodes(op="placeholder")
     with graph.inserting_before(node):
@@ -123,27 +132,71 @@ def _expand_node(graph_module: fx.GraphModule, node: fx.Node, values: dict[str, 
             else:
                 copied[placeholder] = graph.get_attr(f"{node.target}.{names[i - len(sources)]}")
         _copy_ops(inner, node, copied)
-    result = inner.graph.find_nodes(op="output")[0].args[0]
+    if drawing:
+        assert module is not None
+        _draw_in_training(graph_module, str(node.target), module, [copied[n] for n in drawing])
     if isinstance(result, fx.Node):
         node.replace_all_uses_with(copied[result])
         values[copied[result].name] = values[node.name]
     for user in list(node.users):
-        if user.target is not operator.getitem:
-            raise RuntimeError("its result is not taken apart")
         chosen = result[user.args[1]]
         if chosen is not None:
             user.replace_all_uses_with(copied[chosen])
+            values[copied[chosen].name] = values.get(user.name)
+        for reader in list(user.users):  # of weights that are not asked for
+            swapped = {n: n for n in reader.all_input_nodes} | {user: None}
+            reader.args = map_arg(reader.args, swapped.__getitem__)
+            reader.kwargs = map_arg(reader.kwargs, swapped.__getitem__)
         graph.erase_node(user)
     graph.erase_node(node)
 
 
+def _drawing(inner: fx.GraphModule) -> list[fx.Node]:
+    """The nodes that drop out; RuntimeError where another draws."""
+    found = []
+    for n in inner.graph.nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()):
+            at = _RATES.get(n.target)
+            if at is None:
+                raise RuntimeError(f"{n.target} draws")
+            if at < len(n.args) and n.args[at]:
+                found.append(n)
+    return found
+
+
+_RATES = {torch.ops.aten.dropout.default: 1, torch.ops.aten.scaled_dot_product_attention.default: 4}
+
+
+def _draw_in_training(
+    graph_module: fx.GraphModule, path: str, module: nn.Module, drawing: list[fx.Node]
+) -> None:
+    """Nodes that were traced in training mode drop nothing in eval mode.
+
+    Args:
+        graph_module: Their graph.
+        path: Of the module that they come from.
+        module: A copy of it, which is put in its place: it holds the mode, as the model's own does.
+        drawing: The nodes.
+    """
+    training = graph_module.get_submodule(path).training
+    if TRAINING_FLAG not in dict(graph_module.get_submodule(path).named_children()):
+        graph_module.set_submodule(path, module.train(training))
+    with graph_module.graph.inserting_before(drawing[0]):
+        flag = mode_flag(graph_module, training, path)
+    for node in drawing:
+        at = _RATES[node.target]  # type: ignore[index]
+        with graph_module.graph.inserting_before(node):
+            rate = graph_module.graph.call_function(by_mode, (flag, node.args[at], 0.0))
+        node.update_arg(at, rate)
+
+
 def _copy_ops(inner: fx.GraphModule, node: fx.Node, copied: dict[fx.Node, fx.Node]) -> None:
     """Copies the ops of ``inner`` to where ``node``'s graph inserts; ``copied`` has its inputs."""
+    for other in inner.graph.find_nodes(op="get_attr"):
+        raise RuntimeError(f"a constant inside ({other.target})")
     for other in inner.graph.nodes:
         if other.op in ("placeholder", "output"):
             continue
-        if other.op == "get_attr":
-            raise RuntimeError(f"a constant inside ({other.target})")
         copied[other] = node.graph.node_copy(other, copied.__getitem__)
         copied[other].meta = {k: v for k, v in node.meta.items() if k in (*ORIGIN, REGION)}
 

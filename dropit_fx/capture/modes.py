@@ -71,7 +71,7 @@ def one_mode(graph_module: fx.GraphModule, training: bool, differs: str) -> None
     name = type(graph_module).__name__
     log.warning("%s: training and eval differ in more than constants: %s", name, differs)
     with graph_module.graph.inserting_before(after_placeholders(graph_module)):
-        flag = _flag(graph_module, training)
+        flag = mode_flag(graph_module, training)
         graph_module.graph.call_function(require_mode, (flag, training, differs))
     graph_module.recompile()
 
@@ -97,7 +97,7 @@ def after_placeholders(graph_module: fx.GraphModule) -> fx.Node:
     return first
 
 
-def _flag(graph_module: fx.GraphModule, training: bool, path: str = "") -> fx.Node:
+def mode_flag(graph_module: fx.GraphModule, training: bool, path: str = "") -> fx.Node:
     """Reads the mode of the submodule ``path``, so that one layer alone can be put in eval mode."""
     name = f"{path}.{TRAINING_FLAG}".removeprefix(".")
     graph_module.add_submodule(name, TrainingFlag().train(training))
@@ -123,7 +123,7 @@ def _overlay(mine: fx.GraphModule, other: fx.GraphModule, training: bool) -> str
         path = node_module(node)
         if path not in flags:
             with mine.graph.inserting_before(after_placeholders(mine)):
-                flags[path] = _flag(mine, training, path)
+                flags[path] = mode_flag(mine, training, path)
         return flags[path]
 
     def choice(node: fx.Node, ours: Any, theirs: Any) -> fx.Node:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -191,3 +192,61 @@ def test_what_dropout_gave_is_made_again_of_its_mask() -> None:
     assert [(r.op, r.kept_bytes) for r in rows] == [("linear", 0)]
     expected, found = step(model, model, x)[3], step(ours, copied, x)[3]  # of the second weight
     assert 0 < (found - expected).norm() < 0.1 * expected.norm()  # another mask: about as large
+
+
+class Attends(nn.Module):
+    """PyTorch's own module, twice; ``how``: what it is asked for."""
+
+    def __init__(self, how: str, batch_first: bool = True) -> None:
+        super().__init__()
+        self.how = how
+        made = {"dropout": 0.2, "batch_first": batch_first}
+        self.first, self.last = nn.Linear(64, 64), nn.Linear(64, 8)
+        self.one, self.two = (nn.MultiheadAttention(64, 4, **made) for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        h, asked = self.first(x), {"need_weights": self.how in ("weights", "each head")}
+        if self.how == "each head":
+            asked["average_attn_weights"] = False
+        if self.how == "masked":
+            asked["attn_mask"] = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        h, weights = self.one(h, h, h, **asked)
+        other = self.one if self.how == "again" else self.two
+        return self.last(other(h, h, h, need_weights=False)[0]), weights
+
+
+def stepped(model: nn.Module, x: Tensor) -> list[Tensor | None]:
+    """Outputs and gradients, by the names of parameters."""
+    model.zero_grad()
+    torch.manual_seed(5)
+    outs = [t for t in model(x) if t is not None]
+    sum((t * t).sum() for t in outs).backward()
+    return [*outs, *(p.grad for _, p in sorted(model.named_parameters()))]
+
+
+def alike(ours: nn.Module, theirs: nn.Module, x: Tensor) -> bool:
+    found = zip(stepped(ours, x), stepped(theirs, x), strict=True)
+    return all(torch.equal(a, b) for a, b in found if a is not None)
+
+
+HOWS = [(h, True) for h in ("plain", "weights", "each head", "masked", "again")]
+
+
+@pytest.mark.parametrize(("how", "batch_first"), [*HOWS, ("plain", False)])
+def test_attention_modules_are_opened_and_keep_their_modes(how: str, batch_first: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Attends(how, batch_first), torch.randn(4, 32, 64)
+    packed = dropit_fx.transform(model, preset="lossless", example_args=(x,))
+    assert measure.saved_bytes(packed, x) == dropit_fx.report(packed).kept_bytes
+    for run in (packed, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert alike(run, model, x)
+    packed.one.eval()
+    assert model.one.training
+    model.one.eval()
+    assert alike(packed, model, x)
+    packed.eval()
+    assert alike(packed, model.eval(), x)
+    assert alike(packed.train(), model.train(), x)
+    small = dropit_fx.transform(model, example_args=(x,))
+    needs = how in ("weights", "each head")  # what is returned stays
+    assert dropit_fx.report(small).ratio < (0.25 if needs else 0.1)
