@@ -12,6 +12,7 @@ from dropit_fx.planner.sensitivity import Sensitivity
 from dropit_fx.planner.size import shown
 from dropit_fx.planner.step import Step
 from dropit_fx.planner.timeline import Timeline
+from dropit_fx.planner.workspaces import measured_with
 from dropit_fx.private import pytree
 from dropit_fx.rules import Rule
 
@@ -69,6 +70,7 @@ def about(step: Step, told: Timeline, figures: Mapping[str, float]) -> dict[str,
         "inputs": "; ".join(shapes),
         "optimizer": type(step.optimizer).__name__ if step.optimizer else "none",
         "pytorch": torch.__version__,
+        "workspaces of ops measured with": measured_with(step, step.model) or "nothing: not on CPU",
         "peak asked for": f"{shown(figures['asked'])}",
         "peak predicted": f"{predicted} bytes, {shown(predicted)}: {predicted / dense:.1%} of dense"
         f" ({shown(dense)})",

@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, get_num_threads, nn
 from torch.profiler import record_function
 
 from dropit_fx.holders import tensors_in
@@ -65,6 +65,19 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **(kwargs or {}))
 
 
+def measured_with(step: Step, module: nn.Module) -> str:
+    """With how many threads workspaces are measured; attention takes room for each.
+
+    Returns:
+        As people read it; ``""`` where nothing is measured: on other devices than CPU.
+    """
+    tensors = tensors_in((step.args, step.kwargs, list(module.parameters())))
+    if any(t.device.type != "cpu" for t in tensors):
+        return ""
+    count = get_num_threads()
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
 def measure_workspaces(step: Step, module: nn.Module) -> dict[Spec, int]:
     """What the ops of a step of ``module``, in the place of its model, take for themselves.
 
@@ -73,8 +86,7 @@ def measure_workspaces(step: Step, module: nn.Module) -> dict[Spec, int]:
     Raises:
         RuntimeError: The profiler is already running.
     """
-    tensors = tensors_in((step.args, step.kwargs, list(module.parameters())))
-    if any(t.device.type != "cpu" for t in tensors):
+    if not measured_with(step, module):
         return {}
     with step.real() as (args, kwargs), cpu_profile() as profiler, _Recorder() as recorder:
         step.loss_of(module(*args, **kwargs)).backward()  # type: ignore[no-untyped-call]

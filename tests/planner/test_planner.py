@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dropit_fx import ConfigError, PlanError, load_config, plan, transform
 from dropit_fx.check.compare import losses, paired
 from dropit_fx.planner.step import Step
+from dropit_fx.planner.workspaces import measured_with
 
 
 def block() -> nn.Sequential:
@@ -89,6 +90,27 @@ def test_what_ops_take_for_themselves_is_known_of_every_graph(share: int) -> Non
     assert planned.dense == measured(step, model)
     real = measured(step, transform(model, planned, example_args=(x,)))
     assert real <= planned.predicted <= planned.asked
+
+
+@pytest.mark.parametrize(("count", "said"), [(1, "1 thread"), (2, "2 threads")])
+def test_the_file_says_with_how_many_threads_workspaces_were_measured(
+    count: int, said: str
+) -> None:
+    """Attention makes room for each of them: the peak is that of this number."""
+    model, x = nn.Sequential(Attention(), Attention()), torch.randn(2, 256, 32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        planned = plan(model, x, peak="100%")
+        assert planned.dense == measured(Step(model, (x,)), model)
+    finally:
+        torch.set_num_threads(before)
+    assert f"\n# workspaces of ops measured with: {said}\n" in planned.to_yaml()
+
+
+def test_on_other_devices_no_number_of_threads_is_told() -> None:
+    model = nn.Linear(4, 4, device="meta")
+    assert measured_with(Step(model, (torch.randn(2, 4, device="meta"),)), model) == ""
 
 
 def test_the_error_is_as_it_was_told() -> None:
