@@ -252,6 +252,7 @@ HOOK_DICTS = (
     "_backward_hooks",
     "_is_full_backward_hook",
 )
+COMPILED_BACKWARD = "CompiledFunctionBackward"  # what autograd calls one of AOTAutograd
 LOADED_HOOKS = "_load_state_dict_post_hooks"
 SAVING_HOOKS = (
     "_state_dict_pre_hooks",

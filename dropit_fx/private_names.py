@@ -161,6 +161,12 @@ TABLE: tuple[Name, ...] = (
         "telling fx to keep a module that returns nothing",
         probe=False,
     ),
+    Name(
+        "CompiledFunctionBackward",
+        _lack("second derivatives of compiled models are refused in PyTorch's words"),
+        "telling the backward of a compiled graph",
+        probe=False,
+    ),
     Name("meta['stack_trace']", _TOLD, "the user's line of a node", probe=False),
     Name("meta['nn_module_stack']", _TOLD, "the user's module of a node", probe=False),
     Name(

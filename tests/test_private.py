@@ -294,6 +294,12 @@ def _modules_have_a_say_in_their_state() -> None:
     assert private.has_say_in_state(nn.BatchNorm1d(2)), "it loads old checkpoints otherwise"
 
 
+@of("CompiledFunctionBackward")
+def _compiled_backwards_have_that_name() -> None:
+    out = torch.compile(torch.sin, backend="aot_eager")(torch.ones(2, requires_grad=True))
+    assert out.grad_fn.name() == private.COMPILED_BACKWARD
+
+
 class Nested(nn.Module):
     def forward(self, pair: dict[str, torch.Tensor]) -> torch.Tensor:
         return pair["x"] / pair["y"]
