@@ -29,7 +29,7 @@ class UndoneCallback(TrainerCallback):
                         callback.undo()
 
         vars(train)["undoes"] = True
-        Trainer.train = train
+        Trainer.train = train  # type: ignore[method-assign]
 
     def undo(self) -> None:
         """Makes everything what it was before ``train()``; runs again where that was done."""
