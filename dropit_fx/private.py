@@ -257,13 +257,70 @@ HOOK_DICTS = (
     "_backward_hooks",
     "_is_full_backward_hook",
 )
-MODULE_STATE = ("training", *MODULE_DICTS, "_non_persistent_buffers_set", *HOOK_DICTS)
+COMPILED_BACKWARD = "CompiledFunctionBackward"  # what autograd calls one of AOTAutograd
+LOADED_HOOKS = "_load_state_dict_post_hooks"
+SAVING_HOOKS = (
+    "_state_dict_pre_hooks",
+    "_state_dict_hooks",
+    "_load_state_dict_pre_hooks",
+    LOADED_HOOKS,
+)
+SAVING_METHODS = (
+    *("state_dict", "_save_to_state_dict", "get_extra_state"),
+    *("load_state_dict", "_load_from_state_dict", "set_extra_state"),
+)
+UNSAVED = "_non_persistent_buffers_set"
+MODULE_STATE = ("training", *MODULE_DICTS, UNSAVED, *HOOK_DICTS, LOADED_HOOKS)
 
 
 def buffers(module: nn.Module) -> dict[str, Tensor | None]:
     """Those of the module itself, to be read or replaced; none where it is not initialised."""
     found: dict[str, Tensor | None] = module.__dict__.get("_buffers") or {}
     return found
+
+
+def parameters(module: nn.Module) -> dict[str, Tensor | None]:
+    """Those of the module itself, as :func:`buffers`."""
+    found: dict[str, Tensor | None] = module.__dict__.get("_parameters") or {}
+    return found
+
+
+class LoadsItself(nn.Module):
+    """A module whose own tensors are loaded by :meth:`load_as_part`."""
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.load_as_part(*args)
+
+    def load_as_part(self, *args: Any) -> None:
+        """Loads its own tensors, not those of submodules; the arguments are PyTorch's."""
+        super()._load_from_state_dict(*args)
+
+
+def load_own(module: nn.Module, *args: Any) -> None:
+    """Loads a module's own tensors as its class says, with its hooks."""
+    module._load_from_state_dict(*args)
+
+
+def has_say_in_state(module: nn.Module) -> bool:
+    """Whether a module saves or loads otherwise than tensor by tensor: its hooks, or its class."""
+    kind, usual = type(module), nn.Module
+    methods = any(getattr(kind, n) is not getattr(usual, n) for n in SAVING_METHODS)
+    return methods or any(vars(module).get(hooks) for hooks in SAVING_HOOKS)
+
+
+@contextmanager
+def lend_tensors(pairs: Iterable[tuple[nn.Module, nn.Module]]) -> Iterator[None]:
+    """For a while the second module of each pair has the parameters and buffers of the first."""
+    kinds = (*MODULE_DICTS[:2], UNSAVED)
+    held = [(vars(lender), vars(part)) for lender, part in pairs if lender is not part]
+    before = [{kind: part[kind] for kind in kinds} for _, part in held]
+    try:
+        for lender, part in held:
+            part.update({kind: lender[kind] for kind in kinds})
+        yield
+    finally:
+        for (_, part), own in zip(held, before, strict=True):
+            part.update(own)
 
 
 @_reads("torch.nn.Module._non_persistent_buffers_set")

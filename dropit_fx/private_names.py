@@ -147,6 +147,14 @@ TABLE: tuple[Name, ...] = (
         *("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"),
         on=nn.Module,
     ),
+    *_of(
+        "torch.nn.Module",
+        *(_CAPTURE, "modules that save or load otherwise than tensor by tensor"),
+        *("_save_to_state_dict", "_load_from_state_dict"),
+        *("_state_dict_pre_hooks", "_state_dict_hooks"),
+        *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+        on=nn.Module,
+    ),
     Name(
         "torch.fx.Graph._codegen",
         _lack("graphs of torch.export with nested inputs are refused, or lose them in copies"),
@@ -158,6 +166,12 @@ TABLE: tuple[Name, ...] = (
         "_is_impure",
         _lack("checks of exported models' inputs may be lost"),
         "telling fx to keep a module that returns nothing",
+        probe=False,
+    ),
+    Name(
+        "CompiledFunctionBackward",
+        _lack("second derivatives of compiled models are refused in PyTorch's words"),
+        "telling the backward of a compiled graph",
         probe=False,
     ),
     Name("meta['stack_trace']", _TOLD, "the user's line of a node", probe=False),

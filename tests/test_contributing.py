@@ -101,10 +101,12 @@ def blocks(title: str) -> list[tuple[str, str]]:
 
 
 def run(code: str, folder: Path) -> str:
+    """What it prints; what it compiles is no other run's."""
+    own = {"PYTHONPATH": str(folder), "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(folder)},
+        env=os.environ | own,
         capture_output=True,
         text=True,
     )
@@ -168,3 +170,13 @@ def test_a_codec_that_is_added_as_the_guide_says_works(copy: Path) -> None:
     text = f"from dropit_fx.codecs.half import HALF\n{listed.read_text()}"
     listed.write_text(text.replace("*(KEEP, DROP)", "*(KEEP, DROP, HALF)"))
     assert run(CODEC, copy) == "codec works\n"
+
+
+def test_the_keys_of_compile_caches_change_with_the_code_of_a_codec(copy: Path) -> None:
+    ((name, code),) = blocks("Add a codec")
+    version = "from dropit_fx.runtime.packed_call import CACHE_VERSION; print(CACHE_VERSION)"
+    seen = []
+    for text in (code, code, code.replace("parts[0].to(dtype)", "2 * parts[0].to(dtype)")):
+        (copy / name).write_text(text)
+        seen.append(run(version, copy))
+    assert seen[0] == seen[1] != seen[2]

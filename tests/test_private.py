@@ -273,6 +273,37 @@ def _buffers_are_left_out_of_the_state() -> None:
     assert "running_mean" not in norm.state_dict(), "what it names is in the state dict"
 
 
+@of(
+    "torch.nn.Module._save_to_state_dict",
+    "torch.nn.Module._load_from_state_dict",
+    *(f"torch.nn.Module.{name}" for name in private.SAVING_HOOKS),
+)
+def _modules_have_a_say_in_their_state() -> None:
+    said: list[str] = []
+    module = nn.Linear(2, 2)
+    assert not private.has_say_in_state(module)
+    module.register_state_dict_pre_hook(lambda *_: said.append("saves"))
+    module.register_state_dict_post_hook(lambda *_: said.append("saved"))
+    module.register_load_state_dict_pre_hook(lambda *_: said.append("loads"))
+    module.register_load_state_dict_post_hook(lambda *_: said.append("loaded"))
+    assert all(map(vars(module).get, private.SAVING_HOOKS)), "hooks are elsewhere"
+    lender = private.LoadsItself()
+    lender.register_parameter("weight", nn.Parameter(torch.zeros(2, 2)))
+    with private.lend_tensors([(lender, module)]):
+        assert list(module.state_dict()) == ["weight"]
+        private.load_own(module, {"weight": torch.ones(2, 2)}, "", {}, True, [], [], [])
+    assert lender.weight.sum() == 4
+    assert module.weight is not lender.weight
+    assert said == ["saves", "saved", "loads"]
+    assert private.has_say_in_state(nn.BatchNorm1d(2)), "it loads old checkpoints otherwise"
+
+
+@of("CompiledFunctionBackward")
+def _compiled_backwards_have_that_name() -> None:
+    out = torch.compile(torch.sin, backend="aot_eager")(torch.ones(2, requires_grad=True))
+    assert out.grad_fn.name() == private.COMPILED_BACKWARD
+
+
 class Nested(nn.Module):
     def forward(self, pair: dict[str, torch.Tensor]) -> torch.Tensor:
         return pair["x"] / pair["y"]

@@ -1220,3 +1220,19 @@ def test_distributed_tensors_run_dense() -> None:
         assert torch.equal(grad.to_local(), torch.autograd.grad(expected.sum(), [x])[0])
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("made", [lambda y: y, lambda y: y.view(-1), lambda y: (y.T, {"y": y})])
+@pytest.mark.parametrize("inner", ["aot_eager", "aot_eager_decomp_partition"])
+def test_compiled_second_derivatives_are_refused_with_the_way_out(inner: str, made: Any) -> None:
+    model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 1))
+    fast = torch.compile(lambda x: made(model(x)), backend="dropit", options={"inner": inner})
+    x = torch.randn(32, 16, requires_grad=True)
+    out = fast(x)
+    loss = (out[1]["y"] if isinstance(out, tuple) else out).sum()
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    assert torch.allclose(grad, torch.autograd.grad(model(x).sum(), x)[0], rtol=0.1, atol=0.1)
+    with pytest.raises(
+        RuntimeError, match=r"backend='dropit': double backward.*the original, dense"
+    ):
+        grad.square().sum().backward()

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 from torch.fx.node import map_aggregate, map_arg
 
+from dropit_fx.capture.saving import STANDS_FOR, SavesAs
 from dropit_fx.capture.symbolic import CustomFunction
 from dropit_fx.private import MODULE_STATE, OpOverload, codegen, get_qualified_name
 from dropit_fx.private_lookup import look_up
@@ -21,7 +22,7 @@ class _Ref(int):
     """Stands for the node with this index in a pickled graph."""
 
 
-class RewrittenModule(fx.GraphModule):
+class RewrittenModule(SavesAs, fx.GraphModule):
     """A rewritten model.
 
     fx pickles a graph as source code and traces it again, which cannot be done to aten calls with
@@ -49,7 +50,8 @@ class RewrittenModule(fx.GraphModule):
             for n in nodes
         ]
         writer = codegen(self.graph)
-        state = {name: self.__dict__[name] for name in MODULE_STATE}
+        kept = (*MODULE_STATE, STANDS_FOR)
+        state = {name: self.__dict__[name] for name in kept if name in self.__dict__}
         info = getattr(writer, "pytree_info", None)
         return _restore, (type(self).__name__, state, specs, type(writer), info, self.meta)
 

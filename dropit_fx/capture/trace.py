@@ -36,6 +36,7 @@ from dropit_fx.capture.input_guards import exporting_input_guards
 from dropit_fx.capture.modes import both_modes, is_one_mode, one_mode
 from dropit_fx.capture.provenance import error_line, first_line
 from dropit_fx.capture.regions import checkpointing, from_annotations, mark, marking
+from dropit_fx.capture.saving import save_as
 from dropit_fx.capture.symbolic import SymbolicProxy, as_in_eager
 from dropit_fx.capture.untouched import has_own_train, untouched
 from dropit_fx.logs import without_dumps
@@ -166,9 +167,11 @@ def capture(
     unsaved = unsaved_buffers(model) | unsaved_buffers(graph_module)
     graph_module = RewrittenModule(graph_module, graph_module.graph, type(model).__name__)
     leave_unsaved(graph_module, unsaved)  # of its own, fx forgets it before PyTorch 2.14
-    missing = set(model.state_dict()) ^ set(graph_module.state_dict())
     # what no node reads, so that state dicts stay equal
+    missing = dict(named(model)).keys() - dict(named(graph_module)).keys() - unsaved
     adopt(graph_module, [pair for pair in sorted(dict(named(model)).items()) if pair[0] in missing])
+    save_as(graph_module, model)
+    leave_unsaved(graph_module, unsaved)
     _reorder(model, graph_module)
     for kind in HOOK_DICTS:
         if vars(model).get(kind):  # they run around the forward, whatever that is
@@ -372,7 +375,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     graph_module = fx.GraphModule(exported, exported.graph, type(model).__name__)
     from_annotations(graph_module)
     keep_blocks(graph_module)
-    known = set(model.state_dict())
+    known = dict(named(model))
     for name, _ in list(graph_module.named_buffers()):
         if name not in known:  # a constant that export lifted
             leave_unsaved(graph_module, [name])

@@ -27,6 +27,7 @@ from dropit_fx.compile.no_graph import TellOfNoGraph
 from dropit_fx.compile.partition import KeepPacked
 from dropit_fx.compile.returned import ReturnInputsAsTheyAre, in_turn
 from dropit_fx.compile.saved import Partition
+from dropit_fx.compile.twice import refuse_twice
 from dropit_fx.config import Config, ConfigError, make_config, refuse_backprop
 from dropit_fx.passes import run_pipeline
 from dropit_fx.passes.choose_codecs import check_rules_matched
@@ -163,6 +164,8 @@ def _compile(
         channels_last(gm, _patches(mode, options))
     record = rewrite_dynamo_graph(gm, example_inputs, config)
     compiled = compiler(_Job(gm, example_inputs, mode, options, record, fuse, lower))
+    if compiler is not _eager:  # there packed calls refuse it themselves
+        compiled = refuse_twice(compiled)
     # what chooses rows lives as long as the code that names it; where gm itself runs, it holds that
     held = [m.meta.get(ROW_NORMS) for m in gm.modules() if isinstance(m, fx.GraphModule)]
     weakref.finalize(compiled, tuple, held)

@@ -12,7 +12,7 @@ from torch import nn
 from dropit_fx.schedule import FreezeScheduler
 
 try:
-    from transformers import TrainerCallback
+    from dropit_fx.integrations.hf_train import UndoneCallback
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "dropit_fx.integrations.hf_freeze needs the package"
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 KEY = "dropit_fx_freeze"  # of the schedule in trainer_state.json
 
 
-class FreezeCallback(TrainerCallback):
+class FreezeCallback(UndoneCallback):
     """Runs a ``FreezeScheduler`` from the first step of ``train()`` to its end.
 
     Checkpoints hold the schedule, in their ``trainer_state.json``: a resumed run goes on with it.
@@ -45,8 +45,10 @@ class FreezeCallback(TrainerCallback):
     """
 
     def __init__(self, rate: float, **options: Any) -> None:
+        super().__init__()
         self.scheduler: FreezeScheduler | None = None
-        self._rate, self._options, self._starts = rate, options, False
+        self._rate, self._options = rate, options
+        self._starts = self._freezes = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -66,7 +68,8 @@ class FreezeCallback(TrainerCallback):
         assert model is not None
         if not self._starts:
             return
-        self.scheduler, self._starts = FreezeScheduler(model, self._rate, **self._options), False
+        self.scheduler = FreezeScheduler(model, self._rate, **self._options)
+        self._starts, self._freezes = False, True
         stored: Any = state.stateful_callbacks
         if KEY in stored:
             self.scheduler.load_state_dict(stored[KEY])
@@ -91,5 +94,10 @@ class FreezeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Thaws all layers."""
-        if self.scheduler is not None:
+        self.undo()
+
+    def undo(self) -> None:
+        """Thaws all layers, once after each run."""
+        if self.scheduler is not None and self._freezes:
             self.scheduler.remove()
+        self._freezes = False

@@ -146,6 +146,12 @@ class FreezeLayers(Callback):
         if self.scheduler is not None:
             self.scheduler.remove()
 
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Thaws all layers, where an error ends the training."""
+        self.on_train_end(trainer, pl_module)
+
     def state_dict(self) -> dict[str, Any]:
         """The schedule, for a checkpoint."""
         return {} if self.scheduler is None else self.scheduler.state_dict()

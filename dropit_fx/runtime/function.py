@@ -197,17 +197,22 @@ def check_grad(grad: Tensor, function: str) -> None:
     if type(grad) is not Tensor or torch.compiler.is_compiling():
         return
     if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{function}: double backward (create_graph=True) is not supported,"
-            " since the packed tensors are constants to autograd. Where a loss differentiates a"
-            f" gradient, {_DENSE}."
-        )
+        raise twice_refused(function)
     if is_legacy_batchedtensor(grad):
         raise RuntimeError(
             f"{function}: many gradients at once (is_grads_batched=True, vectorize=True) are not"
             " supported, since packed tensors are unpacked for one. Take them one by one, by"
             f" torch.func.vjp or jacrev, which run packed models dense, or {_DENSE}."
         )
+
+
+def twice_refused(function: str) -> RuntimeError:
+    """What is said where a gradient that ``function`` computes is differentiated again."""
+    return RuntimeError(
+        f"{function}: double backward (create_graph=True) is not supported,"
+        " since the packed tensors are constants to autograd. Where a loss differentiates a"
+        f" gradient, {_DENSE}."
+    )
 
 
 _DENSE = (

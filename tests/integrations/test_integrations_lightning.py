@@ -143,6 +143,19 @@ def test_frozen_layers_take_turns_and_a_resumed_run_has_the_losses_of_one_never_
     assert updates[0] == updates[2] != updates[1]
 
 
+class Fails(Lit):
+    def on_train_batch_end(self, *args: Any) -> None:
+        assert not all(p.requires_grad for p in self.parameters())
+        raise ValueError("not today")
+
+
+def test_a_run_that_fails_ends_with_all_layers_thawed(tmp_path: Path) -> None:
+    model = Fails(network())
+    with pytest.raises(ValueError, match="not today"):
+        fit(model, tmp_path, FreezeLayers(0.6))
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_a_compiled_module_needs_a_bound_on_its_graphs(tmp_path: Path) -> None:
     model = torch.compile(Lit(network()), backend="dropit_eager")
     with pytest.raises(ValueError, match="Give FreezeLayers variants="):

@@ -128,3 +128,17 @@ def test_compile_caches_tell_two_functions_apart() -> None:
     assert _version(lambda x: x * 2.0) != _version(lambda x: x * 3.0)
     assert VERSIONS["quick_gelu"]
     assert not VERSIONS["gelu"]
+
+
+def test_a_jump_of_the_slope_at_zero_is_found() -> None:
+    for name, f, expected in (
+        ("leaks", lambda x: torch.where(x > 0, x, 0.1 * x), True),
+        ("at zero alone", lambda x: torch.where(x == 0, x, 2 * x), True),
+        ("steep", lambda x: torch.tanh(100 * x), False),
+        ("bends", lambda x: torch.where(x > 0, x + x * x, x), False),
+    ):
+        dropit_fx.pointwise(name)(f)
+        read = RULES[name].read("input")
+        assert read is not None
+        assert read.jumps is not None
+        assert read.jumps({}) is expected, name
