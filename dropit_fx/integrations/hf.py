@@ -24,8 +24,6 @@ from dropit_fx.private import compiled_in_place, shows_saved, undo_compile
 
 try:
     from transformers import PreTrainedModel, Trainer, TrainerCallback
-
-    from dropit_fx.integrations.hf_train import UndoneCallback
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"dropit_fx.integrations.hf needs the package {error.name} (pip install 'dropit-fx[hf]')",
@@ -62,15 +60,15 @@ def _steps_as_it_does(trainer: Trainer) -> bool:
     return not reads_by_place and all(getattr(p, "__func__", p) is usual for p, usual in parts)
 
 
-class DropITCallback(UndoneCallback):
+class DropITCallback(TrainerCallback):
     """Packs what the training step of a ``Trainer`` saves for the backward.
 
-    The model is rewritten from the first step to the end of ``train()``, be that an error, and is
-    the same object before, meanwhile and afterwards. After the first batch its bytes are logged
-    once, put into ``trainer.state.log_history`` and handed to every callback's ``on_log`` (the
-    console, TensorBoard, W&B): ``saved_bytes``, what autograd held when the loss was there, the
-    loss included, as measured on this rank; ``saved_bytes_dense`` and ``saved_bytes_packed``, what
-    the graphs of the model save. ``graphs`` has the reports.
+    The model is rewritten from the first step to the end of ``train()``, and is the same object
+    before, meanwhile and afterwards. After the first batch its bytes are logged once, put into
+    ``trainer.state.log_history`` and handed to every callback's ``on_log`` (the console,
+    TensorBoard, W&B): ``saved_bytes``, what autograd held when the loss was there, the loss
+    included, as measured on this rank; ``saved_bytes_dense`` and ``saved_bytes_packed``, what the
+    graphs of the model save. ``graphs`` has the reports.
 
     Args:
         config: As for ``transform``; so are `preset`, `strategy`, `gamma` and `bits`.
@@ -87,7 +85,7 @@ class DropITCallback(UndoneCallback):
         options: More options of the backend: ``inner``, and inductor's own.
         compile_loss: Whether the loss is rewritten too, where ``Trainer`` computes it outside the
             model: its ``compute_loss_func``, else its label smoother. The attribute is compiled
-            from the first step to the end of ``train()``.
+            from the first step to the end of ``train()``; where an error ends that, to the next.
 
     Attributes:
         graphs: The graphs that the first batch was compiled to; empty before it.
@@ -109,7 +107,6 @@ class DropITCallback(UndoneCallback):
         options: Mapping[str, Any] | None = None,
         compile_loss: bool = False,
     ) -> None:
-        super().__init__()
         if backend not in BACKENDS:
             raise ConfigError(f"no backend {backend!r}. Choose one of: {', '.join(BACKENDS)}.")
         ours: dict[str, Any] = {
@@ -192,10 +189,6 @@ class DropITCallback(UndoneCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Makes the model what it was."""
-        self.undo()
-
-    def undo(self) -> None:
-        """Makes the model and the trainer's loss what they were."""
         if self._model is not None:
             undo_compile(self._model)
         self._model = None

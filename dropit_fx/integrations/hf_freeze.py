@@ -12,7 +12,7 @@ from torch import nn
 from dropit_fx.schedule import FreezeScheduler
 
 try:
-    from dropit_fx.integrations.hf_train import UndoneCallback
+    from transformers import TrainerCallback
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "dropit_fx.integrations.hf_freeze needs the package"
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 KEY = "dropit_fx_freeze"  # of the schedule in trainer_state.json
 
 
-class FreezeCallback(UndoneCallback):
+class FreezeCallback(TrainerCallback):
     """Runs a ``FreezeScheduler`` from the first step of ``train()`` to its end.
 
     Checkpoints hold the schedule, in their ``trainer_state.json``: a resumed run goes on with it.
@@ -45,10 +45,8 @@ class FreezeCallback(UndoneCallback):
     """
 
     def __init__(self, rate: float, **options: Any) -> None:
-        super().__init__()
         self.scheduler: FreezeScheduler | None = None
-        self._rate, self._options = rate, options
-        self._starts = self._freezes = False
+        self._rate, self._options, self._starts = rate, options, False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -68,8 +66,7 @@ class FreezeCallback(UndoneCallback):
         assert model is not None
         if not self._starts:
             return
-        self.scheduler = FreezeScheduler(model, self._rate, **self._options)
-        self._starts, self._freezes = False, True
+        self.scheduler, self._starts = FreezeScheduler(model, self._rate, **self._options), False
         stored: Any = state.stateful_callbacks
         if KEY in stored:
             self.scheduler.load_state_dict(stored[KEY])
@@ -94,10 +91,5 @@ class FreezeCallback(UndoneCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Thaws all layers."""
-        self.undo()
-
-    def undo(self) -> None:
-        """Thaws all layers, once after each run."""
-        if self.scheduler is not None and self._freezes:
+        if self.scheduler is not None:
             self.scheduler.remove()
-        self._freezes = False
