@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -205,7 +205,8 @@ def _report(options: argparse.Namespace) -> int:
     progress = Console(stderr=True)
     config = _settings(options)
     with shown("passes", sys.stdout) if options.passes else nullcontext():
-        model, inputs, report = _packed(progress, options, config, fake=not options.compiled)
+        built = _packed(progress, options, config, fake=not options.compiled)
+    model, inputs, report = built.model, built.inputs, built.report
     compiled = _compiled(progress, model, inputs, config) if options.compiled else {}
 
     named = {k: v for k, v in config.items() if v is not None}
@@ -288,11 +289,11 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _suggest(options: argparse.Namespace) -> int:
     console = Console(stderr=True)
-    built, _, report = _packed(console, options, _settings(options), fake=True)
+    built = _packed(console, options, _settings(options), fake=True)
     with Progress(console=console, transient=True) as bar:
-        task = bar.add_task(f"trying rules: {type(built).__name__}", total=1.0)
+        task = bar.add_task(f"trying rules: {type(built.model).__name__}", total=1.0)
         found = dropit_fx.suggest(
-            report, progress=lambda text, share: bar.update(task, completed=share)
+            built.report, progress=lambda text, share: bar.update(task, completed=share)
         )
     sys.stdout.write(str(found))
     return 0
@@ -304,7 +305,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def _demo(options: argparse.Namespace) -> int:
     config = {"preset": options.preset}
-    _, _, report = _packed(Console(stderr=True), options, config, fake=True)
+    report = _packed(Console(stderr=True), options, config, fake=True).report
     report.page(options.out, _about(options) | config)
     dense, kept = mib(report.dense_bytes), mib(report.kept_bytes)
     print(f"{options.out}: {dense} saved dense, {kept} kept, {report.ratio:.1%} of dense")
@@ -321,19 +322,24 @@ def _demo_model() -> str:
     return "timm:deit_tiny_patch16_224" if timm else "dropit_fx.bench.model_spec:small_net"
 
 
+class _Packed(NamedTuple):
+    model: nn.Module
+    packed: nn.Module  # which the report does not keep
+    inputs: model_spec.Inputs
+    report: Report
+
+
 def _packed(
     progress: Console, options: argparse.Namespace, config: dict[str, Any], fake: bool
-) -> tuple[nn.Module, model_spec.Inputs, Report]:
-    """The model that the options name, its inputs, and the report of it packed."""
+) -> _Packed:
+    """The model that the options name, packed, its inputs, and the report."""
     with progress.status(f"building {options.model}"):
         model, args, kwargs = model_spec.build_step(
             options.model, options.batch, options.size, fake
         )
     with progress.status("finding what autograd saves"):
-        report = dropit_fx.report(
-            dropit_fx.transform(model, example_args=args, example_kwargs=kwargs, **config)
-        )
-    return model, (args, kwargs), report
+        packed = dropit_fx.transform(model, example_args=args, example_kwargs=kwargs, **config)
+    return _Packed(model, packed, (args, kwargs), dropit_fx.report(packed))
 
 
 Partitions = dict[str, "list[Partition]"]  # "dense" and "packed"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +39,20 @@ class Blank:
         return self.made().detach().zero_().requires_grad_(self.requires_grad)
 
 
+class Alive:
+    """``Alive(module)()``: the module, or None where nothing else holds it; copies have None."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._ref = weakref.ref(module)
+
+    def __call__(self) -> Any:
+        """The module, or None."""
+        return self._ref()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()
+
+
 @dataclass(frozen=True)
 class Origin:
     """What ``transform`` was given: nothing is kept alive by it, and copies do not have it.
@@ -50,7 +63,7 @@ class Origin:
         config: As it was resolved.
     """
 
-    model: Callable[[], nn.Module | None]
+    model: Alive
     blanks: Any
     config: Config
 
@@ -58,7 +71,7 @@ class Origin:
     def of(model: nn.Module, args: Any, kwargs: Any, config: Config) -> Origin:
         """Of the arguments of ``transform``."""
         blanks = pytree.tree_map_only(Tensor, Blank.of, (args, dict(kwargs)))
-        return Origin(weakref.ref(model), blanks, config)
+        return Origin(Alive(model), blanks, config)
 
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of zeros."""

@@ -22,7 +22,7 @@ from dropit_fx.passes.share_packed import by_site, packed_bytes
 from dropit_fx.planner import Step
 from dropit_fx.planner.timeline import Timeline, forecast
 from dropit_fx.private import pytree, uncompiled
-from dropit_fx.report.origin import Blank, Origin, fakes
+from dropit_fx.report.origin import Alive, Blank, Origin, fakes
 
 _META = "dropit_report"
 NOTEBOOK = "<pre style='line-height:normal'><code>{code}</code></pre>"  # what Rich exports into
@@ -82,13 +82,14 @@ class Report:
         rows: One for each storage.
         parameters: Where a rule of the config says what is trained: qualified names, and whether
             what reads the parameter gives it a gradient: True, False, or None: some of it does.
-        model: The rewritten graph, where it is one for the whole model: its step can be told.
+        graph: The rewritten graph, where it is one for the whole model and still there: its step
+            can be told.
         origin: What ``transform`` was given, where it rewrote the whole model.
     """
 
     rows: tuple[Row, ...]
     parameters: tuple[tuple[str, bool | None], ...] = ()
-    model: fx.GraphModule | None = field(default=None, compare=False, repr=False)
+    graph: Alive | None = field(default=None, compare=False, repr=False)
     origin: Origin | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -209,7 +210,7 @@ class Report:
         """
         from dropit_fx.report.step_files import write_snapshot
 
-        write_snapshot(self._told(step), self._places(), path)
+        write_snapshot(*self._told(step), path)
 
     def trace(self, path: str | PathLike[str], **step: Any) -> None:
         """Writes the predicted step as Chrome's trace events, for ui.perfetto.dev.
@@ -218,19 +219,23 @@ class Report:
         """
         from dropit_fx.report.step_files import write_trace
 
-        write_trace(self._told(step), path)
+        write_trace(self._told(step)[0], path)
 
-    def _told(self, step: Mapping[str, Any]) -> Timeline:
-        if self.model is None:
+    @property
+    def model(self) -> fx.GraphModule | None:
+        """What ``graph`` is of."""
+        found: fx.GraphModule | None = None if self.graph is None else self.graph()
+        return found
+
+    def _told(self, step: Mapping[str, Any]) -> tuple[Timeline, dict[str, tuple[str, str]]]:
+        """A step of the model, and where its nodes come from."""
+        if (model := self.model) is None:
             raise ValueError(
-                "a step is predicted of one graph of a whole model: of report(transform(model)),"
-                " not of modules= and not of what torch.compile has made"
+                "a step is predicted of one graph of a whole model that is still there: keep what"
+                " transform(model) returned; modules= and torch.compile make others"
             )
-        return forecast(Step(self.model, fakes(self.model.meta[_INPUTS]), **step), self.model)
-
-    def _places(self) -> dict[str, tuple[str, str]]:
-        assert self.model is not None
-        return {n.name: (node_module(n), node_where(n)) for n in self.model.graph.nodes}
+        places = {n.name: (node_module(n), node_where(n)) for n in model.graph.nodes}
+        return forecast(Step(model, fakes(model.meta[_INPUTS]), **step), model), places
 
     def page(self, path: str | PathLike[str], about: Mapping[str, object] | None = None) -> None:
         """Writes one HTML file to look at: memory through a step, codecs, a table that sorts.
@@ -288,7 +293,7 @@ def report(rewritten: nn.Module) -> Report:
         )
     if not isinstance(rewritten, fx.GraphModule) or _INPUTS not in rewritten.meta:
         return merged(found)
-    return replace(merged(found), model=rewritten, origin=rewritten.meta[_ORIGIN])
+    return replace(merged(found), graph=Alive(rewritten), origin=rewritten.meta[_ORIGIN])
 
 
 def attach(
