@@ -23,8 +23,15 @@ def net() -> nn.Sequential:
     return nn.Sequential(*blocks)
 
 
-@pytest.mark.parametrize("preset", ["balanced", "lossless"])
-@pytest.mark.parametrize("name", ["mlp", "deit_tiny_patch16_224", "resnet18"])
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("mlp", "balanced"),
+        ("mlp", "lossless"),
+        ("deit_tiny_patch16_224", "lossless"),
+        ("resnet18", "balanced"),
+    ],
+)
 def test_rules_are_accepted_and_save_what_they_say(name: str, preset: str, tmp_path: Path) -> None:
     model = net() if name == "mlp" else CASE[name].model()
     args = (torch.randn(256, 32),) if name == "mlp" else CASE[name].inputs(4)[0]
