@@ -192,9 +192,7 @@ class Explainer:
         if storage.kept_by in FREE or storage.nodes[0].op == "placeholder":
             return f"it writes into {storage.kept_by or 'an input of the graph'}"
         if value.untyped_storage().nbytes() != value.numel() * value.element_size():
-            return (
-                "it writes into a tensor that is a part of a larger one"  # a packed one has its own
-            )
+            return "it writes into a part of a larger tensor, and a packed call makes its own"
         for other in storage.nodes:
             if other is ran.node or other is written:
                 continue

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dropit_fx.capture import example_inputs
 from dropit_fx.capture.fake import fake_mode_of
+from dropit_fx.capture.provenance import first_line
 from dropit_fx.private import pytree
 from dropit_fx.words import closest
 
@@ -89,7 +90,7 @@ def build_step(
         with fake_mode_of(()) if fake else nullcontext():
             args, kwargs = inputs(batch)
     except RuntimeError as error:
-        raise SpecError(f"no inputs of a batch of {batch}: {_line(error)}") from error
+        raise SpecError(f"no inputs of a batch of {batch}: {first_line(error)}") from error
     return model.train(), args, kwargs
 
 
@@ -117,7 +118,7 @@ def _timm(name: str, size: int | None) -> tuple[nn.Module, Callable[[int], Input
     except TypeError:  # a convolutional model takes any size
         model = timm.create_model(name)
     except Exception as error:  # each model says in its own way that a size does not fit
-        raise SpecError(f"timm:{name} with --size {size}: {_line(error)}") from error
+        raise SpecError(f"timm:{name} with --size {size}: {first_line(error)}") from error
     return model, _images(model, size)
 
 
@@ -171,7 +172,7 @@ def _hugging_face(name: str, size: int | None) -> tuple[nn.Module, Callable[[int
     try:
         model = getattr(transformers, head).from_config(config)
     except Exception as error:  # each model says in its own way that a config does not fit
-        raise SpecError(f"hf:{name}: {_line(error)}") from error
+        raise SpecError(f"hf:{name}: {first_line(error)}") from error
 
     def inputs(batch: int) -> Inputs:
         if model.main_input_name == "input_ids":
@@ -201,7 +202,7 @@ def _from_factory(
         hint = closest(module_name, LIBRARIES, 3)
         raise SpecError(f"no module {error.name!r} to import {name!r} from.{hint}") from error
     except Exception as error:  # the user's code ran: anything can be raised
-        raise SpecError(f"importing {module_name} raised {_named(error)}") from error
+        raise SpecError(f"importing {module_name} raised {first_line(error)}") from error
     factory = getattr(module, name, None)
     if not callable(factory):
         callables = [n for n, value in vars(module).items() if callable(value)]
@@ -213,7 +214,7 @@ def _from_factory(
     try:
         made = factory()
     except Exception as error:
-        raise SpecError(f"{spec} raised {_named(error)}") from error
+        raise SpecError(f"{spec} raised {first_line(error)}") from error
     model, given = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     legal = given is None or isinstance(given, tuple | list | Mapping)
     if not isinstance(model, nn.Module) or not legal:
@@ -245,15 +246,6 @@ def _required(factory: Callable[..., Any]) -> list[str]:
         return []
     optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [p.name for p in parameters if p.default is p.empty and p.kind not in optional]
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {_line(error)}"
-
-
-def _line(error: Exception) -> str:
-    """The first line of what an error says."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _imported(name: str, extra: str) -> Any:
