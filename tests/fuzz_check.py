@@ -15,7 +15,7 @@ import math
 import re
 import traceback
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -245,21 +245,25 @@ def disturbed(seed: int) -> Iterator[None]:
         yield
 
 
+SEEDS = (1, 2, 3)  # of what is drawn to see how far gradients may move
 _CONTRACTION = re.compile("(?:Mm|mm|Mv|Dot|Linear|Convolution)Backward")
 
 
-def without_smaller_half(total: Tensor, spared: set[int]) -> None:
+def without_smaller_half(total: Tensor, spared: set[int], seed: int) -> None:
     """Drops the smaller half of what contractions have saved, but of the storages in ``spared``.
 
-    A convolution saves the zeros of its padding too, of which a packed one knows nothing.
+    A convolution saves the zeros of its padding too, of which a packed one knows nothing. Which of
+    equal elements go is drawn: the output of a softmax over one element is all ones.
     """
+    generator = torch.Generator().manual_seed(seed)
 
     def pack(t: Tensor, padded: bool) -> Tensor:
         flat = t.detach().flatten()
         if storage_id(t) in spared:
             return t.detach()
         count = int(flat.count_nonzero()) if padded else flat.numel()
-        largest = flat.abs().topk((count + 1) // 2).indices
+        order = torch.randperm(flat.numel(), generator=generator)
+        largest = order[flat[order].abs().topk((count + 1) // 2).indices]
         return torch.zeros_like(flat).scatter(0, largest, flat[largest]).view(t.shape)
 
     todo, seen = [total.grad_fn], set()
@@ -437,26 +441,29 @@ class Yardstick:
     @cached_property
     def moved(self) -> dict[str, float]:
         """How far disturbed saved tensors move each gradient: the furthest of some tries."""
-        most: dict[str, float] = {}
-        for seed in (1, 2, 3):
+        found = []
+        for seed in SEEDS:
             try:
                 with disturbed(seed):
-                    found = self._gaps()
+                    found.append(self._gaps())
             except RuntimeError:
                 return dict.fromkeys(self.dense[0].grads, float("inf"))
-            most = {name: max(gap, most.get(name, 0.0)) for name, gap in found.items()}
-        return most
+        return _furthest(found)
 
     @cached_property
     def moved_by_dropping(self) -> dict[str, float]:
         """How far each gradient moves without the smaller half of what contractions read."""
         with self.subject.without_regions():
-            return self._gaps(dropping=True)
+            return _furthest(self._gaps(dropping=seed) for seed in SEEDS)
 
-    def _gaps(self, dropping: bool = False) -> dict[str, float]:
+    def _gaps(self, dropping: int | None = None) -> dict[str, float]:
         model, inputs = self.subject.model(), self.subject.inputs(1)
         spared = {storage_id(t) for t in (*model.parameters(), *model.buffers(), *inputs)}
-        between = partial(without_smaller_half, spared=spared) if dropping else lambda out: None
+
+        def between(total: Tensor) -> None:
+            if dropping is not None:
+                without_smaller_half(total, spared, dropping)
+
         found = step(model, model, inputs, 30, between)
         gaps: dict[str, float] = {}
         for name, a in self.dense[0].grads.items():
@@ -464,6 +471,13 @@ class Yardstick:
             gap = 0.0 if a is None or b is None else float((_double(a) - _double(b)).norm())
             gaps[name] = gap if gap == gap else float("inf")
         return gaps
+
+
+def _furthest(tries: Iterable[dict[str, float]]) -> dict[str, float]:
+    most: dict[str, float] = {}
+    for found in tries:
+        most = {name: max(gap, most.get(name, 0.0)) for name, gap in found.items()}
+    return most
 
 
 def _doubled(x: Tensor) -> Tensor:

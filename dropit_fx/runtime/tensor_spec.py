@@ -96,7 +96,8 @@ def shows_all(part: Tensor, x: Tensor) -> bool:
     """Whether ``part``, a view of ``x``, shows all elements of ``x``, and each of them once."""
     pairs = [zip(t.stride(), t.shape, strict=True) for t in (part, x)]
     own, whole = ([dim for dim in dims if dim[1] != 1] for dims in pairs)
-    return own == whole and bool(part.storage_offset() == x.storage_offset())
+    same = own == whole or sorted(own) == sorted(whole)  # `unfold` puts a dimension behind others
+    return same and bool(part.storage_offset() == x.storage_offset())
 
 
 def _even_runs(x: Tensor) -> list[Any]:

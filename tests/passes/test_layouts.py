@@ -207,6 +207,31 @@ def test_a_reader_that_sees_a_copy_keeps_it_dense_and_others_do_not() -> None:
     assert kept("channels last") == one + x.nbytes
 
 
+SHOWN: dict[str, View] = {
+    "a window of all": lambda v: v.unfold(0, v.shape[0], 1),
+    "a window of all columns": lambda v: v.unfold(1, v.shape[1], 2),
+    "a slice of all": lambda v: v[:, : v.shape[1]],
+    "expanded to what it is": lambda v: v.expand(v.shape),
+}
+
+
+@pytest.mark.parametrize("view", SHOWN)
+def test_a_view_that_shows_all_in_any_order_is_read_from_the_packed_copy(view: str) -> None:
+    class Squared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.GroupNorm(2, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen = SHOWN[view](F.leaky_relu(F.gelu(self.norm(x))))
+            return (seen * seen).sin()
+
+    x = torch.randn(6, 4, 8)
+    made = dropit_fx.transform(Squared(), preset="balanced", example_args=(x,))
+    said = dropit_fx.report(made).kept_bytes
+    assert said == dropit_fx.measure.saved_bytes(lambda: made(x)) < 4 * x.nbytes
+
+
 REGION_INPUTS: dict[str, View] = {
     "columns": lambda v: v[:, :4],
     "every other": lambda v: v[..., ::2],
