@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -111,14 +111,18 @@ def blank(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def fake_state(module: nn.Module, mode: FakeTensorMode) -> Iterator[dict[int, bool]]:
-    """Fake parameters and buffers for the time of a run.
+def fake_state(
+    module: nn.Module, mode: FakeTensorMode, real: Collection[str] = ()
+) -> Iterator[dict[int, bool]]:
+    """Fake parameters and buffers for the time of a run, but those that are named to stay ``real``.
 
     Yields the storage of each, and whether it is a parameter.
     """
     fakes: dict[str, Tensor] = {}
     kinds: dict[int, bool] = {}
     for name, tensor in held(module).items():  # the mode has one fake for each tensor
+        if name in real:
+            continue
         fakes[name] = tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor)
         kinds[storage_id(fakes[name])] = isinstance(tensor, nn.Parameter)
     with reparametrize_module(module, fakes, tie_weights=False), _numbered_momentum(module):

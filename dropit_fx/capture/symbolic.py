@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from dropit_fx.ops.table import AUGMENTED, DRAWING
 from dropit_fx.private import buffers, pytree
@@ -80,27 +80,87 @@ class CustomFunction:
         return hash(self.function)
 
 
-class _OwnTensors(TorchFunctionMode):
-    """Makes nodes of what the model makes of numbers, draws, or writes into a tensor of its own."""
+class OwnNodes:
+    """The nodes that stand for tensors which a trace has computed."""
 
-    def __init__(self, tracer: fx.Tracer) -> None:
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[Tensor, fx.Node]] = {}  # by identity; kept alive
+        self._made: set[fx.Node] = set()
+
+    def add(self, node: fx.Node, tensor: Tensor | None = None) -> None:
+        """Has a node stand for a tensor, if none does; or for what is on the way to some."""
+        self._made.add(node)
+        if tensor is not None:
+            self._found.setdefault(id(tensor), (tensor, node))
+
+    def get(self, value: Any) -> fx.Node | None:
+        """The node of a tensor, None of anything else."""
+        return self._found[id(value)][1] if id(value) in self._found else None
+
+    def erase_unread(self, graph: fx.Graph) -> None:
+        """Takes out of the graph what was made for tensors that nothing reads."""
+        graph.eliminate_dead_code(lambda n: n not in self._made and n.op != "get_attr")
+
+
+class _OwnTensors(TorchFunctionMode):
+    """Makes nodes of what the model makes of numbers, draws, or computes of tensors of its own.
+
+    What is computed of tensors that are no inputs, parameters or buffers (``self.table.exp()``)
+    stays a tensor while tracing, so that its sizes are at hand; ``nodes`` knows the node that it
+    stands for, which computes it in each call.
+    """
+
+    def __init__(self, tracer: fx.Tracer, nodes: OwnNodes) -> None:
         super().__init__()
         self.tracer = tracer
+        self.nodes = nodes
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = pytree.tree_leaves((args, kwargs))
         name = getattr(func, "__name__", "")
-        own = any(isinstance(a, Tensor) for a in given)
-        if any(isinstance(a, fx.Proxy) for a in given) or not torch.is_grad_enabled():
+        tensors = [a for a in given if isinstance(a, Tensor)]
+        recorded = torch.is_grad_enabled() or not any(t.requires_grad for t in tensors)
+        if not recorded or any(isinstance(a, fx.Proxy) for a in given):
             return func(*args, **kwargs)
-        if func in MAKERS and not own and all(_plain(a) for a in given):
-            return self.tracer.create_proxy("call_function", func, tuple(args), dict(kwargs))
-        if own and (name in DRAWING or _writes(name)):
-            kind = "call_method" if hasattr(Tensor, name) else "call_function"
-            target = name if kind == "call_method" else func
+        made = func in MAKERS and not tensors and all(_plain(a) for a in given)
+        if made and torch.is_grad_enabled():
+            return self._proxy(func, args, kwargs)
+        if tensors and (name in DRAWING or _writes(name)):
+            return self._proxy(name if hasattr(Tensor, name) else func, args, kwargs)
+        result = func(*args, **kwargs)
+        if made or (tensors and name not in _NO_VALUES):
+            self._remember(result, func, args, kwargs)
+        return result
+
+    def _remember(self, result: Any, func: Any, args: Any, kwargs: Any) -> None:
+        """Makes the node of a computed tensor, or of each of a list of them."""
+        several = isinstance(result, (tuple, list))
+        results = list(result) if several else [result]
+        if not results or not all(isinstance(r, Tensor) for r in results):
+            return
+        target = func
+        if getattr(func, "__name__", "") == "__get__":  # of a property: `table.T`
+            target, args = getattr, (*args[:1], func.__self__.__name__)
+        elif is_tensor_method_or_property(func):
+            target = func.__name__
+        try:
+            proxy = self._proxy(target, args, kwargs)
+        except (NameError, NotImplementedError):  # of what no graph can be given
+            return
+        self.nodes.add(proxy.node)
+        for i, tensor in enumerate(results):
+            item = self._proxy(operator.getitem, (proxy, i), {}) if several else proxy
+            self.nodes.add(item.node, tensor)
+
+    def _proxy(self, target: Any, args: Any, kwargs: Any) -> fx.Proxy:
+        kind = "call_method" if isinstance(target, str) else "call_function"
+        with torch.enable_grad():  # nothing here requires a gradient where none are recorded
             return self.tracer.create_proxy(kind, target, tuple(args), dict(kwargs))
-        return func(*args, **kwargs)
+
+
+# They give back a tensor that they were given
+_NO_VALUES = frozenset(("requires_grad_", "retain_grad", "register_hook", "backward"))
 
 
 def _plain(value: Any) -> bool:
@@ -114,8 +174,8 @@ def _writes(name: str) -> bool:
 
 
 @contextmanager
-def as_in_eager(tracer: fx.Tracer) -> Iterator[None]:
-    """For the time of a trace."""
+def as_in_eager(tracer: fx.Tracer, nodes: OwnNodes) -> Iterator[None]:
+    """For the time of a trace, whose ``create_arg`` asks ``nodes`` first."""
     apply = vars(torch.autograd.Function)["apply"]
     assign = nn.Module.__setattr__
 
@@ -137,7 +197,7 @@ def as_in_eager(tracer: fx.Tracer) -> Iterator[None]:
     with (
         mock.patch.object(torch.autograd.Function, "apply", classmethod(traced_apply)),
         mock.patch.object(nn.Module, "__setattr__", traced_assign),
-        _OwnTensors(tracer),
+        _OwnTensors(tracer, nodes),
     ):
         yield
 

@@ -37,7 +37,7 @@ from dropit_fx.capture.modes import both_modes, is_one_mode, one_mode
 from dropit_fx.capture.provenance import error_line, first_line
 from dropit_fx.capture.regions import checkpointing, from_annotations, mark, marking
 from dropit_fx.capture.saving import save_as
-from dropit_fx.capture.symbolic import SymbolicProxy, as_in_eager
+from dropit_fx.capture.symbolic import OwnNodes, SymbolicProxy, as_in_eager
 from dropit_fx.capture.untouched import has_own_train, untouched
 from dropit_fx.logs import without_dumps
 from dropit_fx.private import (
@@ -79,11 +79,17 @@ class Tracer(fx.Tracer):
     def __init__(self, opened: bool = False) -> None:
         super().__init__()
         self.opened = opened
+        self.own = OwnNodes()
         self._thread = threading.get_ident()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Proxies that write in place where a tensor does."""
         return SymbolicProxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        """A tensor that was computed while tracing is the node that computes it."""
+        node = self.own.get(a)
+        return super().create_arg(a) if node is None else node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether ``m`` becomes one ``call_module`` node."""
@@ -304,8 +310,9 @@ def _check_fit(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _symbolic(model: nn.Module, opened: bool = False) -> fx.GraphModule:
     own = set(vars(model))
     tracer = Tracer(opened)
-    with torch.enable_grad(), as_in_eager(tracer), marking():
+    with torch.enable_grad(), as_in_eager(tracer, tracer.own), marking():
         graph = tracer.trace(model)
+    tracer.own.erase_unread(graph)
     graph_module = fx.GraphModule(model, graph, type(model).__name__)
     leave_unsaved(graph_module, set(vars(model)) - own)  # constants, which are no part of the state
     return graph_module

@@ -82,7 +82,7 @@ def meaning(
         warnings.catch_warnings(),
         mode,
         torch.enable_grad(),
-        fake_state(module, mode),
+        fake_state(module, mode, real=constants),  # as those of the model are
     ):
         warnings.simplefilter("ignore")
         torch.clear_autocast_cache()  # an earlier run's copies of weights have no number here
@@ -193,6 +193,7 @@ def _backward(
     behind: list[Any] = nodes_behind(differentiated, 0)
     custom = [n for n in behind if isinstance(n, torch.autograd.function.BackwardCFunction)]
     functions = tuple(dict.fromkeys(type(n).__name__.removesuffix("Backward") for n in custom))
+    theirs = [n.variable for n in behind if hasattr(n, "variable")]  # some are the model's own
     absent = not torch.cuda.is_available()
     if absent and any(t.device.type == "cuda" for t in differentiated):
         return {}, functions  # fake tensors of a GPU that is not there: no backward runs
@@ -207,12 +208,18 @@ def _backward(
 
     for name, tensor in wanted.items():  # whether .grad is a copy depends on who else holds it
         tensor.register_hook(functools.partial(arrives, name))  # type: ignore[no-untyped-call]
+    had = [t.grad for t in theirs]
+    for tensor in theirs:
+        tensor.grad = None
     try:  # grad() stops at reentrant checkpoints
         torch.autograd.backward(differentiated, cotangents)
     except RuntimeError as error:
         if _OVERWRITTEN not in str(error):
             raise
         return {_OVERWRITTEN: 1}, functions  # the same is due in the graph
+    finally:
+        for tensor, grad in zip(theirs, had, strict=True):
+            tensor.grad = grad
     return grads, functions
 
 
