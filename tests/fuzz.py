@@ -225,7 +225,7 @@ class Run:
 
 
 # passed: in all configs; rounded: of these, a gradient differs in its last bits in one of them, or
-# most of it is dropped; skipped: the dense model itself raises
+# most of it is dropped; skipped: the dense model itself raises, or keeps what is overwritten
 OUTCOMES = ("passed", "rounded", "failed", "refused", "skipped")
 
 

@@ -508,6 +508,9 @@ def check(
         except Exception as error:
             verdict.skipped = f"dense raises {type(error).__name__}"
             return verdict
+        if ".data" in program.source and _writes_unseen(subject, yard.dense):
+            verdict.skipped = "dense keeps what is written to behind .data"
+            return verdict
         for way in ways:
             wanted = (configs or {}).get(way, tuple(CONFIGS))
             trial = Trial(verdict, yard, way, wanted, count_bytes)
@@ -515,6 +518,24 @@ def check(
     finally:
         subject.forget()
     return verdict
+
+
+def _writes_unseen(subject: Subject, dense: list[Outcome]) -> bool:
+    """Whether saved tensors change until the backward, behind ``.data``, where autograd looks not.
+
+    Dense gradients are those of other values then; a packed copy has the values as they were.
+    """
+    model = subject.model()
+
+    def copied(t: Tensor) -> Tensor:
+        if t.layout != torch.strided:
+            return t.detach().clone()
+        flat = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage().clone())
+        return flat.as_strided(t.shape, t.stride(), t.storage_offset())
+
+    with torch.autograd.graph.saved_tensors_hooks(copied, lambda t: t):
+        found = steps(model, model, subject, len(dense))
+    return bool(_wrong(dense, found, _same_gradient, False))
 
 
 def _saved(subject: Subject, run: Callable[..., Any]) -> int | None:
