@@ -217,6 +217,16 @@ def aux_loss(model: Any, h: Tensor) -> Tensor:
     return h
 
 
+def aux_loss_of_a_parameter(model: Any, h: Tensor) -> Tensor:
+    model.a.weight.aux = h.square().mean()
+    return h
+
+
+def aux_loss_of_a_tensor(model: Any, h: Tensor) -> Tensor:
+    model.offset.aux = h.square().mean()
+    return h
+
+
 def counter(model: Any, h: Tensor) -> Tensor:
     model.calls += 1
     return h * (1.0 if model.calls < 3 else 0.5)
@@ -286,6 +296,8 @@ def reentrant(model: Any, h: Tensor) -> Tensor:
 # (what it does, what the message says of it)
 REFUSED: tuple[tuple[Forward, str], ...] = (
     (aux_loss, "'aux'"),
+    (aux_loss_of_a_parameter, "a.weight.aux"),
+    (aux_loss_of_a_tensor, "offset.aux"),
     (counter, "'calls'"),
     (appended, "seen"),
     (cached, "cache"),
@@ -319,6 +331,8 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         for key, value in vars(module).items():
             held = copy.copy(value) if isinstance(value, dict | list | set) else value
             found[f"{name}.{key}"] = held
+            if isinstance(value, Tensor):
+                found[f"attributes of {name}.{key}"] = dict(vars(value))
     found |= {f"value of {n}": b.clone() for n, b in model.named_buffers()}
     found["random"] = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist()
     return found
@@ -387,6 +401,23 @@ def test_what_no_graph_does_is_refused_before_anything_is_touched(
     assert told in message
     assert "test_faithful.py" in message
     assert 'torch.compile(model, backend="dropit")' in message
+
+
+@pytest.mark.parametrize("which", ["input", "output"])
+def test_attributes_that_a_caller_could_read_are_refused(which: str) -> None:
+    class Attached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.linear(x)
+            given: Any = x if which == "input" else y
+            given.seen = True
+            return y
+
+    with pytest.raises(CaptureError, match=f"{which} 0.seen"):
+        transform(Attached(), example_args=(X,))
 
 
 @pytest.mark.parametrize("between", EITHER, ids=lambda f: f.__name__)

@@ -61,6 +61,9 @@ class Study:
         reason = ""
         if found is not None and found.hooks:
             reason = f"a tensor is given a hook in {found.hooks[0]}"
+        elif found is not None and found.attached:
+            place = place_of(type(model).forward)
+            reason = f"a tensor is given an attribute, {found.attached[0]}, in {place}"
         elif seen.chance:
             reason = f"it draws from {seen.chance[0]}, in {place_of(type(model).forward)}"
         elif changes:

@@ -120,7 +120,7 @@ class Reached:
     def _tensor(self, value: Tensor, module: str, path: str, depth: int, copied: bool) -> None:
         self.parts.append(Held(value, module, path, copied))
         state = _dict_of(value)
-        if state:
+        if state is not None:
             self._container(Attributes(state, module, path), depth)
         if value.is_leaf and value.grad is not None:
             self.note(value.grad, module, f"{MODULE_DICTS[0]}[{path!r}].grad", depth + 1)
