@@ -51,6 +51,9 @@ FORMULAS = {
 }
 
 
+NOTHING: dict[str, Any] = {"preset": None, "rules": []}
+
+
 def _that_may_match_nothing(config: Config) -> Config:
     return replace(config, rules=tuple(replace(r, preset=True) for r in config.rules))
 
@@ -674,6 +677,9 @@ class Trial:
         regions = "checkpoint(" in subject.program.source
         if told == yard.bytes or (self.way == "transform" and not regions):
             return yard.bytes
+        if self.way == "transform":
+            plain = dropit_fx.transform(subject.model(), NOTHING, example_args=subject.inputs(1))
+            return _saved(subject, plain)
         torch._dynamo.reset()
         return _saved(subject, torch.compile(subject.model(), backend=INNER.get(self.way, "eager")))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import copy
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,7 +14,7 @@ from torch.fx.node import map_aggregate, map_arg
 
 from dropit_fx.capture.saving import STANDS_FOR, SavesAs
 from dropit_fx.capture.symbolic import CustomFunction
-from dropit_fx.private import MODULE_STATE, OpOverload, codegen, get_qualified_name
+from dropit_fx.private import MODULE_STATE, OpOverload, codegen, get_qualified_name, pytree
 from dropit_fx.private_lookup import look_up
 
 
@@ -71,6 +71,54 @@ def adopt(graph_module: fx.GraphModule, tensors: Iterable[tuple[str, Tensor]]) -
         owner: Any = graph_module.get_submodule(path)
         is_parameter = isinstance(tensor, nn.Parameter)
         (owner.register_parameter if is_parameter else owner.register_buffer)(leaf, tensor)
+
+
+class Returned(CodeGen):
+    """Writes a graph whose results come in containers that fx does not know.
+
+    fx traces lists, tuples and plain dictionaries; an ``OrderedDict`` would come out as one.
+    """
+
+    def __init__(self, pytree_info: Any) -> None:
+        super().__init__()
+        self.pytree_info = pytree_info
+
+    def process_outputs(self, outputs: Any) -> Any:
+        """For interpreters."""
+        return pytree.tree_unflatten(pytree.tree_leaves(outputs), self.pytree_info.out_spec)
+
+    def generate_output(self, output_args: Any, **how: Any) -> str:
+        """The ``return`` of the code."""
+        value = super().generate_output(output_args, **how).removeprefix("return ")
+        return f"return _returned({value})"
+
+    def additional_globals(self) -> list[tuple[str, Any]]:
+        """What it reads."""
+
+        def returned(value: Any) -> Any:
+            return self.process_outputs(value)
+
+        return [*super().additional_globals(), ("_returned", returned)]
+
+
+class OutSpec(NamedTuple):
+    """What a graph gives back; its inputs are not nested."""
+
+    out_spec: Any
+    in_spec: None = None
+
+
+def returning(graph_module: fx.GraphModule, spec: Any) -> None:
+    """Has a graph that was traced by symbols give back the containers of this tree spec."""
+    if type(codegen(graph_module.graph)) is CodeGen and not _is_known(spec):
+        graph_module.graph.set_codegen(Returned(OutSpec(spec)))
+        graph_module.recompile()
+
+
+def _is_known(spec: Any) -> bool:
+    kind = spec.type
+    known = kind in (None, tuple, list, dict) or hasattr(kind, "_fields")
+    return known and all(map(_is_known, spec.children()))
 
 
 def keep_blocks(graph_module: fx.GraphModule) -> None:

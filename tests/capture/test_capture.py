@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from models import differing, gpt2, liven, step
 from torch import Tensor, fx, nn
 
@@ -419,3 +421,25 @@ def test_what_is_computed_of_no_input_serves_both_modes() -> None:
     for training in (True, False):
         assert torch.equal(made.train(training)(x), model(x))
     assert list(made.state_dict()) == list(model.state_dict())
+
+
+def test_results_come_in_the_containers_of_the_model() -> None:
+    class Ordered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> OrderedDict[str, Any]:
+            y = F.gelu(self.linear(x))
+            return OrderedDict(out=y, rest=deque([y * 2, (x, None)]))
+
+    x = torch.randn(4, 8)
+    made = transform(Ordered(), example_args=(x,))
+    compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
+    copies = (copy.deepcopy(made), pickle.loads(pickle.dumps(made)))
+    for run in (made, fx.Interpreter(made).run, *copies, compiled):
+        found = run(x)
+        assert type(found) is OrderedDict
+        assert list(found) == ["out", "rest"]
+        assert type(found["rest"]) is deque
+        assert torch.equal(found["rest"][1][0], x)

@@ -41,6 +41,7 @@ class Meaning:
         checkpoints: How many regions are checkpointed.
         attached: Attributes that inputs and outputs are given (``output 0.note``), and parameters
             and buffers, where they are tensors that were computed.
+        structure: The tree spec of the result.
     """
 
     outputs: tuple[Any, ...]
@@ -51,6 +52,7 @@ class Meaning:
     functions: tuple[str, ...] = ()
     checkpoints: int = 0
     attached: tuple[str, ...] = ()
+    structure: Any = None
 
 
 def meaning(
@@ -99,7 +101,7 @@ def meaning(
         with numbers:
             with watch, _counting_checkpoints() as checkpoints:
                 result = run(*given_args, **given_kwargs)
-            outputs = pytree.tree_leaves(result)
+            outputs, structure = pytree.tree_flatten(result)
             grads, functions = _backward(outputs, state | inputs, numbers)
         after = {n: numbers.of(t) for n, t in (*_state(module).items(), *inputs.items())}
         written = {n: number for n, number in after.items() if before.get(n) != number}
@@ -116,6 +118,7 @@ def meaning(
             functions=functions,
             checkpoints=len(checkpoints),
             attached=tuple(_attached(state, inputs, outputs, mode)),
+            structure=structure,
         )
 
 

@@ -83,6 +83,11 @@ class Study:
             f" example's shapes: {error_line(failed)}: {first_line(failed)}"
         )
 
+    def structure(self) -> Any:
+        """The tree spec of what the model gives back; None where that depends on the mode."""
+        found = [m.structure for m in self._model.values() if isinstance(m, Meaning)]
+        return found[0] if found and all(one == found[0] for one in found) else None
+
     def difference(self, graph: nn.Module, training: bool, exported: bool = False) -> str:
         """What ``graph`` does otherwise than the model in this mode; ``""`` for nothing.
 
