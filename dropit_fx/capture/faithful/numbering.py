@@ -91,7 +91,7 @@ class Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with disable_current_modes():
                 out = func(*args, **kwargs)
         else:
-            out = func(*args, **kwargs)
+            out = func(*pytree.tree_map(_bare, args), **pytree.tree_map(_bare, kwargs))
         if schema(func).name in _SAME:
             key = self._copied(args[0], out, key)
         known = {self._key_of(t) for t in given}
@@ -155,6 +155,17 @@ class Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _set(self, tensor: Tensor, number: int) -> None:
         self._held.append(tensor.untyped_storage() if tensor.layout == torch.strided else tensor)
         self._content[self._key_of(tensor)] = number
+
+
+def _bare(value: Any) -> Any:
+    """A constant without what autograd knows of it, which fake tensors cannot follow.
+
+    A model may write what requires a gradient into a tensor of its own.
+    """
+    if not isinstance(value, Tensor) or isinstance(value, FakeTensor) or not value.requires_grad:
+        return value
+    with disable_current_modes():
+        return value.detach()
 
 
 def frozen(value: Any) -> Any:
