@@ -28,7 +28,6 @@ def _table(options: Options) -> StepTable:
 _NEXT = {
     "selu": {0.0: 2.0**-126},
     "hardswish": {-3.0: -3.0 + 2.0**-22},
-    "hardsigmoid": {-3.0: -3.0 + 2.0**-22},
 }
 
 

@@ -101,6 +101,25 @@ LEAKY_RELU = _piecewise(
 )
 
 
+def _hardsigmoid_saving(input: Tensor, inplace: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    return F.hardsigmoid(input), {"input": (input > -3) & (input < 3)}
+
+
+def _hardsigmoid_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
+    """As ATen, at 0 where the bit is set and at the upper bound elsewhere."""
+    x = (~saved["input"]).to(grad.dtype) * 3
+    return {"input": aten.hardsigmoid_backward(grad, x)}
+
+
+HARDSIGMOID = _piecewise(
+    "hardsigmoid",
+    "input",
+    (F.hardsigmoid, aten.hardsigmoid.default, aten.hardsigmoid_.default),
+    run_saving=_hardsigmoid_saving,
+    backward=_hardsigmoid_backward,
+)
+
+
 def _clamp(input: Tensor, min: Any = None, max: Any = None) -> Tensor:
     return torch.clamp(input, min, max)
 
@@ -155,4 +174,4 @@ CLAMP = OpRule(
     ),
 )
 
-ROWS = (RELU, RELU6, HARDTANH, LEAKY_RELU, CLAMP)
+ROWS = (RELU, RELU6, HARDTANH, LEAKY_RELU, HARDSIGMOID, CLAMP)

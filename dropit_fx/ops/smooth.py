@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,12 +24,22 @@ def _smooth(
     operand: str = "input",
     function: Callable[[Mapping[str, Any]], str] | None = None,
     jumps: Callable[[Mapping[str, Any]], bool] | None = None,
+    lossy: bool | Callable[[Mapping[str, Any]], bool] = True,
+    why_exact: str = "",
     inside: bool = False,
     **row: Any,
 ) -> OpRule:
     """A row of a smooth pointwise function: what is read gives the slope, element by element."""
     needed = ("input",)
-    read = Read(operand=operand, use=Use.SLOPE, needed_by=needed, function=function, jumps=jumps)
+    read = Read(
+        operand=operand,
+        use=Use.SLOPE,
+        needed_by=needed,
+        function=function,
+        jumps=jumps,
+        lossy=lossy,
+        why_exact=why_exact,
+    )
     own = (Read(operand=INSIDE, use=Use.SHAPE, needed_by=needed),) if inside else ()
     return OpRule(name=name, targets=targets, reads=(read, *own), run=run, derive=run, **row)
 
@@ -63,7 +74,7 @@ GELU = _smooth(
 )
 
 # no parameters, and written in place where the call says so
-SILU, MISH, HARDSWISH, HARDSIGMOID = (
+SILU, MISH, HARDSWISH = (
     _smooth(
         name,
         (getattr(F, name), getattr(aten, name).default, getattr(aten, f"{name}_").default),
@@ -71,7 +82,7 @@ SILU, MISH, HARDSWISH, HARDSIGMOID = (
         function=_table(name),
         backward=pointwise(getattr(aten, f"{name}_backward")),
     )
-    for name in ("silu", "mish", "hardswish", "hardsigmoid")
+    for name in ("silu", "mish", "hardswish")
 )
 
 
@@ -110,11 +121,16 @@ def _softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tens
     return F.softplus(input, beta, threshold)
 
 
+_SMOOTH = -math.log(0.01)  # from here on, by less than a hundredth
+
 SOFTPLUS = _smooth(
     "softplus",
     (F.softplus, aten.softplus.default),
     _softplus,
     function=_table("softplus", beta=1, threshold=20),
+    # there it jumps from sigmoid(threshold) to 1: what is rounded may come to the other side
+    lossy=lambda args: args["threshold"] > _SMOOTH,
+    why_exact="its slope jumps at a threshold as low as this: it stays exact",
     backward=pointwise(aten.softplus_backward, "beta", "threshold"),
 )
 
@@ -166,6 +182,6 @@ SIN, COS = (
 )
 
 ROWS = (
-    *(GELU, SILU, MISH, ELU, SELU, CELU, SOFTPLUS, HARDSWISH, HARDSIGMOID, LOGSIGMOID, SOFTSIGN),
+    *(GELU, SILU, MISH, ELU, SELU, CELU, SOFTPLUS, HARDSWISH, LOGSIGMOID, SOFTSIGN),
     *(SIGMOID, TANH, EXP, SIN, COS),
 )

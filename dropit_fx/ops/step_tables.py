@@ -66,7 +66,6 @@ FUNCTIONS: dict[str, Pointwise] = {
     "selu": F.selu,
     "celu": F.celu,
     "hardswish": F.hardswish,
-    "hardsigmoid": F.hardsigmoid,
     "logsigmoid": F.logsigmoid,
     "softsign": F.softsign,
 }

@@ -51,6 +51,16 @@ LEAKY_RELU = RowTests(
 )
 
 
+HARDSIGMOID = RowTests(
+    row="hardsigmoid",
+    cases=pointwise({"inplace": True}),
+    modules=lambda: [(nn.Hardsigmoid(), (4, 9))],
+    op_info=OpInfo("nn.functional.hardsigmoid"),
+    behind=Behind(),
+    entries=(Entry("hardsigmoid", {"self": "input"}),),
+)
+
+
 def _has_one_bound(target: Any) -> bool:
     return "clamp_m" in str(target)
 
@@ -74,4 +84,4 @@ CLAMP = RowTests(
     entries=(Entry("clamp", {"self": "input"}),),
 )
 
-RECORDS = (RELU, RELU6, HARDTANH, LEAKY_RELU, CLAMP)
+RECORDS = (RELU, RELU6, HARDTANH, LEAKY_RELU, HARDSIGMOID, CLAMP)

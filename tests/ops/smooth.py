@@ -89,7 +89,6 @@ SOFTPLUS = _record(
     no_table={"beta": 3.0},
 )
 HARDSWISH = _record("hardswish", pointwise({"inplace": True}), nn.Hardswish(inplace=True))
-HARDSIGMOID = _record("hardsigmoid", pointwise({"inplace": True}), nn.Hardsigmoid())
 LOGSIGMOID = _record(
     "logsigmoid",
     pointwise(),
@@ -138,6 +137,6 @@ SIN = _record("sin", pointwise(), op_info="{}", tables=())
 COS = _record("cos", pointwise(), op_info="{}", tables=())
 
 RECORDS = (
-    *(GELU, SILU, MISH, ELU, SELU, CELU, SOFTPLUS, HARDSWISH, HARDSIGMOID, LOGSIGMOID, SOFTSIGN),
+    *(GELU, SILU, MISH, ELU, SELU, CELU, SOFTPLUS, HARDSWISH, LOGSIGMOID, SOFTSIGN),
     *(SIGMOID, TANH, EXP, SIN, COS),
 )
