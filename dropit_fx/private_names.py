@@ -233,6 +233,10 @@ TABLE: tuple[Name, ...] = (
         since="2.13.0",
     ),
     Name("torch.utils.checkpoint._NoopSaveInputs.apply", _HOOKS, "the same", until="2.11.0"),
+    Name(
+        "torch.utils.checkpoint._CheckpointFrame",
+        *(_HOOKS, "seeing what a region would save, and saying why it cannot be made again"),
+    ),
     # transforms of functions, and what Dynamo makes of ours
     Name(
         "torch._C._functorch.peek_interpreter_stack",
