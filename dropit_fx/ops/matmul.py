@@ -249,4 +249,62 @@ BADDBMM = OpRule(
     autocast="lower",
 )
 
-ROWS = (LINEAR, MATMUL, MM, BMM, ADDMM, BADDBMM)
+
+def _grouped_mm(
+    input: Tensor,
+    mat2: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    return aten._grouped_mm.default(input, mat2, offs, bias, out_dtype)
+
+
+def _grouped_left(grad: Tensor, b: Tensor, call: Called, offs: Tensor | None) -> Tensor:
+    """``dA = dY B^T``, group by group; column-major where A is, as in autograd."""
+    if _columns(call, "input"):
+        return aten._grouped_mm.default(b, grad.mT, offs).mT
+    return aten._grouped_mm.default(grad, b.mT, offs)
+
+
+def _grouped_right(grad: Tensor, a: Tensor, call: Called, offs: Tensor | None) -> Tensor:
+    """``dB = A^T dY``, group by group; column-major where B is."""
+    if _columns(call, "mat2"):
+        return aten._grouped_mm.default(grad.mT, a, offs).mT
+    return aten._grouped_mm.default(a.mT, grad, offs)
+
+
+def _columns(call: Called, operand: str) -> bool:
+    shape, strides = call.shapes[operand], call.strides[operand]
+    return bool(strides[-2] == 1 and strides[-1] == shape[-2])
+
+
+def _grouped_mm_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
+    """Of products of groups: ``offs`` says where they end along the dimension that they share."""
+    out: Grads = {}
+    offs = saved["offs"] if "offs" in call.shapes else None
+    if "input" in call.needs:
+        out["input"] = _grouped_left(grad, saved["mat2"], call, offs)
+    if "mat2" in call.needs:
+        out["mat2"] = _grouped_right(grad, saved["input"], call, offs)
+    return out
+
+
+# Where the groups end. It is one number for each, and a rounded one would be that of other rows.
+_ENDS = Read(operand="offs", use=Use.REDUCE, needed_by=("input", "mat2"), lossy=False)
+
+GROUPED_MM = OpRule(  # experts of a mixture, one product for all
+    name="grouped_mm",
+    targets=(
+        *(torch._grouped_mm, aten._grouped_mm.default),
+        *([F.grouped_mm] if hasattr(F, "grouped_mm") else ()),
+    ),
+    reads=(*_product("input", "mat2"), _ENDS),
+    run=_grouped_mm,
+    backward=_grouped_mm_backward,
+    obstacle=lambda args: next(
+        (f"has {name}" for name in ("bias", "out_dtype") if args[name] is not None), ""
+    ),
+)
+
+ROWS = (LINEAR, MATMUL, MM, BMM, ADDMM, BADDBMM, GROUPED_MM)
