@@ -520,6 +520,14 @@ def _softmax_has_its_formula() -> None:
         assert torch.equal(backward(grad, y.detach(), -1, x.dtype), expected), "other bits"
 
 
+@of("torch.ops.aten._grouped_mm", "torch._grouped_mm")
+def _groups_end_where_the_offsets_say() -> None:
+    a, b = torch.ones(24, 8), torch.stack((torch.ones(8, 8), torch.zeros(8, 8)))
+    ends = torch.tensor([7, 24], dtype=torch.int32)
+    for function in (private.grouped_mm, private.grouped_mm_of_torch):
+        assert function(a, b, ends).sum(1).nonzero().flatten().tolist() == list(range(7))
+
+
 @of("torch.ops.aten._safe_softmax")
 def _softmax_of_what_is_masked_altogether_is_zero() -> None:
     x = torch.randn(3, 5)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dropit_fx.ops.backwards import Called, Formula, Grads, Saved, vjp
 from dropit_fx.ops.rule import OpRule, Read, Use
+from dropit_fx.private import grouped_mm, grouped_mm_of_torch
 
 aten = torch.ops.aten
 
@@ -257,21 +258,22 @@ def _grouped_mm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    return aten._grouped_mm.default(input, mat2, offs, bias, out_dtype)
+    out: Tensor = grouped_mm(input, mat2, offs, bias, out_dtype)
+    return out
 
 
 def _grouped_left(grad: Tensor, b: Tensor, call: Called, offs: Tensor | None) -> Tensor:
     """``dA = dY B^T``, group by group; column-major where A is, as in autograd."""
     if _columns(call, "input"):
-        return aten._grouped_mm.default(b, grad.mT, offs).mT
-    return aten._grouped_mm.default(grad, b.mT, offs)
+        return _grouped_mm(b, grad.mT, offs).mT
+    return _grouped_mm(grad, b.mT, offs)
 
 
 def _grouped_right(grad: Tensor, a: Tensor, call: Called, offs: Tensor | None) -> Tensor:
     """``dB = A^T dY``, group by group; column-major where B is."""
     if _columns(call, "mat2"):
-        return aten._grouped_mm.default(grad.mT, a, offs).mT
-    return aten._grouped_mm.default(a.mT, grad, offs)
+        return _grouped_mm(grad.mT, a, offs).mT
+    return _grouped_mm(a.mT, grad, offs)
 
 
 def _columns(call: Called, operand: str) -> bool:
@@ -296,7 +298,7 @@ _ENDS = Read(operand="offs", use=Use.REDUCE, needed_by=("input", "mat2"), lossy=
 GROUPED_MM = OpRule(  # experts of a mixture, one product for all
     name="grouped_mm",
     targets=(
-        *(torch._grouped_mm, aten._grouped_mm.default),
+        *(grouped_mm_of_torch, grouped_mm.default),
         *([F.grouped_mm] if hasattr(F, "grouped_mm") else ()),
     ),
     reads=(*_product("input", "mat2"), _ENDS),
