@@ -130,8 +130,8 @@ for _method in (pack_saved.__enter__, pack_saved.__exit__):
 class PackedCheckpoints:
     """A model whose checkpoints are packed; :meth:`remove` undoes it."""
 
-    def __init__(self, model: nn.Module, bits: int) -> None:
-        self._hook = CheckpointPacker(_options(bits), line_at_work)
+    def __init__(self, model: nn.Module, bits: int, trust_indices: bool) -> None:
+        self._hook = CheckpointPacker(_options(bits), line_at_work, trust_indices)
         drop_hooks(model, CheckpointPacker)
         may_be_called_as_such(model)
         self._handles = (
@@ -153,7 +153,9 @@ class PackedCheckpoints:
         return _report(self._hook.notes, "run a forward in training mode first.")
 
 
-def pack_checkpoints(model: nn.Module, *, bits: int = 6) -> PackedCheckpoints:
+def pack_checkpoints(
+    model: nn.Module, *, bits: int = 6, trust_indices: bool = False
+) -> PackedCheckpoints:
     """Keeps packed what the checkpointed regions of a model are made again from.
 
     In eager mode, whoever turned the checkpoints on: ``torch.utils.checkpoint`` in either form,
@@ -162,15 +164,24 @@ def pack_checkpoints(model: nn.Module, *, bits: int = 6) -> PackedCheckpoints:
     is packed, and what is not, is as in :class:`pack_saved`; what a region finds without being
     given it (in a closure, in keyword arguments) is held as it is.
 
+    A region that saves indices which it makes itself, as routers of experts do, might choose others
+    when it is made again from rounded inputs. These are kept exactly, and a warning names the first
+    such region. What a region decides by comparing, without an index, is decided again: masks where
+    rounded values lie beyond a threshold differ, as those of ``relu`` do.
+
     Args:
         model: Any module; checkpoints count that run in a call of it.
         bits: Of a kept value, 1 to 8.
+        trust_indices: Packs inputs of regions that save indices too: no index depends on what is
+            packed (relative positions, masks), or the region saves what it chooses by (the router's
+            logits, with ``create_selective_checkpoint_contexts``).
 
     Returns:
         What undoes it, and reports. A second call, of a copy too, takes the place of the first.
 
     Raises:
         ConfigError: No kept value has so many bits.
-        RuntimeError: In the first forward that trains: no checkpoint ran.
+        RuntimeError: In the first forward that trains: no checkpoint ran. In the backward: a region
+            computes something else from rounded inputs, or is reentrant and saves such indices.
     """
-    return PackedCheckpoints(model, bits)
+    return PackedCheckpoints(model, bits, trust_indices)

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 from torch import Tensor, nn
@@ -92,29 +92,59 @@ def held_by_region(region: Any) -> Iterator[Any]:
         yield getattr(one, "data", None)
 
 
+def function_of_region(region: Any) -> Any:
+    """What one of that class runs, with keyword arguments that are not among its inputs."""
+    again = region.recompute_fn
+    cells = dict(zip(again.__code__.co_freevars, again.__closure__, strict=True))
+    named = cells["kwargs"].cell_contents if "kwargs" in cells else {}  # since PyTorch 2.13
+    return functools.partial(cells["fn"].cell_contents, **named)
+
+
+def watch_region(
+    region: Any, saved: Callable[[Tensor], None], failed: Callable[[Exception], NoReturn]
+) -> None:
+    """Has one of that class tell each tensor that it would save, while it runs forward.
+
+    Args:
+        region: One whose forward has not run yet.
+        saved: Called with the tensor.
+        failed: Called with the error where the region is made again otherwise than it ran.
+    """
+    metadata, watched = region.metadata_fn, weakref.ref(region)  # it is freed with its graph
+
+    def telling(x: Tensor) -> Any:
+        if (one := watched()) is not None and not one.forward_completed:
+            saved(x)
+        return metadata(x)
+
+    region.metadata_fn = telling
+    region.unpack_error_cb = region.unpack_error_cb or failed
+
+
 _INPUTS = "torch.utils.checkpoint._CheckpointFrame.save_inputs"
 _OLDER = "torch.utils.checkpoint._NoopSaveInputs.apply"
 
 
 def save_checkpoints_in(
-    make: Callable[[], AbstractContextManager[Callable[[Any], Any]]],
+    make: Callable[[Any, Any], AbstractContextManager[Callable[[Any], Any]]],
 ) -> None:
-    """From now on, the inputs of every checkpoint of this process are saved in ``with make():``.
+    """From now on, the inputs of every checkpoint are saved in ``with make(region, inputs):``.
 
-    The block gives a wrapper for the function of a reentrant checkpoint, which runs inside it. None
+    The region is of ``region_class()``, or None for a reentrant checkpoint. The block gives a
+    wrapper for the function of a reentrant checkpoint, which runs inside it. There is no block
     where a compiler traces the checkpoint: then its inputs are stand-ins.
     """
 
-    def blocks(args: tuple[Any, ...]) -> AbstractContextManager[Callable[[Any], Any]]:
+    def blocks(region: Any, args: Any) -> AbstractContextManager[Callable[[Any], Any]]:
         traced = any(type(x).__module__.startswith("torch._subclasses") for x in args)
-        return nullcontext(lambda function: function) if traced else make()
+        return nullcontext(lambda function: function) if traced else make(region, args)
 
     if has(_INPUTS):
         frame = look_up(_INPUTS.rpartition(".")[0])
         save = frame.save_inputs
 
         def saving(self: Any, *args: Any) -> Any:
-            with blocks(args):
+            with blocks(self, args):
                 return save(self, *args)
 
         frame.save_inputs = saving
@@ -122,14 +152,14 @@ def save_checkpoints_in(
         saver = look_up(_OLDER.rpartition(".")[0])
 
         def saver_applying(cls: Any, *args: Any) -> Any:
-            with blocks(args):
+            with blocks(sys._getframe(1).f_locals["new_frame"], args):
                 return super(saver, cls).apply(*args)
 
         saver.apply = classmethod(saver_applying)
     reentrant = look_up("torch.utils.checkpoint.CheckpointFunction")
 
     def applying(cls: Any, function: Any, *args: Any) -> Any:
-        with blocks(args) as wrapped:
+        with blocks(None, args) as wrapped:
             return super(reentrant, cls).apply(wrapped(function), *args)
 
     reentrant.apply = classmethod(applying)

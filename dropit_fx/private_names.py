@@ -233,6 +233,10 @@ TABLE: tuple[Name, ...] = (
         since="2.13.0",
     ),
     Name("torch.utils.checkpoint._NoopSaveInputs.apply", _HOOKS, "the same", until="2.11.0"),
+    Name(
+        "torch.utils.checkpoint._CheckpointFrame",
+        *(_HOOKS, "seeing what a region would save, and saying why it cannot be made again"),
+    ),
     # transforms of functions, and what Dynamo makes of ours
     Name(
         "torch._C._functorch.peek_interpreter_stack",
@@ -321,6 +325,8 @@ TABLE: tuple[Name, ...] = (
     Name("torch.ops.aten._embedding_bag", _SEEN, "bytes that a fake tensor leaves out"),
     Name("torch.ops.aten._assert_scalar", _SEEN, "conditions on sizes that depend on values"),
     Name("torch.ops.aten._to_copy", _SPELLING, "dtype casts in exported graphs"),
+    Name("torch.ops.aten._grouped_mm", _IMPORT, "products of groups of rows"),
+    Name("torch._grouped_mm", _IMPORT, "their function", alias="grouped_mm_of_torch"),
     Name("torch.ops.aten._safe_softmax", _lack("attention with dropout fails"), "its weights"),
     Name("torch.ops.aten._softmax_backward_data", _lack("softmax cannot be packed"), "backward"),
     Name(

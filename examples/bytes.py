@@ -98,6 +98,8 @@ MODELS = {
     "convnext_tiny": _timm("ConvNeXt-T", "convnext_tiny"),
     "gpt2": Model("GPT-2, 12 layers, vocabulary 50257", gpt2, tokens),
     "llama": Model("Llama, 8 layers of 512, vocabulary 32000", llama, tokens),
+    "gpt2_bf16": Model("GPT-2, bf16 autocast", gpt2, tokens, autocast=True),
+    "llama_bf16": Model("Llama, bf16 autocast", llama, tokens, autocast=True),
 }
 
 

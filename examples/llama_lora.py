@@ -24,12 +24,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import peft
-import tokenizers
 import torch
 import transformers
-import trl
 from gpt2 import Windows, arguments, table, train, windows
 from rich.console import Console
 from training import DENSE, positive
@@ -70,7 +67,20 @@ def adapted(base: Any, options: argparse.Namespace) -> Any:
 
 
 def sft() -> dict[str, Any]:
-    """What makes TRL's trainer take rows of tokens as they are."""
+    """What makes TRL's trainer take rows of tokens as they are.
+
+    Raises:
+        SystemExit: TRL is not installed.
+    """
+    try:
+        import datasets
+        import tokenizers
+        import trl
+    except ImportError as error:
+        raise SystemExit(
+            f"--sft trains with TRL, and {error.name} is not installed: python -m pip install trl;"
+            " or leave --sft out, and Hugging Face's Trainer trains"
+        ) from error
     bytes_ = {chr(i) if i else "<eos>": i for i in range(256)}
     words = tokenizers.models.WordLevel(bytes_, unk_token="<eos>")
     tokenizer = transformers.PreTrainedTokenizerFast(
@@ -79,7 +89,7 @@ def sft() -> dict[str, Any]:
     settings = partial(trl.SFTConfig, gradient_checkpointing=False)
     datasets.disable_progress_bars()
 
-    def make(model: Any, args: Any, *, train_dataset: Windows, callbacks: Any) -> trl.SFTTrainer:
+    def make(model: Any, args: Any, *, train_dataset: Windows, callbacks: Any) -> Any:
         rows = train_dataset.rows.tolist()
         return trl.SFTTrainer(
             model,
@@ -99,8 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rank", type=positive, default=8)
     parser.add_argument("--dropout", type=float, default=0.05, help="in front of the adapters")
     parser.add_argument("--dora", action="store_true")
-    parser.add_argument("--sft", action="store_true", help="with TRL's SFTTrainer")
+    parser.add_argument("--sft", action="store_true", help="with TRL's SFTTrainer, if it is there")
     options = parser.parse_args(argv)
+    how = sft() if options.sft else {}  # before anything is trained
     transformers.logging.set_verbosity_error()
     console = Console()
     data = windows(options)
@@ -108,7 +119,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     before, after = copy.copy(data), copy.copy(data)
     before.rows, after.rows = data.rows[:half], data.rows[half:]
     base = build(options)
-    how = sft() if options.sft else {}
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         if not options.model:

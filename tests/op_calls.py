@@ -39,16 +39,19 @@ class T:
     """A tensor argument: its shape in memory, and the view of it that the op gets.
 
     ``make`` is for what has no gradient: class indices, masks, statistics. It gets the shape and a
-    random generator; of what it returns, only floats take the dtype of the call.
+    random generator; of what it returns, only floats take the dtype of the call. ``dtype`` is in
+    the place of that where kernels take no other.
     """
 
     shape: tuple[int, ...]
     view: Callable[[Any], Any] = lambda x: x
     format: torch.memory_format = torch.contiguous_format
     make: Callable[[tuple[int, ...], torch.Generator], Tensor] | None = None
+    dtype: torch.dtype | None = None
 
     def tensor(self, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
         """A fresh leaf."""
+        dtype = self.dtype or dtype
         if self.make is not None:
             made = self.make(self.shape, generator)
             return made.to(dtype) if made.is_floating_point() else made

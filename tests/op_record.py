@@ -138,7 +138,7 @@ class RowTests:
         no_table: Settings for which there is no table.
 
         modules: Makes (layer, shape of its input) as users write them.
-        op_info: PyTorch's samples.
+        op_info: PyTorch's samples, or why there are none.
         behind: How it is called behind any other op, or why it cannot be.
 
         entries: What stands behind it in ``derivatives.yaml``.
@@ -174,7 +174,7 @@ class RowTests:
     no_table: Mapping[str, Any] = field(default_factory=dict)
 
     modules: Callable[[], list[tuple[nn.Module, tuple[int, ...]]]] = list
-    op_info: OpInfo | None = None
+    op_info: OpInfo | str | None = None
     behind: Behind | str | None = None
 
     entries: tuple[Entry, ...] = ()

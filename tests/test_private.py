@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -520,6 +520,14 @@ def _softmax_has_its_formula() -> None:
         assert torch.equal(backward(grad, y.detach(), -1, x.dtype), expected), "other bits"
 
 
+@of("torch.ops.aten._grouped_mm", "torch._grouped_mm")
+def _groups_end_where_the_offsets_say() -> None:
+    a, b = torch.ones(24, 8), torch.stack((torch.ones(8, 8), torch.zeros(8, 8)))
+    ends = torch.tensor([7, 24], dtype=torch.int32)
+    for function in (private.grouped_mm, private.grouped_mm_of_torch):
+        assert function(a, b, ends).sum(1).nonzero().flatten().tolist() == list(range(7))
+
+
 @of("torch.ops.aten._safe_softmax")
 def _softmax_of_what_is_masked_altogether_is_zero() -> None:
     x = torch.randn(3, 5)
@@ -605,11 +613,22 @@ def checkpointed_in_blocks(use_reentrant: bool) -> list[str]:
     said: list[str] = []
 
     @contextmanager
-    def block() -> Iterator[Callable[[Any], Any]]:
+    def block(region: Any, args: Any) -> Iterator[Callable[[Any], Any]]:
+        assert (region is None) == use_reentrant
         said.append("enter")
         yield lambda function: function
         said.append("leave")
 
+    with blocks_around_checkpoints(block):
+        x = torch.ones(2, requires_grad=True)
+        region = lambda x: said.append("run") or x.exp()  # noqa: E731
+        checkpoint(region, x, use_reentrant=use_reentrant).sum().backward()
+    return said
+
+
+@contextmanager
+def blocks_around_checkpoints(block: Any) -> Iterator[None]:
+    """``save_checkpoints_in``, undone in the end."""
     owners = [
         look_up(n) for n in ("CheckpointFunction", "_CheckpointFrame") for n in [f"{_REGIONS}.{n}"]
     ]
@@ -617,9 +636,7 @@ def checkpointed_in_blocks(use_reentrant: bool) -> list[str]:
     before = [dict(vars(owner)) for owner in owners]
     private_hooks.save_checkpoints_in(block)
     try:
-        x = torch.ones(2, requires_grad=True)
-        region = lambda x: said.append("run") or x.exp()  # noqa: E731
-        checkpoint(region, x, use_reentrant=use_reentrant).sum().backward()
+        yield
     finally:
         for owner, was in zip(owners, before, strict=True):
             for name in ("apply", "save_inputs"):
@@ -627,7 +644,6 @@ def checkpointed_in_blocks(use_reentrant: bool) -> list[str]:
                     setattr(owner, name, was[name])
                 elif name in vars(owner):
                     delattr(owner, name)
-    return said
 
 
 _REGIONS = "torch.utils.checkpoint"
@@ -641,6 +657,35 @@ def _inputs_of_a_region_are_saved_in_a_block() -> None:
 @of(f"{_REGIONS}.CheckpointFunction")
 def _a_reentrant_region_runs_in_a_block() -> None:
     assert checkpointed_in_blocks(use_reentrant=True) == ["enter", "run", "leave", "run"]
+
+
+@of(f"{_REGIONS}._CheckpointFrame")
+def _a_region_tells_what_it_would_save_and_why_it_fails() -> None:
+    class Failed(Exception):
+        pass
+
+    def fail(error: Exception) -> NoReturn:
+        raise Failed from error
+
+    def region(x: torch.Tensor, again: Any) -> torch.Tensor:
+        runs.append(0)
+        return (x if len(runs) == 1 else x[:1]).exp().sin()
+
+    @contextmanager
+    def block(one: Any, args: Any) -> Iterator[Callable[[Any], Any]]:
+        function = private_hooks.function_of_region(one)
+        assert function.func is region
+        assert {"again": 3} in (function.keywords, *args)
+        private_hooks.watch_region(one, lambda x: saved.append(len(x)), fail)
+        yield lambda function: function
+
+    runs: list[int] = []
+    saved: list[int] = []
+    with blocks_around_checkpoints(block):
+        y = checkpoint(region, torch.ones(2, requires_grad=True), again=3, use_reentrant=False)
+        with pytest.raises(Failed):
+            y.sum().backward()
+    assert saved == [2, 2]
 
 
 @of("torch.autograd.graph.Node._sequence_nr")

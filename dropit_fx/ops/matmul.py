@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dropit_fx.ops.backwards import Called, Formula, Grads, Saved, vjp
 from dropit_fx.ops.rule import OpRule, Read, Use
+from dropit_fx.private import grouped_mm, grouped_mm_of_torch
 
 aten = torch.ops.aten
 
@@ -249,4 +250,63 @@ BADDBMM = OpRule(
     autocast="lower",
 )
 
-ROWS = (LINEAR, MATMUL, MM, BMM, ADDMM, BADDBMM)
+
+def _grouped_mm(
+    input: Tensor,
+    mat2: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    out: Tensor = grouped_mm(input, mat2, offs, bias, out_dtype)
+    return out
+
+
+def _grouped_left(grad: Tensor, b: Tensor, call: Called, offs: Tensor | None) -> Tensor:
+    """``dA = dY B^T``, group by group; column-major where A is, as in autograd."""
+    if _columns(call, "input"):
+        return _grouped_mm(b, grad.mT, offs).mT
+    return _grouped_mm(grad, b.mT, offs)
+
+
+def _grouped_right(grad: Tensor, a: Tensor, call: Called, offs: Tensor | None) -> Tensor:
+    """``dB = A^T dY``, group by group; column-major where B is."""
+    if _columns(call, "mat2"):
+        return _grouped_mm(grad.mT, a, offs).mT
+    return _grouped_mm(a.mT, grad, offs)
+
+
+def _columns(call: Called, operand: str) -> bool:
+    shape, strides = call.shapes[operand], call.strides[operand]
+    return bool(strides[-2] == 1 and strides[-1] == shape[-2])
+
+
+def _grouped_mm_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
+    """Of products of groups: ``offs`` says where they end along the dimension that they share."""
+    out: Grads = {}
+    offs = saved["offs"] if "offs" in call.shapes else None
+    if "input" in call.needs:
+        out["input"] = _grouped_left(grad, saved["mat2"], call, offs)
+    if "mat2" in call.needs:
+        out["mat2"] = _grouped_right(grad, saved["input"], call, offs)
+    return out
+
+
+# Where the groups end. It is one number for each, and a rounded one would be that of other rows.
+_ENDS = Read(operand="offs", use=Use.REDUCE, needed_by=("input", "mat2"), lossy=False)
+
+GROUPED_MM = OpRule(  # experts of a mixture, one product for all
+    name="grouped_mm",
+    targets=(
+        *(grouped_mm_of_torch, grouped_mm.default),
+        *([F.grouped_mm] if hasattr(F, "grouped_mm") else ()),
+    ),
+    reads=(*_product("input", "mat2"), _ENDS),
+    run=_grouped_mm,
+    backward=_grouped_mm_backward,
+    obstacle=lambda args: next(
+        (f"has {name}" for name in ("bias", "out_dtype") if args[name] is not None), ""
+    ),
+)
+
+ROWS = (LINEAR, MATMUL, MM, BMM, ADDMM, BADDBMM, GROUPED_MM)

@@ -61,6 +61,7 @@ for _rule in (*OP_RULES, *SAVES_NOTHING, CHECKPOINT):
 
 # Some spellings call an argument otherwise.
 _ALIASES = {"self": "input", "train": "training", "mat1": "input", "batch1": "input"}
+_ALIASES |= {"mat_a": "input", "mat_b": "mat2"}  # of F.grouped_mm
 
 
 def rule_of(node: fx.Node) -> OpRule | None:

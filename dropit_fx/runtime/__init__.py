@@ -2,7 +2,8 @@
 
 May be imported from here: ``packed_call`` (its functions), ``linear_loss`` (those of fused losses),
 ``copies`` (what a packed copy is), ``regions`` (checkpointed ones), ``tensor_spec``, ``overrides``;
-without a graph, ``checkpoints``, ``saved_hooks``, ``saved_copies`` and ``saved_notes``.
+without a graph, ``checkpoints``, ``decisions``, ``saved_hooks``, ``saved_copies`` and
+``saved_notes``.
 ``function`` runs a row, ``sampled_blocks`` a block of which some rows have gradients. Needs
 ``codecs``, ``ops`` and ``kernels``.
 """

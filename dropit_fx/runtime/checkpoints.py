@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import CodeType
@@ -27,6 +28,7 @@ from dropit_fx.private_hooks import (
     of_a_region,
     save_checkpoints_in,
 )
+from dropit_fx.runtime.decisions import Decisions
 from dropit_fx.runtime.saved_copies import Copies
 from dropit_fx.runtime.saved_hooks import Held, Packing, outside_of_ours
 from dropit_fx.runtime.saved_notes import Notes
@@ -56,21 +58,28 @@ class CheckpointPacker:
     Args:
         options: Of the codec ``quant``.
         look: As for ``Notes``.
+        trust_indices: As for ``pack_checkpoints``.
     """
 
-    def __init__(self, options: dict[str, Any], look: Callable[[], tuple[str, str]]) -> None:
-        self.options, self._look = options, look
+    def __init__(
+        self,
+        options: dict[str, Any],
+        look: Callable[[], tuple[str, str]],
+        trust_indices: bool = False,
+    ) -> None:
+        self.options, self._look, self._trust_indices = options, look, trust_indices
         self._begin()
 
     def _begin(self) -> None:
         self.copies = threading.local()
         self.notes: Notes | None = None  # of the first forward
-        self._noting = self._seen = False
+        self._noting = self._seen = self._warned = False
         install()
 
     def __getstate__(self) -> dict[str, Any]:
         """The settings."""
-        return {"options": self.options, "_look": self._look}
+        names = "options", "_look", "_trust_indices"
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """The settings again, with no notes."""
@@ -103,11 +112,14 @@ class CheckpointPacker:
             raise RuntimeError(NO_CHECKPOINT.format(name=type(module).__name__))
 
     @contextmanager
-    def saving(self) -> Iterator[Callable[[Any], Any]]:
+    def saving(self, model: nn.Module, region: Any, args: Any) -> Iterator[Callable[[Any], Any]]:
         """Packs what is saved in a block, but for what the function that it wraps saves."""
         self._seen = True
         around = hooks_in_force()
         if of_a_region(around):
+            outer = getattr(self.copies, "decisions", lambda: None)()
+            if outer is not None and region is not None:
+                outer.watch(region, args)  # whose inputs these depend on
             yield lambda function: function
             return
         if not hasattr(self.copies, "shared"):
@@ -117,20 +129,31 @@ class CheckpointPacker:
         notes = self.notes if self._noting else None
         hooks = outside_of_ours(around)
         packing = Packing(self.options, self.copies.shared, hooks, notes, at_checkpoint=True)
+        decisions = Decisions(model, packing, self._trust_indices, self._has_warned)
+        if region is not None:
+            self.copies.decisions = weakref.ref(decisions)
+            decisions.watch(region, args)
 
         def wrapped(function: Any) -> Any:
             @functools.wraps(function)
             def run(*args: Any) -> Any:
                 packing.paused = True
                 try:
-                    return function(*args)
+                    output = function(*args)
                 finally:
                     packing.paused = False
+                if torch.is_grad_enabled():
+                    decisions.refuse(function, args, output)
+                return output
 
             return run
 
         with saved_tensors_hooks(packing.pack, self.unpack):
             yield wrapped
+
+    def _has_warned(self) -> bool:
+        warned, self._warned = self._warned, True
+        return warned
 
     def unpack(self, held: Held) -> Tensor:
         """The unpack hook: a backward ends the first forward, where nothing else does."""
@@ -139,13 +162,13 @@ class CheckpointPacker:
 
 
 @contextmanager
-def _saving() -> Iterator[Callable[[Any], Any]]:
+def _saving(region: Any, args: Any) -> Iterator[Callable[[Any], Any]]:
     """Around the saving of a checkpoint's inputs, and around all of a reentrant one."""
     if torch.is_grad_enabled():
         for module in modules_at_work(_FORWARDS):
             for hook in forward_hooks(module):
                 if isinstance(hook, CheckpointPacker):
-                    with hook.saving() as wrapped:
+                    with hook.saving(module, region, args) as wrapped:
                         yield wrapped
                     return
     yield lambda function: function

