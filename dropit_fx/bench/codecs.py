@@ -183,7 +183,7 @@ def measure_system(
     codec = CODEC[system.codec]
     if codec.remembers(codec.defaults() | system.options):
         gradients(run, plan.module)
-    whole = compared(exact, gradients(run, plan.module))
+    lost = compared(exact, gradients(run, plan.module))
     elements = sum(math.prod(r.shape) for r in kept)  # not of a storage that is larger
     return {
         "reads": reads,
@@ -193,9 +193,7 @@ def measure_system(
         "paper": system.paper,
         "tensors": len(kept),
         "bits": 8 * sum(r.kept_bytes for r in kept) / elements,
-        "error": whole.relative,
-        "cosine": whole.cosine,
-    }
+    } | lost
 
 
 def front(rows: Iterator[dict[str, Any]] | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

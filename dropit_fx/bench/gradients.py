@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from dropit_fx.api import transform
 from dropit_fx.bench.trained import ENCODER, Trained, trained
 from dropit_fx.check.compare import losses, paired
-from dropit_fx.check.found import GradientError
 from dropit_fx.config import load_config, presets
 from dropit_fx.report.rows import plain_table, report
 
@@ -55,9 +54,8 @@ def bench_gradients(
         torch.manual_seed(0)
         config = load_config({"preset": name} if name in presets() else name)
         packed = transform(run.model, config, example_kwargs=run.inputs)
-        whole = compared(exact, gradients(run, packed))
         row = {"name": name, "saved": report(packed).ratio}
-        found.append(row | {"error": whole.relative, "cosine": whole.cosine})
+        found.append(row | compared(exact, gradients(run, packed)))
     figures = ("saved, of dense", "relative error", "cosine")
     title = f"gradients of {run.title}"
     table = plain_table("preset", *figures, figures=figures, title=title)
@@ -78,6 +76,7 @@ def gradients(run: Trained, module: nn.Module) -> Gradients:
     return dict(zip(parameters, grads, strict=True))
 
 
-def compared(exact: Gradients, found: Gradients) -> GradientError:
-    """All parameters as one vector."""
-    return losses(paired(exact, found))[0]
+def compared(exact: Gradients, found: Gradients) -> dict[str, float]:
+    """Relative ``error`` and ``cosine`` of all parameters as one vector."""
+    whole, _ = losses(paired(exact, found))
+    return {"error": whole.relative, "cosine": whole.cosine}
