@@ -59,7 +59,11 @@ DEIT_SMALL = (
     "dropit-fx bench pareto --model timm:deit_small_patch16_224 --batch 32"
     f" --variants balanced '*checkpoint' --rounds 5 --json {FIGURES}/pareto_deit_small.json"
 )
-GRADIENTS = f"dropit-fx bench gradients --json {FIGURES}/gradients.json"
+GRADIENTS, GRADIENTS_DEIT = (
+    f"dropit-fx bench gradients{model} --json {FIGURES}/gradients{file}.json"
+    for model, file in (("", ""), (" --model deit", "_deit"))
+)
+CODECS_ALONE = f"dropit-fx bench codecs --json {FIGURES}/codecs.json --plot {FIGURES}/codecs.png"
 KERNELS = f"dropit-fx bench kernels --json {FIGURES}/kernels.json"
 
 
@@ -74,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if not (options.write or options.tables):
         commands = (DIGITS, BERT, *STEPS.values(), BYTES, PARETO, DEIT_SMALL, GRADIENTS)
-        for command in (*commands, FORMATS, KERNELS):
+        for command in (*commands, GRADIENTS_DEIT, CODECS_ALONE, FORMATS, KERNELS):
             print(f"$ {command}", flush=True)
             program = Path(sys.executable).with_name(command.split()[0])
             subprocess.run([program, *shlex.split(command)[1:]], cwd=ROOT, check=True)
@@ -257,6 +261,8 @@ def measured() -> str:
         (f"`{DEIT_SMALL}`", "pareto_deit_small", said_table),
         (f"`{BYTES}`", "bytes", bytes_table),
         (f"`{GRADIENTS}`", "gradients", gradients_table),
+        (f"`{GRADIENTS_DEIT}`", "gradients_deit", gradients_table),
+        (f"`{CODECS_ALONE}`", "codecs", codecs_table),
         (f"`{FORMATS}`", "formats", formats_table),
         (f"`{KERNELS}`", "kernels", kernels_table),
     ]
@@ -330,12 +336,66 @@ def pareto_table(results: dict[str, Any]) -> str:
     return f"{said_table(results)}\n\n{picture}"
 
 
-def gradients_table(results: list[dict[str, Any]]) -> str:
+def gradients_table(results: dict[str, Any]) -> str:
     rows = [
-        [r["name"], f"{r['saved']:.1%}", f"{r['error']:.3f}", f"{r['cosine']:.4f}"] for r in results
+        [r["name"], f"{r['saved']:.1%}", f"{r['error']:.3f}", f"{r['cosine']:.4f}"]
+        for r in results["rows"]
     ]
-    note = "All parameters of a pretrained sentence encoder on English text, masked-token loss."
+    note = f"All parameters of one model: {results['model']}."
     return f"{markdown(['preset', 'saved, of dense', 'relative error', 'cosine'], rows)}\n\n{note}"
+
+
+def codecs_table(results: dict[str, Any]) -> str:
+    """The codecs that no smaller one beats, of each model and kind of op."""
+    rows = [
+        [
+            f"{model}, inputs of `{row['reads']}`",
+            f"`{row['name']}`",
+            row["paper"],
+            f"{row['bits']:.2f}",
+            f"{row['error']:.4f}",
+            f"{row['cosine']:.4f}",
+        ]
+        for model, found in results.items()
+        for row in found["rows"]
+        if row["front"]
+    ]
+    titles = "; ".join(f"{model}: {found['title']}" for model, found in results.items())
+    tried = sum(len(found["rows"]) for found in results.values())
+    note = (
+        "One codec at a time keeps the inputs of all such ops, the rest is kept exactly; error and"
+        f" cosine are of the gradient of all parameters. The front of {tried} measurements, one"
+        " draw each where rows or roundings are drawn; `wta_crs` behind a step with the same batch,"
+        f" which favours it. {titles}."
+    )
+    head = ["of", "codec", "as in", "bits an element", "relative error", "cosine"]
+    picture = "![Error of the gradient against bits, each codec by itself](codecs.png)"
+    return f"{markdown(head, rows)}\n\n{note}\n\n{picture}"
+
+
+def systems() -> str:
+    """What the published systems keep tensors by, as codecs of the same pass, side by side."""
+    if not (ROOT / FIGURES / "codecs.json").exists():
+        return f"**Nothing has been measured yet**; `{CODECS_ALONE}` does it."
+    found = read_figures("codecs")
+    of: dict[tuple[str, str], dict[str, Any]] = {}
+    for model, got in found.items():
+        for row in got["rows"]:
+            if row["paper"]:
+                of.setdefault((row["paper"], row["reads"]), {"row": row})[model] = row
+    rows = [
+        [
+            paper,
+            f"`{mine['row']['name']}`",
+            f"`{reads}`",
+            *(f"{mine[model]['bits']:.2f}" for model in found),
+            *(f"{mine[model]['error']:.4f}" for model in found),
+            " and ".join(model for model in found if mine[model]["front"]) or "none",
+        ]
+        for (paper, reads), mine in sorted(of.items())
+    ]
+    figures = [f"{figure}, {model}" for figure in ("bits", "error") for model in found]
+    return markdown(["as in", "here", "inputs of", *figures, "on the front of"], rows)
 
 
 def formats_table(results: dict[str, Any]) -> str:
@@ -346,8 +406,9 @@ def formats_table(results: dict[str, Any]) -> str:
         if row["best"] or row["family"] == "published"
     ]
     note = (
-        f"The inputs of all linear layers of `{results['model']}` on English text; formats that"
-        " are the most accurate of their size, and the published one. The layers read 2,048 rows;"
+        f"The inputs of all linear layers of one model: {results['model']}; formats that"
+        " are the most accurate of their size, and the published one. The layers read"
+        f" {results['tokens']:,} rows at most;"
         " rows that are drawn err less the more there are of them."
     )
     head = ["format", "bits an element", "relative error of dW", "projection on dW"]
@@ -455,6 +516,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "results": results,
     "gpu_said": gpu_said,
     "codecs": codecs,
+    "systems": systems,
     "ops": ops,
     "layout": layout,
     "tests": tests,

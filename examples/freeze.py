@@ -1,26 +1,35 @@
 """Fine-tunes the encoder of `bert.py` with most of its layers frozen, others in each step.
 
-    python examples/freeze.py --rates 0.5 0.8 0.95
+    python examples/freeze.py --rates 0.5 0.8 0.95 --seeds 5
 
 `FreezeScheduler` freezes the layers whose weights moved least, by their count and by the bytes that
-they save. Every rate trains the model as it is, and rewritten with a preset (`slimfit`, unless
---preset names another), from the same weights on the same batches; and so does a run in which all
-layers train. Saved bytes and peak are the greatest of some steps; the shares are of dense.
+they save. Every seed trains the model as it is, all layers, and rewritten with a preset (`slimfit`,
+unless --preset names another) at each rate, from the same weights on the same batches. What comes
+out: test accuracy, the least share of layers that a step froze, and the greatest saved bytes, peak
+and total of some steps. Total: the peak, which has the gradients, parameters, and the optimiser's
+state. Memory is that of the first seed, for a batch of --memory-batch.
+
+The JSON in --out is written after each run: what was stopped goes on where it was.
 
 Needs the extra `test`.
 """
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import bert
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from training import DENSE, MIB, Data, accuracy, limited, positive
+from torch import Tensor, nn
+from training import DENSE, MIB, Data, accuracy, compact, limited, positive, spread
 
 import dropit_fx
 from dropit_fx import measure
@@ -28,25 +37,33 @@ from dropit_fx.config import presets
 from dropit_fx.schedule import FreezeScheduler
 
 BATCH, LR, WEIGHED = 32, 2e-4, 4  # WEIGHED: examples by which layers are weighed
-HEAD = ("rate", "", "accuracy", "frozen", "saved, MiB", "peak, MiB")
+HEAD = ("rate", "", "seeds", "accuracy", "frozen", "saved, MiB", "peak, MiB", "total, MiB")
+MEMORY = ("saved", "peak", "total")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments().parse_args(argv)
-    data, found = limited(bert.load(), options.limit), []
-    for rate in (0.0, *options.rates):
-        for variant in (DENSE, options.preset):
-            found.append(train(rate, variant, data, options))
+    path = options.out / "freeze.json"
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = begun(path, {k: getattr(options, k) for k in ("epochs", "limit", "memory_batch")})
+    data, ways = limited(bert.load(), options.limit), [(0.0, DENSE)]
+    ways += [(rate, options.preset) for rate in options.rates]
+    done = {(r["seed"], r["rate"], r["variant"]) for r in results["runs"]}
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+        runs = [(seed, *way) for seed in range(options.seeds) for way in ways]
+        whole = progress.add_task("runs", total=len(runs))
+        for seed, rate, variant in runs:
+            if (seed, rate, variant) not in done:
+                line = progress.add_task(f"seed {seed}, rate {rate}, {variant}", total=None)
+                tick = partial(progress.advance, line)
+                results["runs"].append(train(seed, rate, variant, data, options, tick))
+                path.write_text(compact(results) + "\n")
+                progress.remove_task(line)
+            progress.advance(whole)
     table = Table(*HEAD, header_style="bold", box=None, pad_edge=False)
-    for row in found:
-        cost = (f"{row[k] / MIB:.1f} ({row[k] / found[0][k]:.0%})" for k in ("saved", "peak"))
-        table.add_row(
-            f"{row['rate']}",
-            row["variant"],
-            f"{row['accuracy']:.1%}",
-            f"{row['frozen']:.1%}",
-            *cost,
-        )
+    for row in rows(results):
+        table.add_row(*row)
     Console().print(table)
     return 0
 
@@ -56,16 +73,37 @@ def arguments() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rates", nargs="+", type=float, default=[0.5, 0.8, 0.95])
-    parser.add_argument("--preset", choices=presets(), default="slimfit", help="beside dense")
+    parser.add_argument("--preset", choices=presets(), default="slimfit", help="at each rate")
+    parser.add_argument("--seeds", type=positive, default=1, help="so many, from 0 (default: 1)")
     parser.add_argument("--epochs", type=positive, default=2, help="(default: 2)")
     parser.add_argument("--limit", type=positive, help="so many examples (default: all)")
     parser.add_argument("--measures", type=positive, default=4, help="steps that are measured")
+    parser.add_argument(
+        "--memory-batch", type=positive, default=128, help="of these steps (default: 128)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("build/freeze"), metavar="DIR")
     return parser
 
 
-def train(rate: float, variant: str, data: Data, options: argparse.Namespace) -> dict[str, Any]:
-    """One run: its accuracy, least share of frozen layers, greatest saved bytes and peak."""
-    torch.manual_seed(0)
+def begun(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What earlier runs with these settings have written; nothing if there are others."""
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text())
+        if found["settings"] == settings:
+            return found
+    return {"settings": settings, "runs": []}
+
+
+def train(
+    seed: int,
+    rate: float,
+    variant: str,
+    data: Data,
+    options: argparse.Namespace,
+    tick: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
+    """One run: its accuracy and least share of frozen layers; of the first seed, its memory."""
+    torch.manual_seed(seed)
     model = bert.build().train()
     x, y = data.train_x[:BATCH], data.train_y[:BATCH]
     if variant != DENSE:
@@ -74,31 +112,57 @@ def train(rate: float, variant: str, data: Data, options: argparse.Namespace) ->
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps)
     inputs = (x[:WEIGHED],) if rate else None  # where nothing is frozen, nothing is weighed
-    scheduler = FreezeScheduler(model, rate, optimizer=optimizer, example_args=inputs)
-    torch.manual_seed(0)
+    scheduler = FreezeScheduler(model, rate, optimizer=optimizer, example_args=inputs, seed=seed)
+    torch.manual_seed(seed)
     batches: list[Any] = []
     for _ in range(options.epochs):
         order = torch.randperm(len(data.train_y))
         batches += order[: len(order) // BATCH * BATCH].split(BATCH)
-    saved, peaks, frozen = [], [], []
+    at = torch.arange(options.memory_batch) % len(data.train_y)
+    x, y = data.train_x[at], data.train_y[at]
+    sizes, frozen = [], []
     for step, batch in enumerate(batches):
-        if step % max(1, steps // options.measures) == 0:
-            saved.append(measure.saved_bytes(model, x))
-            peaks.append(measure.peak_memory(lambda: F.cross_entropy(model(x), y)))
+        if seed == 0 and step % max(1, steps // options.measures) == 0:
+            sizes.append(memory(model, x, y))
         frozen.append(len(scheduler.frozen) / len(scheduler.nbytes))
         F.cross_entropy(model(data.train_x[batch]), data.train_y[batch]).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    reached = accuracy(model, data)
-    return {
-        "rate": rate,
-        "variant": variant,
-        "accuracy": reached,
-        "frozen": min(frozen),
-        "saved": max(saved),
-        "peak": max(peaks),
-    }
+        tick()
+    found = {"seed": seed, "rate": rate, "variant": variant, "accuracy": accuracy(model, data)}
+    found["frozen"] = min(frozen)
+    if sizes:
+        saved, peak = (max(values) for values in zip(*sizes, strict=True))
+        state = (t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
+        fixed = nbytes(model.parameters()) + nbytes(model.buffers()) + nbytes(state)
+        found |= {"saved": saved, "peak": peak, "total": peak + fixed}
+    return found
+
+
+def memory(model: nn.Module, x: Tensor, y: Tensor) -> tuple[int, int]:
+    """Saved bytes and peak of a step."""
+    saved = measure.saved_bytes(model, x)
+    return saved, measure.peak_memory(lambda: F.cross_entropy(model(x), y))
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.nbytes for t in tensors)
+
+
+def rows(results: dict[str, Any]) -> list[list[str]]:
+    """One line of cells, as HEAD names them, for each rate; shares are of the first."""
+    ways: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    for run in results["runs"]:
+        ways.setdefault((run["rate"], run["variant"]), []).append(run)
+    dense = results["runs"][0]
+    lines = []
+    for (rate, variant), runs in ways.items():
+        cost = [f"{runs[0][k] / MIB:.1f} ({runs[0][k] / dense[k]:.0%})" for k in MEMORY]
+        reached = spread([run["accuracy"] for run in runs])
+        frozen = f"{min(run['frozen'] for run in runs):.1%}"
+        lines.append([f"{rate:g}", variant, str(len(runs)), reached, frozen, *cost])
+    return lines
 
 
 if __name__ == "__main__":

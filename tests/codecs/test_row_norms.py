@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dropit_fx
 from dropit_fx import ConfigError, measure
-from dropit_fx.bench import formats
+from dropit_fx.bench import formats, trained
 from dropit_fx.codecs import CODEC
 from dropit_fx.compile import backend
 from dropit_fx.kernels import row_norms
@@ -80,22 +80,22 @@ def test_with_known_gradients_2000_draws_are_right_in_the_mean_and_vary_less() -
     assert variance < 0.5 * hajek(x, dy, torch.full((rows,), count / rows))
 
 
-def collected(loss: str, first: int, trained: bool = False) -> list[formats.Sample]:
+def collected(loss: str, first: int, moved: bool = False) -> list[formats.Sample]:
     """What the Linear layers of a pretrained encoder read of ten texts, from the first on."""
-    encoder = formats.encoder
+    encoder = trained.encoder
 
     def part(sequences: int, length: int) -> tuple[nn.Module, Tensor, int]:
         model, ids, mask_id = encoder(60, length)
         ids = ids[first : first + sequences]
-        if trained:
-            formats.loss_of(loss, model, ids, mask_id).backward()
+        if moved:
+            trained.loss_of(loss, model, ids, mask_id).backward()
             torch.optim.SGD(model.parameters(), lr=0.1).step()
             model.zero_grad()
         return model, ids, mask_id
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "encoder", part)
-        return formats.collect(loss, sequences=10)
+        patch.setattr(trained, "encoder", part)
+        return formats.collect(trained.trained(loss=loss, sequences=10))
 
 
 def spread(x: Tensor, dy: Tensor, count: int, before: list[Tensor] | None) -> float:
@@ -135,7 +135,7 @@ def errors_of(now: list[formats.Sample], *before: list[formats.Sample]) -> dict[
 def test_on_a_pretrained_encoder_wta_crs_is_below_the_rest_behind_a_step() -> None:
     """In the first step, from |x| alone, it is above uniform and below column-row sampling."""
     pytest.importorskip("transformers")
-    mean = errors_of(collected("mlm", 0, trained=True), collected("mlm", 0))
+    mean = errors_of(collected("mlm", 0, moved=True), collected("mlm", 0))
     assert mean["wta_crs"] < 0.8 * mean["uniform"] < 0.95 * mean["wta_crs of |x|"]
     assert mean["wta_crs"] < 0.8 * mean["column-row"]
     assert mean["wta_crs of |x|"] < 0.9 * mean["column-row of |x|"]

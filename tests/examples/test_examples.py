@@ -6,6 +6,7 @@ its training is the dense one to the last bit.
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -221,14 +222,31 @@ def test_demo_picture(tmp_path: Path) -> None:
     assert (tmp_path / "demo.png").stat().st_size > 5_000
 
 
-def test_a_frozen_share_of_an_encoder_saves_less(shallow: None) -> None:
-    options = freeze.arguments().parse_args(["--limit", "32", "--epochs", "1", "--measures", "1"])
-    data = training.limited(bert.load(), options.limit)
-    whole, frozen = (freeze.train(rate, "slimfit", data, options) for rate in (0.0, 0.9))
-    assert whole["frozen"] == 0
+def test_a_frozen_share_of_an_encoder_saves_less(
+    shallow: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = "--limit 32 --epochs 1 --measures 1 --memory-batch 32 --rates 0 0.9"
+    given = [*shlex.split(sizes), "--out"]
+    freeze.main([*given, str(tmp_path)])
+    path = tmp_path / "freeze.json"
+    written = path.read_text()
+    dense, whole, frozen = json.loads(written)["runs"]
+    assert dense["frozen"] == whole["frozen"] == 0
     assert frozen["frozen"] >= 0.88
-    assert frozen["saved"] < 0.6 * whole["saved"]
-    assert frozen["peak"] < whole["peak"]
+    assert frozen["saved"] < 0.6 * whole["saved"] < 0.6 * dense["saved"]
+    assert frozen["peak"] < whole["peak"] < dense["peak"]
+    of_state = [run["total"] - run["peak"] for run in (dense, whole, frozen)]
+    assert of_state[0] == of_state[1] > of_state[2]  # moments of what has trained
+    assert "slimfit" in capsys.readouterr().out
+
+    freeze.main([*given, str(tmp_path)])  # nothing is left to do
+    assert path.read_text() == written
+    found = json.loads(written)
+    path.write_text(json.dumps(found | {"runs": [dense, whole]}))
+    freeze.main([*given, str(tmp_path)])  # and here the last
+    again = json.loads(path.read_text())["runs"]
+    assert [run["rate"] for run in again] == [0, 0, 0.9]
+    assert again[2]["accuracy"] == frozen["accuracy"]
 
 
 def test_a_video_transformer_saves_in_proportion_to_its_frames() -> None:
