@@ -67,6 +67,15 @@ def written_as(value: fx.Node) -> fx.Node:
     return made
 
 
+def wants_memory(user: fx.Node) -> bool:
+    """Whether inductor calls an op with tensors in memory, so that it writes what this op reads.
+
+    False where inductor does not tell.
+    """
+    name = "torch._inductor.lowering.needs_realized_inputs"
+    return has(name) and user.target in look_up(name)
+
+
 def decides_layout(graph: fx.Graph, is_inference: bool) -> bool:
     """Whether inductor lays out the convolutions of a graph channels-last: its own decision."""
     name = "torch._inductor.graph.GraphLowering.decide_layout_opt"
@@ -315,6 +324,7 @@ def _first_places(dep: Any, count: int = 512) -> set[int]:
     functions = {
         "FloorDiv": lambda x, by: x // by,
         "ModularIndexing": lambda x, by, modulus: x // by % modulus,
+        "Where": lambda condition, x, y: x if condition else y,
     }
     index = dep.index.expand(identity=True)  # what inductor hides from sympy is printed wrongly
     at = sympy.lambdify(dep.var_names, index, modules=[functions, "math"])

@@ -437,6 +437,10 @@ TABLE: tuple[Name, ...] = (
         "torch._inductor.inductor_prims.force_stride_order",
         *(_REALISED, "writing once what several calls of attention read"),
     ),
+    Name(
+        "torch._inductor.lowering.needs_realized_inputs",
+        *(_REALISED, "packing what a call reads in the loop that makes it"),
+    ),
     *(
         Name(f"torch._inductor.config.realize_{name}_threshold", _REALISED, "reading bytes again")
         for name in ("opcount", "reads", "acc_reads")

@@ -809,6 +809,19 @@ def _a_value_is_written_once() -> None:
     assert torch.equal(found, given)
 
 
+@of("torch._inductor.lowering.needs_realized_inputs")
+def _calls_want_memory_and_loops_do_not() -> None:
+    import torch._inductor.lowering  # fills it
+
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    wanted = {
+        op: private_inductor.wants_memory(graph.call_function(op, (x, x)))
+        for op in (torch.ops.aten.mm.default, torch.ops.aten.add.Tensor)
+    }
+    assert list(wanted.values()) == [True, False]
+
+
 @of(f"{_GRAPH_PASS}.CustomGraphPass", f"{_GRAPH_PASS}.CustomPartitionerFn")
 def _passes_are_called_and_have_a_key() -> None:
     for kind in (private.CustomGraphPass, private.CustomPartitionerFn):

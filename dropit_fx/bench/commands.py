@@ -222,6 +222,9 @@ def _add_roofline_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--optimizer", action="store_true", help="count SGD with momentum too, an op at a time"
     )
+    parser.add_argument(
+        "--added", action="store_true", help="print each kernel that the dense step does not have"
+    )
 
 
 def _positive(text: str) -> int:

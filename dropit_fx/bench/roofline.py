@@ -40,6 +40,8 @@ BUDGETS = (0.5, 0.2)
 DENSE, CHECKPOINT, PACKED, FUSED = "dense", "checkpoint", "packed", "fused"
 DTYPES = ("bfloat16", "float16", "float32", "autocast")
 SCHEDULES = ("cuda", "cpu")
+LEGEND = "f: forward, b: backward, o: optimizer; alike ones together"
+PHASES = ("forward", "backward", "optimizer")
 _SGD = (5, 3)  # of SGD with momentum, an op at a time: reads and writes of each trained element
 
 
@@ -93,6 +95,21 @@ class Prediction:
             counts -= Counter(beside.kernels)
         rows = [(k, n, n * self.seconds_of(k)) for k, n in counts.items()]
         return sorted(rows, key=lambda row: -row[2])[:COSTLIEST]
+
+    def added(self, beside: Prediction) -> list[tuple[Kernel, int]]:
+        """The kernels that are launched more often, or less often, than in another step.
+
+        Args:
+            beside: The other step's.
+
+        Returns:
+            Each with how often it is launched more, less than 0 where it is less; the forward's
+            first. Their bytes, so often, are the difference of the steps' ``nbytes``.
+        """
+        counts = Counter(self.kernels)
+        counts.subtract(beside.kernels)
+        rows = [(k, n) for k, n in counts.items() if n]
+        return sorted(rows, key=lambda row: PHASES.index(row[0].phase))
 
 
 def variants() -> tuple[Variant, ...]:
@@ -195,6 +212,7 @@ def bench_roofline(
     schedule: str | None = None,
     launch: float = LAUNCH * 1e6,
     optimizer: bool = False,
+    added: bool = False,
     json_path: str | None = None,
 ) -> dict[str, Prediction]:
     """Predicts the steps of one model's variants, and prints them.
@@ -212,6 +230,7 @@ def bench_roofline(
         schedule: As for :func:`predict`; None: ``"cuda"`` where Triton is installed.
         launch: Microseconds of each kernel beside its work.
         optimizer: As for :func:`predict`.
+        added: Also print all kernels by which a step differs from the dense one.
         json_path: Where to write the result.
 
     Returns:
@@ -253,6 +272,8 @@ def bench_roofline(
     console.print(table(title, found, schedule))
     for prediction in found.values():
         console.print(costs(prediction, found[DENSE]))
+        if added and prediction is not found[DENSE]:
+            console.print(changes(prediction, found[DENSE]))
     for name, reason in skipped.items():
         console.print(f"{name} is left out: {reason}", highlight=False)
     if json_path is not None:
@@ -312,14 +333,33 @@ def costs(one: Prediction, dense: Prediction) -> Table:
     figures = ("times", "us", "share", "MB in", "MB out", "GFLOP")
     text = plain_table("kernel", *figures, figures=figures, title=title, padding=(0, 1, 0, 0))
     for kernel, count, seconds in one.costliest(beside):
-        name = kernel.name if len(kernel.name) < 30 else kernel.name[:28] + ".."
         text.add_row(
-            f"{kernel.phase[0]} {name}",
+            _short(kernel),
             str(count),
             f"{seconds * 1e6:.1f}",
             f"{seconds / one.seconds:.1%}",
             *(f"{count * n / 1e6:.1f}" for n in (kernel.read_bytes, kernel.write_bytes)),
             f"{count * kernel.flops / 1e9:.1f}" if kernel.flops else "",
         )
-    text.caption = "f: forward, b: backward, o: optimizer; alike ones together"
+    text.caption = LEGEND
     return text
+
+
+def changes(one: Prediction, dense: Prediction) -> Table:
+    """What a variant adds to the dense step and takes away, kernel by kernel, and the sums."""
+    title = f"{one.variant}: kernels that the dense step does not have (+), or it alone (-)"
+    figures = ("times", "MB in", "MB out", "MB")
+    text = plain_table("kernel", *figures, figures=figures, title=title, padding=(0, 1, 0, 0))
+    sums = [0, 0, 0]
+    for kernel, count in one.added(dense):
+        moved = [count * n for n in (kernel.read_bytes, kernel.write_bytes, kernel.nbytes)]
+        text.add_row(_short(kernel), f"{count:+d}", *(f"{n / 1e6:+.1f}" for n in moved))
+        sums = [a + b for a, b in zip(sums, moved, strict=True)]
+    text.add_row("all", "", *(f"{n / 1e6:+.1f}" for n in sums))
+    text.caption = LEGEND
+    return text
+
+
+def _short(kernel: Kernel) -> str:
+    name = kernel.name if len(kernel.name) < 30 else kernel.name[:28] + ".."
+    return f"{kernel.phase[0]} {name}"

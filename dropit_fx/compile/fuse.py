@@ -7,7 +7,8 @@ tensor reads its bytes, and nothing is dispatched from Python. Ops without such 
 what selects (gamma > 0), or draws random numbers.
 
 What attention reads is written to memory once: inductor would make a copy for each call of it, of
-forward and backward.
+forward and backward. What a call reads and packing too, and an op computes element by element, is
+computed in both: inductor would write it for the call, and packing would read that again.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from dropit_fx.private import (
     pytree,
     select_decomp_table,
 )
-from dropit_fx.private_inductor import written_as
+from dropit_fx.private_inductor import wants_memory, written_as
 from dropit_fx.runtime.packed_call import CACHE_VERSION
 from dropit_fx.runtime.regions import overload_name
 
@@ -56,6 +57,7 @@ class FusePacking(CustomGraphPass):
         for node in list(graph.nodes):
             form = FORMS.get(overload_name(node))
             if form is not None and isinstance(node.all_input_nodes[0].meta.get(VALUE), FakeTensor):
+                _compute_again(graph, node)
                 _replace(graph, node, form, known)
 
 
@@ -76,7 +78,8 @@ def _replace(
     before = set(graph.nodes)
     with graph.inserting_before(node):
         made: Any = graph.graph_copy(traced, inputs)
-        if isinstance(made, fx.Node) and len(_attention_reading(node)) > 1:
+        attention = [n for n in _readers(node) if ATTENTION in overload_name(n)]
+        if isinstance(made, fx.Node) and len(attention) > 1:
             made = written_as(made)
     for new in set(graph.nodes) - before:
         new.meta = {**node.meta, **new.meta}  # where it comes from
@@ -89,14 +92,31 @@ def _replace(
     graph.erase_node(node)
 
 
-def _attention_reading(node: fx.Node) -> set[fx.Node]:
-    """The calls of attention that read a value or a view of it."""
+def _compute_again(graph: fx.Graph, node: fx.Node) -> None:
+    """Lets ``node`` read a copy of the op that makes its input, if a call wants that in memory."""
+    views = [node.all_input_nodes[0]]
+    while getattr(views[-1].target, "is_view", False):
+        views.append(views[-1].all_input_nodes[0])
+    made = views[-1]
+    if torch.Tag.pointwise not in getattr(made.target, "tags", ()):
+        return
+    if not any(map(wants_memory, _readers(made))):
+        return
+    copies: dict[fx.Node, fx.Node] = {}
+    with graph.inserting_before(node):
+        for one in reversed(views):
+            copies[one] = graph.node_copy(one, lambda n: copies.get(n, n))
+    node.replace_input_with(views[0], copies[views[0]])
+    for view in views[:-1]:
+        if not view.users:
+            graph.erase_node(view)
+
+
+def _readers(value: fx.Node) -> set[fx.Node]:
+    """What reads a value or a view of it."""
     found: set[fx.Node] = set()
-    for user in node.users:
-        if getattr(user.target, "is_view", False):
-            found |= _attention_reading(user)
-        elif ATTENTION in overload_name(user):
-            found.add(user)
+    for user in value.users:
+        found |= _readers(user) if getattr(user.target, "is_view", False) else {user}
     return found
 
 

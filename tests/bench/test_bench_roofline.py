@@ -221,6 +221,9 @@ def test_a_kernel_takes_as_long_as_its_bytes_or_its_flops_and_its_launch() -> No
     assert one.costliest() == [(kinds[0], 2, 5.0), (kinds[1], 1, 3.5)]
     other = Prediction(variant=PACKED, kernels=(*kinds, kernel(7, name="pack")), card=card)
     assert [k.name for k, _, _ in other.costliest(one)] == ["pack"]
+    fewer = Prediction(variant=FUSED, kernels=(kinds[1], kernel(7, name="pack")), card=card)
+    assert fewer.added(one) == [(kernel(7, name="pack"), 1), (kinds[0], -2)]
+    assert fewer.nbytes - one.nbytes == sum(n * k.nbytes for k, n in fewer.added(one))
     row = as_row(other, one)
     assert row["bytes_ratio"] == other.nbytes / one.nbytes
     assert json.loads(json.dumps(row))["kernels"][0]["seconds"] == 2.0
@@ -261,8 +264,11 @@ def test_the_command_predicts_every_variant(
     monkeypatch.setenv("COLUMNS", "80")
     path = tmp_path / "roofline.json"
     given = ["--model", spec, "--batch", "256", "--device", "a100", "--gamma", "0", "--bits", "4"]
-    assert cli.main(["bench", "roofline", *given, "--json", str(path)]) == 0
+    assert cli.main(["bench", "roofline", *given, "--added", "--json", str(path)]) == 0
     out = capsys.readouterr().out
+    ledger = out.split("fused: kernels that")[1].split("alike ones")[0]
+    assert "b dropit.unsparsify" in ledger
+    assert re.search(r"all +[+-]", ledger)
     assert max(map(len, out.splitlines())) <= 80
     assert "predicted, not measured" in out
     assert "checkpoint is left out: Sequential has neither" in out.replace("\n", " ")
