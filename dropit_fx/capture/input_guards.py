@@ -6,9 +6,11 @@ of these conditions does not pickle; this one does.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,14 +68,24 @@ def _given(args: tuple[Any, ...]) -> str:
     return ", ".join(str(tuple(a.shape)) if isinstance(a, Tensor) else repr(a) for a in args)
 
 
-def _of_export(guards: list[str], paths: list[pytree.KeyPath]) -> InputGuards:
-    """From export's expressions over ``L['x']`` and the paths of the graph's inputs."""
+def _of_export(
+    absent: frozenset[str], guards: list[str], paths: list[pytree.KeyPath]
+) -> InputGuards:
+    """From export's expressions over ``L['x']`` and the paths of the graph's inputs.
+
+    ``absent``: the paths of those that were None, of which export notes nothing.
+    """
     conditions = []
+    for i, path in enumerate(paths):
+        first: Any = path[0]
+        if pytree.keystr(path) in absent:
+            told = f"{first.key}{pytree.keystr(path[1:])} is None"
+            conditions.append((f"args[{i}] is None", told))
     for guard in guards:
         condition, told = guard.replace("\n", " "), guard.replace("\n", " ")
         for i, path in enumerate(paths):
             named = "L" + pytree.keystr(path)
-            first: Any = path[0]
+            first = path[0]
             condition = condition.replace(named, f"args[{i}]")
             # what a forward takes as **kw, export finds in a dict of that name
             of_kw = r"L\['\w+'\]" + re.escape(pytree.keystr(path))
@@ -83,8 +95,24 @@ def _of_export(guards: list[str], paths: list[pytree.KeyPath]) -> InputGuards:
     return InputGuards(tuple(conditions))
 
 
+def _by_path(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The example inputs under the names that export has for them, by the paths to their leaves."""
+    signature = inspect.signature(model.forward)
+    given = signature.bind(*args, **kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            given |= {f"{name}_{i}": value for i, value in enumerate(given.pop(name, ()))}
+    return {pytree.keystr(path): leaf for path, leaf in pytree.tree_leaves_with_path(dict(given))}
+
+
 @contextmanager
-def exporting_input_guards() -> Iterator[None]:
+def exporting_input_guards(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Iterator[None]:
     """Makes ``ExportedProgram.module()`` put :class:`InputGuards` in the place of its own check."""
-    with guards_made_by(_of_export):
+    given = _by_path(model, args, kwargs)
+    absent = frozenset(path for path, leaf in given.items() if leaf is None)
+    with guards_made_by(functools.partial(_of_export, absent)):
         yield

@@ -378,7 +378,7 @@ def _exported_program(
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     program = _exported_program(model, args, kwargs)
-    with exporting_input_guards():
+    with exporting_input_guards(model, args, kwargs):
         exported = program.module()
     # a plain GraphModule: the exported one refuses train() and eval()
     graph_module = fx.GraphModule(exported, exported.graph, type(model).__name__)

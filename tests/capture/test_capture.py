@@ -423,6 +423,34 @@ def test_what_is_computed_of_no_input_serves_both_modes() -> None:
     assert list(made.state_dict()) == list(model.state_dict())
 
 
+def test_an_input_that_was_none_has_to_be_none() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(
+            self, x: Tensor, masks: list[Any], *rest: Any, scale: Tensor | None = None
+        ) -> Tensor:
+            y: Tensor = self.linear(x)
+            for factor in (masks[0], *rest, scale):
+                y = y if factor is None else y * factor
+            return y
+
+    x = torch.randn(4, 8)
+    made = transform(
+        Masked(), example_args=(x, [None], None), example_kwargs={"scale": None}, preset="lossless"
+    )
+    made(x, [None], None, scale=None)
+    for name, call in {
+        r"masks\[0\]": lambda: made(x, [x], None, scale=None),
+        "rest": lambda: made(x, [None], x, scale=None),
+        "scale": lambda: made(x, [None], None, scale=x),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name}.* is None"):
+            call()
+
+
 def test_results_come_in_the_containers_of_the_model() -> None:
     class Ordered(nn.Module):
         def __init__(self) -> None:

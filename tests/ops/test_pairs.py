@@ -239,8 +239,9 @@ def wrong_bytes(wanted: list[Pair], config: Any) -> list[str]:
 
 
 def same(a: Any, b: Any, rounds: bool) -> bool:
-    if rounds:
-        return torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+    if rounds:  # a backward may add large numbers up to small ones
+        scale = max(1.0, float(b.nan_to_num(0.0).abs().amax())) if b.numel() else 1.0
+        return torch.allclose(a, b, rtol=1e-5, atol=1e-6 * scale, equal_nan=True)
     return torch.equal(a, b) or torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
 
 
