@@ -118,8 +118,10 @@ def fake_state(module: nn.Module, mode: FakeTensorMode) -> Iterator[dict[int, bo
     """
     fakes: dict[str, Tensor] = {}
     kinds: dict[int, bool] = {}
-    for name, tensor in held(module).items():  # the mode has one fake for each tensor
+    for name, tensor in held(module).items():
         fakes[name] = tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor)
+        if fakes[name] is not tensor:  # the mode has one fake for each tensor: of earlier runs too
+            fakes[name].grad = None
         kinds[storage_id(fakes[name])] = isinstance(tensor, nn.Parameter)
     with reparametrize_module(module, fakes, tie_weights=False), _numbered_momentum(module):
         yield kinds
