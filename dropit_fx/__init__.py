@@ -9,7 +9,7 @@ from dropit_fx.capture.trace import CaptureError
 from dropit_fx.check import Check, check
 from dropit_fx.config import Config, ConfigError, load_config
 from dropit_fx.eager import pack_checkpoints, pack_saved
-from dropit_fx.planner import PlanError, plan
+from dropit_fx.planner import Forecast, PlanError, forecast, plan
 from dropit_fx.pointwise import pointwise
 from dropit_fx.report.rows import Report, report
 from dropit_fx.report.suggest import suggest
@@ -23,10 +23,12 @@ __all__ = [
     "Check",
     "Config",
     "ConfigError",
+    "Forecast",
     "PlanError",
     "Report",
     "Rule",
     "check",
+    "forecast",
     "load_config",
     "measure",
     "pack_checkpoints",

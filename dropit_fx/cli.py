@@ -1,4 +1,4 @@
-"""The command ``dropit-fx``: ``report`` on a model, ``suggest``, ``check``, ``plan``, ``bench`` it.
+"""The command ``dropit-fx``: ``report`` on a model, check, forecast, plan, bench it.
 
 Errors that the user can mend are one message on stderr and exit code 2; a check that fails is 1.
 """
@@ -22,14 +22,19 @@ from torch import nn
 
 import dropit_fx
 from dropit_fx.bench import model_spec
+from dropit_fx.bench.cards import CARDS
 from dropit_fx.bench.commands import PRESET_OPTIONS, add_benches, add_model, add_plot
+from dropit_fx.bench.device import find_device
 from dropit_fx.bench.model_spec import SpecError
+from dropit_fx.capture.provenance import first_line
 from dropit_fx.capture.trace import CaptureError
 from dropit_fx.check import BACKENDS
 from dropit_fx.config import DEFAULT_PRESET, PAPER_PRESET, ConfigError, make_config
 from dropit_fx.logs import shown
 from dropit_fx.planner import PlanError
+from dropit_fx.planner.fits import memory_bytes
 from dropit_fx.report.rows import Report, as_text, mib, plain_table
+from dropit_fx.words import did_you_mean
 
 if TYPE_CHECKING:
     from dropit_fx.compile.saved import Partition
@@ -137,6 +142,35 @@ def _parser() -> argparse.ArgumentParser:
         help="what rewrites the model (default: transform)",
     )
     check.set_defaults(run=_check)
+
+    forecast = commands.add_parser(
+        "forecast",
+        help="whether a step fits into a device, and which batch would",
+        description="Tells the peak of a training step, dense and packed, what stands there, and"
+        " the largest batch that fits. No GPU is needed and nothing runs: fake tensors tell it, of"
+        " the ops that the CPU has. Not counted is what ops, the driver and libraries take for"
+        " themselves, nor what the allocator's gaps take. Exit code 1 where neither fits.",
+        epilog="example: dropit-fx forecast --model hf:gpt2 --device 24GiB --optimizer AdamW",
+    )
+    add_model(forecast)
+    forecast.add_argument(
+        "--device",
+        required=True,
+        metavar="NAME|BYTES",
+        help=f"{', '.join(CARDS)}, as its maker states it; cuda; or a size: 24GiB, 80GB",
+    )
+    forecast.add_argument(
+        "--optimizer", metavar="CLASS", help="of torch.optim: AdamW, SGD, ... (default: none)"
+    )
+    forecast.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of parameters and inputs (default: float32)",
+    )
+    forecast.add_argument("--json", metavar="FILE", help="write it to FILE too")
+    _add_config(forecast)
+    forecast.set_defaults(run=_forecast)
 
     plan = commands.add_parser(
         "plan",
@@ -262,6 +296,70 @@ def _check(options: argparse.Namespace) -> int:
     else:
         sys.stdout.write(str(found))
     return 0 if found else 1
+
+
+def _forecast(options: argparse.Namespace) -> int:
+    memory = _memory(options.device)
+    settled = make_config(**_settings(options))
+    kind = None if options.optimizer is None else _optimizer_class(options.optimizer)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"building {options.model}", total=1.0)
+        model, args, kwargs = model_spec.build_step(
+            options.model, options.batch, options.size, fake=True
+        )
+        args, kwargs = model_spec.in_dtype(model, (args, kwargs), getattr(torch, options.dtype))
+        found = dropit_fx.forecast(
+            model,
+            kwargs or args,
+            memory=memory,
+            config=settled,
+            optimizer=None if kind is None else _over(kind, model),
+            progress=lambda text, share: bar.update(task, description=text, completed=share),
+        )
+    print(found)
+    if options.json:
+        about = _about(options) | {k: getattr(options, k) for k in ("device", "optimizer", "dtype")}
+        Path(options.json).write_text(json.dumps(about | found.to_dict(), indent=2) + "\n")
+    return 0 if found else 1
+
+
+def _memory(device: str) -> int | str:
+    """Of a device by name, else the size that its name is."""
+    card = CARDS.get(device.lower())
+    if card is not None and card.memory is not None:
+        return card.memory
+    try:
+        if not device.startswith("cuda"):
+            return memory_bytes(device)
+        found: int = torch.cuda.get_device_properties(find_device(device)).total_memory
+        return found
+    except (PlanError, SpecError) as error:
+        known = ", ".join(CARDS)
+        raise SpecError(
+            f"--device {device}: write {known}, a size such as 24GiB, or the cuda that is here"
+        ) from error
+
+
+def _over(kind: Any, model: nn.Module) -> Any:
+    """An optimizer of a class."""
+    try:
+        return kind(model.parameters())
+    except ValueError as error:
+        raise SpecError(f"--optimizer {kind.__name__}: {first_line(error)}") from error
+
+
+def _optimizer_class(name: str) -> Any:
+    """The class of torch.optim, however its letters are written."""
+    bases = torch.optim.Optimizer, torch.optim.LBFGS  # which needs a closure
+    known = {
+        k.lower(): v
+        for k, v in vars(torch.optim).items()
+        if isinstance(v, type) and issubclass(v, torch.optim.Optimizer) and v not in bases
+    }
+    if name.lower() not in known:
+        names = [kind.__name__ for kind in known.values()]
+        raise SpecError(f"--optimizer: torch.optim has no {name}.{did_you_mean(name, names)}")
+    return known[name.lower()]
 
 
 def _plan(options: argparse.Namespace) -> int:

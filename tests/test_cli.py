@@ -105,6 +105,47 @@ def test_a_peak_that_is_none_or_cannot_be_kept_is_one_message(
     assert said in told
 
 
+def test_a_forecast_names_the_batch_that_fits(
+    factories: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "fits.json"
+    asked = ["forecast", "--model", f"{factories}:blocks", "--batch", "256", "--json", str(out)]
+    assert main([*asked, "--device", "3MiB", "--optimizer", "adamw", "--preset", "max"]) == 0
+    told = capsys.readouterr().out
+    data = json.loads(out.read_text())
+    dense, packed = data["ways"]
+    assert (dense["way"], packed["way"]) == ("dense", "max")
+    assert dense["largest_batch"] < packed["largest_batch"]
+    assert f"a batch of {packed['largest_batch']} is the most" in told
+    assert data["memory"] == 3 * 2**20
+    assert main([*asked, "--device", "100kB"]) == 1
+    assert main([*asked, "--device", "a100", "--dtype", "bfloat16"]) == 0
+    data = json.loads(out.read_text())
+    assert (data["memory"], data["dtype"]) == (80 * 10**9, "bfloat16")
+    assert data["ways"][0]["peak"] < dense["peak"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--device", "h10"], "write h100, a100, 4090, a size such as 24GiB"),
+        (["--device", "40%"], "write h100"),
+        (["--device", "cuda:77"], "or the cuda that is here"),
+        (["--device", "1GiB", "--optimizer", "adamv"], "torch.optim has no adamv."),
+        (["--device", "1GiB", "--optimizer", "muon"], "--optimizer Muon: ValueError"),
+        (["--device", "1GiB", "--optimizer", "adafactor"], "Adafactor cannot be told"),
+        (["--device", "1GiB", "--config", "no.yaml"], "no config file 'no.yaml'"),
+    ],
+)
+def test_a_forecast_of_nothing_is_one_message(
+    factories: str, capsys: pytest.CaptureFixture[str], given: list[str], said: str
+) -> None:
+    assert main(["forecast", "--model", f"{factories}:blocks", *given]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert said in lines[0]
+
+
 def test_report_of_timm_with_size(capsys: pytest.CaptureFixture[str]) -> None:
     spec = "timm:deit_tiny_patch16_224"
     assert main(["report", "--model", spec, "--batch", "2", "--size", "64", "--json"]) == 0

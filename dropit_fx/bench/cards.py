@@ -1,4 +1,4 @@
-"""Cards for ``bench roofline``: what a GPU computes and moves in a second at most."""
+"""Cards by name: what a GPU computes and moves in a second at most, and what it holds."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from dropit_fx.bench.model_spec import SpecError
 
 TERA = 1e12
+GIGA = 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class Card:
         bandwidth: Of its memory, bytes/s.
         capability: Of its instruction set, times ten: what inductor schedules for.
         processors: How many streaming multiprocessors it has.
+        memory: Bytes; None: not known.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Card:
     bandwidth: float
     capability: int = 90
     processors: int = 132
+    memory: int | None = None
 
     def seconds(self, nbytes: int, flops: int = 0, dtype: torch.dtype | None = None) -> float:
         """Of a kernel that reaches the card's limits: of its arithmetic, or of its memory."""
@@ -46,13 +49,14 @@ def _peaks(half: float, single: float) -> dict[torch.dtype, float]:
 # NVIDIA's data sheets: "H100 Tensor Core GPU" (SXM), "A100 Tensor Core GPU" (SXM, 80 GB), and "Ada
 # GPU Architecture", appendix A (GeForce RTX 4090)
 CARDS = {
-    "h100": Card(name="H100 SXM", peaks=_peaks(989, 67), bandwidth=3.35 * TERA),
+    "h100": Card(name="H100 SXM", peaks=_peaks(989, 67), bandwidth=3.35 * TERA, memory=80 * GIGA),
     "a100": Card(
         name="A100 SXM 80 GB",
         peaks=_peaks(312, 19.5),
         bandwidth=2.039 * TERA,
         capability=80,
         processors=108,
+        memory=80 * GIGA,
     ),
     "4090": Card(
         name="RTX 4090",
@@ -60,6 +64,7 @@ CARDS = {
         bandwidth=1.008 * TERA,
         capability=89,
         processors=128,
+        memory=24 * GIGA,
     ),
 }
 

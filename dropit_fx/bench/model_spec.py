@@ -94,6 +94,18 @@ def build_step(
     return model.train(), args, kwargs
 
 
+def in_dtype(model: nn.Module, inputs: Any, dtype: torch.dtype) -> Any:
+    """Casts a model in place, and its inputs: those that are floating-point numbers."""
+    model.to(dtype)
+
+    def cast(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        return x.detach().to(dtype).requires_grad_(x.requires_grad)
+
+    return pytree.tree_map_only(Tensor, cast, inputs)
+
+
 def small_net() -> tuple[nn.Module, tuple[Any, ...]]:
     """A small convolutional net with some of everything, for demonstrations: (module, inputs)."""
     model = nn.Sequential()

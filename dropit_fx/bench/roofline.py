@@ -25,12 +25,12 @@ from rich.table import Table
 from torch import Tensor, fx, nn
 
 from dropit_fx.bench.cards import Card, find_card
-from dropit_fx.bench.model_spec import SpecError, build
+from dropit_fx.bench.model_spec import SpecError, build, in_dtype
 from dropit_fx.bench.pareto import Variant, checkpoint_blocks, choose
 from dropit_fx.bench.schedule import Kernel, kernels_of_step
 from dropit_fx.compile import backend
 from dropit_fx.config import make_config
-from dropit_fx.private import compile_fx, pytree
+from dropit_fx.private import compile_fx
 from dropit_fx.private_inductor import INNER_COMPILE, at_memory_budget
 from dropit_fx.report.rows import plain_table
 
@@ -252,8 +252,7 @@ def bench_roofline(
     settings: dict[str, Any] = {"config": config, "schedule": schedule, "launch": launch / 1e6}
     settings |= {"autocast": torch.bfloat16 if dtype == "autocast" else None}
     if dtype != "autocast":
-        module.to(getattr(torch, dtype))
-        args = pytree.tree_map_only(Tensor, lambda t: _in_dtype(t, getattr(torch, dtype)), args)
+        args = in_dtype(module, args, getattr(torch, dtype))
     found: dict[str, Prediction] = {}
     skipped: dict[str, str] = {}
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -283,12 +282,6 @@ def bench_roofline(
         text = json.dumps(about | {"variants": rows, "skipped": skipped}, indent=2)
         Path(json_path).write_text(text)
     return found
-
-
-def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    if not x.is_floating_point():
-        return x
-    return x.detach().to(dtype).requires_grad_(x.requires_grad)
 
 
 def as_row(one: Prediction, dense: Prediction) -> dict[str, Any]:

@@ -120,10 +120,12 @@ def fake_state(
     """
     fakes: dict[str, Tensor] = {}
     kinds: dict[int, bool] = {}
-    for name, tensor in held(module).items():  # the mode has one fake for each tensor
+    for name, tensor in held(module).items():
         if name in real:
             continue
         fakes[name] = tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor)
+        if fakes[name] is not tensor:  # the mode has one fake for each tensor: of earlier runs too
+            fakes[name].grad = None
         kinds[storage_id(fakes[name])] = isinstance(tensor, nn.Parameter)
     with reparametrize_module(module, fakes, tie_weights=False), _numbered_momentum(module):
         yield kinds

@@ -3,14 +3,15 @@
 ``timeline`` tells the memory of a step without running it, ``workspaces`` measures what ops take
 for themselves; ``moves`` says what may become of each saved tensor, ``sensitivity`` what that puts
 into the gradient, ``choice`` solves the knapsack, and ``search`` tells the peak again of the graph
-that it makes. May be imported from here: ``plan``, ``plan_step``, ``Step``, ``PlanError``,
-``PlannedConfig``, ``timeline`` (``forecast``, ``Timeline``), and ``size`` for bytes as people read
-them.
+that it makes; ``fits`` says which batch a device has memory for. May be imported from here:
+``plan``, ``plan_step``, ``Step``, ``PlanError``, ``PlannedConfig``, ``forecast`` and ``Forecast``,
+``timeline`` (``Timeline``, and its own ``forecast``), and ``size`` for bytes as people read them.
 """
 
 from dropit_fx.planner.errors import PlanError
+from dropit_fx.planner.fits import Forecast, forecast
 from dropit_fx.planner.planned import PlannedConfig
 from dropit_fx.planner.search import plan, plan_step
 from dropit_fx.planner.step import Step
 
-__all__ = ["PlanError", "PlannedConfig", "Step", "plan", "plan_step"]
+__all__ = ["Forecast", "PlanError", "PlannedConfig", "Step", "forecast", "plan", "plan_step"]

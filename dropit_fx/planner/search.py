@@ -77,8 +77,7 @@ def plan(
         CaptureError: No tracer takes the model.
         ModuleNotFoundError: scipy is missing (``pip install 'dropit-fx[plan]'``).
     """
-    args, kwargs = _inputs(model, example_inputs)
-    step = Step(model, args, kwargs, loss, optimizer)
+    step = example_step(model, example_inputs, loss, optimizer)
     return plan_step(step, peak, error_limit, progress)
 
 
@@ -96,12 +95,20 @@ def plan_step(
         return _Search(step, progress).run(peak, error_limit)
 
 
-def _inputs(model: nn.Module, given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def example_step(
+    model: nn.Module,
+    given: Any,
+    loss: Callable[[Any], Tensor] | None = None,
+    optimizer: Optimizer | None = None,
+) -> Step:
+    """The step of a model on inputs as :func:`plan` takes them."""
     if given is None:
-        return resolve(model, None, None)
-    if isinstance(given, Mapping):
-        return (), dict(given)
-    return (tuple(given) if isinstance(given, tuple | list) else (given,)), {}
+        args, kwargs = resolve(model, None, None)
+    elif isinstance(given, Mapping):
+        args, kwargs = (), dict(given)
+    else:
+        args, kwargs = (tuple(given) if isinstance(given, tuple | list) else (given,)), {}
+    return Step(model, args, kwargs, loss, optimizer)
 
 
 @dataclass
@@ -139,14 +146,14 @@ class _Search:
         if not self.groups:
             raise PlanError(
                 f"peak = {peak!r}: the step takes {shown(dense.peak)} dense, and keeps nothing for"
-                f" its backward that can be packed; {_standing(dense)}"
+                f" its backward that can be packed; {standing(dense)}"
             )
         least = self._least()
         if least.told.peak > asked:
             raise PlanError(
                 f"peak = {peak!r} is {shown(asked)}, and the least that can be kept is"
                 f" {shown(least.told.peak)} ({least.told.peak} bytes,"
-                f" {least.told.peak / dense.peak:.0%} of dense); {_standing(least.told)}"
+                f" {least.told.peak / dense.peak:.0%} of dense); {standing(least.told)}"
             )
         errors = measure_errors(self.step, base, self.groups, self.progress)
         for _ in range(RUNS):
@@ -244,7 +251,7 @@ class _Search:
         return PlannedConfig(**settings, **figures, gap=gap, notes=notes, about=said)  # type: ignore[arg-type]
 
 
-def _standing(told: Timeline) -> str:
+def standing(told: Timeline) -> str:
     """What is in use at the peak."""
     alive = told.alive(told.peak_op)
     what = ", ".join(f"{kind} {shown(n)}" for kind, n in alive.items() if n)

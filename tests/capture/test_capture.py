@@ -18,8 +18,10 @@ from torch import Tensor, fx, nn
 
 from dropit_fx import CaptureError, ConfigError, report, transform
 from dropit_fx.capture import example_inputs
-from dropit_fx.capture.fake import fakes_of, propagate
+from dropit_fx.capture.fake import fake_mode_of, fakes_of, propagate
 from dropit_fx.capture.input_guards import InputGuards
+from dropit_fx.capture.modes import is_one_mode
+from dropit_fx.capture.trace import capture
 from dropit_fx.config import make_config
 from dropit_fx.passes.find_saved import FakeRunError, find_saved
 from dropit_fx.passes.plan import Plan
@@ -471,3 +473,13 @@ def test_results_come_in_the_containers_of_the_model() -> None:
         assert list(found) == ["out", "rest"]
         assert type(found["rest"]) is deque
         assert torch.equal(found["rest"][1][0], x)
+
+
+def test_fake_inputs_of_one_mode_serve_one_capture_after_the_other() -> None:
+    """A mode has one fake parameter for all its runs: no run sees the gradients of another."""
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.Tanh())
+    with fake_mode_of(()):
+        x = torch.empty(4, 8)
+    for _ in range(2):
+        graph = capture(model, (x,), {})
+        assert not is_one_mode(graph)
