@@ -438,6 +438,15 @@ def add_product(d: Draft, name: str) -> None:
     d.let(spell(d, name, c, f"{a}, {b}{options}"))
 
 
+@row("grouped_mm")
+def grouped_product(d: Draft) -> None:
+    x = d.value(lambda t: _single(t) and t.dim() == 2 and t.shape[1] % 8 == 0)
+    rows, columns = d.env[x].shape
+    w = d.parameter((2, columns, 8), " * 0.5")
+    ends = f"torch.tensor([{rows // 2}, {rows}], dtype=torch.int32)"
+    d.let(f"torch._grouped_mm({x}.bfloat16(), {w}.bfloat16(), {ends}).float()")
+
+
 @row("dropout")
 def dropout(d: Draft) -> None:
     x = d.value()
