@@ -15,7 +15,7 @@ SLICE := test_private test_models kernels passes/test_graph passes/test_verify c
 # inductor takes longest for these: three of them show that it does what it does on the newest
 LONG := within_float_rounding and not (gpt2 or resnet18 or deit)
 
-.PHONY: help demo study examples figures gpu test slice whole fuzz lint format wheel clean
+.PHONY: help demo study examples figures gpu test slice whole fuzz conformance lint format wheel clean
 
 help:
 	@echo "make demo     two minutes: a step dense and packed, the report as a page, a short training"
@@ -27,6 +27,7 @@ help:
 	@echo "make slice    run a part of them, about ten minutes"
 	@echo "make whole    all pairs of ops and all compiled ops, of which 'make test' runs a part"
 	@echo "make fuzz     check random models: GRAPHS=10000 AOT=300 INDUCTOR=300 SEED=0 WORKERS=2"
+	@echo "make conformance PyTorch's tables of ops and modules, packed; hours: ARGS='--quick --only conv'"
 	@echo "make lint     ruff (rules and format) and mypy"
 	@echo "make format   let ruff rewrite the files"
 	@echo "make wheel    build a wheel and a source distribution into dist/"
@@ -80,6 +81,10 @@ WORKERS ?= 2
 fuzz: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --graphs $(GRAPHS) --aot $(AOT) --inductor $(INDUCTOR) \
 		--seed $(SEED) --workers $(WORKERS)
+
+# Results are kept in build/conformance.jsonl: a second run goes on where this one ends; ARGS=--again begins anew.
+conformance: $(VENV)/.installed-test
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/conformance.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

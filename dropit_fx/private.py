@@ -15,7 +15,7 @@ import functools
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, ParamSpec, TypeVar
@@ -493,16 +493,44 @@ def at_end_of_compile(call: Callable[[Any], None]) -> None:
             look_up("torch._dynamo.on_compile_end")(call)
 
 
+def _frames() -> Iterator[FrameType]:
+    """From the caller outwards."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _attempt() -> dict[str, Any] | None:
+    """What Dynamo knows of the function that it compiles just now."""
+    known = (f.f_locals for f in _frames())
+    return next((k for k in known if {"code", "compiler_fn"} <= k.keys()), None)
+
+
+def being_compiled() -> tuple[nn.Module, Hashable] | None:
+    """The module whose call is compiled just now, and the same value for the same part of it.
+
+    The innermost that was handed to ``torch.compile``, or told to ``compile()``; None for a
+    function. A part is a function of one of its modules: graph breaks make several.
+    """
+    calls = (f for f in _frames() if f.f_code is nn.Module._wrapped_call_impl.__code__)
+    called = (f.f_locals["self"] for f in calls)
+    model = next((m for m in called if uncompiled(m) is not m or compiled_in_place(m)), None)
+    known = _attempt()
+    if model is None or known is None:
+        return None
+    values = dict(known.get("locals", {})).values()
+    return model, (known["code"], *(id(v) for v in values if isinstance(v, nn.Module)))
+
+
 def stopped_tracing() -> Stopped | None:
     """What ended Dynamo's attempt, where no graph came of it; asked at its end."""
     error: Any = sys.exception()
     stack = getattr(error, "real_stack", None)
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and not {"code", "compiler_fn"} <= frame.f_locals.keys():
-        frame = frame.f_back
-    if not stack or frame is None:
+    known = _attempt()
+    if not stack or known is None:
         return None
-    known, code = frame.f_locals, frame.f_locals["code"]
+    code = known["code"]
     name = code.co_qualname.rpartition("<locals>.")[2]
     backend = known["compiler_fn"]
     for inner in (

@@ -372,6 +372,11 @@ TABLE: tuple[Name, ...] = (
         _lack("DropITCallback fails"),
         "telling whether a model is compiled in place, and undoing it",
     ),
+    Name(
+        "torch.nn.Module._wrapped_call_impl",
+        _lack("report(torch.compile(model, backend='dropit')) finds nothing", "backend='dropit'"),
+        "the module that is called while Dynamo compiles",
+    ),
     Name("meta['example_value']", _PLUGIN, "the fake value of a node of Dynamo's", probe=False),
     Name(
         "meta['tensor_dict']",

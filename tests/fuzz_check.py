@@ -63,6 +63,7 @@ CONFIGS: dict[str, Config] = {
     "formulas": _that_may_match_nothing(make_config(FORMULAS)),
     "exact": make_config(preset="balanced"),
     "balanced": make_config(preset="balanced"),
+    "lossless": make_config(preset="lossless"),
 }
 LOSSY = ("balanced",)
 
@@ -206,11 +207,9 @@ def step(
     generator = torch.Generator().manual_seed(7)
     total: Any = 0
     for t in tensors:
-        if t.requires_grad and t.is_floating_point():
-            total = (
-                total
-                + (t.float() * torch.randn(t.shape, generator=generator, dtype=torch.float32)).sum()
-            )
+        if t.requires_grad and _real(t).is_floating_point():
+            t = _real(t).float()
+            total = total + (t * torch.randn(t.shape, generator=generator)).sum()
     outputs = [(t.detach().clone(), t.requires_grad) for t in tensors]
     if isinstance(total, Tensor):
         between(total)
@@ -495,8 +494,17 @@ def check(
     count_bytes: bool = True,
 ) -> Verdict:
     """Runs a program dense, and packed in each way with each of the way's configs."""
+    return check_subject(Subject(program), ways, configs, count_bytes)
+
+
+def check_subject(
+    subject: Subject,
+    ways: tuple[str, ...] = ("transform", "dropit_eager"),
+    configs: Mapping[str, tuple[str, ...]] | None = None,
+    count_bytes: bool = True,
+) -> Verdict:
+    """The same for what is no program, but has a model and inputs as one."""
     verdict = Verdict()
-    subject = Subject(program)
     try:
         yard = Yardstick(subject)
         try:

@@ -748,6 +748,24 @@ def _compiled_modules_are_told() -> None:
     assert not private.compiled_in_place(model)
 
 
+@of("torch.nn.Module._wrapped_call_impl")
+def _the_model_that_is_compiled_is_told() -> None:
+    seen: list[Any] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        seen.append(private.being_compiled())
+        return gm.forward
+
+    torch._dynamo.reset()
+    model = nn.Linear(2, 2)
+    wrapped = torch.compile(model, backend=backend)
+    wrapped(torch.ones(2, 2))
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+    assert seen[0][0] is wrapped, f"it is {seen[0]}"
+    assert seen[1] is None
+    assert private.being_compiled() is None
+
+
 @of("torch._dynamo.lookup_backend")
 def _backends_have_names() -> None:
     assert callable(private.lookup_backend("inductor"))

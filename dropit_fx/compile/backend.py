@@ -44,7 +44,7 @@ from dropit_fx.private_inductor import (
     PRE_PASS,
     inductor_has,
 )
-from dropit_fx.report.rows import Report, mib, report_of
+from dropit_fx.report.rows import Report, attach_compiled, mib, report_of
 from dropit_fx.runtime.linear_loss import LOSSES
 from dropit_fx.runtime.packed_call import (
     CACHE_VERSION,
@@ -243,6 +243,7 @@ def rewrite_dynamo_graph(
         log.warning("%s", error)
     record = CompiledGraph(report_of(plan))
     _compiled.append(record)
+    attach_compiled(record.report)
     said = record.report
     log.info(
         "graph %d saves %s, dense %s (%.1f %%), preset %s",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
 from itertools import chain
 from os import PathLike
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,7 +22,7 @@ from dropit_fx.passes.plan import Copy, Decision, Plan, Site
 from dropit_fx.passes.share_packed import by_site, packed_bytes
 from dropit_fx.planner import Step
 from dropit_fx.planner.timeline import Timeline, forecast
-from dropit_fx.private import pytree, uncompiled
+from dropit_fx.private import being_compiled, compiled_in_place, pytree, uncompiled
 from dropit_fx.report.origin import Alive, Blank, Origin, fakes
 
 _META = "dropit_report"
@@ -284,20 +285,39 @@ def short(where: str) -> str:
 def report(rewritten: nn.Module) -> Report:
     """The report of a model that ``transform`` returned (or holds submodules that it rewrote).
 
+    Or of one that backend ``dropit`` compiles, once it has run: of each function that was compiled
+    the newest graph, with bytes as eager mode saves them. A graph that ``torch.compile`` uses for
+    several models is told with the first.
+
     Raises:
         ValueError: Nothing in it was rewritten by dropit_fx.
     """
-    rewritten = uncompiled(rewritten)
+    whole, rewritten = rewritten, uncompiled(rewritten)
     graphs = [m for m in rewritten.modules() if isinstance(m, fx.GraphModule)]
     found = [m.meta[_META] for m in graphs if _META in m.meta]
+    found = found or [one for m in whole.modules() for one in _compiled.get(m, {}).values()]
     if not found:
-        raise ValueError(
-            f"{type(rewritten).__name__} was not rewritten by dropit_fx.transform; for"
-            ' torch.compile(model, backend="dropit") see dropit_fx.backend.compiled_graphs()'
-        )
+        waits = any(uncompiled(m) is not m or compiled_in_place(m) for m in whole.modules())
+        why = "was not rewritten by dropit_fx.transform"
+        if waits:
+            why += (
+                ", nor has backend 'dropit' compiled a graph of it: it does when a step first runs"
+            )
+        raise ValueError(f"{type(rewritten).__name__} {why}")
     if not isinstance(rewritten, fx.GraphModule) or _INPUTS not in rewritten.meta:
         return merged(found)
     return replace(merged(found), graph=Alive(rewritten), origin=rewritten.meta[_ORIGIN])
+
+
+# of each model that is compiled, by the part of it that is
+_compiled: WeakKeyDictionary[nn.Module, dict[Hashable, Report]] = WeakKeyDictionary()
+
+
+def attach_compiled(made: Report) -> None:
+    """Leaves the report of a graph with the model whose call is compiled just now, if it is one."""
+    if (compiling := being_compiled()) is not None:
+        model, part = compiling
+        _compiled.setdefault(model, {})[part] = made
 
 
 def attach(

@@ -121,6 +121,43 @@ def test_a_model_that_was_not_rewritten_has_no_report() -> None:
         dropit_fx.report(Shared())
 
 
+class Broken(nn.Module):
+    """Two blocks of one class, and a place at which Dynamo cuts the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Shared() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.blocks[0](x)[:, :32]
+        torch._dynamo.graph_break()
+        return self.blocks[1](x * 2)
+
+
+def test_a_compiled_model_is_reported_once_it_has_run() -> None:
+    model = Broken()
+    fast = torch.compile(model, backend="dropit_eager")
+    with pytest.raises(ValueError, match=r"Broken was not rewritten.* when a step first runs"):
+        dropit_fx.report(fast)
+    fast(torch.randn(64, 32)).sum().backward()
+    first = dropit_fx.report(fast)
+    x = torch.randn(128, 32)
+    fast(x).sum().backward()  # of another size: all is compiled again
+    found = dropit_fx.report(fast)
+    assert found.kept_bytes == measure.saved_bytes(fast, x) < found.dense_bytes
+    assert found.dense_bytes == measure.saved_bytes(model, x)
+    assert len(found.rows) == len(first.rows)
+    with pytest.raises(ValueError, match=r"was not rewritten by dropit_fx\.transform$"):
+        dropit_fx.report(model)
+
+
+def test_parts_compiled_in_place_are_reported_together() -> None:
+    model = Broken()
+    model.blocks[0].compile(backend="dropit_eager")
+    model(torch.randn(128, 32)).sum().backward()
+    assert dropit_fx.report(model) == dropit_fx.report(model.blocks[0])
+
+
 def test_submodules_rewritten_in_place_are_reported_with_their_names() -> None:
     model = nn.Sequential(nn.Linear(32, 32), Shared())
     dropit_fx.transform(model, modules="1", example_args=(torch.randn(128, 32),))
