@@ -34,6 +34,7 @@ from dropit_fx.logs import shown
 from dropit_fx.planner import PlanError
 from dropit_fx.planner.fits import memory_bytes
 from dropit_fx.report.rows import Report, as_text, mib, plain_table
+from dropit_fx.schema import config_schema
 from dropit_fx.words import did_you_mean
 
 if TYPE_CHECKING:
@@ -218,6 +219,14 @@ def _parser() -> argparse.ArgumentParser:
         demo.add_argument(f"--{name}", default=default, help="default: %(default)s")
     demo.set_defaults(run=_demo)
 
+    schema = commands.add_parser(
+        "schema",
+        help="the JSON schema of config files",
+        description="Writes the JSON schema of config files, from which editors complete and"
+        " mark what is wrong: a first line `# yaml-language-server: $schema=schema.json`.",
+    )
+    schema.set_defaults(run=_schema)
+
     add_benches(commands.add_parser("bench", help="what packing costs on this machine"))
     return parser
 
@@ -394,6 +403,11 @@ def _suggest(options: argparse.Namespace) -> int:
             built.report, progress=lambda text, share: bar.update(task, completed=share)
         )
     sys.stdout.write(str(found))
+    return 0
+
+
+def _schema(options: argparse.Namespace) -> int:
+    sys.stdout.write(json.dumps(config_schema(), indent=2) + "\n")
     return 0
 
 

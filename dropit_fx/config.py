@@ -21,11 +21,12 @@ from dropit_fx.rules import BackpropRule as BackpropRule
 from dropit_fx.rules import Config as Config
 from dropit_fx.rules import Rule as Rule
 from dropit_fx.rules import TrainRule as TrainRule
-from dropit_fx.words import did_you_mean, is_whole, matches, shortened
+from dropit_fx.words import did_you_mean, fits, matches, shortened
 
-_COUNTS = {"norm_values": "values", "loss_classes": "classes"}  # settings that are numbers
-PRESET_KEYS = ("derive", "keep_small", *_COUNTS)  # that a preset sets beside its rules
-_OWN_KEYS = ("drop_logits", "force")  # that no preset sets
+NUMBERS = {"norm_values": "values", "loss_classes": "classes"}  # settings that are numbers
+COUNTS = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}  # their values
+PRESET_KEYS = ("derive", "keep_small", *NUMBERS)  # that a preset sets beside its rules
+OWN_KEYS = ("drop_logits", "force")  # that no preset sets
 LONGEST_GLOB = 1000  # characters; the expression that it becomes takes long to make
 PAPER_PRESET = "dropit"  # of the published call, which names a strategy or a rate
 
@@ -95,17 +96,17 @@ def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None 
 
 def _before(base: Config, source: Mapping[str, Any], origin: str, preset: bool = False) -> Config:
     """What a file or a mapping says, before what ``base`` says; ``preset``: it is one."""
-    _known(source, ("preset", "rules", *PRESET_KEYS, *_OWN_KEYS), origin)
+    _known(source, ("preset", "rules", *PRESET_KEYS, *OWN_KEYS), origin)
     rules = source.get("rules")
     rules = [] if rules is None else rules
     if not isinstance(rules, list | tuple):
         raise ConfigError(f"{origin}: 'rules' is a list of rules, not {type(rules).__name__}")
-    settings = {k: source.get(k, getattr(base, k)) for k in (*PRESET_KEYS, *_OWN_KEYS)}
+    settings = {k: source.get(k, getattr(base, k)) for k in (*PRESET_KEYS, *OWN_KEYS)}
     for key, value in settings.items():
-        what = _COUNTS.get(key)
+        what = NUMBERS.get(key)
         if what is None and not isinstance(value, bool):
             raise ConfigError(f"{origin}: {key!r} is true or false, not {value!r}")
-        if what and not (is_whole(value) and 0 <= value < 2**63):
+        if what and not fits(value, COUNTS):
             raise ConfigError(f"{origin}: {key!r} is a number of {what}, 0 or more: {value!r}")
     numbered = [(r, i, f"{origin}, rule {i}") for i, r in enumerate(rules, 1)]
     backprop = tuple(_backprop_rule(r, i, at) for r, i, at in numbered if _says(r, "backprop"))
@@ -216,11 +217,11 @@ def _rule(source: Any, where: str, preset: bool) -> Rule:
         raise ConfigError(f"{where}: a rule is a mapping, not {source!r}")
     if "codec" not in source:
         raise ConfigError(
-            f"{where} {dict(source)}: no 'codec'. Choose one of: {', '.join(_named())}."
+            f"{where} {dict(source)}: no 'codec'. Choose one of: {', '.join(named_codecs())}."
         )
     name = source["codec"]
-    if name not in _named():
-        raise ConfigError(f"{where}: no codec {name!r}.{did_you_mean(name, _named())}")
+    if name not in named_codecs():
+        raise ConfigError(f"{where}: no codec {name!r}.{did_you_mean(name, named_codecs())}")
     codec = CODEC[name]
     legal = tuple(o.name for o in codec.options)
     keys = ("module", "op", "codec", *legal, "derive", "train")
@@ -303,7 +304,7 @@ def _unsuited(glob: str, name: str) -> str:
     if any(map(codec.can_keep, reads)):
         return ""
     read = named[0].reads[0]
-    able = [c for c in _named() if CODEC[c].can_keep(read)]
+    able = [c for c in named_codecs() if CODEC[c].can_keep(read)]
     why = f"uses it as '{read.use}'"
     if codec.contract is not None and read.use in codec.serves:
         why = "is no product that sums over its rows"
@@ -313,7 +314,7 @@ def _unsuited(glob: str, name: str) -> str:
     )
 
 
-def _named() -> tuple[str, ...]:
+def named_codecs() -> tuple[str, ...]:
     """The codecs that a config may name."""
     return tuple(n for n in CODEC if n != "drop")
 

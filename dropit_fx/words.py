@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import operator
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 LONGEST = 200  # characters of a word in a message
 
@@ -50,6 +51,16 @@ def unmatched(globs: Iterable[str], names: Iterable[str]) -> Iterator[str]:
     return (glob for glob in globs if not any(_matches(name, glob) for name in known))
 
 
+def fits(value: object, schema: Mapping[str, Any]) -> bool:
+    """Whether a value is as a JSON schema says: ``enum``, ``anyOf``, or a ``type`` with bounds."""
+    if "anyOf" in schema:
+        return any(fits(value, each) for each in schema["anyOf"])
+    if "enum" in schema:
+        return value in schema["enum"]
+    bounds = ((holds, schema[key]) for key, holds in _BOUNDS.items() if key in schema)
+    return _KINDS[schema["type"]](value) and all(holds(value, bound) for holds, bound in bounds)
+
+
 def is_number(value: object) -> bool:
     """Whether a value of the user's is a number; True and False are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
@@ -58,6 +69,20 @@ def is_number(value: object) -> bool:
 def is_whole(value: object) -> TypeGuard[int]:
     """Whether it is an integer."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+_KINDS: dict[str, Callable[[object], bool]] = {
+    "null": lambda value: value is None,
+    "boolean": lambda value: isinstance(value, bool),
+    "integer": is_whole,
+    "number": is_number,
+}
+_BOUNDS: dict[str, Callable[[Any, Any], bool]] = {
+    "minimum": operator.ge,
+    "maximum": operator.le,
+    "exclusiveMaximum": operator.lt,
+    "multipleOf": lambda value, part: value % part == 0,
+}
 
 
 def shortened(message: str) -> str:

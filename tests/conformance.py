@@ -45,28 +45,37 @@ class Sample:
     """A call of an op or a module.
 
     Attributes:
-        name: What it is called in results.
         tensors: Its tensor arguments.
         make: What takes them, a fresh one each time: an op, or a module.
     """
 
-    name: str
     tensors: list[Tensor]
     make: Callable[[], Callable[..., Any]]
 
 
 class _Called(nn.Module):
-    """A call as a model; ``behind``: it takes copies, and a copy of its result is returned."""
+    """A call as a model.
 
-    def __init__(self, call: Callable[..., Any], behind: bool) -> None:
+    Attributes:
+        copied: Which of its arguments it gets as copies. None: as they are.
+        results: How many tensors it returns, of which copies go on; None for one that is no tuple.
+    """
+
+    def __init__(
+        self, call: Callable[..., Any], copied: tuple[bool, ...] | None, results: int | None
+    ) -> None:
         super().__init__()
-        self.call, self.behind = call, behind
+        self.call, self.copied, self.results = call, copied, results
 
     def run(self, *tensors: Tensor) -> Any:
-        if not self.behind:
+        if self.copied is None:
             return self.call(*tensors)
-        copies = [t.clone() if t.is_floating_point() else t for t in tensors]
-        return pytree.tree_map_only(Tensor, torch.clone, self.call(*copies))
+        out = self.call(
+            *(t.clone() if copy else t for t, copy in zip(tensors, self.copied, strict=True))
+        )
+        if self.results is None:
+            return out.clone()
+        return tuple(out[i].clone() for i in range(self.results))
 
 
 @functools.cache
@@ -93,8 +102,16 @@ class Called(Subject):
 
     def model(self) -> nn.Module:
         torch.manual_seed(0)
-        made = _model_of(len(self.sample.tensors))(self.sample.make(), self.behind)
+        given = self.sample.tensors
+        copied = tuple(t.is_floating_point() for t in given) if self.behind else None
+        made = _model_of(len(given))(self.sample.make(), copied, self._results)
         return made.train(self.program.training)
+
+    @functools.cached_property
+    def _results(self) -> int | None:
+        with torch.no_grad():
+            found = self.sample.make()(*self.inputs())
+        return len(found) if isinstance(found, tuple | list) else None
 
     def inputs(self, seed: int = 1) -> tuple[Tensor, ...]:
         given = self.sample.tensors
@@ -169,7 +186,7 @@ def _op_samples(info: Any, dtype: torch.dtype, size: int) -> Iterator[Sample]:
 
             return call
 
-        yield Sample("", [t for t in leaves if isinstance(t, Tensor)], made)
+        yield Sample([t for t in leaves if isinstance(t, Tensor)], made)
 
 
 def _module_samples(info: Any, dtype: torch.dtype, training: bool) -> Iterator[Sample]:
@@ -187,7 +204,7 @@ def _module_samples(info: Any, dtype: torch.dtype, training: bool) -> Iterator[S
                 module = info.module_cls(*ctor.args, **ctor.kwargs).to(dtype)
             return _Layer(module, leaves, spec)
 
-        yield Sample("", [t for t in leaves if isinstance(t, Tensor)], made)
+        yield Sample([t for t in leaves if isinstance(t, Tensor)], made)
 
 
 class _Layer(nn.Module):
@@ -212,7 +229,7 @@ def _elements(sample: Sample) -> int:
 def _chosen(samples: Iterator[Sample], limit: int) -> list[Sample]:
     """Some of them, the first and the largest among these."""
     found = [s for s in samples if s.tensors and _elements(s) <= MOST]
-    found = [s for s in found if any(t.requires_grad or t.dim() for t in s.tensors)]
+    found = [s for s in found if all(t.layout == torch.strided for t in s.tensors)]
     if len(found) <= limit:
         return found
     largest = max(found, key=_elements)

@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -75,7 +76,16 @@ def _work(module: str, thorough: bool, told: Connection) -> None:
             if done in (1, 2) or done % 20 == 0:  # what is there is not looked through each time
                 gc.collect()
                 gc.freeze()
-            told.send([asdict(result) for result in run.check(told.recv(), thorough)])
+            told.send([asdict(result) for result in _checked(run.check, told.recv(), thorough)])
+
+
+def _checked(check: Any, item: str, thorough: bool) -> list[Result]:
+    try:
+        return list(check(item, thorough))
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        at = f"{Path(where.filename).name}:{where.lineno}"
+        return [Result(item, item.split("/")[1], "failed", f"the check itself: {error!r} at {at}")]
 
 
 class _Process:
@@ -101,7 +111,7 @@ class _Process:
             self.process.join()
             why = f"the process died with exit code {self.process.exitcode}"
         self.end()
-        return [Result(item, item.split("/")[0], "failed", why)]
+        return [Result(item, item.split("/")[1], "failed", why)]
 
     def end(self) -> None:
         self.process.kill()

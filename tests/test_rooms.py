@@ -24,6 +24,7 @@ ORDER = (
     ("codecs",),
     ("rules",),
     ("config", "presets"),
+    ("schema",),
     ("runtime",),
     ("pointwise",),
     ("capture",),

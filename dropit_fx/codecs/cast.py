@@ -18,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dropit_fx.codecs.codec import Codec, Option, Options
+from dropit_fx.codecs.codec import BLOCKS, Codec, Option, Options
 from dropit_fx.kernels.dtypes import saturated
 from dropit_fx.kernels.fused_bits import divides, is_empty
 from dropit_fx.ops.rule import Use
-from dropit_fx.words import is_whole
 
 BFLOAT16 = "bfloat16"
 _MANTISSA = (1 << 23) - 1  # of a float32
@@ -51,14 +50,14 @@ FLOAT8 = {
 DTYPE = Option(
     name="dtype",
     default="float8_e4m3fn",
-    legal=lambda value: value in (BFLOAT16, *FLOAT8),
+    schema={"enum": [*FLOAT8, BFLOAT16]},
     meaning="'float8_e4m3fn', 'float8_e5m2' or 'bfloat16'",
     shown=True,
 )
 BLOCK = Option(
     name="block",
     default=128,
-    legal=lambda v: v is None or (is_whole(v) and v >= 8 and v % 8 == 0),
+    schema={"anyOf": [{"type": "null"}, BLOCKS]},
     meaning="elements that share a scale, a multiple of 8, or null for the whole tensor;"
     " 'bfloat16' has none",
 )

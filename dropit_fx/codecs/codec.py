@@ -10,19 +10,26 @@ import torch
 from torch import Tensor
 
 from dropit_fx.ops.rule import Read, Use
+from dropit_fx.words import fits
 
 Options = dict[str, Any]
+# Elements of a block, as options have them.
+BLOCKS = {"type": "integer", "minimum": 8, "maximum": 2**62, "multipleOf": 8}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One option of a codec: its default, and the check that a config value must pass."""
+    """One option of a codec: its default, and what a config may say."""
 
     name: str
     default: Any
-    legal: Callable[[Any], bool]
+    schema: Mapping[str, Any]  # of its values: a JSON schema, as far as `words.fits` knows them
     meaning: str  # unit and range, as config errors print them
     shown: bool = False  # whether reports say it beside the codec, where it is not null or false
+
+    def legal(self, value: object) -> bool:
+        """Whether a config may say this."""
+        return fits(value, self.schema)
 
 
 @dataclass(frozen=True, kw_only=True)

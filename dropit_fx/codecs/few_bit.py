@@ -14,7 +14,6 @@ from dropit_fx.kernels import fused
 from dropit_fx.kernels.format import uint_nbytes
 from dropit_fx.ops.rule import Use
 from dropit_fx.ops.step_tables import FUNCTIONS, StepTable, table
-from dropit_fx.words import is_whole
 
 OF_RESULT = " of result"  # f is increasing, and what is packed is f(x)
 
@@ -58,7 +57,7 @@ FEW_BIT = Codec(
         Option(
             name="bits",
             default=3,
-            legal=lambda v: is_whole(v) and 1 <= v <= 4,
+            schema={"type": "integer", "minimum": 1, "maximum": 4},
             meaning="bits of an interval's number, 1 to 4",
             shown=True,
         ),

@@ -35,16 +35,15 @@ from dropit_fx.words import is_whole
 RANGE, RANDOM = PROJECTIONS = ("range", "random")
 
 
-def _legal_rank(value: Any) -> bool:
-    if is_whole(value):
-        return bool(value >= 1)
-    return isinstance(value, float) and 1 / FULL <= value < 1
-
-
 RANK = Option(
     name="rank",
     default=0.25,
-    legal=_legal_rank,
+    schema={
+        "anyOf": [
+            {"type": "integer", "minimum": 1, "maximum": 2**63 - 1},
+            {"type": "number", "minimum": 1 / FULL, "exclusiveMaximum": 1},
+        ]
+    },
     shown=True,
     meaning="a whole number, or a share in [0.0001, 1): of the rows for 'random', of rows or width,"
     " whichever is less, for 'range'",
@@ -52,7 +51,7 @@ RANK = Option(
 PROJECTION = Option(
     name="projection",
     default=RANGE,
-    legal=lambda value: value in PROJECTIONS,
+    schema={"enum": [*PROJECTIONS]},
     shown=True,
     meaning="'range' (directions in which the rows vary most; biased) or 'random' (sums of rows"
     " with random signs; unbiased)",

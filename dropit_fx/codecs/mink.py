@@ -14,7 +14,6 @@ their values; ``bits`` codes the values in that many bits with a scale for each 
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -22,11 +21,10 @@ import torch
 from torch import Tensor
 
 import dropit_fx.kernels.hadamard  # noqa: F401  registers its op
-from dropit_fx.codecs.codec import Codec, Option, Options
+from dropit_fx.codecs.codec import BLOCKS, Codec, Option, Options
 from dropit_fx.kernels import FULL, SPACINGS, Format, fused
 from dropit_fx.ops.autocasting import without_autocast
 from dropit_fx.ops.rule import Use
-from dropit_fx.words import is_number, is_whole
 
 
 def keep_ratio(gamma: float) -> int:
@@ -34,21 +32,17 @@ def keep_ratio(gamma: float) -> int:
     return round((1 - gamma) * FULL)
 
 
-def _legal_gamma(value: Any) -> bool:
-    return is_number(value) and math.isfinite(value) and 0 <= value < 1 and keep_ratio(value) > 0
-
-
 GAMMA = Option(
     name="gamma",
     default=0.9,
-    legal=_legal_gamma,
+    schema={"type": "number", "minimum": 0, "maximum": 1 - 1 / FULL},
     meaning="the dropping rate, a number in [0, 0.9999]; 0 keeps every element",
     shown=True,
 )
 BITS = Option(
     name="bits",
     default=None,
-    legal=lambda v: v is None or (is_whole(v) and 1 <= v <= 8),
+    schema={"anyOf": [{"type": "null"}, {"type": "integer", "minimum": 1, "maximum": 8}]},
     meaning="bits of a kept value, 1 to 8, or null for the tensor's own dtype",
     shown=True,
 )
@@ -56,32 +50,32 @@ QUANT_BITS = replace(BITS, default=4)
 BLOCK = Option(
     name="block",
     default=1024,
-    legal=lambda v: is_whole(v) and v >= 8 and v % 8 == 0,
-    meaning="elements of a block, a multiple of 8",
+    schema=BLOCKS,
+    meaning="elements of a block, a multiple of 8, below 2**63",
 )
 SCOPE = Option(
     name="scope",
     default="block",
-    legal=lambda v: v in ("block", "tensor"),
+    schema={"enum": ["block", "tensor"]},
     meaning="'block' selects inside each block, 'tensor' in the whole tensor at once (the paper)",
 )
 ROUNDING = Option(
     name="rounding",
     default="nearest",
-    legal=lambda v: v in ("nearest", "stochastic"),
+    schema={"enum": ["nearest", "stochastic"]},
     meaning="'nearest', or 'stochastic' (unbiased over the kept values, more variance)",
 )
 RANGE = Option(
     name="range",
     default="symmetric",
-    legal=lambda v: v in SPACINGS,
+    schema={"enum": [*SPACINGS]},
     meaning="'symmetric' levels around zero, 'affine' for one-sided tensors: finer near the least "
     "value, or 'uniform': equal steps between the least and the greatest value",
 )
 HADAMARD = Option(
     name="hadamard",
     default=False,
-    legal=lambda v: isinstance(v, bool),
+    schema={"type": "boolean"},
     meaning="true: each 16 values are rotated by the Hadamard matrix before they are rounded",
     shown=True,
 )

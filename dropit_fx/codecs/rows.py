@@ -33,7 +33,7 @@ from dropit_fx.ops.rule import Use
 SELECT = Option(
     name="select",
     default="uniform",
-    legal=lambda value: value in SELECTIONS,
+    schema={"enum": [*SELECTIONS]},
     meaning="'uniform' and 'wta_crs' (more likely where the norm is larger) draw rows and are"
     " unbiased, 'norm' keeps the largest",
 )
@@ -41,7 +41,7 @@ SELECT = Option(
 GRADIENTS = Option(
     name="gradients",
     default=True,
-    legal=lambda value: isinstance(value, bool),
+    schema={"type": "boolean"},
     meaning="true or false: 'wta_crs' also weighs a row of the batch by the gradients that earlier"
     " steps had there",
 )
