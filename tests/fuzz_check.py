@@ -519,7 +519,7 @@ def check_subject(
         except Exception as error:
             verdict.skipped = f"dense raises {type(error).__name__}"
             return verdict
-        if ".data" in program.source and _writes_unseen(subject, yard.dense):
+        if ".data" in subject.program.source and _writes_unseen(subject, yard.dense):
             verdict.skipped = "dense keeps what is written to behind .data"
             return verdict
         for way in ways:
