@@ -376,7 +376,15 @@ def _exported_program(
     raise failed
 
 
+def _without_grad(value: Any) -> Any:
+    """An input as it is before a backward: export would ask for sizes of its gradient."""
+    if not isinstance(value, Tensor) or not value.is_leaf or value.grad is None:
+        return value
+    return value.detach().requires_grad_(value.requires_grad)
+
+
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    args, kwargs = pytree.tree_map(_without_grad, (args, kwargs))
     program = _exported_program(model, args, kwargs)
     with exporting_input_guards(model, args, kwargs):
         exported = program.module()

@@ -425,6 +425,14 @@ def test_what_is_computed_of_no_input_serves_both_modes() -> None:
     assert list(made.state_dict()) == list(model.state_dict())
 
 
+def test_an_example_that_has_a_gradient_is_exported_as_any() -> None:
+    x = torch.randn(4, 8, requires_grad=True)
+    x.grad = torch.ones(4, 8)
+    made = transform(ShapeDependent(), example_args=(x,))
+    made(torch.randn(4, 8))
+    assert torch.equal(x.grad, torch.ones(4, 8))
+
+
 def test_an_input_that_was_none_has_to_be_none() -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:
