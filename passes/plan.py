@@ -60,7 +60,7 @@ class Elements(NamedTuple):
 
     Attributes:
         storage: Identifies the storage.
-        offset: Of the first element.
+        offset: Of the first element; the symbol of one that depends on values.
         numel: How many elements there are.
         strided: None where they fill memory without gaps (then their order in memory is the same
             for every view of all of them), else strides and sizes, sorted.
@@ -69,7 +69,7 @@ class Elements(NamedTuple):
     """
 
     storage: int
-    offset: int
+    offset: int | str
     numel: int
     strided: tuple[Any, ...] | None
     dtype: torch.dtype

@@ -15,6 +15,7 @@ from dropit_fx.private import (
     EXAMPLE_VALUE,
     STATIC_INPUT,
     TorchDispatchMode,
+    free_unbacked_symbols,
     pytree,
     storage_id,
     version,
@@ -170,7 +171,9 @@ def elements(x: Tensor, written: int) -> Elements:
     """What ``x`` shows, at a version of its storage."""
     dims = zip(x.stride(), x.shape, strict=True)
     strided = tuple(sorted(d for d in dims if d[1] != 1)) if has_gaps(x) else None
-    return Elements(storage_id(x), int(x.storage_offset()), x.numel(), strided, x.dtype, written)
+    at: Any = x.storage_offset()
+    place = str(at) if free_unbacked_symbols(at) else int(at)  # `narrow` from a tensor's value on
+    return Elements(storage_id(x), place, x.numel(), strided, x.dtype, written)
 
 
 def is_state(n: fx.Node) -> bool:

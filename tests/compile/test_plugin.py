@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dropit_fx
@@ -323,3 +323,24 @@ def test_nested_inputs_are_compiled_as_they_are(caplog):
     out = torch.compile(model, backend="dropit_eager")(x)
     assert torch.equal(out.values(), model(x).values())
     assert "nothing is packed: an input is a nested tensor" in caplog.text
+
+
+def test_a_place_in_memory_that_depends_on_values() -> None:
+    class Narrowed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, start: Tensor) -> Tensor:
+            h = torch.nn.functional.gelu(self.first(x))
+            return self.last(torch.narrow(h, 0, start, 2).tanh())
+
+    model, x = Narrowed(), torch.randn(6, 8)
+    packed = torch.compile(model, backend="dropit_eager", options={"preset": "lossless"})
+    for start in (1, 3):
+        found = []
+        for run in (model, packed):
+            model.zero_grad()
+            run(x, torch.tensor(start)).square().sum().backward()
+            found.append([p.grad for p in model.parameters()])
+        assert all(map(torch.equal, *found))
