@@ -75,24 +75,26 @@ def _of_export(
 
     ``absent``: the paths of those that were None, of which export notes nothing.
     """
-    conditions = []
-    for i, path in enumerate(paths):
-        first: Any = path[0]
-        if pytree.keystr(path) in absent:
-            told = f"{first.key}{pytree.keystr(path[1:])} is None"
-            conditions.append((f"args[{i}] is None", told))
+    keys = [pytree.keystr(path) for path in paths]
+    names = [_name(path) for path in paths]
+    conditions = [
+        (f"args[{i}] is None", f"{names[i]} is None") for i, key in enumerate(keys) if key in absent
+    ]
     for guard in guards:
         condition, told = guard.replace("\n", " "), guard.replace("\n", " ")
-        for i, path in enumerate(paths):
-            named = "L" + pytree.keystr(path)
-            first = path[0]
-            condition = condition.replace(named, f"args[{i}]")
+        for i, key in enumerate(keys):
+            condition = condition.replace("L" + key, f"args[{i}]")
             # what a forward takes as **kw, export finds in a dict of that name
-            of_kw = r"L\['\w+'\]" + re.escape(pytree.keystr(path))
-            condition = re.sub(of_kw, f"args[{i}]", condition)
-            told = told.replace(named, str(first.key) + pytree.keystr(path[1:]))
+            condition = re.sub(r"L\['\w+'\]" + re.escape(key), f"args[{i}]", condition)
+            told = told.replace("L" + key, names[i])
         conditions.append((condition, told))
     return InputGuards(tuple(conditions))
+
+
+def _name(path: pytree.KeyPath) -> str:
+    """An input as the user's code has it: ``batch['mask']``."""
+    first: Any = path[0]
+    return f"{first.key}{pytree.keystr(path[1:])}"
 
 
 def _by_path(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -91,7 +91,9 @@ class Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with disable_current_modes():
                 out = func(*args, **kwargs)
         else:
-            out = func(*pytree.tree_map(_bare, args), **pytree.tree_map(_bare, kwargs))
+            if any(map(_is_tracked, given)):
+                args, kwargs = pytree.tree_map(_bare, (args, kwargs))
+            out = func(*args, **kwargs)
         if schema(func).name in _SAME:
             key = self._copied(args[0], out, key)
         known = {self._key_of(t) for t in given}
@@ -157,12 +159,17 @@ class Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._content[self._key_of(tensor)] = number
 
 
-def _bare(value: Any) -> Any:
-    """A constant without what autograd knows of it, which fake tensors cannot follow.
+def _is_tracked(value: Any) -> bool:
+    """Whether it is a constant that autograd knows, which fake tensors cannot follow.
 
     A model may write what requires a gradient into a tensor of its own.
     """
-    if not isinstance(value, Tensor) or isinstance(value, FakeTensor) or not value.requires_grad:
+    return isinstance(value, Tensor) and not isinstance(value, FakeTensor) and value.requires_grad
+
+
+def _bare(value: Any) -> Any:
+    """The same without what autograd knows of it."""
+    if not _is_tracked(value):
         return value
     with disable_current_modes():
         return value.detach()
