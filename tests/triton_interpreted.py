@@ -32,6 +32,8 @@ def main(dtype: torch.dtype) -> None:
         if dtype != torch.float32 and bits in (1, 3, 5, 6):
             continue  # beyond float32 only the conversions differ
         x = make(KINDS[(i + dtype.itemsize) % len(KINDS)], 110, dtype, seed=i)
+        if i % 2:  # in the tail too
+            x[torch.tensor([3, 40, 41, 100])] = torch.tensor([torch.nan, torch.inf] * 2).to(dtype)
         seed = torch.tensor([-(3**i) * 1_000_003])
         keep = (3333, 10000, 50)[i % 3]
         form = Format(keep, 96, bits, layout, stochastic)  # not a power of two, with a tail

@@ -23,8 +23,11 @@ Bit-exactness. Other implementations must produce the same bits, so nothing depe
 summation: the sums are of integers, every float operation is one correctly rounded IEEE operation,
 nothing is fused.
 
-A block that holds NaN or Inf gets NaN for its scale and code 0: all its kept positions decode to
-NaN.
+A block that holds NaN or Inf is marked: its last code, all ones, is theirs, and reads as NaN; what
+is finite there is coded as if it were alone, the last level as the one before. A codebook that does
+not draw has one level there for two neighbouring cells. The mark is the sign of the scale's last
+number, and of the uniform spacing, whose numbers have signs, that its two change places. One bit
+has no code to spare: NaN is the scale, and what all of the block reads as.
 """
 
 from __future__ import annotations
@@ -55,13 +58,16 @@ def encode(values: Tensor, form: Format, draws: Tensor | None) -> tuple[Tensor, 
         scale = values.new_zeros(rows, form.columns, dtype=torch.bfloat16)
         return values.new_empty(rows, k, dtype=torch.uint8), scale
     x = values.to(torch.float32)
-    poisoned = ~x.isfinite().all(1, keepdim=True)
-    x = torch.where(poisoned, 0.0, x)
+    finite = x.isfinite()
+    marked = ~finite.all(1, keepdim=True)
+    least = torch.where(finite, x, torch.inf).amin(1, keepdim=True)
+    x = torch.where(finite, x, torch.where(least.isfinite(), least, 0.0))
+    unread = marked & (bits == 1)
     chance = None if draws is None else (draws >> 8).to(torch.float32) * 2.0**-24
     if form.spacing in (AFFINE, UNIFORM):
         encode_above = _encode_affine if form.spacing == AFFINE else _encode_uniform
         codes, scale, overflow = encode_above(x, bits, chance)
-        poisoned |= overflow
+        unread |= overflow
     else:
         magnitude = x.abs()
         low, high = magnitude.amin(1, keepdim=True), magnitude.amax(1, keepdim=True)
@@ -73,12 +79,15 @@ def encode(values: Tensor, form: Format, draws: Tensor | None) -> tuple[Tensor, 
             if not form.is_codebook:
                 step, scale = _encode_grid(magnitude, low, high, bits, chance)
             elif chance is None:
-                step, scale = _encode_codebook(magnitude, low, high, bits)
+                step, scale = _encode_codebook(magnitude, finite, low, high, bits)
             else:
                 step, scale = _encode_codebook_stochastic(magnitude, low, high, bits, chance)
             codes = step | (x.signbit().to(torch.int64) << (bits - 1))
-    codes = torch.where(poisoned, 0, codes)
-    scale = torch.where(poisoned, torch.nan, scale)
+    last = 2**bits - 1
+    codes = torch.where(finite, torch.where(marked, codes.clamp(max=last - 1), codes), last)
+    codes = torch.where(unread, 0, codes)
+    scale = torch.where(marked, _mark(scale, form), scale)
+    scale = torch.where(unread, torch.nan, scale)
     return codes.to(torch.uint8), scale.to(torch.bfloat16)
 
 
@@ -93,8 +102,30 @@ def decode(codes: Tensor, scale: Tensor, form: Format, dtype: torch.dtype) -> Te
 
 
 def level_table(scale: Tensor, form: Format) -> Tensor:
-    """The value of each code: (rows, columns) bfloat16 -> (rows, 2**bits) float32."""
+    """The value of each code: (rows, columns) bfloat16 -> (rows, 2**bits) float32.
+
+    NaN for the last code of a row that is marked, and of one whose levels are all the same: there,
+    it is no value's.
+    """
     scale = scale.to(torch.float32)
+    if form.spacing == UNIFORM:
+        marked = scale[:, :1] >= scale[:, 1:]
+    else:
+        marked = scale[:, -1:].signbit()
+    scale = torch.where(marked, _mark(scale, form), scale)
+    levels = _levels(scale, form)
+    levels[:, -1:] = torch.where(marked, torch.nan, levels[:, -1:])
+    return levels
+
+
+def _mark(scale: Tensor, form: Format) -> Tensor:
+    """Marks rows, or takes the mark away."""
+    if form.spacing == UNIFORM:
+        return scale.flip(1)
+    return torch.cat([scale[:, :-1], -scale[:, -1:]], 1)
+
+
+def _levels(scale: Tensor, form: Format) -> Tensor:
     if form.spacing in (AFFINE, UNIFORM):
         base, top = scale[:, :1], scale[:, 1:]
         count = 2**form.bits
@@ -201,13 +232,15 @@ def _round_step(
 
 
 def _encode_codebook(
-    magnitude: Tensor, low: Tensor, high: Tensor, bits: int
+    magnitude: Tensor, finite: Tensor, low: Tensor, high: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:
     count = 2 ** (bits - 1)
     step = torch.zeros_like(magnitude, dtype=torch.int64)
     for border in codebook_borders(low, high, bits):
         step += magnitude >= border
     fixed, exponent = fixed_point(magnitude, high)
+    fixed = torch.where(finite, fixed, 0)
+    step >>= (~finite.all(1, keepdim=True)).to(torch.int64)
     sums = fixed.new_zeros(fixed.shape[0], 2, count)
     sums[:, 0].scatter_add_(1, step, fixed)
     sums[:, 1].scatter_add_(1, step, fixed * fixed)

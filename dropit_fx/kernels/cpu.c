@@ -568,8 +568,9 @@ VECTOR int64_t codebook_avx2(const float *x, int64_t k, int count, const uint32_
 }
 #endif
 
-INLINE void encode_codebook(const float *x, int64_t k, int bits, float low, float high, int vector, uint8_t *codes,
-                            float *scale) {
+/* `share` neighbouring cells have one level. */
+INLINE void encode_codebook(const float *x, int64_t k, int bits, int share, float low, float high, int vector,
+                            uint8_t *codes, float *scale) {
     int count = 1 << (bits - 1);
     uint32_t border[4] = {0, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF};
     float low_root = sqrtf(low), high_root = sqrtf(high);
@@ -607,12 +608,15 @@ INLINE void encode_codebook(const float *x, int64_t k, int bits, float low, floa
             c[i] = (uint8_t)code;
         }
     }
-    for (int j = 0; j < count; j++) {
-        int64_t s = sum[j] - sum[j + 1], q = square[j] - square[j + 1];
+    for (int j = 0; j < count / share; j++) {
+        int from = share * j, to = from + share;
+        int64_t s = sum[from] - sum[to], q = square[from] - square[to];
         float level = (float)ldexp((double)q / (double)(s > 1 ? s : 1), largest - 141);
         uint32_t u = bits_of(nearest_bfloat(level));
         scale[j] = float_of(u > TOP_BITS ? TOP_BITS : u);
     }
+    if (share == 1) return;
+    for (int64_t i = 0; i < k; i++) codes[i] = (uint8_t)((codes[i] & count) | (codes[i] & (count - 1)) / share);
 }
 
 INLINE void encode_codebook_stochastic(const float *x, const uint32_t *index, int64_t seed, int64_t k, int bits,
@@ -772,28 +776,75 @@ INLINE void find_range(const void *x, int dtype, int64_t k, int is_signed, float
 
 INLINE int is_finite(float x) { return (bits_of(x) & 0x7FFFFFFF) < INFINITY_BITS; }
 
+/* The values that are finite as float32 in s->x, with their indices; where they stood in s->key. How many. */
+static int64_t leave_finite(Scratch *s, const void *kept, int64_t k, int dtype, int draws) {
+    const float *x = widened(kept, 0, k, dtype, 0, s->x);
+    int64_t count = 0;
+    for (int64_t i = 0; i < k; i++) {
+        if (!is_finite(x[i])) continue;
+        s->x[count] = x[i];
+        if (draws) s->index[count] = s->index[i];
+        s->key[count++] = (uint32_t)i;
+    }
+    return count;
+}
+
+/* Codes of `count` values back to where they stood; the last of all codes to what was left out. */
+static void spread_codes(Scratch *s, int64_t count, int64_t k, int bits) {
+    uint8_t last = (uint8_t)((1 << bits) - 1);
+    while (k-- > 0) {
+        int is_left_out = count == 0 || s->key[count - 1] != (uint32_t)k;
+        uint8_t code = is_left_out ? last : s->codes[--count];
+        s->codes[k] = !is_left_out && code == last ? (uint8_t)(last - 1) : code;
+    }
+}
+
+/* Marks a scale, or takes the mark away. */
+INLINE void turn_mark(uint16_t *scale, int columns, int layout) {
+    uint16_t first = scale[0];
+    if (layout != UNIFORM) {
+        scale[columns - 1] ^= 0x8000;
+    } else {
+        scale[0] = scale[1];
+        scale[1] = first;
+    }
+}
+
+INLINE int has_mark(const uint16_t *scale, int columns, int layout) {
+    if (layout != UNIFORM) return scale[columns - 1] >> 15;
+    return float_of((uint32_t)scale[0] << 16) >= float_of((uint32_t)scale[1] << 16);
+}
+
 /* `room`: bytes from `values` on that this thread owns and has not written yet. */
 INLINE void encode_block(const Job *job, Scratch *s, const void *kept, int64_t k, uint8_t *values, int64_t room,
                          uint16_t *scale_out) {
     int bits = job->bits, layout = job->layout, dtype = job->dtype, vector = job->vector;
-    int columns = scale_columns(bits, layout);
-    float scale[4] = {0};
-    int poisoned = 0;
-    if (k > 0) {
-        float low, high;
-        find_range(kept, dtype, k, layout != SYMMETRIC, &low, &high);
-        poisoned = !is_finite(low) || !is_finite(high);
-        if (!poisoned && is_codebook(bits, layout)) {
-            const float *x = widened(kept, 0, k, dtype, vector, s->x);
+    int columns = scale_columns(bits, layout), is_marked = 0, is_unread = 0;
+    int64_t count = k; /* of what is finite */
+    float scale[4] = {0}, low = 0, high = 0;
+    if (k > 0) find_range(kept, dtype, k, layout != SYMMETRIC, &low, &high);
+    if (!is_finite(low) || !is_finite(high)) {
+        is_marked = bits > 1;
+        is_unread = !is_marked;
+        if (is_marked) {
+            count = leave_finite(s, kept, k, dtype, job->seed != NULL);
+            kept = s->x, dtype = F32;
+            if (count > 0) find_range(kept, F32, count, layout != SYMMETRIC, &low, &high);
+        }
+    }
+    if (count > 0 && !is_unread) {
+        if (is_codebook(bits, layout)) {
+            const float *x = widened(kept, 0, count, dtype, vector, s->x);
+            int share = is_marked ? 2 : 1;
             if (job->seed)
-                encode_codebook_stochastic(x, s->index, *job->seed, k, bits, low, high, s->codes, scale);
+                encode_codebook_stochastic(x, s->index, *job->seed, count, bits, low, high, s->codes, scale);
             else if (bits == 1)
-                encode_codebook(x, k, 1, low, high, vector, s->codes, scale);
+                encode_codebook(x, count, 1, 1, low, high, vector, s->codes, scale);
             else if (bits == 2)
-                encode_codebook(x, k, 2, low, high, vector, s->codes, scale);
+                encode_codebook(x, count, 2, share, low, high, vector, s->codes, scale);
             else
-                encode_codebook(x, k, 3, low, high, vector, s->codes, scale);
-        } else if (!poisoned) {
+                encode_codebook(x, count, 3, share, low, high, vector, s->codes, scale);
+        } else {
             if (layout == SYMMETRIC) {
                 scale[0] = round_down(sqrtf(low));
                 scale[1] = round_up(sqrtf(high));
@@ -801,12 +852,12 @@ INLINE void encode_block(const Job *job, Scratch *s, const void *kept, int64_t k
                 scale[0] = floor_bfloat(low);
                 scale[1] = ceil_bfloat(high);
                 float most = layout == UNIFORM && scale[1] > high ? scale[1] : high, widest = most - scale[0];
-                poisoned = !is_finite(widest);
+                is_unread = !is_finite(widest);
                 if (layout == AFFINE) scale[1] = round_up(sqrtf(widest < 0 ? 0 : widest));
             }
-            if (!poisoned) {
+            if (!is_unread) {
                 Grid g = make_grid(layout, bits, scale[0], scale[1]);
-#define ENCODE(layout) encode_grid(kept, dtype, s->x, s->index, job->seed, k, layout, &g, vector, s->codes)
+#define ENCODE(layout) encode_grid(kept, dtype, s->x, s->index, job->seed, count, layout, &g, vector, s->codes)
                 if (layout == SYMMETRIC)
                     ENCODE(SYMMETRIC);
                 else if (layout == AFFINE)
@@ -817,11 +868,12 @@ INLINE void encode_block(const Job *job, Scratch *s, const void *kept, int64_t k
             }
         }
     }
-    if (poisoned) {
+    for (int j = 0; j < columns; j++) scale_out[j] = is_unread ? 0x7FC0 : (uint16_t)(bits_of(scale[j]) >> 16);
+    if (is_unread) {
         memset(s->codes, 0, (size_t)k);
-        for (int j = 0; j < columns; j++) scale_out[j] = 0x7FC0;
-    } else {
-        for (int j = 0; j < columns; j++) scale_out[j] = (uint16_t)(bits_of(scale[j]) >> 16);
+    } else if (is_marked) {
+        spread_codes(s, count, k, bits);
+        turn_mark(scale_out, columns, layout);
     }
     pack_codes(s->codes, k, bits, vector, values, room);
 }
@@ -958,6 +1010,17 @@ INLINE void look_up(const uint8_t *codes, int64_t k, const uint32_t *table, int 
         for (int64_t i = 0; i < k; i++) ((uint32_t *)out)[i] = table[codes[i]];
     else
         for (int64_t i = 0; i < k; i++) ((uint16_t *)out)[i] = (uint16_t)table[codes[i]];
+}
+
+/* NaN where the last of all codes stands. */
+static void set_nan(const uint8_t *codes, int64_t k, int bits, int dtype, void *out) {
+    for (int64_t i = 0; i < k; i++) {
+        if (codes[i] != (1 << bits) - 1) continue;
+        if (dtype == F32)
+            ((uint32_t *)out)[i] = 0x7FC00000;
+        else
+            ((uint16_t *)out)[i] = dtype == BF16 ? 0x7FC0 : 0x7E00;
+    }
 }
 
 /* ------------------------------------------------------------------------------------------- one block */
@@ -1174,20 +1237,28 @@ INLINE void unsparsify_block(const Job *job, Scratch *s, int64_t b) {
     const void *v = (const uint8_t *)job->values + b * job->k_full * size;
     if (bits) {
         const uint8_t *packed = (const uint8_t *)job->values + b * ((job->k_full * bits + 7) / 8);
-        const uint16_t *scale = job->scale + b * scale_columns(bits, job->layout);
+        int columns = scale_columns(bits, job->layout);
+        uint16_t scale[4];
+        memcpy(scale, job->scale + b * columns, (size_t)columns * 2);
+        int is_marked = has_mark(scale, columns, job->layout);
+        if (is_marked) turn_mark(scale, columns, job->layout);
         void *kept = full ? out : (void *)s->x;
         int64_t room = (const uint8_t *)job->values + job->nbytes - packed;
         if (is_codebook(bits, job->layout)) {
             uint32_t table[16];
             codebook_table(scale, bits, job->dtype, table);
             int64_t done = WITH_AVX2(look_up, packed, packed + room, k, bits, table, wide, kept);
-            packed += done / 8 * bits;
-            unpack_codes(packed, room - done / 8 * bits, k - done, bits, vector, s->codes);
+            int64_t bytes = done / 8 * bits;
+            unpack_codes(packed + bytes, room - bytes, k - done, bits, vector, s->codes);
             look_up(s->codes, k - done, table, wide, (uint8_t *)kept + done * size);
         } else if (job->layout == UNIFORM) {
             decode_grid(packed, room, k, scale, bits, UNIFORM, 1, job->dtype, vector, s->codes, kept);
         } else {
             decode_grid(packed, room, k, scale, bits, job->layout, 0, job->dtype, vector, s->codes, kept);
+        }
+        if (is_marked) {
+            unpack_codes(packed, room, k, bits, vector, s->codes);
+            set_nan(s->codes, k, bits, job->dtype, kept);
         }
         if (full) return;
         v = kept;

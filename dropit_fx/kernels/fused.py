@@ -56,7 +56,7 @@ def sparsify(
     else:
         at = places(rows * length, x).view(rows, length)
         table, valid = take(x, at.clamp(max=numel - 1)), at < numel
-    blocks = coder.blocks_of([table], valid, form)
+    blocks = coder.blocks_of(table, valid, form)
 
     def code(at: Tensor) -> Tensor:
         row = at // length
@@ -77,7 +77,7 @@ def _in_one_pass(x: Tensor, length: int, form: Format) -> Parts:
     The loop over a block for its scale and the one that writes its bytes become one, in which the
     block is read from memory once.
     """
-    blocks = coder.blocks_of([x.view(-1, length).to(torch.float32)], None, form)
+    blocks = coder.blocks_of(x.view(-1, length).to(torch.float32), None, form)
 
     def code(at: Tensor) -> Tensor:
         row = at // length

@@ -9,8 +9,7 @@ compiler may contract with the sum behind it, and no division that it may approx
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import reduce
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -36,8 +35,8 @@ class Blocks(NamedTuple):
     """What blocks are coded with.
 
     Attributes:
-        columns: (blocks,) each, of `scale`: bfloat16 numbers in float32; NaN where a block holds
-            NaN or Inf.
+        columns: (blocks,) each, of `scale`: bfloat16 numbers in float32, marked where a block
+            holds NaN or Inf.
         borders: (blocks,) each: the least magnitudes of the steps 1, 2, ... of a codebook.
     """
 
@@ -45,17 +44,18 @@ class Blocks(NamedTuple):
     borders: list[Tensor]
 
 
-def blocks_of(parts: Sequence[Tensor], valid: Tensor | None, form: Format) -> Blocks:
+def blocks_of(x: Tensor, valid: Tensor | None, form: Format) -> Blocks:
     """What blocks are coded with.
 
     Args:
-        parts: the values, in any number of tensors of (blocks, length) float32; in one, for a
-            codebook. Those that are not valid repeat a valid one.
+        x: (blocks, length) float32. Values that are not valid repeat a valid one.
         valid: which of them there are; None: all.
         form: of 1..8 bits, rounded to nearest.
     """
+    finite = _is_finite(x)
+    marked = ~finite.all(1)
     if form.spacing != SYMMETRIC:
-        least, most = _ends(parts)
+        least, most = _ends(x, finite)
         base = floor_bfloat16(least)
         if form.spacing == UNIFORM:
             top = ceil_bfloat16(most)
@@ -63,19 +63,17 @@ def blocks_of(parts: Sequence[Tensor], valid: Tensor | None, form: Format) -> Bl
         else:
             width = (most - base).clamp(min=0)
             top = upper_bfloat16(exact_sqrt(width))
-        bad = ~(least.isfinite() & most.isfinite() & width.isfinite())
-        return Blocks(_poisoned([base, top], bad), [])
-    low, high = _ends([x.abs() for x in parts])
-    bad = ~high.isfinite()
+        return Blocks(_stored([base, top], marked, ~width.isfinite(), form), [])
+    magnitude = x.abs()
+    low, high = _ends(magnitude, finite)
+    unread = torch.zeros_like(marked)
     if not form.is_codebook:
         ends = [lower_bfloat16(exact_sqrt(low)), upper_bfloat16(exact_sqrt(high))]
-        return Blocks(_poisoned(ends, bad), [])
+        return Blocks(_stored(ends, marked, unread, form), [])
     borders = codebook_borders(low, high, form.bits)
-    magnitude = parts[0].abs()
-    step = _step(magnitude, [b[:, None] for b in borders])
+    step = _step(magnitude, [b[:, None] for b in borders], marked[:, None])
     fixed, exponent = fixed_point(magnitude, high[:, None])
-    if valid is not None:
-        fixed = torch.where(valid, fixed, 0)
+    fixed = torch.where(finite if valid is None else finite & valid, fixed, 0)
     unit = ((exponent[:, 0] + 1023) << 52).view(torch.float64)  # 2**exponent
     levels = []
     for j in range(2 ** (form.bits - 1)):
@@ -84,23 +82,50 @@ def blocks_of(parts: Sequence[Tensor], valid: Tensor | None, form: Format) -> Bl
         mean = squares.double() / total.clamp(min=1).double()
         level = (mean * unit).float().to(torch.bfloat16).float()
         levels.append(level.clamp(max=torch.finfo(torch.bfloat16).max))
-    return Blocks(_poisoned(levels, bad), borders)
+    return Blocks(_stored(levels, marked, unread, form), borders)
 
 
-def _ends(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The least and the greatest of each block; NaN where there is one."""
-    return reduce(torch.minimum, parts).amin(1), reduce(torch.maximum, parts).amax(1)
+def _is_finite(x: Tensor) -> Tensor:
+    return x.abs() < torch.inf
 
 
-def _poisoned(columns: list[Tensor], bad: Tensor) -> list[Tensor]:
-    return [torch.where(bad, torch.nan, column) for column in columns]
+def _ends(x: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the greatest that are finite of each block; 0 where there is none."""
+    least = torch.where(finite, x, torch.inf).amin(1)
+    most = torch.where(finite, x, -torch.inf).amax(1)
+    some = least < torch.inf
+    return torch.where(some, least, 0.0), torch.where(some, most, 0.0)
 
 
-def _step(magnitude: Tensor, borders: list[Tensor]) -> Tensor:
+def _stored(columns: list[Tensor], marked: Tensor, unread: Tensor, form: Format) -> list[Tensor]:
+    """The columns of blocks that are marked, and of those that read as NaN."""
+    if form.bits == 1:
+        unread = unread | marked
+    if form.spacing == UNIFORM:
+        base, top = columns
+        columns = [torch.where(marked, top, base), torch.where(marked, base, top)]
+    else:  # times -1, see `decode`
+        columns = [*columns[:-1], columns[-1] * torch.where(marked, -1.0, 1.0)]
+    return [torch.where(unread, torch.nan, column) for column in columns]
+
+
+def _unmarked(column: Column, form: Format) -> tuple[Tensor, Tensor, Tensor]:
+    """The first and the last column of blocks as they were, and which are marked."""
+    first, last = column(0), column(form.columns - 1)
+    if form.spacing == UNIFORM:
+        return torch.minimum(first, last), torch.maximum(first, last), first >= last
+    return first.abs() if form.columns == 1 else first, last.abs(), _is_negative(last)
+
+
+def _is_negative(x: Tensor) -> Tensor:
+    return x.view(torch.int32) < 0
+
+
+def _step(magnitude: Tensor, borders: list[Tensor], marked: Tensor) -> Tensor:
     step = torch.zeros_like(magnitude, dtype=torch.int32)
     for border in borders:
         step = step + (magnitude >= border)
-    return step
+    return torch.where(marked, step >> 1, step)
 
 
 def encode(x: Tensor, column: Column, border: Column | None, form: Format) -> Tensor:
@@ -109,31 +134,34 @@ def encode(x: Tensor, column: Column, border: Column | None, form: Format) -> Te
     ``border``: of a codebook.
     """
     bits = form.bits
-    first = column(0)
-    bad = first.isnan()
+    first, last, marked = _unmarked(column, form)
+    finite, unread = _is_finite(x), first.isnan()
+    readable = finite & ~unread
     if form.spacing == SYMMETRIC:
         magnitude, count = x.abs(), 2 ** (bits - 1)
         if form.is_codebook:
             assert border is not None
-            step = _step(magnitude, [border(j) for j in range(count - 1)])
+            step = _step(magnitude, [border(j) for j in range(count - 1)], marked)
         else:
-            position = (magnitude.sqrt() - first) * inverse(count - 1, column(1) - first)
-            step = _nearest(position, bad, count)
-        code = step | ((x.view(torch.int32) < 0).to(torch.int32) << (bits - 1))
+            position = (magnitude.sqrt() - first) * inverse(count - 1, last - first)
+            step = _nearest(position, readable, count)
+        code = step | (_is_negative(x).to(torch.int32) << (bits - 1))
     else:
-        above, count, top = (x - first).clamp(min=0), 2**bits, column(1)
+        above, count = (x - first).clamp(min=0), 2**bits
         if form.spacing == AFFINE:
-            position = above.sqrt() * inverse(count - 1, top)
+            position = above.sqrt() * inverse(count - 1, last)
         else:
-            span = top - first
+            span = last - first
             zoom = torch.where(span < 2.0**-64, 2.0**64, 1.0)  # the inverse must not overflow
             position = above * zoom * inverse(count - 1, span * zoom)
-        code = _nearest(position, bad, count)
-    return torch.where(bad, 0, code)
+        code = _nearest(position, readable, count)
+    theirs = 2**bits - 1  # NaN's and infinity's
+    code = torch.where(marked, torch.where(finite, code.clamp(max=theirs - 1), theirs), code)
+    return torch.where(unread, 0, code)
 
 
-def _nearest(position: Tensor, bad: Tensor, count: int) -> Tensor:
-    position = torch.where(bad, 0.0, position)
+def _nearest(position: Tensor, readable: Tensor, count: int) -> Tensor:
+    position = torch.where(readable, position, 0.0)
     return (position + 0.5).to(torch.int32).clamp(max=count - 1)
 
 
@@ -148,22 +176,24 @@ def decode(
         chosen: number of a column for each value -> what stands there.
         form: of 1..8 bits.
     """
+    first, last, marked = _unmarked(column, form)
     count = 2**form.bits
     if form.spacing == SYMMETRIC:
         count //= 2
         step, negative = codes & (count - 1), codes >= count
         if form.is_codebook:
-            magnitude = chosen(step)
+            magnitude = chosen(step).abs()
         else:
-            root = column(0) + _product(step, _part(column(1) - column(0), count - 1))
+            root = first + _product(step, _part(last - first, count - 1))
             magnitude = root * root
         # Times -1 and not negated, which Triton may do by a subtraction from 0: -0.0 is lost
-        return magnitude * torch.where(negative, -1.0, 1.0)
-    base, top = column(0), column(1)
-    if form.spacing == UNIFORM:
-        return torch.minimum(base + _product(codes, _part(top - base, count - 1)), top)
-    root = codes.to(torch.float32) * _part(top, count - 1)
-    return base + _alone(root * root)
+        level = magnitude * torch.where(negative, -1.0, 1.0)
+    elif form.spacing == UNIFORM:
+        level = torch.minimum(first + _product(codes, _part(last - first, count - 1)), last)
+    else:
+        root = codes.to(torch.float32) * _part(last, count - 1)
+        level = first + _alone(root * root)
+    return torch.where(marked & (codes == 2**form.bits - 1), torch.nan, level)
 
 
 def _product(step: Tensor, width: Tensor) -> Tensor:

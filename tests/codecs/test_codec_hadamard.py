@@ -132,7 +132,7 @@ def test_what_is_not_finite_is_nan_when_it_is_read() -> None:
         x, options = torch.randn(256), options_of(block=64)
         x[70] = odd
         back = QUANT.unpack(QUANT.pack(x, options), options, 256, x.dtype)
-        assert back.isnan().tolist() == [64 <= i < 128 for i in range(256)]
+        assert back.isnan().tolist() == [64 <= i < 80 for i in range(256)]
 
 
 def test_where_all_bits_are_kept_nothing_is_turned() -> None:

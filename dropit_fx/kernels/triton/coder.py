@@ -112,9 +112,14 @@ def _uniform_steps(m, span, seed_ptr, index, COUNT: tl.constexpr, STOCHASTIC: tl
 
 
 @triton.jit
-def _store_level(ptr, level, poisoned, real):
-    bits = (tl.where(poisoned, 0x7FC00000, pattern(level)) >> 16).to(tl.int16)
+def _store_level(ptr, level, unread, real):
+    bits = (tl.where(unread, 0x7FC00000, pattern(level)) >> 16).to(tl.int16)
     tl.store(ptr, bits, mask=real)
+
+
+@triton.jit
+def _negated_where(marked, x):
+    return single(pattern(x) ^ tl.where(marked, -2147483648, 0))
 
 
 @triton.jit
@@ -126,7 +131,6 @@ def _bfloat_at(ptr, real):
 def encode(
     u,
     kept,
-    k,
     column,
     real,
     seed_ptr,
@@ -142,7 +146,6 @@ def encode(
     Args:
         u: (ROWS, LANES) patterns of float32.
         kept: (ROWS, LANES) bool.
-        k: (ROWS,) how many are kept.
         column: (ROWS,) where the scale of each row starts.
         real: (ROWS,) bool: rows that there are.
         seed_ptr: for STOCHASTIC rounding.
@@ -155,32 +158,34 @@ def encode(
     """
     NARROW: tl.constexpr = DTYPE != 0
     SUMS: tl.constexpr = SPACING == _SYMMETRIC and BITS <= 3
+    LAST: tl.constexpr = 2**BITS - 1
     magnitude = u & 0x7FFFFFFF
-    high_key = tl.max(tl.where(kept, magnitude, 0), 1)
-    poisoned = (high_key >= INFINITY) & (k > 0)
-    if SUMS:  # a poisoned block is computed as zeros, so that nothing overflows on the way
-        u = tl.where(poisoned[:, None], 0, u)
+    finite = magnitude < INFINITY
+    marked = tl.max(tl.where(kept & (magnitude >= INFINITY), 1, 0), 1) > 0
+    unread = marked & (BITS == 1)
+    counts = kept & finite
+    if SUMS:  # what does not count is computed as zero, so that nothing overflows on the way
+        u = tl.where(finite, u, 0)
         magnitude = u & 0x7FFFFFFF
-    high_key = tl.where(poisoned, 0, high_key)
+    high_key = tl.max(tl.where(counts, magnitude, 0), 1)
     x = single(u)
     sign = (u >> (32 - BITS)) & (1 << (BITS - 1))
-    low_key = tl.min(tl.where(kept, magnitude, 0x7FFFFFFF), 1)
+    low_key = tl.min(tl.where(counts, magnitude, 0x7FFFFFFF), 1)
     low_key = tl.minimum(low_key, high_key)
     low = single(low_key)
     high = single(high_key)
     if SPACING != _SYMMETRIC:
         edge = single(tl.full((), LARGEST, tl.int32))
-        least = tl.min(tl.where(kept, x, edge), 1)
-        most = tl.max(tl.where(kept, x, -edge), 1)
-        least = tl.where(k > 0, least, 0.0)
-        most = tl.where(k > 0, most, 0.0)
+        some = tl.max(tl.where(counts, 1, 0), 1) > 0
+        least = tl.where(some, tl.min(tl.where(counts, x, edge), 1), 0.0)
+        most = tl.where(some, tl.max(tl.where(counts, x, -edge), 1), 0.0)
         base = floor(least)
         upper = ceiling(most)
         if SPACING == _UNIFORM:
             most = tl.maximum(most, upper)
         widest = tl.maximum(most - base, 0.0)
         overflow = pattern(widest) >= INFINITY
-        poisoned = poisoned | overflow
+        unread = unread | overflow
         above = tl.maximum(x - base[:, None], 0.0)
         c0 = base
         if SPACING == _UNIFORM:
@@ -227,8 +232,8 @@ def encode(
                 code = (m >= m1).to(tl.int32) + (m >= m2).to(tl.int32)
                 lower = tl.where(code == 0, c0[:, None], tl.where(code == 1, m1, m2))
                 upper = tl.where(code == 0, m1, tl.where(code == 1, m2, c1[:, None]))
-                _store_level(column + 1, l1, poisoned, real)
-                _store_level(column + 2, l2, poisoned, real)
+                _store_level(column + 1, l1, unread, real)
+                _store_level(column + 2, l2, unread, real)
             drawn = uniform(seed_ptr, index) * (upper - lower)
             code += (drawn < m - lower).to(tl.int32)
             code = code | sign
@@ -242,7 +247,7 @@ def encode(
         start64 = first_root.to(tl.float64)
         span64 = last_root.to(tl.float64) - start64
         largest = tl.maximum(high_key >> 23, 1)
-        fixed = tl.where(kept, _fixed_point(magnitude, largest[:, None]), 0)
+        fixed = tl.where(counts, _fixed_point(magnitude, largest[:, None]), 0)
         code = tl.zeros_like(u)
         for j in range(1, COUNT):  # not unrolled, here and below: registers are what is short
             rooted = start64 + span64 * (tl.full((), j, tl.float64) * (1 / COUNT))
@@ -250,6 +255,7 @@ def encode(
             if BITS == 3:
                 border = border * border
             code += (magnitude >= pattern(border.to(tl.float32))[:, None]).to(tl.int32)
+        code = tl.where(marked[:, None], code >> 1, code)
         unit = ((largest - 141 + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
         for j in range(COUNT):
             inside = tl.where(code == j, fixed, 0)  # up to 2**15 each, 2**28 together
@@ -257,13 +263,21 @@ def encode(
             total = tl.maximum(tl.sum(inside, 1), 1).to(tl.float64)
             level = (square / total * unit).to(tl.float32)
             level = single(tl.minimum(to_bfloat(pattern(level)), TOP))
-            _store_level(column + j, level, poisoned, real)
+            level = _negated_where(marked & (j == COUNT - 1), level)
+            _store_level(column + j, level, unread, real)
         code = code | sign
     if SPACING != _SYMMETRIC or BITS > 3 or STOCHASTIC:
-        _store_level(column, c0, poisoned, real)
+        if SPACING == _UNIFORM:
+            first = tl.where(marked, c1, c0)
+            c1 = tl.where(marked, c0, c1)
+            c0 = first
+        else:
+            c1 = _negated_where(marked, c1)
+        _store_level(column, c0, unread, real)
         if COLUMNS > 1:
-            _store_level(column + COLUMNS - 1, c1, poisoned, real)
-    return tl.where(kept, code & tl.where(poisoned, 0, -1)[:, None], 0)
+            _store_level(column + COLUMNS - 1, c1, unread, real)
+    code = tl.where(finite, tl.minimum(code, LAST - marked.to(tl.int32)[:, None]), LAST)
+    return tl.where(kept & (unread == 0)[:, None], code, 0)
 
 
 @triton.jit
@@ -279,6 +293,23 @@ def _at_most(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _ends(column, real, BITS: tl.constexpr, SPACING: tl.constexpr):
+    """The first and the last number of rows' scales, unmarked, and which were marked."""
+    COLUMNS: tl.constexpr = 2 if SPACING != _SYMMETRIC or BITS > 3 else 2 ** (BITS - 1)
+    first = _bfloat_at(column, real)
+    last = _bfloat_at(column + COLUMNS - 1, real)
+    if SPACING == _UNIFORM:
+        marked = first >= last
+        c0 = tl.where(marked, last, first)
+        c1 = tl.where(marked, first, last)
+    else:
+        marked = pattern(last) < 0
+        c0 = first
+        c1 = _negated_where(marked, last)
+    return c0, c1, marked
+
+
+@triton.jit
 def decode(
     code,
     kept,
@@ -289,14 +320,13 @@ def decode(
     DTYPE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The inverse of `encode`: patterns of the tensor's dtype, (ROWS, LANES).
+    """The inverse of `encode`, but for NaN (`is_marked`): patterns of the dtype, (ROWS, LANES).
 
     A level beyond the greatest finite number of the dtype becomes that number.
     """
-    c0 = _bfloat_at(column, real)
+    c0, c1, _ = _ends(column, real, BITS, SPACING)
     if SPACING != _SYMMETRIC:
         steps = tl.full((ROWS,), 2**BITS - 1, tl.float32)
-        c1 = _bfloat_at(column + 1, real)
         if SPACING == _UNIFORM:
             width = tl.div_rn(c1 - c0, steps)
             scaled = code.to(tl.float32) * width[:, None]
@@ -310,9 +340,16 @@ def decode(
         step = code & (2 ** (BITS - 1) - 1)
         if BITS > 3:
             steps = tl.full((ROWS,), 2 ** (BITS - 1) - 1, tl.float32)
-            width = tl.div_rn(_bfloat_at(column + 1, real) - c0, steps)
+            width = tl.div_rn(c1 - c0, steps)
             level = pattern(_grid(c0[:, None], width[:, None], step))
         else:
-            level = pattern(_bfloat_at(column[:, None] + step, kept))
+            level = pattern(_bfloat_at(column[:, None] + step, kept)) & 0x7FFFFFFF
         level = pattern(_at_most(single(level), DTYPE)) ^ ((code << (32 - BITS)) & -2147483648)
     return narrow(level, DTYPE)
+
+
+@triton.jit
+def is_marked(column, real, BITS: tl.constexpr, SPACING: tl.constexpr):
+    """Which rows may have NaN, for the last of all codes."""
+    _, _, marked = _ends(column, real, BITS, SPACING)
+    return marked & real

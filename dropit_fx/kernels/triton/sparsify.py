@@ -110,7 +110,7 @@ def _sparsify_kernel(
     else:
         column = scale_ptr + row * COLUMNS
         code = encode(
-            u, kept, k, column, real, seed_ptr, index, BITS, SPACING, STOCHASTIC, COLUMNS, DTYPE
+            u, kept, column, real, seed_ptr, index, BITS, SPACING, STOCHASTIC, COLUMNS, DTYPE
         )
         if FULL_:
             store_codes(start_of, code, k, whole, BITS, ROWS, LANES, EVEN)

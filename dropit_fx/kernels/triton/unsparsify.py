@@ -22,7 +22,7 @@ from dropit_fx.kernels.triton.bits import (
     store_tile,
     widen,
 )
-from dropit_fx.kernels.triton.coder import decode
+from dropit_fx.kernels.triton.coder import decode, is_marked
 from dropit_fx.kernels.triton.launch import (
     LARGEST_RUN,
     Channels,
@@ -50,6 +50,41 @@ def marks_of(ptr, n, ROWS: tl.constexpr, LANES: tl.constexpr):
     first_of = tl.cumsum(count, 1) - count
     before = first_of[:, :, None] + tl.cumsum(marks, 2) - marks
     return marks != 0, before, first_of
+
+
+@triton.jit
+def _set_nan(
+    out_of,
+    start_of,
+    mask_of,
+    n,
+    marked,
+    DTYPE: tl.constexpr,
+    BITS: tl.constexpr,
+    FULL_: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """NaN where marked rows have the last of all codes: few lanes at a time, it is rare."""
+    LAST: tl.constexpr = 2**BITS - 1
+    STEP: tl.constexpr = 32 if LANES > 32 else LANES
+    before = tl.zeros((ROWS,), tl.int32)
+    nan = narrow(tl.full((ROWS, STEP), 0x7FC00000, tl.int32), DTYPE)
+    for at in range(0, LANES, STEP):
+        lane = at + tl.arange(0, STEP)[None, :]
+        kept = (lane < n[:, None]) & marked[:, None]
+        rank = lane
+        if not FULL_:
+            bits = tl.load(mask_of[:, None] + lane // 8, mask=kept, other=0).to(tl.int32)
+            mark = (bits >> (lane & 7)) & 1
+            rank = before[:, None] + tl.cumsum(mark, 1) - mark
+            kept = kept & (mark != 0)
+            before += tl.sum(mark, 1)
+        first, shift = start_of[:, None] + (rank * BITS >> 3), rank * BITS & 7
+        low = tl.load(first, mask=kept, other=0).to(tl.int32)
+        high = tl.load(first + 1, mask=kept & (shift + BITS > 8), other=0).to(tl.int32)
+        code = ((low | (high << 8)) >> shift) & LAST
+        tl.store(out_of[:, None] + lane, nan, mask=kept & (code == LAST))
 
 
 @triton.jit
@@ -113,6 +148,12 @@ def _unsparsify_kernel(
         moved = single(widen(u, DTYPE)) + tl.load(mean_ptr + channel, mask=valid, other=0.0)
         u = narrow(pattern(moved), DTYPE)
     store_tile(out_ptr, first[:, None] + lane, u, valid, whole, EVEN)
+    if BITS > 1:
+        marked = is_marked(scale_ptr + row * COLUMNS, n > 0, BITS, SPACING)
+        if tl.max(marked.to(tl.int32)) > 0:
+            tl.debug_barrier()  # what was stored is stored over
+            start_of, mask_of = values_ptr + row * size, mask_ptr + first // 8
+            _set_nan(out_ptr + first, start_of, mask_of, n, marked, DTYPE, BITS, FULL_, ROWS, LANES)
 
 
 def _unsparsify(
