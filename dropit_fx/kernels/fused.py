@@ -45,6 +45,8 @@ def sparsify(
     numel = x.numel()
     if is_empty(numel):
         return nothing, x.new_empty(0, dtype=torch.bfloat16), nothing.clone()
+    if x.dtype == torch.float64:
+        x = x.to(torch.float32)
     length = block or numel
     rows = form.blocks(numel) if block else 1
     if divides(length, numel) and divides(codes_together(bits), length) and not form.is_codebook:
@@ -77,7 +79,7 @@ def _in_one_pass(x: Tensor, length: int, form: Format) -> Parts:
     The loop over a block for its scale and the one that writes its bytes become one, in which the
     block is read from memory once.
     """
-    blocks = coder.blocks_of(x.view(-1, length).to(torch.float32), None, form)
+    blocks = coder.blocks_of(x.view(-1, length), None, form)
 
     def code(at: Tensor) -> Tensor:
         row = at // length

@@ -48,7 +48,8 @@ def blocks_of(x: Tensor, valid: Tensor | None, form: Format) -> Blocks:
     """What blocks are coded with.
 
     Args:
-        x: (blocks, length) float32. Values that are not valid repeat a valid one.
+        x: (blocks, length), of float32 or a narrower dtype. Values that are not valid repeat a
+            valid one.
         valid: which of them there are; None: all.
         form: of 1..8 bits, rounded to nearest.
     """
@@ -71,6 +72,7 @@ def blocks_of(x: Tensor, valid: Tensor | None, form: Format) -> Blocks:
         ends = [lower_bfloat16(exact_sqrt(low)), upper_bfloat16(exact_sqrt(high))]
         return Blocks(_stored(ends, marked, unread, form), [])
     borders = codebook_borders(low, high, form.bits)
+    magnitude = magnitude.to(torch.float32)
     step = _step(magnitude, [b[:, None] for b in borders], marked[:, None])
     fixed, exponent = fixed_point(magnitude, high[:, None])
     fixed = torch.where(finite if valid is None else finite & valid, fixed, 0)
@@ -91,8 +93,9 @@ def _is_finite(x: Tensor) -> Tensor:
 
 def _ends(x: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
     """The least and the greatest that are finite of each block; 0 where there is none."""
-    least = torch.where(finite, x, torch.inf).amin(1)
-    most = torch.where(finite, x, -torch.inf).amax(1)
+    # Stored as narrow as `x` is where another kernel reads them
+    least = torch.where(finite, x, torch.inf).amin(1).to(torch.float32)
+    most = torch.where(finite, x, -torch.inf).amax(1).to(torch.float32)
     some = least < torch.inf
     return torch.where(some, least, 0.0), torch.where(some, most, 0.0)
 
