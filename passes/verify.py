@@ -245,7 +245,7 @@ def says_all_that_is_kept(plan: Plan) -> Iterator[str]:
             is_there = is_inner or isinstance(value, fx.Node)
             if how is None and is_there:
                 yield f"'{call.name}' does not say how {read.operand!r} is kept"
-            if how == DROP and read.use is not Use.SHAPE:
+            if how == DROP and read.use is not Use.SHAPE and not read.beside:
                 yield f"'{call.name}' lets {read.operand!r} go, whose values its backward reads"
             if how != KEEP or read.operand not in rule.inputs:
                 continue
