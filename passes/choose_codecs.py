@@ -185,7 +185,7 @@ def _choose(read: SavedRead, config: Config, said: str) -> Decision:
             options[SAMPLES] = True
     if codec.remembers(options):
         options[MEMORY] = new_name(read.label)
-    if not read.lossy and not codec.lossless(options):
+    if not read.lossy and not codec.lossless(options) and not codec.slope:
         if read.read.why_exact:
             return kept(read.read.why_exact)
         return kept(_EXACT.get(read.read.use, _EXACT[Use.REDUCE]).format(read.read.needed_by[0]))

@@ -100,7 +100,7 @@ def served(plan: Plan) -> Iterator[str]:
                 yield f"{d.read.label} is derived, but its backward does not read it by value"
         elif not codec.can_keep(read):
             yield f"{d.read.label} is packed as {d.codec!r}, which does not serve '{read.use}'"
-        elif not d.read.lossy and not codec.lossless(d.options):
+        elif not d.read.lossy and not codec.lossless(d.options) and not codec.slope:
             yield f"{d.read.label} must stay exact, but {d.codec!r} is not lossless"
 
 

@@ -29,10 +29,11 @@ BESIDE_INPUT = Read(
 
 
 class Jump(NamedTuple):
-    """A place where a slope jumps, and whether it is there what it is right above."""
+    """A place where a slope jumps, and what it is there: as above, as below, or neither."""
 
     at: float
     as_above: bool
+    is_apart: bool = False
 
 
 def slopes(f: Callable[[Tensor], Tensor], places: Tensor) -> Tensor:
@@ -44,17 +45,18 @@ def slopes(f: Callable[[Tensor], Tensor], places: Tensor) -> Tensor:
 
 
 def jumps_of(f: Callable[[Tensor], Tensor], *places: float) -> tuple[Jump, ...]:
-    """The jumps of a function whose slope jumps at ``places``: PyTorch says what it is there."""
+    """The jumps of a function whose slope jumps at ``places``: it is asked what it is there."""
     there = torch.tensor(places, dtype=torch.float64)
     below, at, above = slopes(f, torch.stack([there - 1e-9, there, there + 1e-9]))
-    nearer = (at - above).abs() < (at - below).abs()
-    return tuple(map(Jump, places, nearer.tolist()))
+    misses = torch.stack([(at - below).abs(), (at - above).abs()])
+    is_apart = misses.amin(0) > 1e-3
+    return tuple(map(Jump, places, (misses[1] < misses[0]).tolist(), is_apart.tolist()))
 
 
 def sides(x: Tensor, jumps: Sequence[Jump]) -> Tensor:
     """Whether the number of jumps below each value is odd."""
     odd = torch.zeros_like(x, dtype=torch.bool)
-    for at, as_above in jumps:
+    for at, as_above, _ in jumps:
         odd = odd ^ (x >= at if as_above else x > at)
     return odd
 
@@ -74,7 +76,7 @@ def on_its_side(saved: Saved, jumps: Sequence[Jump]) -> Tensor:
     astray = sides(x, jumps) != saved[SIDE]
     middles = [(a.at + b.at) / 2 for a, b in itertools.pairwise(jumps)]
     out, info = x, torch.finfo(x.dtype)
-    for i, (at, as_above) in enumerate(jumps):
+    for i, (at, as_above, _) in enumerate(jumps):
         near = astray
         near = near & (x > middles[i - 1]) if i > 0 else near
         near = near & (x <= middles[i]) if i < len(middles) else near
