@@ -43,7 +43,31 @@ def choose_codecs(plan: Plan) -> Plan:
         chosen = [_choose(r, plan.config, plan.notes.get(r.node, "")) for r in site.reads]
         chosen = [_exact_for_few(d, few) for d in chosen]
         decisions += whole_or_none(site, chosen, plan.config)
-    return replace(plan, decisions=tuple(decisions))
+    return replace(plan, decisions=beside_rounded(decisions))
+
+
+def beside_rounded(decisions: Sequence[Decision]) -> tuple[Decision, ...]:
+    """What calls keep beside their operands, as far as these are read back rounded."""
+    rounded = {(d.read.node, d.read.operand) for d in decisions if _is_rounded(d)}
+    return tuple(_beside(d, rounded) if d.read.beside else d for d in decisions)
+
+
+def _is_rounded(decision: Decision) -> bool:
+    if decision.derived:
+        return True
+    codec = CODEC.get(decision.codec)
+    if codec is None or codec.slope or not decision.packed or not decision.read.wanted:
+        return False
+    return not codec.lossless(decision.options)
+
+
+def _beside(decision: Decision, rounded: set[tuple[str, str]]) -> Decision:
+    read = decision.read
+    if (read.node, read.beside) not in rounded:
+        return Decision(read=read, codec=UNREAD)
+    options = {"bits": read.bits}
+    nbytes = CODEC["bitmask"].nbytes(read.numel, read.dtype, options)
+    return Decision(read=read, codec="bitmask", options=options, nbytes=nbytes)
 
 
 def _few_values(plan: Plan) -> dict[str, int]:
@@ -132,6 +156,8 @@ def _choose(read: SavedRead, config: Config, said: str) -> Decision:
         return kept(said or f"no row for {read.op} in the op table")
     if read.read is None:
         return kept(f"{read.row.name} keeps it inside, its row does not know it")
+    if read.beside:
+        return Decision(read=read, codec=UNREAD)
     if read.recast:
         return kept("autocast's copy of a parameter, not an activation")
     rule = config.rule_for(read.module, read.op, read.read)
@@ -159,7 +185,7 @@ def _choose(read: SavedRead, config: Config, said: str) -> Decision:
             options[SAMPLES] = True
     if codec.remembers(options):
         options[MEMORY] = new_name(read.label)
-    if not read.lossy and not codec.lossless(options):
+    if not read.lossy and not codec.lossless(options) and not codec.slope:
         if read.read.why_exact:
             return kept(read.read.why_exact)
         return kept(_EXACT.get(read.read.use, _EXACT[Use.REDUCE]).format(read.read.needed_by[0]))

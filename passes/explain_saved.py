@@ -108,7 +108,8 @@ class Explainer:
         reads = reads_of(rule, operands)
         unwanted = {read.operand for read in reads if not _is_wanted(read, ran)}
         lowered = _lowered_to(rule, own[0].tensor.device.type)
-        matched = match_saved([k.tensor for k in own], reads, operands, unwanted, lowered)
+        known = tuple(r for r in reads if not r.beside)
+        matched = match_saved([k.tensor for k in own], known, operands, unwanted, lowered)
         taken: set[str] = set()
         for kept, read in zip(own, matched, strict=True):
             copied = read is not None and not obstacle and not is_inplace(n, operands)
@@ -121,7 +122,7 @@ class Explainer:
             self.add(ran, kept, read, why)
         if rule is CHECKPOINT:
             return
-        for read in (r for r in reads if r.instead and not obstacle):
+        for read in (r for r in reads if (r.instead or r.beside) and not obstacle):
             if _is_wanted(read, ran):
                 self.add(ran, Saved(_made(read, operands), self.autograd.mark), read, dense=False)
         for read in reads:
@@ -239,6 +240,7 @@ class Explainer:
             between=read.between(operands) if read and read.between else None,
             function=read.function(operands) if read and read.function else "",
             jumps=bool(read and read.jumps and operands and read.jumps(operands)),
+            beside=read.beside if read else "",
             width=_width(read, operands),
             obstacle=obstacle,
             recast=self._is_recast(tensor, rule, operands.get(operand)),

@@ -315,9 +315,9 @@ def _take_packed(body: Plan, operands: tuple[str, ...]) -> None:
 
 
 def _others(rule: OpRule, bound: dict[str, Any], packed: dict[str, Any]) -> dict[str, Any]:
-    """The reads of a call that no decision packs: kept, or let go where only a shape is read."""
+    """The reads of a call that no decision packs: kept, or let go where no value is read."""
     return {
-        read.operand: DROP if read.use is Use.SHAPE else KEEP
+        read.operand: DROP if read.use is Use.SHAPE or read.beside else KEEP
         for read in rule.reads
         if read.operand not in packed
         and read.is_of(bound)

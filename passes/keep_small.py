@@ -21,7 +21,7 @@ from dataclasses import replace
 
 from dropit_fx.codecs import CODEC
 from dropit_fx.ops.table import CHECKPOINT
-from dropit_fx.passes.choose_codecs import keep
+from dropit_fx.passes.choose_codecs import beside_rounded, keep
 from dropit_fx.passes.derive_values import bases_of, recipe, unpacked
 from dropit_fx.passes.plan import Decision, Plan, Site
 from dropit_fx.passes.share_packed import LET_GO, by_site, swapped_nodes
@@ -72,7 +72,9 @@ def _keeping(reasons: dict[str, str], plan: Plan) -> Plan:
         for site, mine in by_site(plan.sites, plan.decisions)
         for why in [reasons.get(site.name)]
     ]
-    swapped = swapped_nodes([d for _, mine in kept for d in mine])
+    left = beside_rounded([d for _, mine in kept for d in mine])
+    kept = by_site(plan.sites, left)
+    swapped = swapped_nodes(left)
     decisions: list[Decision] = []
     for _, mine in kept:
         stays = any(

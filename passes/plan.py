@@ -100,6 +100,7 @@ class SavedRead:
         between: The bounds between which the slope is 1.
         function: The pointwise function that it is the input of, as ``step_tables`` names it.
         jumps: Whether the slope jumps where it is 0.
+        beside: As in :class:`Read`.
         width: Elements of a row, where its gradient sums over its rows and they lie one behind the
             other in memory; 0 where not.
         obstacle: Why this very call cannot be packed, or ``""``.
@@ -137,6 +138,7 @@ class SavedRead:
     between: tuple[Any, Any] | None = None
     function: str = ""
     jumps: bool = False
+    beside: str = ""
     width: Any = 0
     obstacle: str = ""
     recast: bool = False

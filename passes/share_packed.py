@@ -22,7 +22,7 @@ from dataclasses import replace
 from dropit_fx.codecs import CODEC, RECAST, UNREAD
 from dropit_fx.ops.rule import Use
 from dropit_fx.ops.table import CHECKPOINT
-from dropit_fx.passes.choose_codecs import AROUND_ZERO, keep, whole_or_none
+from dropit_fx.passes.choose_codecs import AROUND_ZERO, beside_rounded, keep, whole_or_none
 from dropit_fx.passes.plan import Copy, Decision, Plan, Site
 
 LET_GO = (RECAST, UNREAD, "drop")  # nothing is made of the tensor: a packed call has no use for it
@@ -244,7 +244,7 @@ def _never_larger(plan: Plan, decisions: Sequence[Decision]) -> tuple[Decision, 
             reason = f"packed it would take {size} bytes, dense {site.nbytes}"
             mine = [keep(d, reason) if d.packed else d for d in mine]
         out += mine
-    return tuple(out)
+    return beside_rounded(out)
 
 
 def by_site(

@@ -100,7 +100,7 @@ def served(plan: Plan) -> Iterator[str]:
                 yield f"{d.read.label} is derived, but its backward does not read it by value"
         elif not codec.can_keep(read):
             yield f"{d.read.label} is packed as {d.codec!r}, which does not serve '{read.use}'"
-        elif not d.read.lossy and not codec.lossless(d.options):
+        elif not d.read.lossy and not codec.lossless(d.options) and not codec.slope:
             yield f"{d.read.label} must stay exact, but {d.codec!r} is not lossless"
 
 
@@ -245,7 +245,7 @@ def says_all_that_is_kept(plan: Plan) -> Iterator[str]:
             is_there = is_inner or isinstance(value, fx.Node)
             if how is None and is_there:
                 yield f"'{call.name}' does not say how {read.operand!r} is kept"
-            if how == DROP and read.use is not Use.SHAPE:
+            if how == DROP and read.use is not Use.SHAPE and not read.beside:
                 yield f"'{call.name}' lets {read.operand!r} go, whose values its backward reads"
             if how != KEEP or read.operand not in rule.inputs:
                 continue

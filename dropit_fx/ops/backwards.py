@@ -71,7 +71,10 @@ Formula = Callable[[Tensor, Saved, Called], Grads]
 
 
 def vjp(
-    grad: Tensor, saved: Saved, call: Called, forward: Callable[..., Any] | None = None
+    grad: Tensor,
+    saved: Mapping[str, Tensor],
+    call: Called,
+    forward: Callable[..., Any] | None = None,
 ) -> Grads:
     """The generic backward: the vector-Jacobian product of the row's ``run``, which it repeats.
 

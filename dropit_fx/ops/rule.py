@@ -68,6 +68,8 @@ class Read:
         instead: The op makes it in the place of operands that autograd keeps, and that are then
             read for their shape alone: a difference in the place of two tensors. It is laid out as
             ``like``, in the dtype of the result.
+        beside: For what the op makes itself: the operand beside which it is kept where that is read
+            back rounded, whatever rule there is; else nothing is kept of it (``sides.py``).
         why_exact: Where it is not ``lossy``: the reason, as reports say it.
     """
 
@@ -88,6 +90,7 @@ class Read:
     shape: Callable[[Mapping[str, Any]], tuple[Any, ...]] | None = None
     when: Callable[[Mapping[str, Any]], bool] | None = None
     instead: bool = False
+    beside: str = ""
     why_exact: str = ""
 
     def is_of(self, args: Mapping[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dropit_fx.ops.backwards import Called, Grads, Saved, pointwise
 from dropit_fx.ops.rule import INSIDE, OpRule, Read, Use, out_of_place
+from dropit_fx.ops.sides import BESIDE_INPUT, SIDE, jumps_of, on_its_side, sides
 
 aten = torch.ops.aten
 
@@ -26,22 +27,26 @@ def _smooth(
     jumps: Callable[[Mapping[str, Any]], bool] | None = None,
     lossy: bool | Callable[[Mapping[str, Any]], bool] = True,
     why_exact: str = "",
-    inside: bool = False,
+    beside: tuple[Read, ...] = (),
     **row: Any,
 ) -> OpRule:
-    """A row of a smooth pointwise function: what is read gives the slope, element by element."""
-    needed = ("input",)
+    """A row of a smooth pointwise function: what is read gives the slope, element by element.
+
+    ``beside`` are its other reads.
+    """
     read = Read(
         operand=operand,
         use=Use.SLOPE,
-        needed_by=needed,
+        needed_by=("input",),
         function=function,
         jumps=jumps,
         lossy=lossy,
         why_exact=why_exact,
     )
-    own = (Read(operand=INSIDE, use=Use.SHAPE, needed_by=needed),) if inside else ()
-    return OpRule(name=name, targets=targets, reads=(read, *own), run=run, derive=run, **row)
+    return OpRule(name=name, targets=targets, reads=(read, *beside), run=run, derive=run, **row)
+
+
+_OF_ITS_OWN = (Read(operand=INSIDE, use=Use.SHAPE, needed_by=("input",)),)
 
 
 def _table(name: str, **standard: Any) -> Callable[[Mapping[str, Any]], str]:
@@ -74,7 +79,7 @@ GELU = _smooth(
 )
 
 # no parameters, and written in place where the call says so
-SILU, MISH, HARDSWISH = (
+SILU, MISH = (
     _smooth(
         name,
         (getattr(F, name), getattr(aten, name).default, getattr(aten, f"{name}_").default),
@@ -82,7 +87,29 @@ SILU, MISH, HARDSWISH = (
         function=_table(name),
         backward=pointwise(getattr(aten, f"{name}_backward")),
     )
-    for name in ("silu", "mish", "hardswish")
+    for name in ("silu", "mish")
+)
+
+_BOUNDS = jumps_of(F.hardswish, -3.0, 3.0)
+
+
+def _hardswish_saving(input: Tensor, inplace: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    return F.hardswish(input), {SIDE: sides(input, _BOUNDS)}
+
+
+def _hardswish_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
+    """As ATen."""
+    return {"input": aten.hardswish_backward(grad, on_its_side(saved, _BOUNDS))}
+
+
+HARDSWISH = _smooth(
+    "hardswish",
+    (F.hardswish, aten.hardswish.default, aten.hardswish_.default),
+    out_of_place(F.hardswish),
+    function=_table("hardswish"),
+    beside=(BESIDE_INPUT,),
+    run_saving=_hardswish_saving,
+    backward=_hardswish_backward,
 )
 
 
@@ -139,11 +166,15 @@ LOGSIGMOID = _smooth(
     (F.logsigmoid, aten.log_sigmoid.default),
     _of_input(F.logsigmoid),
     function=_table("logsigmoid"),
-    inside=True,
+    beside=_OF_ITS_OWN,
 )
 
 SOFTSIGN = _smooth(
-    "softsign", (F.softsign,), _of_input(F.softsign), function=_table("softsign"), inside=True
+    "softsign",
+    (F.softsign,),
+    _of_input(F.softsign),
+    function=_table("softsign"),
+    beside=_OF_ITS_OWN,
 )
 
 SIGMOID, TANH = (

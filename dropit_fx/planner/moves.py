@@ -163,7 +163,7 @@ def groups_of(base: Plan, told: Timeline) -> list[Group]:
     joined = _Joined()
     for number, (_, decisions) in enumerate(by_site(base.sites, base.decisions)):
         for d in decisions:
-            if d.packed and d.read.row is not None:
+            if d.packed and d.read.row is not None and not d.read.beside:
                 joined.join(("site", number), ("place", *place_of(d), d.read.bits is not None))
                 if (made := made_by(d)) is not None:
                     joined.join(("site", number), ("made", made))

@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor, fx, nn
 
 from dropit_fx.capture.provenance import node_module, node_where
+from dropit_fx.codecs import UNREAD
 from dropit_fx.passes.plan import Copy, Decision, Plan, Site
 from dropit_fx.passes.share_packed import by_site, packed_bytes
 from dropit_fx.planner import Step
@@ -362,7 +363,8 @@ def rows(plan: Plan, prefix: str = "", region: str = "") -> Iterator[Row]:
         if site.dense:
             untouched[site.name].append(site)
     for site, decisions in by_site(plan.sites, plan.decisions):
-        if not site.dense and not any(d.read.node in swapped for d in decisions):
+        made = any(d.read.node in swapped and d.codec != UNREAD for d in decisions)
+        if not site.dense and not made:
             continue
         packed = [d for d in decisions if d.packed]
         kept = [d for d in decisions if not d.packed]

@@ -43,6 +43,7 @@ from dropit_fx.ops.autocasting import (
 from dropit_fx.ops.rule import OpRule
 from dropit_fx.ops.table import CHECKPOINT, DERIVABLE, OP_RULES, bind
 from dropit_fx.runtime.copies import (
+    DROP,
     KEEP,
     SAMPLES,
     WIDTH,
@@ -288,6 +289,8 @@ def _what_is_kept(
             )
         # None: who makes the copy has made none, since it asks for no gradient itself
         how: Any = packed.get(operand) or KEEP
+        if read.beside and how == DROP:
+            continue
         if isinstance(how, Packed):
             copied.append(kept_as(operand, how))
             parts += how.parts

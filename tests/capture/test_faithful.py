@@ -403,21 +403,31 @@ def test_what_no_graph_does_is_refused_before_anything_is_touched(
     assert 'torch.compile(model, backend="dropit")' in message
 
 
-@pytest.mark.parametrize("which", ["input", "output"])
+@pytest.mark.parametrize("which", ["input 0", "output 0", "linear.weight", "scale"])
 def test_attributes_that_a_caller_could_read_are_refused(which: str) -> None:
     class Attached(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.linear = nn.Linear(16, 8)
+            self.register_buffer("scale", torch.ones(8))
 
         def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.linear(x)
-            given: Any = x if which == "input" else y
-            given.seen = True
+            y: Tensor = self.linear(x) * self.scale
+            among = {"input 0": x, "output 0": y, "linear.weight": self.linear.weight}
+            given: Any = among.get(which, self.scale)
+            given.seen = getattr(given, "seen", 0) + 1
             return y
 
-    with pytest.raises(CaptureError, match=f"{which} 0.seen"):
-        transform(Attached(), example_args=(X,))
+    model = Attached()
+    with pytest.raises(CaptureError, match=f"{which}.seen"):
+        transform(model, example_args=(X,))
+    assert not any(hasattr(t, "seen") for t in (X, model.scale, *model.parameters()))
+
+
+def test_attributes_that_parameters_have_already_stay() -> None:
+    model: Any = nn.Sequential(nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 8))
+    model[0].weight.no_decay = True
+    assert transform(model, example_args=(X,)).get_parameter("0.weight").no_decay
 
 
 @pytest.mark.parametrize("between", EITHER, ids=lambda f: f.__name__)

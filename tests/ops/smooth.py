@@ -1,12 +1,12 @@
 """Smooth functions of one tensor: what the tests know of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from op_calls import BLOCKS, GATHERED, IMAGE_LAST, Case, T, case, pointwise
 from op_record import Behind, Entry, OpInfo, RowTests
-from torch import nn
+from torch import Tensor, nn
 
 from dropit_fx.ops.rule import INSIDE
 
@@ -88,7 +88,22 @@ SOFTPLUS = _record(
     quantised=(case("beta", BLOCKS, beta=3.0),),
     no_table={"beta": 3.0},
 )
-HARDSWISH = _record("hardswish", pointwise({"inplace": True}), nn.Hardswish(inplace=True))
+
+
+def _on_its_side(
+    args: Mapping[str, Any], grad: Tensor, packed: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    x = args["input"]
+    between = packed(x).clamp(-3, 3) / 3 + 0.5
+    return {"input": grad * torch.where(x.abs() < 3, between, (x > 0).to(x.dtype))}
+
+
+HARDSWISH = _record(
+    "hardswish",
+    pointwise({"inplace": True}),
+    nn.Hardswish(inplace=True),
+    by_the_book=_on_its_side,
+)
 LOGSIGMOID = _record(
     "logsigmoid",
     pointwise(),

@@ -142,3 +142,69 @@ def test_a_jump_of_the_slope_at_zero_is_found() -> None:
         assert read is not None
         assert read.jumps is not None
         assert read.jumps({}) is expected, name
+
+
+JUMPING = {
+    "twice above": lambda x: torch.where(x > 1, 2 * x, x),
+    "three from two on": lambda x: torch.where(x >= 2, 3 * x - 4, x),
+    "of others": lambda x: x * F.relu6(x + 3) / 6,
+    "three pieces": lambda x: torch.where(x > 1.5, -x, torch.where(x < -1, 2 * x, x)),
+    "sawtooth": lambda x: x * torch.round(x),
+    "corner": lambda x: (x - 2).abs(),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [
+        ("twice above", [(1.0, False)]),
+        ("three from two on", [(2.0, True)]),
+        ("of others", [(-3.0, False), (3.0, True)]),
+        ("three pieces", [(-1.0, True), (1.5, False)]),
+        ("sawtooth", []),
+        ("corner", []),
+    ],
+)
+def test_jumps_elsewhere_are_found(name: str, places: list[tuple[float, bool]]) -> None:
+    from dropit_fx.pointwise import _jumps_elsewhere
+
+    jumps, why_exact = _jumps_elsewhere(JUMPING[name])
+    assert [(j.at, j.as_above) for j in jumps] == places
+    assert bool(places) is not bool(why_exact)
+    for smooth in (F.gelu, torch.exp, lambda x: x**3, lambda x: torch.tanh(100 * x), F.relu):
+        assert _jumps_elsewhere(smooth) == ((), "")
+
+
+@pytest.mark.parametrize("preset", ["balanced", "gact"])
+@pytest.mark.parametrize("name", JUMPING)
+def test_the_slope_is_that_of_the_exact_value(name: str, preset: str) -> None:
+    """Behind a norm, at the places where it jumps; and no step of the result is read rounded."""
+    op = dropit_fx.pointwise(name)(JUMPING[name])
+
+    class Jumping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.last = nn.BatchNorm2d(8).eval(), nn.Conv2d(8, 8, 1)
+            self.norm.eps = 0.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.last(op(self.norm(x)))
+            return out
+
+    model, found = Jumping(), []
+    x = torch.randint(-3, 4, (16, 8, 8, 8)).float().requires_grad_()
+    packed = dropit_fx.transform(model, preset=preset, example_args=(x,))
+    for run in (model, packed):
+        (grad,) = torch.autograd.grad(run(x).sum(), x)
+        found.append(grad)
+    if name == "of others":  # between its jumps, rounding is read
+        assert (found[0] - found[1]).abs().max() < (found[0] - found[0].mean()).abs().max() / 4
+    else:
+        assert torch.equal(*found)
+    report = dropit_fx.report(packed)
+    codec = {r.op: r for r in report.rows if r.kept_bytes or r.codec == "derived"}
+    exact = name in ("sawtooth", "corner")
+    assert bool(codec[name].reason) is exact
+    assert measure.saved_bytes(packed, x) == report.kept_bytes
+    if name in ("twice above", "three pieces", "sawtooth"):
+        assert codec["conv2d"].codec != "derived"

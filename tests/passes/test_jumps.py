@@ -171,3 +171,39 @@ def test_jumps_elsewhere_are_those_of_the_exact_value(
         (grad,) = torch.autograd.grad(run(x).sum(), x)
         found.append(grad)
     assert torch.equal(*found)
+
+
+class Saturated(nn.Module):
+    """The gradient of ``x: (16, 8, 8, 8)``, which the norm leaves as it is, is the slope."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.last = nn.BatchNorm2d(8).eval(), nn.Conv2d(8, 8, 1, bias=False)
+        self.norm.eps = 0.0
+        nn.init.dirac_(self.last.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.hardswish(self.norm(x)))
+
+
+@pytest.mark.parametrize("way", ["transform", "dropit_eager"])
+@pytest.mark.parametrize("preset", ["balanced", "max", "gact", "lossless", "fewbit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_is_rounded_stays_on_its_side_of_a_jump(
+    dtype: torch.dtype, preset: str, way: str
+) -> None:
+    """Of hardswish: at its bounds and right beside them."""
+    model = Saturated().to(dtype)
+    step = 2 * torch.finfo(dtype).eps
+    places = [-3.5, -3.0, -3 + 4 * step, -0.5, 0.7, 3 - 4 * step, 3.0, 3.2]
+    x = torch.tensor(places * 1024, dtype=dtype).view(16, 8, 8, 8)[:, torch.randperm(8)]
+    x.requires_grad_()
+    packed = _packed(model, x, preset, way)
+    dense, found = (torch.autograd.grad(run(x).sum(), x)[0] for run in (model, packed))
+    beyond = x.abs() >= 3
+    if preset != "fewbit":  # whose levels are means
+        assert torch.equal(found[beyond], dense[beyond])
+        assert (found - dense).abs().max() < 0.25  # half of a jump
+    bits = [r for r in dropit_fx.report(packed).rows if r.name.endswith(".side") and r.kept_bytes]
+    assert bool(bits) is (preset in ("balanced", "max", "gact"))
+    assert dropit_fx.measure.saved_bytes(packed, x) == dropit_fx.report(packed).kept_bytes

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from dropit_fx.capture.faithful.numbering import WORD, Numbers, constant, frozen
 from dropit_fx.capture.fake import fake_mode_of, fake_state, fakes_of
 from dropit_fx.holders import nodes_behind
-from dropit_fx.private import FakeTensor, pytree
+from dropit_fx.private import pytree
 from dropit_fx.private_hooks import checkpoints_run_by
 
 _OVERWRITTEN = "modified by an inplace operation"
@@ -39,8 +39,8 @@ class Meaning:
         hooks: Lines at which a tensor was given a hook.
         functions: Names of the custom ``autograd.Function`` s in the backward.
         checkpoints: How many regions are checkpointed.
-        attached: Attributes that inputs and outputs are given (``output 0.note``), and parameters
-            and buffers, where they are tensors that were computed.
+        attached: Attributes that inputs, outputs, parameters and buffers are given
+            (``output 0.note``).
         structure: The tree spec of the result.
     """
 
@@ -96,6 +96,7 @@ def meaning(
         inputs = {f"input {i}": t for i, t in enumerate(fakes) if isinstance(t, Tensor)}
         for name, tensor in (*state.items(), *inputs.items()):
             numbers.name(tensor, name, constants.get(name))
+        had = {n: {*vars(t)} for n, t in (*state.items(), *inputs.items())}
         before = {n: numbers.of(t) for n, t in (*state.items(), *inputs.items())}
         given_args, given_kwargs = pytree.tree_unflatten(list(fakes), spec)
         with numbers:
@@ -117,21 +118,20 @@ def meaning(
             hooks=tuple(watch.found),
             functions=functions,
             checkpoints=len(checkpoints),
-            attached=tuple(_attached(state, inputs, outputs, mode)),
+            attached=tuple(_attached(state | inputs, had, outputs, mode)),
             structure=structure,
         )
 
 
 def _attached(
-    state: Mapping[str, Tensor], inputs: Mapping[str, Tensor], outputs: list[Any], mode: Any
+    known: Mapping[str, Tensor], had: Mapping[str, set[str]], outputs: list[Any], mode: Any
 ) -> Iterator[str]:
     """``Meaning.attached``."""
     torchs = {*vars(mode.from_tensor(torch.empty(0))), "_is_param"}
-    given = dict(inputs)
-    given |= {f"output {i}": t for i, t in enumerate(outputs) if isinstance(t, Tensor)}
-    for label, tensor in (*state.items(), *given.items()):
-        for name, value in vars(tensor).items():
-            if name not in torchs and (label in given or isinstance(value, FakeTensor)):
+    made = {f"output {i}": t for i, t in enumerate(outputs) if isinstance(t, Tensor)}
+    for label, tensor in (*known.items(), *made.items()):
+        for name in vars(tensor):
+            if name not in torchs and name not in had.get(label, ()):
                 yield f"{label}.{name}"
 
 
