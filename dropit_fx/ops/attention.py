@@ -7,6 +7,7 @@ bit for each factor, and makes the rest again in the backward.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -132,15 +133,17 @@ def _attention_again(
 
     What attention computes beside it depends on whether a gradient is wanted.
     """
-
-    def run(*tensors: Tensor) -> Tensor:
-        plain = attn_mask, dropout_p, is_causal, scale, enable_gqa
-        return _scaled_dot_product_attention(*tensors, *plain)
-
-    given = query, key, value
-    if is_plain(*given):
-        return run(*given)
-    out: Tensor = torch.func.vjp(run, *given)[0]
+    attend = functools.partial(
+        _scaled_dot_product_attention,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+    )
+    if is_plain(query, key, value):
+        return attend(query, key, value)
+    out: Tensor = torch.func.vjp(attend, query, key, value)[0]
     return out
 
 
