@@ -329,7 +329,7 @@ def _first_places(dep: Any, count: int = 512) -> set[int]:
     index = dep.index.expand(identity=True)  # what inductor hides from sympy is printed wrongly
     at = sympy.lambdify(dep.var_names, index, modules=[functions, "math"])
     sizes = [int(n) for n in dep.size]
-    rows = itertools.product(*(range(n) for n in sizes))
+    rows = itertools.product(*(range(min(n, count)) for n in sizes))  # it holds them all
     return {int(at(*row)) for row in itertools.islice(rows, count)}
 
 

@@ -5,9 +5,10 @@ norm before it keeps its own input, GELU its own. Where a faithful codec keeps t
 linear layer reads ``layer_norm(unpack(...))``: one packed copy serves the norm and all that is
 behind it, down to the next op that mixes elements.
 
-A recipe unpacks at most ``COPIES`` tensors. Without that bound the sum at the end of each residual
-block would be made again from all the blocks before it, for each of its readers, and a compiler
-that finds what these have in common keeps all the unpacked tensors from the first use to the last.
+A recipe unpacks at most ``COPIES`` tensors; attention's result, which its own backward makes again
+anyway, counts as one. Without that bound the sum at the end of each residual block would be made
+again from all the blocks before it, for each of its readers, and a compiler that finds what these
+have in common keeps all the unpacked tensors from the first use to the last.
 
 Values have identities: an operand is what it was when its op ran, through views and in-place
 writes; what cannot be shown to be the same keeps its copy.
@@ -93,8 +94,8 @@ def _derive(plan: Plan) -> Plan:
             identity = decision.read.identity
             if _may_change(decision, site) and identity is not None:
                 source = plan.values.makers.get(identity)
-                unpacked = None if source is None else copies(source, plan, bases)
-                if source is not None and unpacked is not None and len(unpacked) <= COPIES:
+                read = None if source is None else copies(source, plan, bases, anyway=True)
+                if source is not None and read is not None and len(read) <= COPIES:
                     bases.packed.pop(identity, None)
                     decision = replace(
                         decision,
@@ -170,7 +171,7 @@ def recipe(name: str, plan: Plan, bases: Bases) -> dict[str, Decision | str] | N
     Returns:
         For the operands that are not there as they are: the packed copy, or the node whose result
         is derived in turn. None where an operand is lost, or the op costs more than a pass over
-        memory.
+        memory and no backward makes its result anyway.
     """
     values = plan.values
     call = None if name in values.lost else plan.calls.get(name)
@@ -207,15 +208,20 @@ def _has_form_of(copy: Decision, value: str, maker: str | None, plan: Plan) -> b
     return shapes[value] == shapes.get(maker) == copy.read.view
 
 
-def copies(name: str, plan: Plan, bases: Bases) -> set[Copy] | None:
-    """The packed copies that are unpacked to make a node's result again; None: it cannot be."""
+def copies(name: str, plan: Plan, bases: Bases, anyway: bool = False) -> set[Copy] | None:
+    """The packed copies that are unpacked to make a node's result again; None: it cannot be.
+
+    ``anyway``: with the result itself in the place of copies, where its own backward makes it too.
+    """
     found = recipe(name, plan, bases)
     if found is None:
         return None
+    if anyway and plan.calls[name].rule.made_again is not None:
+        return {Copy(name)}
     used: set[Copy] = set()
     for how in found.values():
         if isinstance(how, str):
-            used |= copies(how, plan, bases) or set()
+            used |= copies(how, plan, bases, anyway) or set()
         elif how.copy is not None:
             used.add(how.copy)
     return used

@@ -79,7 +79,8 @@ class Explainer:
         self.calls[n.name] = Call(rule=rule, operands=bound)
         values = {name: map_arg(value, ran.values.__getitem__) for name, value in bound.items()}
         values["result"] = result
-        if rule.obstacle(values):  # what `derive` makes may differ in its last bits
+        # what `derive` makes may differ in its last bits, or cost too much
+        if rule.obstacle(values) or not (rule.made_again is None or rule.made_again(values)):
             self.lost.add(n.name)
         return replace(ran, rule=rule, operands=values, nodes=bound | {"result": n})
 

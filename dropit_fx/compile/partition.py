@@ -121,6 +121,7 @@ class KeepPacked(CustomPartitionerFn):
                     _copy_before_they_are_overwritten(gm, lost)
                     graphs = self.base(gm, joint_inputs, num_fwd_outputs=fixed, **kwargs)
             _drop_outputs(graphs[0], slice(count, fixed))
+            _attend_once(graphs[1])
             _read_originals(graphs[0], originals)
             return graphs, read_partition(*graphs, count)
 
@@ -202,6 +203,21 @@ def _copy_before_they_are_overwritten(joint: fx.GraphModule, names: Collection[s
             ),
         )
     joint.recompile()
+
+
+def _attend_once(backward: fx.GraphModule) -> None:
+    """Makes calls that are alike one, of ops that PyTorch takes to draw: attention without dropout.
+
+    What is formed of attention's result reads that which attention's own backward makes again.
+    """
+    first: dict[Any, fx.Node] = {}
+    for node in list(backward.graph.nodes):
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            alike = first.setdefault((node.target, str(node.args), str(node.kwargs)), node)
+            if alike is not node and not _draws(backward, node):
+                node.replace_all_uses_with(alike)
+                backward.graph.erase_node(node)
+    backward.recompile()
 
 
 def _draws(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -7,6 +7,7 @@ bit for each factor, and makes the rest again in the backward.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dropit_fx.kernels import attention as attention_kernel
-from dropit_fx.ops.backwards import Called, Grads, Saved, vjp
+from dropit_fx.ops.backwards import Called, Grads, Saved, is_plain, vjp
 from dropit_fx.ops.masks import drop, dropped_again
 from dropit_fx.ops.rule import INSIDE, OpRule, Read, Use, one_bit
 from dropit_fx.private import safe_softmax
@@ -110,6 +111,42 @@ def _drops(args: Mapping[str, Any]) -> bool:
     return not (isinstance(p, int | float) and p == 0)
 
 
+def _made_again(args: Mapping[str, Any]) -> bool:
+    """Whether the backward runs the forward again: in float32 on a CPU, one kernel does without."""
+    query, mask = args["query"], args["attn_mask"]
+    in_one = query.device.type == "cpu" and query.dtype == torch.float32
+    learned = isinstance(mask, Tensor) and mask.requires_grad  # then all weights are in memory
+    return not (in_one or learned or _drops(args))
+
+
+def _attention_again(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """The result, by the very ops by which the backward makes it again.
+
+    What attention computes beside it depends on whether a gradient is wanted.
+    """
+    attend = functools.partial(
+        _scaled_dot_product_attention,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+    )
+    if is_plain(query, key, value):
+        return attend(query, key, value)
+    out: Tensor = torch.func.vjp(attend, query, key, value)[0]
+    return out
+
+
 def _attention_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """From the packed query, key and value alone, since nothing else fits them once rounded.
 
@@ -189,6 +226,8 @@ ATTENTION = OpRule(
     run_saving=_attention_saving,
     backward=_attention_backward,
     autocast="lower",
+    derive=_attention_again,
+    made_again=_made_again,
     obstacle=_dropout_elsewhere,
 )
 

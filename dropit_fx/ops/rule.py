@@ -143,6 +143,8 @@ class OpRule:
         derive: Makes the result again, from the arguments of ``run`` and without side effects, at
             the cost of a pass over memory. A reader of the result may then live on what is packed
             of the operands. None where that costs more.
+        made_again: For ops whose ``derive`` costs more: from the arguments of a call to whether its
+            backward makes the result again anyway. A compiler then makes it once for all readers.
         derive_from: What the op makes itself without which ``derive`` cannot do (a mask). Its other
             parameters beside those of ``run`` are given where the call packs anything.
         obstacle: From the arguments of a call, and its ``result`` where the row reads nothing, to
@@ -164,6 +166,7 @@ class OpRule:
     ignored: frozenset[str] = frozenset({STACKLEVEL, "cudnn_enabled", "cudnn_enable"})
     autocast: str = ""
     derive: Callable[..., Tensor] | None = None
+    made_again: Callable[[Mapping[str, Any]], bool] | None = None
     derive_from: tuple[str, ...] = ()
     obstacle: Callable[[Mapping[str, Any]], str] = lambda args: ""
     schema: OpOverload | None = None

@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models import vision_transformer
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dropit_fx import cli
+from dropit_fx.bench.blocks import Llama
 from dropit_fx.bench.cards import CARDS, find_card
 from dropit_fx.bench.model_spec import SpecError
 from dropit_fx.bench.roofline import DENSE, FUSED, PACKED, Prediction, as_row, predict, variants
 from dropit_fx.bench.schedule import Kernel, kernels, kernels_of_step, scheduled_for
+from dropit_fx.config import make_config
 from dropit_fx.private import compile_fx
 from dropit_fx.private_inductor import written
 
@@ -184,6 +187,32 @@ def test_packing_reads_and_writes_more_and_fused_packing_dispatches_nothing() ->
     added = packed.costliest(plain)
     assert len(added) == 5
     assert any("dropit" in kernel.name for kernel, _, _ in added)
+
+
+BLOCKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], float]] = {
+    "Llama": (lambda: Llama(4096, 14336, 32, 8, 2048), (4, 2048, 4096), 1.0),
+    # Of it 0.10: what attention reads is packed and unpacked, and its forward runs again
+    "DeiT-B": (
+        lambda: vision_transformer.Block(768, 12, mlp_ratio=4, qkv_bias=True),
+        (64, 197, 768),
+        1.09,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_in_four_bits_moves_so_many_bytes_of_those_of_dense(name: str) -> None:
+    make, shape, bound = BLOCKS[name]
+    with torch.device("meta"):
+        model = make()
+    model = model.to(torch.bfloat16).to_empty(device="cpu")  # nothing is computed with it
+    x = torch.empty(shape, dtype=torch.bfloat16, requires_grad=True)
+    config = make_config(None, gamma=0, bits=4)
+    plain, fused = (predict(model, (x,), VARIANTS[v], H100, config=config) for v in (DENSE, FUSED))
+    assert fused.nbytes <= bound * plain.nbytes
+    again = [k.phase for k in fused.kernels if k.name == "scaled_dot_product_flash_attention"]
+    assert again == ["forward", "backward"]
 
 
 def test_a_model_stays_as_it_is_and_is_scheduled_anew_each_time() -> None:

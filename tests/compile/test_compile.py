@@ -112,6 +112,32 @@ def test_the_guard_serves_any_backend_built_on_aot_autograd(fresh: None) -> None
     assert {v.packed for v in partition.saved} == {True}
 
 
+def test_attention_runs_once_in_a_backward_whoever_reads_its_result(fresh: None) -> None:
+    """PyTorch takes it to draw random numbers, and leaves calls that are alike apart."""
+    model = timm.create_model("deit_tiny_patch16_224", depth=2, img_size=64).bfloat16()
+    x, read, calls = torch.randn(2, 3, 64, 64).bfloat16(), [], []
+    made = transform(model, example_args=(x,))
+
+    def counted(graph: Any, inputs: Any) -> Any:
+        names = [str(n.target) for n in graph.graph.nodes if n.op == "call_function"]
+        attends = [n.split(".")[1] for n in names if "scaled_dot_product" in n]
+        calls.append([name.endswith("_backward") for name in attends])
+        return make_boxed_func(graph.forward)
+
+    guarded = aot_autograd(
+        fw_compiler=counted, bw_compiler=counted, partition_fn=KeepPacked(note=read.append)
+    )
+    compiled = torch.compile(made, backend=guarded, fullgraph=True)
+    compiled(x).sum().backward()
+    assert calls == [[False, False], [False, True, False, True]]
+    assert read[0].saved_bytes == report(made).kept_bytes
+    gradients = [p.grad.clone() for p in made.parameters()]
+    made.zero_grad()
+    made(x).sum().backward()
+    for eager, ours in zip(made.parameters(), gradients, strict=True):
+        torch.testing.assert_close(ours, eager.grad, rtol=0.05, atol=0.05)
+
+
 # --- beside other features
 
 

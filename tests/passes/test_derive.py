@@ -283,6 +283,90 @@ def test_compiled_and_eager_derive_the_same(model: Any) -> None:
     assert partition.packs_in_backward == partition.unpacks_in_forward == ()
 
 
+# --- attention's result: its backward runs the forward again
+
+
+class Attention(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.qkv, self.out, self.dropout = nn.Linear(64, 192), nn.Linear(64, 64), dropout
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (4, 16)).transpose(1, 2) for part in qkv.chunk(3, -1))
+        made = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout, is_causal=True)
+        return made.transpose(1, 2).flatten(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(self.attend(self.qkv(x)))
+        return out
+
+
+def test_what_attention_gives_is_made_again_from_its_packed_operands() -> None:
+    torch.manual_seed(0)
+    model, x = Attention().bfloat16(), torch.randn(8, 32, 64).bfloat16()
+    packed = dropit_fx.transform(copy.deepcopy(model), example_args=(x,))
+    assert codecs(packed)["scaled_dot_product_attention"] == "drop+derived"
+    assert measure.saved_bytes(packed, x) == dropit_fx.report(packed).kept_bytes
+    out = packed(x)
+    assert_same(out, model(x))
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    qkv = torch.cat([rounded(part) for part in model.qkv(x).chunk(3, -1)], -1)
+    again = grad.flatten(0, 1).t() @ model.attend(qkv).flatten(0, 1)
+    assert_same(packed.out.weight.grad, again)
+
+    model(x).backward(grad)
+    exact = model.out.weight.grad
+    own = dropit_fx.transform(copy.deepcopy(model), {"derive": False}, example_args=(x,))
+    own.zero_grad()
+    own(x).backward(grad)
+    errors = [(p.out.weight.grad - exact).norm() / exact.norm() for p in (packed, own)]
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dropout"),
+    [(torch.float32, 0.0), (torch.bfloat16, 0.1)],
+    ids=["float32 on a CPU", "dropout"],
+)
+def test_where_no_backward_makes_it_what_attention_gives_has_its_own_copy(
+    dtype: torch.dtype, dropout: float
+) -> None:
+    model, x = Attention(dropout).to(dtype), torch.randn(8, 32, 64).to(dtype)
+    packed = dropit_fx.transform(model, example_args=(x,))
+    assert not nodes(packed, derived)
+    assert any("mink(gamma=0.5, bits=4)" in codec for codec in codecs(packed).values())
+
+
+class Attends(nn.Module):
+    """A residual stream of attention without projections: nothing in it but sums of results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        for _ in range(4):
+            h = h + F.scaled_dot_product_attention(h, h, h)
+        out: Tensor = self.last(h)
+        return out
+
+
+def test_a_stream_of_attention_is_not_made_again_from_its_beginning() -> None:
+    x = torch.randn(8, 4, 32, 16).bfloat16()
+    packed = dropit_fx.transform(Attends().bfloat16(), example_args=(x,))
+    read: dict[Any, int] = {}
+    for node in packed.graph.nodes:
+        if node.target is pack:
+            read[node] = 1
+        elif node.target is derived:
+            inner = sum(read[how] for how in node.args[2].values())
+            read[node] = 1 if node.args[0] == "scaled_dot_product_attention" else inner
+    assert max(read.values()) == 2
+    assert len(nodes(packed, pack)) > 1
+
+
 @pytest.mark.parametrize(
     ("name", "share"),
     [("deit_tiny_patch16_224", 0.12), ("resnet18", 0.15), ("convnext_tiny", 0.15)],
