@@ -38,6 +38,12 @@ FUSING = {
     "loop_ordering_after_fusion": False,
 }
 
+# What inductor is told of the memory of a step. It holds what is free for a later buffer of the
+# same shape, as long as its estimate of the peak stays the same; there, buffers that a loop works
+# on in place or does without count as more memory, so that it holds several for whole layers. This
+# way each goes back to the allocator behind its last reader.
+FREEING = {"allow_buffer_reuse": False}
+
 
 def inductor_has(option: str) -> bool:
     """Whether inductor's config has an option."""

@@ -455,6 +455,11 @@ TABLE: tuple[Name, ...] = (
         *(_REALISED, "packing in the loop that makes the values"),
     ),
     Name(
+        "torch._inductor.config.allow_buffer_reuse",
+        _lack("compiled steps hold memory for later use: their peak is higher", "backend='dropit'"),
+        "freeing what has no reader left",
+    ),
+    Name(
         "torch._inductor.config.post_grad_custom_post_pass",
         _COPIES,
         "handing over the pass behind the cut",

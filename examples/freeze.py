@@ -15,7 +15,6 @@ Needs the extra `test`.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -29,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
-from training import DENSE, MIB, Data, accuracy, compact, limited, positive, spread
+from training import DENSE, MIB, Data, accuracy, begun, compact, limited, positive, spread
 
 import dropit_fx
 from dropit_fx import measure
@@ -83,15 +82,6 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, default=Path("build/freeze"), metavar="DIR")
     return parser
-
-
-def begun(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What earlier runs with these settings have written; nothing if there are others."""
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
-        if found["settings"] == settings:
-            return found
-    return {"settings": settings, "runs": []}
 
 
 def train(

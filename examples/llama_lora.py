@@ -18,7 +18,6 @@ show bytes and times. Needs the extra `test`.
 import argparse
 import copy
 import sys
-import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -27,9 +26,9 @@ from typing import Any
 import peft
 import torch
 import transformers
-from gpt2 import Windows, arguments, table, train, windows
+from gpt2 import Windows, arguments, bar, table, train, windows
 from rich.console import Console
-from training import DENSE, positive
+from training import DENSE, positive, preset
 
 
 def build(options: argparse.Namespace) -> Any:
@@ -103,7 +102,11 @@ def sft() -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = arguments(__doc__, ["adapters"])
+    parser = arguments(__doc__)
+    parser.add_argument(
+        "--presets", nargs="+", type=preset, default=["adapters"], help="or config files"
+    )
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a base that is trained")
     parser.add_argument("--base-steps", type=positive, default=150, help="of the base alone")
     parser.add_argument("--rank", type=positive, default=8)
@@ -119,16 +122,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     before, after = copy.copy(data), copy.copy(data)
     before.rows, after.rows = data.rows[:half], data.rows[half:]
     base = build(options)
-    results = {}
-    with tempfile.TemporaryDirectory() as folder:
+    runs = []
+    with bar(console) as progress:
+
+        def trained(variant: str, model: Any, data: Windows, steps: int, **how: Any) -> Any:
+            line = progress.add_task(variant, total=steps)
+            given = argparse.Namespace(**{**vars(options), "steps": steps})
+            return train(
+                variant, model, data, given, options.seed, partial(progress.advance, line), **how
+            )
+
         if not options.model:
-            base_options = argparse.Namespace(**{**vars(options), "steps": options.base_steps})
-            learned = train(DENSE, base, before, base_options, folder, console)
+            learned = trained(DENSE, base, before, options.base_steps)
             console.print(f"base: loss {learned['first']:.3f}, then {learned['last']:.3f}")
         for variant in (DENSE, *options.presets):
-            model = adapted(base, options)
-            results[variant] = train(variant, model, after, options, folder, console, **how)
-    console.print(table(results))
+            found = trained(variant, adapted(base, options), after, options.steps, **how)
+            runs.append({"variant": variant, **found})
+    console.print(table(runs))
     return 0
 
 

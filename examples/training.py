@@ -330,6 +330,15 @@ def compact(results: dict[str, Any]) -> str:
     return re.sub(r"(\d+\.\d{6})\d+(?![\de])", r"\1", text)
 
 
+def begun(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What earlier runs with these settings have written; nothing if there are others."""
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text())
+        if found["settings"] == settings:
+            return found
+    return {"settings": settings, "runs": []}
+
+
 HEAD = ("model", "", "", "accuracy", "loss", "saved, MiB", "peak, MiB", "time")
 
 

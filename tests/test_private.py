@@ -105,6 +105,7 @@ settable("torch._inductor.config.realize_opcount_threshold", (int, type(None)))
 settable("torch._inductor.config.realize_reads_threshold", int)
 settable("torch._inductor.config.realize_acc_reads_threshold", (int, type(None)))
 settable("torch._inductor.config.loop_ordering_after_fusion", bool)
+settable("torch._inductor.config.allow_buffer_reuse", bool)
 settable("torch._inductor.config.unsafe_marked_cacheable_functions", dict)
 parameters("torch._inductor.list_mode_options", "mode")
 parameters(

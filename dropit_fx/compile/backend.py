@@ -37,6 +37,7 @@ from dropit_fx.passes.plan import Plan
 from dropit_fx.private import list_options, lookup_backend
 from dropit_fx.private_inductor import (
     CACHEABLE,
+    FREEING,
     FUSING,
     INNER_COMPILE,
     PARTITIONER,
@@ -315,6 +316,8 @@ def _inductor(job: _Job) -> Compiled:
     from dropit_fx.private import compile_fx
 
     patches = _patches(job.mode, job.options)
+    if job.record is not None:
+        patches = {k: v for k, v in FREEING.items() if inductor_has(k)} | patches
     patches[PARTITIONER] = job.guard(patches.get(PARTITIONER))
     if inductor_has(PRE_PASS):
         patches[PRE_PASS] = in_turn(patches.get(PRE_PASS), AddLookups())

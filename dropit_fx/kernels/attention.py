@@ -41,7 +41,7 @@ def _added(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
     if mask is None:
         return None
     if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, float("-inf"))
+        mask = torch.where(mask, 0.0, float("-inf"))
     mask = mask.float().expand(*query.shape[:3], key.shape[2])
     return mask if mask.stride(3) == 1 else mask.contiguous()
 

@@ -27,6 +27,7 @@ import demo  # noqa: E402
 import digits  # noqa: E402
 import figures  # noqa: E402
 import freeze  # noqa: E402
+import gpt2  # noqa: E402
 import llama_lora  # noqa: E402
 import picture  # noqa: E402
 import training  # noqa: E402
@@ -93,6 +94,42 @@ def test_loss_falls_and_less_is_saved(written: Path) -> None:
 def test_variants_start_from_the_same_weights_batches_and_dropout(written: Path) -> None:
     for ways in json.loads(written.read_text())["models"].values():
         assert ways["eager"]["lossless"]["runs"] == ways["eager"]["dense"]["runs"]
+
+
+def test_gpt2_goes_on_where_it_was_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = "--steps 2 --layers 1 --width 32 --heads 2 --batch 2 --length 64"
+    variants = ["--variants", "dense", "lossless", "pack_checkpoints"]
+    options = [*sizes.split(), *variants, "--seeds", "2", "--out", str(tmp_path)]
+    assert gpt2.main(options) == 0
+    path = tmp_path / "gpt2.json"
+    runs = json.loads(path.read_text())["runs"]
+    assert [(run["seed"], run["variant"]) for run in runs] == [
+        (seed, variant) for seed in range(2) for variant in variants[1:]
+    ]
+    for dense, lossless, checkpoints in (runs[:3], runs[3:]):
+        losses = {name: dense[name] for name in ("first", "last", "held_out")}
+        assert losses.items() <= lossless.items()
+        assert checkpoints["first"] == dense["first"]  # of the first step, before anything is read
+        assert checkpoints["held_out"] != dense["held_out"]
+        assert checkpoints["held_out"] == pytest.approx(dense["held_out"], rel=1e-3)
+        assert checkpoints["saved"] < dense["saved"] / 4
+    assert runs[0]["held_out"] != runs[3]["held_out"]
+
+    results = json.loads(path.read_text())
+    del results["runs"][2]
+    results["runs"][0]["held_out"] = 2 * runs[1]["held_out"]  # is not measured again
+    path.write_text(json.dumps(results))
+    capsys.readouterr()
+    assert gpt2.main(options) == 0
+    again = json.loads(path.read_text())["runs"]
+    assert [run["seconds"] for run in again[:-1]] == [r["seconds"] for r in results["runs"]]
+    assert {**again[-1], "seconds": 0} == {**runs[2], "seconds": 0}
+    assert "lossless" in capsys.readouterr().out
+
+    assert gpt2.main([*options, "--lr", "1e-3", "--variants", "dense", "--seeds", "1"]) == 0
+    assert len(json.loads(path.read_text())["runs"]) == 1  # of other settings
 
 
 def test_adapters_of_a_llama_lose_as_dense_does_and_save_an_eighth(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dropit_fx.kernels import attention
+from dropit_fx.measure import peak_memory
 
 needs_c = pytest.mark.skipif(attention.library() is None, reason="no C kernel runs here")
 IMPLEMENTATIONS = [
@@ -116,6 +117,15 @@ def test_any_strides_and_number_of_threads() -> None:
     torch.set_num_threads(1)  # of several, which come back behind the test
     got = torch.ops.dropit.attention_backward(*spread, None, False, None)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@needs_c
+def test_a_boolean_mask_is_there_once_more_in_float32() -> None:
+    args = operands((2, 2, 2, 64, 64, 8))
+    mask = torch.ones(2, 1, 64, 64, dtype=torch.bool).tril()
+    peak = peak_memory(torch.ops.dropit.attention_backward, *args, mask, False, None)
+    gradients = sum(x.nbytes for x in args[1:])
+    assert gradients + 4 * mask.numel() <= peak < gradients + 4.5 * mask.numel()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
