@@ -31,8 +31,9 @@ from dropit_fx.capture.trace import CaptureError
 from dropit_fx.check import BACKENDS
 from dropit_fx.config import DEFAULT_PRESET, PAPER_PRESET, ConfigError, make_config
 from dropit_fx.logs import shown
-from dropit_fx.planner import PlanError
+from dropit_fx.planner import PlanError, Step
 from dropit_fx.planner.fits import memory_bytes
+from dropit_fx.report.plot import figure_class
 from dropit_fx.report.rows import Report, as_text, mib, plain_table
 from dropit_fx.schema import config_schema
 from dropit_fx.words import did_you_mean
@@ -179,13 +180,15 @@ def _parser() -> argparse.ArgumentParser:
         description="Plans what is packed, in how many bits, and what is made again, so that all"
         " tensors of an eager training step stay below a peak at the least error of the gradient;"
         " writes a config file of explicit rules. The model runs a few times on random inputs: a"
-        " factory that returns (module, example_args) plans for real ones.",
+        " factory that returns (module, example_args) plans for real ones. With --frontier it plans"
+        " for one peak after the other, and prints what the gradient loses at each, beside the"
+        " presets, checkpointed blocks and PyTorch's memory budgets.",
         epilog="example: dropit-fx plan --model timm:resnet18 --batch 32 --peak 80%% -o plan.yaml",
     )
     add_model(plan)
-    plan.add_argument(
-        "--peak", required=True, metavar="BYTES", help="6GiB, 800MB, or 40%% of the dense step's"
-    )
+    asked = plan.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--peak", metavar="BYTES", help="6GiB, 800MB, or 40%% of the dense step's")
+    asked.add_argument("--frontier", action="store_true", help="all peaks, from dense's down")
     plan.add_argument(
         "--error-limit",
         type=float,
@@ -193,6 +196,8 @@ def _parser() -> argparse.ArgumentParser:
         help="the most that the gradient may lose, relative to its norm (default: what it takes)",
     )
     plan.add_argument("-o", "--out", metavar="FILE", help="default: standard output")
+    plan.add_argument("--json", metavar="FILE", help="write the frontier to FILE, plans among it")
+    add_plot(plan)
     plan.set_defaults(run=_plan)
 
     suggest = commands.add_parser(
@@ -372,6 +377,12 @@ def _optimizer_class(name: str) -> Any:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    others = ("out", "error_limit") if options.frontier else ("json", "plot")
+    for name in (n for n in others if getattr(options, n) is not None):
+        way = "--peak" if options.frontier else "--frontier"
+        raise SpecError(f"--{name.replace('_', '-')} goes with {way}")
+    if options.frontier:
+        return _frontier(options)
     console = Console(stderr=True)
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task(f"building {options.model}", total=1.0)
@@ -391,6 +402,27 @@ def _plan(options: argparse.Namespace) -> int:
         f"peak {mib(planned.predicted)} of {mib(planned.asked)} asked for, {mib(planned.dense)}"
         f" dense; the gradient loses {planned.error:.2%}"
     )
+    return 0
+
+
+def _frontier(options: argparse.Namespace) -> int:
+    from dropit_fx.bench import frontier  # imports inductor, which takes seconds
+
+    if options.plot:  # not after minutes
+        figure_class()
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"building {options.model}", total=1.0)
+        model, args, kwargs = model_spec.build_step(options.model, options.batch, options.size)
+        found = frontier.frontier_of(
+            Step(model, args, kwargs),
+            progress=lambda text, share: bar.update(task, description=text, completed=share),
+        )
+    sys.stdout.write(str(found))
+    if options.json:
+        text = json.dumps(_about(options) | found.to_dict(), indent=2) + "\n"
+        Path(options.json).write_text(text, encoding="utf-8")
+    if options.plot:
+        frontier.draw(found, f"{options.model}, batch {options.batch}", options.plot)
     return 0
 
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from dropit_fx.capture.example_inputs import resolve
 from dropit_fx.capture.trace import LOCK
 from dropit_fx.capture.untouched import untouched
+from dropit_fx.passes.plan import Plan
 from dropit_fx.planner.choice import Item, choose, smallest
 from dropit_fx.planner.errors import PlanError
 from dropit_fx.planner.moves import (
@@ -111,6 +112,26 @@ def example_step(
     return Step(model, args, kwargs, loss, optimizer)
 
 
+def plan_frontier(
+    step: Step, count: int = 8, progress: Progress = lambda text, share: None
+) -> list[PlannedConfig]:
+    """Plans for peaks from below the dense one's down to the least, the highest first.
+
+    Args:
+        step: As for :func:`plan_step`.
+        count: Of the peaks; a plan that keeps two of them is there once.
+        progress: As for :func:`plan`.
+
+    Returns:
+        Their predicted peaks fall, their errors grow.
+
+    Raises:
+        PlanError: The step keeps nothing for its backward that can be packed.
+    """
+    with LOCK, untouched(step.model, generators=True):
+        return _Search(step, progress).frontier(count)
+
+
 @dataclass
 class _Found:
     """A choice, the config that it is, and what is told of it."""
@@ -130,24 +151,19 @@ class _Search:
         self.workspaces: dict[Spec, int] = {}
         self.rewriter = Rewriter(step.model, step.args, step.kwargs)
         self.groups: list[Group] = []
+        self.base: Plan
+        self.dense: Timeline
+        self.told: Timeline  # of the base
 
     def run(self, peak: str | int | float, error_limit: float | None) -> PlannedConfig:
-        self.progress("the base", 0.0)
-        base = self.rewriter.rewritten(base_config())
-        self._run(self.rewriter.module)
-        self._run(base.module)
-        dense = forecast(self.step, self.rewriter.module, self.workspaces)
-        asked = peak_bytes(peak, dense.peak)
+        self._look()
+        dense, asked = self.dense, peak_bytes(peak, self.dense.peak)
         if asked >= dense.peak:
             whole = Config(rules=(Rule(codec="keep"),), preset=None)
-            return self._planned(whole, asked, dense, dense, None, (), 0.0)
-        told = forecast(self.step, base.module, self.workspaces)
-        self.groups = groups_of(base, told)
+            found = _Found((), whole, self.rewriter.module, dense, 0.0)
+            return self._planned(asked, found, None)
         if not self.groups:
-            raise PlanError(
-                f"peak = {peak!r}: the step takes {shown(dense.peak)} dense, and keeps nothing for"
-                f" its backward that can be packed; {standing(dense)}"
-            )
+            raise PlanError(f"peak = {peak!r}: {self._nothing()}")
         least = self._least()
         if least.told.peak > asked:
             raise PlanError(
@@ -155,25 +171,63 @@ class _Search:
                 f" {shown(least.told.peak)} ({least.told.peak} bytes,"
                 f" {least.told.peak / dense.peak:.0%} of dense); {standing(least.told)}"
             )
-        errors = measure_errors(self.step, base, self.groups, self.progress)
-        for _ in range(RUNS):
-            found = self._search(told, errors, asked, least)
-            if found is least or not self._run(found.module):
-                break
-            found = self._found(found.levels, found.gap)
-            if found.told.peak <= asked:
-                break
-        else:
-            found = least
+        errors = measure_errors(self.step, self.base, self.groups, self.progress)
+        found = self._under(asked, errors, least)
         error = self._error(found.levels, errors)
         if error_limit is not None and error > error_limit:
             raise PlanError(
                 f"under {shown(asked)} the gradient loses {error:.3g} of its norm, more than"
                 f" error_limit = {error_limit}: ask for a higher peak, or for a higher limit"
             )
-        return self._planned(
-            found.config, asked, dense, found.told, errors, found.levels, found.gap
+        return self._planned(asked, found, errors)
+
+    def frontier(self, count: int) -> list[PlannedConfig]:
+        """Plans for peaks from the least up, closest together there, where the error falls most.
+
+        Without those that another beats.
+        """
+        self._look()
+        if not self.groups:
+            raise PlanError(self._nothing())
+        best = least = self._least()
+        errors = measure_errors(self.step, self.base, self.groups, self.progress)
+        low, high = least.told.peak, max(self.dense.peak, least.told.peak)
+        plans = [self._planned(low, least, errors)]
+        for number in range(1, count):
+            asked = low + (high - low) * number**2 // count**2
+            found = self._under(asked, errors, best)
+            if self._error(found.levels, errors) < self._error(best.levels, errors):
+                best = found
+                plans = [p for p in plans if p.predicted < found.told.peak]
+                plans.append(self._planned(asked, found, errors))
+        return plans[::-1]
+
+    def _look(self) -> None:
+        """What there is to be chosen from."""
+        self.progress("the base", 0.0)
+        self.base = self.rewriter.rewritten(base_config())
+        self._run(self.rewriter.module)
+        self._run(self.base.module)
+        self.dense = forecast(self.step, self.rewriter.module, self.workspaces)
+        self.told = forecast(self.step, self.base.module, self.workspaces)
+        self.groups = groups_of(self.base, self.told)
+
+    def _nothing(self) -> str:
+        return (
+            f"the step takes {shown(self.dense.peak)} dense, and keeps nothing for its backward"
+            f" that can be packed; {standing(self.dense)}"
         )
+
+    def _under(self, asked: int, errors: Sensitivity, least: _Found) -> _Found:
+        """What is chosen for a peak, told of the graph that it makes, which has run."""
+        for _ in range(RUNS):
+            found = self._search(self.told, errors, asked, least)
+            if found is least or not self._run(found.module):
+                return found
+            found = self._found(found.levels, found.gap)
+            if found.told.peak <= asked:
+                return found
+        return least
 
     def _found(self, levels: Sequence[int], gap: float = 0.0) -> _Found:
         config = config_of(rules_of(places_by_level(self.groups, levels)))
@@ -233,22 +287,14 @@ class _Search:
         pairs = zip(errors.errors, levels, strict=True)
         return float((sum(of[i] for of, i in pairs) / errors.gradient) ** 0.5)
 
-    def _planned(
-        self,
-        config: Config,
-        asked: int,
-        dense: Timeline,
-        told: Timeline,
-        errors: Sensitivity | None,
-        levels: Sequence[int],
-        gap: float,
-    ) -> PlannedConfig:
-        error = 0.0 if errors is None else self._error(levels, errors)
-        figures = {"asked": asked, "dense": dense.peak, "predicted": told.peak, "error": error}
-        notes = notes_of(config.rules, self.groups, levels, errors) if errors else ()
+    def _planned(self, asked: int, found: _Found, errors: Sensitivity | None) -> PlannedConfig:
+        error = 0.0 if errors is None else self._error(found.levels, errors)
+        told, config = found.told, found.config
+        figures = {"asked": asked, "dense": self.dense.peak, "predicted": told.peak, "error": error}
+        notes = notes_of(config.rules, self.groups, found.levels, errors) if errors else ()
         said = about(self.step, told, figures)
         settings = dict(vars(config))
-        return PlannedConfig(**settings, **figures, gap=gap, notes=notes, about=said)  # type: ignore[arg-type]
+        return PlannedConfig(**settings, **figures, gap=found.gap, notes=notes, about=said)  # type: ignore[arg-type]
 
 
 def standing(told: Timeline) -> str:
