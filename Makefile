@@ -15,7 +15,7 @@ SLICE := test_private test_models kernels passes/test_graph passes/test_verify c
 # inductor takes longest for these: three of them show that it does what it does on the newest
 LONG := within_float_rounding and not (gpt2 or resnet18 or deit)
 
-.PHONY: help demo study examples figures gpu test slice whole fuzz conformance lint format wheel clean
+.PHONY: help demo study examples figures gpu test slice whole fuzz conformance zoo lint format wheel clean
 
 help:
 	@echo "make demo     two minutes: a step dense and packed, the report as a page, a short training"
@@ -28,6 +28,7 @@ help:
 	@echo "make whole    all pairs of ops and all compiled ops, of which 'make test' runs a part"
 	@echo "make fuzz     check random models: GRAPHS=10000 AOT=300 INDUCTOR=300 SEED=0 WORKERS=2"
 	@echo "make conformance PyTorch's tables of ops and modules, packed; hours: ARGS='--quick --only conv'"
+	@echo "make zoo      models of every kind, packed; hours: ARGS='--quick --only ^hand' for those written by hand"
 	@echo "make lint     ruff (rules and format) and mypy"
 	@echo "make format   let ruff rewrite the files"
 	@echo "make wheel    build a wheel and a source distribution into dist/"
@@ -85,6 +86,10 @@ fuzz: $(VENV)/.installed-test
 # Results are kept in build/conformance.jsonl: a second run goes on where this one ends; ARGS=--again begins anew.
 conformance: $(VENV)/.installed-test
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/conformance.py $(ARGS)
+
+# In build/zoo.jsonl, in the same way.
+zoo: $(VENV)/.installed-test
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/zoo.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

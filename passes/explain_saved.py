@@ -30,6 +30,29 @@ from dropit_fx.runtime.tensor_spec import ascends, memory_order
 
 NUMBER = "a Python number, which autograd keeps as a tensor"
 UNKNOWN = "?"  # the operand of a read that no row knows
+_CUTS = ("detach", "detach_")
+
+
+def differentiated(graph: fx.Graph) -> dict[fx.Node, str]:
+    """What ``torch.autograd.grad`` inside the graph goes back through, and where that stands.
+
+    Its gradients are values of the forward, which stay exact, and may be differentiated again.
+    """
+    found: dict[fx.Node, str] = {}
+    for grad in graph.nodes:
+        if grad.target is not torch.autograd.grad:
+            continue
+        given = dict(zip(("outputs", "inputs"), grad.args, strict=False)) | grad.kwargs
+        ends: list[fx.Node] = []
+        map_arg(given["inputs"], ends.append)
+        todo: list[fx.Node] = []
+        map_arg(given["outputs"], todo.append)
+        while todo:
+            n = todo.pop()
+            if n not in ends and n not in found and name_of(n) not in _CUTS:
+                found[n] = node_where(grad)
+                todo += n.all_input_nodes
+    return found
 
 
 @dataclass(frozen=True)
@@ -68,6 +91,7 @@ class Explainer:
         self.lost: set[str] = set()
         self.whole: list[tuple[str, Elements]] = []
         self._order = {n: i for i, n in enumerate(module.graph.nodes)}
+        self._differentiated = differentiated(module.graph)
 
     def bound(self, ran: Ran, result: Any) -> Ran:
         """With the row of a node's call and its arguments, bound once for all passes."""
@@ -147,6 +171,9 @@ class Explainer:
         """Why this very call cannot be packed, or ``""``."""
         if not ran.operands:
             return f"called with arguments that the row of {rule.name} does not know"
+        if ran.node in self._differentiated:
+            where = self._differentiated[ran.node]
+            return f"the forward differentiates it (torch.autograd.grad), in {where}"
         obstacle = rule.obstacle(ran.operands)
         if not obstacle and is_complex(tuple(ran.operands.values())):
             obstacle = f"the row of {rule.name} is for real numbers"

@@ -25,6 +25,7 @@ from torch import fx
 
 from dropit_fx.capture.fake import propagate, sized_by_values
 from dropit_fx.ops.table import is_inplace, rule_of
+from dropit_fx.passes.explain_saved import differentiated
 from dropit_fx.passes.find_saved import find_saved
 from dropit_fx.passes.match_layers import Layer, is_check, layer_of
 from dropit_fx.passes.match_losses import Loss, Matcher, NoMatch, Output
@@ -111,6 +112,8 @@ def _head(layer: Layer, values: Mapping[str, Any], plan: Plan) -> list[_Head]:
         return []
     if sized_by_values(layer.node):
         raise NoMatch("how many rows they have depends on values")
+    if layer.node in differentiated(plan.module.graph):
+        raise NoMatch("the forward differentiates them (torch.autograd.grad)")
     if width * x.element_size() + _NUMBERS >= classes * z.element_size():
         raise NoMatch("no less would be kept without them")
     if len(head.losses) < len(head.readers) and not plan.config.drop_logits:

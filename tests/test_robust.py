@@ -1236,3 +1236,44 @@ def test_compiled_second_derivatives_are_refused_with_the_way_out(inner: str, ma
         RuntimeError, match=r"backend='dropit': double backward.*the original, dense"
     ):
         grad.square().sum().backward()
+
+
+# --- what the forward differentiates itself
+
+
+class Slopes(nn.Module):
+    """Returns a derivative of its loss: forces of a potential, a penalty of gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Sequential(nn.Linear(3, 64), nn.GELU(), nn.Linear(64, 16))
+        self.energy = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 32))
+        self.weigh = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 3))
+
+    def forward(self, x: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.embed(x)
+        moved = h.detach().requires_grad_()
+        energy = F.cross_entropy(self.energy(moved), classes)
+        (slope,) = torch.autograd.grad(energy, moved, create_graph=self.training)
+        return self.weigh(h), slope
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_the_forward_differentiates_is_dense_and_the_rest_is_packed(training: bool) -> None:
+    torch.manual_seed(0)
+    model = Slopes().train(training)
+    args = torch.randn(256, 3), torch.arange(256) % 32
+    # its logits would be fused with their loss, too
+    packed = dropit_fx.transform(model, {"loss_classes": 8}, example_args=args)
+    found = []
+    for run in (model, packed):
+        model.zero_grad()
+        weights, slope = run(*args)
+        (weights.square().mean() + slope.square().sum() * training).backward()
+        found.append((weights, slope, [p.grad for p in model.energy.parameters()]))
+    assert_same(found[1], found[0])
+    told = dropit_fx.report(packed).rows
+    assert {r.module.partition(".")[0] for r in told if not r.reason} == {"embed", "weigh"}
+    if training:
+        assert any("the forward differentiates it" in r.reason for r in told)
+        assert measure.saved_bytes(packed, *args) == dropit_fx.report(packed).kept_bytes

@@ -30,6 +30,9 @@ class TellOfNoGraph:
         """Has Dynamo call it: ``torch._dynamo.reset()`` forgets that."""
         at_end_of_compile(self)
 
+    # a backward is compiled when it first runs: in a frame that Dynamo follows, where the function
+    # that is compiled calls backward itself. Dynamo holds a lock here, which it would wait for
+    @torch.compiler.disable
     def __call__(self, args: Any) -> None:
         """Says what stopped Dynamo, where gradients are on and there are tensors at all."""
         stopped = stopped_tracing() if torch.is_grad_enabled() else None

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import signal
 import subprocess
 import sys
 
@@ -344,3 +345,37 @@ def test_a_place_in_memory_that_depends_on_values() -> None:
             run(x, torch.tensor(start)).square().sum().backward()
             found.append([p.grad for p in model.parameters()])
         assert all(map(torch.equal, *found))
+
+
+@pytest.fixture
+def soon():
+    """What waits for itself is an error, no suite that stands still."""
+
+    def ring(number, frame):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, 120, 1)  # again: it may wait while it unwinds, too
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("how", ["backward", "grad"])
+def test_a_compiled_function_may_differentiate_itself(soon, how):
+    model, x = mlp(), torch.randn(16, 64)
+
+    def step(x):
+        loss = model(x).square().mean()
+        if how == "backward":
+            loss.backward()
+            return [p.grad for p in model.parameters()]
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+    expected = [g.clone() for g in step(x)]
+    model.zero_grad()
+    options = {"inner": "aot_eager", "preset": "lossless"}
+    before = len(backend.compiled_graphs())
+    found = torch.compile(step, backend="dropit", options=options)(x)
+    assert len(backend.compiled_graphs()) > before
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
