@@ -26,7 +26,7 @@ from dropit_fx.words import did_you_mean, fits, matches, shortened
 NUMBERS = {"norm_values": "values", "loss_classes": "classes"}  # settings that are numbers
 COUNTS = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}  # their values
 PRESET_KEYS = ("derive", "keep_small", *NUMBERS)  # that a preset sets beside its rules
-OWN_KEYS = ("drop_logits", "force")  # that no preset sets
+OWN_KEYS = ("drop_logits", "offload", "force")  # that no preset sets
 LONGEST_GLOB = 1000  # characters; the expression that it becomes takes long to make
 PAPER_PRESET = "dropit"  # of the published call, which names a strategy or a rate
 
@@ -61,10 +61,10 @@ def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None 
     Args:
         source: Path of a YAML file, a mapping of the same shape, a Config (returned as it is), or
             None for the default preset. Keys: ``preset`` (a name, or null for none), ``rules`` (a
-            list of ``{module, op, codec, <options of the codec>, derive, train}``, ``codec`` or
-            ``train`` or both, or of ``{module, backprop, dim}``), ``derive``, ``keep_small``,
-            ``norm_values``, ``loss_classes`` (these four as the preset says unless given),
-            ``drop_logits``, ``force``.
+            list of ``{module, op, codec, <options of the codec>, derive, offload, train}``,
+            ``codec`` or ``train`` or both, or of ``{module, backprop, dim}``), ``derive``,
+            ``keep_small``, ``norm_values``, ``loss_classes`` (these four as the preset says unless
+            given), ``drop_logits``, ``offload``, ``force``.
 
     Raises:
         ConfigError: An unknown key, preset, codec, op or option, or a value out of range.
@@ -224,11 +224,15 @@ def _rule(source: Any, where: str, preset: bool) -> Rule:
         raise ConfigError(f"{where}: no codec {name!r}.{did_you_mean(name, named_codecs())}")
     codec = CODEC[name]
     legal = tuple(o.name for o in codec.options)
-    keys = ("module", "op", "codec", *legal, "derive", "train")
+    able = () if name == "keep" else ("offload",)  # as it is, a tensor stays where it is
+    keys = ("module", "op", "codec", *legal, "derive", *able, "train")
     _known(source, keys, where, f" for codec {name!r}")
     derive = source.get("derive", False)
     if not isinstance(derive, bool):
         raise ConfigError(f"{where}: 'derive' is true or false, not {derive!r}")
+    offload = source.get("offload")
+    if "offload" in source and not isinstance(offload, bool):
+        raise ConfigError(f"{where}: 'offload' is true or false, not {offload!r}")
     options = {k: v for k, v in source.items() if k in legal}
     _check_options(codec, options, where)
     rule = Rule(
@@ -238,6 +242,7 @@ def _rule(source: Any, where: str, preset: bool) -> Rule:
         options=tuple(options.items()),
         preset=preset,
         derive=derive,
+        offload=offload,
     )
     for glob in rule.op:
         if why := _unsuited(glob, name):
@@ -277,6 +282,13 @@ def refuse_backprop(config: Config, who: str) -> None:
     """Raises ConfigError where a rule says ``backprop``, which ``who`` cannot do."""
     if config.backprop:
         raise ConfigError(f"rule {config.backprop[0].number} {config.backprop[0]}: {who}")
+
+
+def refuse_offload(config: Config, who: str) -> None:
+    """Raises ConfigError where something is to wait on the host, for ``who`` cannot do it."""
+    rule = next((r for r in config.rules if r.offload), None)
+    if config.offload or rule:
+        raise ConfigError(f"{f'rule {rule}' if rule else 'offload: true'}: {who}")
 
 
 def _says(source: Any, key: str) -> bool:

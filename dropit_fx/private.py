@@ -195,6 +195,17 @@ def storage_id(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def counts_storage_users() -> bool:
+    """Whether :func:`storage_users` can be asked."""
+    return has("torch._C._storage_Use_Count")
+
+
+def storage_users(tensor: Tensor) -> int:
+    """How many tensors and Python objects hold a storage, the asked one among them."""
+    storage = tensor.untyped_storage()
+    return int(look_up("torch._C._storage_Use_Count")(storage._cdata))
+
+
 def last_seeding() -> object:
     """Another object after each ``torch.manual_seed``; always None where PyTorch does not tell."""
     # XPUs are never in use beside other devices, so that their seed waits to be set

@@ -32,6 +32,7 @@ _IMPORT = Lack("import dropit_fx", "`import dropit_fx` fails", vital=True)
 _CAPTURE = Lack("import dropit_fx", "dropit_fx.transform fails")
 _SEEN = Lack("import dropit_fx", "reports count what is saved wrongly, or fail")
 _MEASURE = Lack("import dropit_fx", "dropit_fx.measure fails")
+_OFFLOAD = Lack("import dropit_fx", "packed tensors are not offloaded")
 _HOOKS = Lack("import dropit_fx", "pack_checkpoints and pack_saved fail")
 _COPY = Lack("import dropit_fx", "rewritten models can be neither copied nor pickled")
 _OPAQUE = Lack("import dropit_fx", "nn.MultiheadAttention stays whole: counted, not packed")
@@ -122,6 +123,7 @@ TABLE: tuple[Name, ...] = (
         "telling sizes that depend on values",
     ),
     Name("torch.UntypedStorage._cdata", _SEEN, "telling storages apart"),
+    Name("torch._C._storage_Use_Count", _OFFLOAD, "using host memory again that nothing holds"),
     Name("torch.Tensor._version", _SEEN, "telling values apart that were written in place"),
     Name("torch.Tensor._base", _VIEWS, "telling what is a view, and of what"),
     Name("torch.ops.aten._unsafe_view", _VIEWS, "results that autograd does not take for views"),

@@ -29,11 +29,14 @@ class Rule:
     preset: bool = False
     # whether what the rule speaks of may be made again in the place of a copy, as with a preset's
     derive: bool = False
+    # whether the copy waits on the host for its backward; None: as the config says
+    offload: bool | None = None
 
     def __str__(self) -> str:
         parts = _where(self.module, self.op)
         parts += [f"codec: {self.codec}", *(f"{k}: {v}" for k, v in self.options)]
         parts += ["derive: true"] if self.derive else []
+        parts += [] if self.offload is None else [f"offload: {str(self.offload).lower()}"]
         return "{" + ", ".join(parts) + "}"
 
     def matches(self, module: str, op: str, read: Read) -> bool:
@@ -133,6 +136,8 @@ class Config:
             memory where only losses read them; 0: they are as the model has them.
         drop_logits: That also where the model returns them: None is returned while gradients are
             on.
+        offload: Packed bytes wait on the host between forward and backward, where no rule says
+            otherwise; in eager mode, from a GPU.
         force: Pack also where that frees nothing or takes more room: for tests of the formulas.
     """
 
@@ -146,6 +151,11 @@ class Config:
     norm_values: int = 0
     loss_classes: int = 0
     drop_logits: bool = False
+    offload: bool = False
+
+    def offloads(self, rule: Rule) -> bool:
+        """Whether copies of a rule wait on the host."""
+        return self.offload if rule.offload is None else rule.offload
 
     def rule_for(self, module: str, op: str, read: Read) -> Rule | None:
         """The first rule that speaks of ``read``."""

@@ -25,6 +25,8 @@ _GLOB = {"type": "string", "minLength": 1, "maxLength": LONGEST_GLOB}
 _TRAIN = {"enum": [True, False, "bias"], "description": "what gets a gradient; bias: biases alone"}
 _DERIVE = {**_TRUTH, "description": "it may be made again in the place of a copy"}
 
+_OFFLOAD = {**_TRUTH, "description": "the copy waits on the host for its backward"}
+
 
 def config_schema() -> dict[str, Any]:
     """The schema, as plain data. What it refuses, ``load_config`` refuses.
@@ -73,8 +75,9 @@ def _codec_rule(name: str, where: dict[str, Any]) -> dict[str, Any]:
         o.name: {**o.schema, "default": o.default, "description": o.meaning}
         for o in CODEC[name].options
     }
-    codec = {"codec": {"const": name}}
-    return _rule({**where, **codec, **options, "derive": _DERIVE, "train": _TRAIN}, "codec")
+    own = {"codec": {"const": name}, **options, "derive": _DERIVE}
+    own |= {} if name == "keep" else {"offload": _OFFLOAD}
+    return _rule({**where, **own, "train": _TRAIN}, "codec")
 
 
 def _rule(properties: dict[str, Any], *required: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from dropit_fx.kernels.row_norms import MEMORY, new_name
 from dropit_fx.ops.rule import Use
 from dropit_fx.ops.table import CHECKPOINT
 from dropit_fx.passes.plan import Decision, ParameterRead, Plan, SavedRead, Site
+from dropit_fx.runtime import offload
 from dropit_fx.runtime.copies import SAMPLES, WIDTH, channel_nbytes
 
 _STATISTICS = ("mean", "rstd", "invstd")  # of a norm: one each for so many values
@@ -41,6 +42,7 @@ def choose_codecs(plan: Plan) -> Plan:
     few = _few_values(plan)
     for site in plan.sites:
         chosen = [_choose(r, plan.config, plan.notes.get(r.node, "")) for r in site.reads]
+        chosen = [_offloaded(d, plan.config) for d in chosen]
         chosen = [_exact_for_few(d, few) for d in chosen]
         decisions += whole_or_none(site, chosen, plan.config)
     return replace(plan, decisions=beside_rounded(decisions))
@@ -205,6 +207,20 @@ def _choose(read: SavedRead, config: Config, said: str) -> Decision:
         nbytes=nbytes,
         own=not rule.preset and not rule.derive,
         note=note,
+    )
+
+
+def _offloaded(decision: Decision, config: Config) -> Decision:
+    """With the layer whose backward reads the copy, where it is to wait for that on the host."""
+    read = decision.read
+    if decision.nbytes < offload.SMALLEST or read.read is None:
+        return decision
+    rule = config.rule_for(read.module, read.op, read.read)
+    if rule is None or not config.offloads(rule):
+        return decision
+    return replace(
+        decision,
+        options=decision.options | {offload.OFFLOAD: offload.layer_of(read.module, read.node)},
     )
 
 

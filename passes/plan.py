@@ -292,6 +292,12 @@ class Plan:
     unfused: tuple[Site, ...] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def device(self) -> str:
+        """The type of device that it runs on: of its first input, or of its first parameter."""
+        tensors = [*self.inputs, *self.module.parameters(), *self.module.buffers()]
+        return next((t.device.type for t in tensors if isinstance(t, torch.Tensor)), "cpu")
+
     def with_bodies(self) -> tuple[Plan, ...]:
         """This plan and those of all nested graphs."""
         return (self, *(p for body in self.bodies.values() for p in body.with_bodies()))

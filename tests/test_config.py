@@ -255,7 +255,7 @@ ERRORS: list[tuple[str, Any, str]] = [
         "unknown key",
         {"presets": "dropit"},
         "config: no key 'presets'. Did you mean 'preset'? Choose one of: preset, rules, derive,"
-        " keep_small, norm_values, loss_classes, drop_logits, force.",
+        " keep_small, norm_values, loss_classes, drop_logits, offload, force.",
     ),
     (
         "unknown key of a rule",

@@ -214,6 +214,19 @@ def _a_symbolic_size_has_a_hint_without_a_guard() -> None:
     assert (private.hint(size), env.guards) == (5, []), "reading a hint leaves a guard"
 
 
+@of("torch._C._storage_Use_Count")
+def _users_of_a_storage_are_counted() -> None:
+    room = torch.ones(64, dtype=torch.uint8)
+    idle = private.storage_users(room)
+    view = room.view(torch.float32).view(4, 4)
+    assert private.storage_users(room) > idle, "a view of it"
+    kept = torch.ones(4, 4, requires_grad=True) * view
+    del view
+    assert private.storage_users(room) > idle, "autograd keeps the view"
+    del kept
+    assert private.storage_users(room) == idle, "nothing holds it"
+
+
 @of("torch.UntypedStorage._cdata")
 def _storages_are_told_apart() -> None:
     with private.FakeTensorMode():

@@ -28,7 +28,7 @@ from dropit_fx.compile.partition import KeepPacked
 from dropit_fx.compile.returned import ReturnInputsAsTheyAre, in_turn
 from dropit_fx.compile.saved import Partition
 from dropit_fx.compile.twice import refuse_twice
-from dropit_fx.config import Config, ConfigError, make_config, refuse_backprop
+from dropit_fx.config import Config, ConfigError, make_config, refuse_backprop, refuse_offload
 from dropit_fx.passes import run_pipeline
 from dropit_fx.passes.choose_codecs import check_rules_matched
 from dropit_fx.passes.find_saved import FakeRunError
@@ -161,6 +161,12 @@ def _compile(
     config = make_config(ours.pop("config"), **ours)
     refuse_backprop(config, "rows of a block are sampled by transform, which sees all of a model")
     compiler = _inner(inner)
+    if compiler is not _eager:
+        refuse_offload(
+            config,
+            "compiled code keeps packed tensors on the device. Leave it out; or transform the"
+            " model and run that in eager mode, or as backend='dropit_eager'",
+        )
     if compiler is _inductor:
         channels_last(gm, _patches(mode, options))
     record = rewrite_dynamo_graph(gm, example_inputs, config)

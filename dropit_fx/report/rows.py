@@ -25,6 +25,7 @@ from dropit_fx.planner import Step
 from dropit_fx.planner.timeline import Timeline, forecast
 from dropit_fx.private import being_compiled, compiled_in_place, pytree, uncompiled
 from dropit_fx.report.origin import Alive, Blank, Origin, fakes
+from dropit_fx.runtime.offload import OFFLOAD, obstacle
 
 _META = "dropit_report"
 NOTEBOOK = "<pre style='line-height:normal'><code>{code}</code></pre>"  # what Rich exports into
@@ -54,6 +55,7 @@ class Row:
         region: The checkpointed region that it belongs to (kept only while that is recomputed), or
             ``""``.
         note: In what it differs from what the rules ask for, or what that loses; or ``""``.
+        host_bytes: Of the kept bytes, those that wait on the host for the backward.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Row:
     reason: str
     region: str = ""
     note: str = ""
+    host_bytes: int = 0
 
     @property
     def codecs(self) -> tuple[str, ...]:
@@ -119,6 +122,11 @@ class Report:
         return sum(r.kept_bytes for r in self.rows if not r.region)
 
     @property
+    def host_bytes(self) -> int:
+        """Of these, the bytes that wait on the host, and are on the device for two layers only."""
+        return sum(r.host_bytes for r in self.rows if not r.region)
+
+    @property
     def ratio(self) -> float:
         """What is kept, as a share of dense; 1 where nothing is saved."""
         return self.kept_bytes / self.dense_bytes if self.dense_bytes else 1.0
@@ -128,6 +136,7 @@ class Report:
         return {
             "dense_bytes": self.dense_bytes,
             "kept_bytes": self.kept_bytes,
+            "host_bytes": self.host_bytes,
             "ratio": self.ratio,
             "untrained": list(self.untrained),
             "rows": self.records(),
@@ -154,7 +163,7 @@ class Report:
         table = plain_table(*names, "codec, or why it is kept", figures=("dense", "kept"))
         for r in self.rows:
             cells = (r.name, r.module, r.op, short(r.where), mib(r.dense_bytes), mib(r.kept_bytes))
-            text = r.codec if not r.reason else f"kept: {r.reason}"
+            text = _told(r) if not r.reason else f"kept: {r.reason}"
             text += f" ({r.note})" if r.note else ""
             text += f" [in {r.region}]" if r.region else ""
             table.add_row(*map(escape, (*cells, text)))
@@ -171,7 +180,7 @@ class Report:
         groups: dict[tuple[str, str], list[Row]] = {}
         for r in self.rows:
             if not r.region:
-                groups.setdefault((r.op, "kept dense" if r.reason else r.codec), []).append(r)
+                groups.setdefault((r.op, "kept dense" if r.reason else _told(r)), []).append(r)
         figures = ("tensors", "dense", "kept")
         table = plain_table("read by", *figures, "codec", figures=figures)
         dense = {key: sum(r.dense_bytes for r in rows) for key, rows in groups.items()}
@@ -183,7 +192,9 @@ class Report:
         return table
 
     def _totals(self) -> tuple[str, str, str]:
-        return mib(self.dense_bytes), mib(self.kept_bytes), f"{self.ratio:.1%} of dense"
+        text = f"{self.ratio:.1%} of dense"
+        text += f", {mib(self.host_bytes)} of it on the host" if self.host_bytes else ""
+        return mib(self.dense_bytes), mib(self.kept_bytes), text
 
     def __str__(self) -> str:
         """The table, one line for each tensor however long."""
@@ -264,6 +275,11 @@ def plain_table(*names: str, figures: Collection[str] = (), **settings: Any) -> 
         else:
             table.add_column(name, overflow="fold")
     return table
+
+
+def _told(row: Row) -> str:
+    """The codec, and where its copy waits."""
+    return f"{row.codec}, on the host" if row.host_bytes else row.codec
 
 
 def as_text(table: Table) -> str:
@@ -357,6 +373,7 @@ def _in_all(reads: Iterable[tuple[str, bool | None]]) -> tuple[tuple[str, bool |
 def rows(plan: Plan, prefix: str = "", region: str = "") -> Iterator[Row]:
     """The rows of a finished plan."""
     counted: set[Copy] = set()
+    stays = obstacle(plan.device)
     swapped = {d.read.node for d in plan.decisions if d.packed}
     untouched: dict[str, list[Site]] = defaultdict(list)  # losses may be fused since
     for site in plan.unfused or plan.sites:
@@ -368,7 +385,12 @@ def rows(plan: Plan, prefix: str = "", region: str = "") -> Iterator[Row]:
             continue
         packed = [d for d in decisions if d.packed]
         kept = [d for d in decisions if not d.packed]
+        offloaded = [] if region else [d for d in packed if OFFLOAD in d.options]
+        away = 0 if kept or stays else packed_bytes(offloaded, set(counted))
         size = site.nbytes if kept else packed_bytes(packed, counted)
+        note = next((d.note for d in decisions if d.note), _said(plan, decisions))
+        if offloaded and stays:
+            note = "; ".join(filter(None, (note, f"not offloaded: {stays}")))
         before = untouched[site.name].pop(0).nbytes if site.dense and untouched[site.name] else 0
         yield _row(
             site,
@@ -379,7 +401,8 @@ def rows(plan: Plan, prefix: str = "", region: str = "") -> Iterator[Row]:
             reason=kept[0].reason if kept else "",
             # a checkpoint keeps what hooks do not see: numbers are not made again
             region="" if site.reads[0].number else region,
-            note=next((d.note for d in decisions if d.note), _said(plan, decisions)),
+            note=note,
+            host_bytes=away,
         )
     # what is left, a fused loss does without, or no rule trains what needed it
     for site in chain.from_iterable(untouched.values()):

@@ -15,6 +15,7 @@ from dropit_fx.codecs.codec import Codec
 from dropit_fx.kernels.fused_bits import is_empty
 from dropit_fx.ops.table import DERIVABLE
 from dropit_fx.private import native_batch_norm_legit
+from dropit_fx.runtime.offload import OFFLOAD, offloaded
 from dropit_fx.runtime.tensor_spec import (
     TensorSpec,
     ascends,
@@ -161,12 +162,14 @@ def buffers_of(codec: str, options: Settings) -> int:
 def parts_of(
     x: Tensor, order: list[int], codec: str, options: dict[str, Any]
 ) -> tuple[Tensor, ...]:
-    """What a codec keeps of ``x``, whose elements are taken in ``order``."""
+    """What a codec keeps of ``x``, whose elements are taken in ``order``; on the host, if asked."""
     if not options.get("by_channel"):
         with _marked(x):
-            return CODEC[codec].pack(in_order(x, order), options)
-    parts, *statistics = _pack_by_channel(x, CODEC[codec], options)
-    return (*parts, *statistics)
+            parts = CODEC[codec].pack(in_order(x, order), options)
+    else:
+        codes, *statistics = _pack_by_channel(x, CODEC[codec], options)
+        parts = (*codes, *statistics)
+    return offloaded(parts, options[OFFLOAD]) if OFFLOAD in options and _is_plain(x) else parts
 
 
 def read_back(kept: Kept, parts: tuple[Tensor, ...], spec: TensorSpec) -> Tensor:

@@ -30,6 +30,7 @@ from dropit_fx.runtime.copies import (
     read_back,
     shared_out,
 )
+from dropit_fx.runtime.offload import brought_back
 from dropit_fx.runtime.tensor_spec import TensorSpec, in_order, spec_of, unflatten
 
 Slots = Sequence[tuple[Kept, tuple[Tensor, ...]]]  # how each operand is kept, and what holds it
@@ -151,7 +152,8 @@ class PackedFunction(torch.autograd.Function):
             check_grad(grad, f"packed_{ctx.rule_name}")
         grads: backwards.Grads = {}
         if grad is not None:
-            grads = gradients(ctx, grad, shared_out(ctx.kept, ctx.saved_tensors), ctx.needs)
+            slots = shared_out(ctx.kept, brought_back(ctx.saved_tensors))
+            grads = gradients(ctx, grad, slots, ctx.needs)
         by_argument = [grads.get(n) if n in ctx.needs else None for n in ctx.plain]
         return (None, None, None, None, *by_argument, *[None] * ctx.parts)
 

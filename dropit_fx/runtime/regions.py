@@ -14,6 +14,7 @@ from dropit_fx.kernels.dispatch import define
 from dropit_fx.ops.table import CHECKPOINT
 from dropit_fx.private import CHECKPOINT_CONTEXT, OpOverload, schema, storage_id
 from dropit_fx.runtime.copies import Kept, Packed, kept_as, read_back, shared_out
+from dropit_fx.runtime.offload import brought_back
 from dropit_fx.runtime.tensor_spec import TensorSpec, copied_to, laid_out, spec_of, stays
 
 
@@ -43,7 +44,7 @@ class _StandIn(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, kept: Kept, *parts: Tensor) -> Tensor:
-        again = read_back(kept, parts, spec_of(x)).to(x.dtype)
+        again = read_back(kept, tuple(brought_back(parts)), spec_of(x)).to(x.dtype)
         value: Tensor = STANDS_FOR(laid_out(again, x.stride()), x)
         return value
 
@@ -134,7 +135,7 @@ def checkpointed(
             return body(*values, *no_stand_ins)
         for at, buffer in copied(before).items():
             values[at] = buffer
-        held = shared_out([kept for kept, _ in copies.values()], given[count:])
+        held = shared_out([kept for kept, _ in copies.values()], brought_back(given[count:]))
         for (at, (_, spec)), (kept, own) in zip(copies.items(), held, strict=True):
             with torch.no_grad():
                 again = read_back(kept, own, spec).to(spec.dtype)
