@@ -9,6 +9,7 @@ from typing import Any
 from dropit_fx.codecs import CODEC
 from dropit_fx.config import (
     COUNTS,
+    IN_BRACKETS,
     LONGEST_GLOB,
     NUMBERS,
     OWN_KEYS,
@@ -73,7 +74,8 @@ def _codec_rule(name: str, where: dict[str, Any]) -> dict[str, Any]:
         o.name: {**o.schema, "default": o.default, "description": o.meaning}
         for o in CODEC[name].options
     }
-    codec = {"codec": {"const": name}}
+    reported = {"type": "string", "pattern": rf"^{name}\([{IN_BRACKETS}]+\)$"}
+    codec = {"codec": {"anyOf": [{"const": name}, reported]}}
     return _rule({**where, **codec, **options, "derive": _DERIVE, "train": _TRAIN}, "codec")
 
 
