@@ -91,15 +91,19 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser(
         "report",
         help="what a training step of a model saves, dense and packed",
-        description="One line for each tensor that autograd saves: who reads it, its bytes dense"
-        " and packed, or why it is kept. The model runs on fake tensors: only its parameters"
+        description="One line for each op and what became of the tensors that it reads; with"
+        " --no-summary one for each tensor that autograd saves: who reads it, its bytes dense and"
+        " packed, or why it is kept. The model runs on fake tensors: only its parameters"
         " take memory.",
         epilog="example: dropit-fx report --model timm:deit_tiny_patch16_224 --batch 16",
     )
     add_model(report)
     _add_config(report)
     report.add_argument(
-        "--summary", action="store_true", help="one line for each op, not for each tensor"
+        "--summary",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="one line for each op (default), or for each tensor",
     )
     report.add_argument(
         "--json",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -12,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from dropit_fx import yaml_files
-from dropit_fx.codecs import CODEC
+from dropit_fx.codecs import CODEC, DERIVED, STAND_INS
 from dropit_fx.codecs.codec import Codec
 from dropit_fx.ops.rule import OpRule, Use
 from dropit_fx.ops.table import RULES
@@ -27,6 +28,7 @@ NUMBERS = {"norm_values": "values", "loss_classes": "classes"}  # settings that 
 COUNTS = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}  # their values
 PRESET_KEYS = ("derive", "keep_small", *NUMBERS)  # that a preset sets beside its rules
 OWN_KEYS = ("drop_logits", "offload", "force")  # that no preset sets
+IN_BRACKETS = r"\w=.,+ -"  # what reports write behind the name of a codec: quant(bits=5)
 LONGEST_GLOB = 1000  # characters; the expression that it becomes takes long to make
 PAPER_PRESET = "dropit"  # of the published call, which names a strategy or a rate
 
@@ -219,9 +221,11 @@ def _rule(source: Any, where: str, preset: bool) -> Rule:
         raise ConfigError(
             f"{where} {dict(source)}: no 'codec'. Choose one of: {', '.join(named_codecs())}."
         )
+    source = _with_options(source, where)
     name = source["codec"]
     if name not in named_codecs():
-        raise ConfigError(f"{where}: no codec {name!r}.{did_you_mean(name, named_codecs())}")
+        why = _reported_only(name) or did_you_mean(name, named_codecs())
+        raise ConfigError(f"{where}: no codec {name!r}.{why}")
     codec = CODEC[name]
     legal = tuple(o.name for o in codec.options)
     able = () if name == "keep" else ("offload",)  # as it is, a tensor stays where it is
@@ -248,6 +252,38 @@ def _rule(source: Any, where: str, preset: bool) -> Rule:
         if why := _unsuited(glob, name):
             raise ConfigError(f"{where} {rule}: {why}")
     return rule
+
+
+def _with_options(source: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """A rule whose codec is written as reports write it: ``quant(bits=5, block=256)``."""
+    form = rf"(\w+)\(([{IN_BRACKETS}]+)\)"
+    found = re.fullmatch(form, source["codec"]) if isinstance(source["codec"], str) else None
+    if found is None:
+        return source
+    name, written = found.groups()
+    options: dict[str, Any] = {}
+    for pair in written.split(","):
+        key, _, value = map(str.strip, pair.partition("="))
+        if not key or not value:
+            raise ConfigError(f"{where}: codec = {source['codec']!r}: write {name}(option=value)")
+        if key in source or key in options:
+            raise ConfigError(f"{where}: codec = {source['codec']!r}: {key!r} is said twice")
+        options[key] = yaml_files.parse(value)
+    return {**source, **options, "codec": name}
+
+
+def _reported_only(name: object) -> str:
+    """What to write for a word that stands in the place of a codec in reports alone, or ``""``."""
+    if name == DERIVED:
+        return (
+            f" {DERIVED!r} is what reports say of what is made again: write 'derive: true' beside"
+            " the codec that keeps it where it cannot be."
+        )
+    if name in ("drop", *STAND_INS):
+        return f" {name!r} is what reports say of what needs no copy: it needs no rule."
+    if isinstance(name, str) and "+" in name:
+        return " Tensors with several readers have a codec for each: write a rule for each op."
+    return ""
 
 
 def _train_rule(source: Mapping[str, Any], number: int, where: str) -> TrainRule:
@@ -333,6 +369,8 @@ def named_codecs() -> tuple[str, ...]:
 
 def _globs(value: Any, key: str, where: str) -> tuple[str, ...]:
     globs = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if key == "op":  # relu+conv2d, as reports write what several ops read
+        globs = tuple(one for g in globs for one in (g.split("+") if isinstance(g, str) else (g,)))
     if not globs or not all(isinstance(g, str) and g for g in globs):
         raise ConfigError(f"{where}: '{key}' is a glob or a list of globs, not {value!r}")
     if any(len(g) > LONGEST_GLOB for g in globs):

@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # the names to import, with their types
     from functorch.compile import make_boxed_func
     from torch._dynamo import dont_skip_tracing, lookup_backend
     from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.backends.debugging import boxed_nop
     from torch._export.utils import _compiling_state_context as compiling_state_context
     from torch._functorch.partitioners import min_cut_rematerialization_partition, must_recompute
     from torch._guards import tracing

@@ -103,6 +103,16 @@ def at_memory_budget(share: float) -> AbstractContextManager[Any]:
     return _patched("torch._functorch.config", activation_memory_budget=share)
 
 
+def backwards_at_once() -> AbstractContextManager[Any] | None:
+    """AOTAutograd compiles backwards with their forwards meanwhile; None where it cannot be told.
+
+    One that is compiled when it first runs may not run while Dynamo compiles: its metrics clash.
+    """
+    if not has("torch._functorch.config.force_non_lazy_backward_lowering"):
+        return None
+    return _patched("torch._functorch.config", force_non_lazy_backward_lowering=True)
+
+
 def recompiling(limit: int, in_all: int) -> AbstractContextManager[Any]:
     """Sets how often Dynamo compiles one piece of code, and how often in all."""
     limits = {"recompile_limit": limit, "accumulated_recompile_limit": in_all}

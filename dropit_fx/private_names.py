@@ -478,6 +478,14 @@ TABLE: tuple[Name, ...] = (
     ),
     Name("torch._functorch.partitioners.must_recompute", _GUARD, "telling checkpointed nodes"),
     Name("torch._functorch.config.activation_memory_budget", _BUDGET, "recomputing beside packing"),
+    Name(
+        "torch._functorch.config.force_non_lazy_backward_lowering",
+        _lack(
+            "peaks of compiled steps are told of the eager one; bench roofline fails",
+            "backend='dropit'",
+        ),
+        "running or scheduling a backward before its forward has run",
+    ),
     Name("meta['partitioner_tag']", _UNSEEN, "unpacking in the backward", probe=False),
     Name("meta['custom']", _UNSEEN, "marking what codecs pack", probe=False),
     Name("meta['recompute']", _UNSEEN, "packed tensors stay saved under a budget", probe=False),
@@ -498,7 +506,8 @@ TABLE: tuple[Name, ...] = (
     ),
     Name("meta['original_output_strides']", _COPIES, "that layout", probe=False),
     Name("torch._dynamo.backends.common.aot_autograd", _INNER, "backends without inductor"),
-    Name("functorch.compile.make_boxed_func", _INNER, "backends without inductor"),
+    Name("torch._dynamo.backends.debugging.boxed_nop", _INNER, "backends that free what was read"),
+    Name("functorch.compile.make_boxed_func", _ROOFLINE, "kernels that are counted, not run"),
     Name("torch._inductor.lowering", _INNER, "loaded for the decomposition of max_pool2d"),
     Name("torch._inductor.decomposition.select_decomp_table", _INNER, "aot_eager_decomp_partition"),
     # schedules, asked without a GPU (private_inductor.py)
@@ -519,10 +528,6 @@ TABLE: tuple[Name, ...] = (
     ),
     Name("torch._inductor.config.force_disable_caches", _ROOFLINE, "scheduling it each time"),
     Name("torch._functorch.config.enable_autograd_cache", _ROOFLINE, "scheduling it each time"),
-    Name(
-        "torch._functorch.config.force_non_lazy_backward_lowering",
-        *(_ROOFLINE, "scheduling a backward that never runs"),
-    ),
     Name("meta['original_aten']", _ROOFLINE, "names of kernels", probe=False),
     *_of(
         "torch",

@@ -45,6 +45,13 @@ class Rewriter:
             module = RewrittenModule(module, copy.deepcopy(module.graph), type(module).__name__)
         return rewrite(module, config, *self._given[1:])
 
+    def runs(self, module: fx.GraphModule) -> nn.Module:
+        """What runs in a step: the graph as it is."""
+        return module
+
+    def peak(self, config: Config | None) -> None:
+        """Of a real step: as it is told."""
+
 
 def rewrite(
     graph_module: fx.GraphModule,

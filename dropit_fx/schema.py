@@ -9,6 +9,7 @@ from typing import Any
 from dropit_fx.codecs import CODEC
 from dropit_fx.config import (
     COUNTS,
+    IN_BRACKETS,
     LONGEST_GLOB,
     NUMBERS,
     OWN_KEYS,
@@ -75,7 +76,8 @@ def _codec_rule(name: str, where: dict[str, Any]) -> dict[str, Any]:
         o.name: {**o.schema, "default": o.default, "description": o.meaning}
         for o in CODEC[name].options
     }
-    own = {"codec": {"const": name}, **options, "derive": _DERIVE}
+    reported = {"type": "string", "pattern": rf"^{name}\([{IN_BRACKETS}]+\)$"}
+    own = {"codec": {"anyOf": [{"const": name}, reported]}, **options, "derive": _DERIVE}
     own |= {} if name == "keep" else {"offload": _OFFLOAD}
     return _rule({**where, **own, "train": _TRAIN}, "codec")
 

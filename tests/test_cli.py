@@ -72,6 +72,11 @@ def test_report_of_a_factory(factories: str, capsys: pytest.CaptureFixture[str])
     assert (
         main(["report", "--model", f"{factories}:mlp", "--batch", "64", "--preset", "dropit"]) == 0
     )
+    summary = capsys.readouterr().out.splitlines()
+    assert summary[0].split()[:3] == ["read", "by", "tensors"]
+    assert max(map(len, summary)) <= 80
+    every = ["--preset", "dropit", "--no-summary"]
+    assert main(["report", "--model", f"{factories}:mlp", "--batch", "64", *every]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:2] == ["saved", "tensor"]
     assert any("bitmask(bits=1)+mink(gamma=0.9)" in line for line in lines)

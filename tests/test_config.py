@@ -282,6 +282,18 @@ ERRORS: list[tuple[str, Any, str]] = [
         "config, rule 1: no codec 'minks'. Did you mean 'mink'? Choose one of: keep, mink,",
     ),
     ("codec that only passes use", rule(codec="drop"), "config, rule 1: no codec 'drop'."),
+    (
+        "what reports say: made again",
+        rule(codec="derived"),
+        "write 'derive: true' beside the codec",
+    ),
+    ("what reports say: nothing is kept", rule(codec="unread"), "it needs no rule"),
+    ("what reports say: two codecs", rule(codec="bitmask+mink"), "write a rule for each op"),
+    ("an option that is no option", rule(codec="quant(bit=5)"), "no key 'bit' for codec 'quant'"),
+    ("an option without a value", rule(codec="quant(bits)"), "write quant(option=value)"),
+    ("an option twice", rule(codec="quant(bits=5)", bits=4), "'bits' is said twice"),
+    ("an option's value", rule(codec="quant(bits=50)"), "bits = 50 for codec 'quant'"),
+    ("one of several ops", rule(op="relu+convd2", codec="keep"), "no op 'convd2'"),
     ("codec of a strange type", rule(codec=["mink"]), "no codec ['mink']."),
     ("no codec", rule(op="linear"), "config, rule 1 {'op': 'linear'}: no 'codec'. Choose one of: "),
     (
@@ -547,3 +559,16 @@ def test_a_preset_is_read_as_a_config_is(tmp_path: Path, monkeypatch: pytest.Mon
         load_config({"preset": "twice"})
     with pytest.raises(ConfigError, match=r"preset unknown: no key 'derived'\. Did you mean"):
         load_config({"preset": "unknown"})
+
+
+def test_words_of_reports_are_words_of_a_config() -> None:
+    said = {"rules": [{"op": "gelu+linear", "codec": "quant(bits=6, block=128)"}]}
+    meant = {"rules": [{"op": ["gelu", "linear"], "codec": "quant", "bits": 6, "block": 128}]}
+    assert load_config(said) == load_config(meant)
+    layers = nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 256), nn.LayerNorm(256)
+    model, x = nn.Sequential(*layers), torch.randn(64, 64)
+    packed = dropit_fx.transform(model, preset="mesa", example_args=(x,))
+    rows = [r for r in dropit_fx.report(packed).rows if r.codec.startswith("quant(")]
+    assert rows
+    copied = [{"module": r.module, "op": r.op, "codec": r.codec} for r in rows]  # as printed
+    assert dropit_fx.transform(model, {"rules": copied}, example_args=(x,))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -120,7 +121,6 @@ parameters("torch._inductor.fx_passes.post_grad.post_grad_passes", "gm", "is_inf
 parameters("torch._inductor.graph.GraphLowering", "gm", "example_inputs", "is_inference")
 members("torch._inductor.virtualized.V", "graph", "set_graph_handler", "set_fake_mode")
 members("torch._dynamo.device_interface.CudaInterface", "Worker", "get_compute_capability")
-settable("torch._functorch.config.force_non_lazy_backward_lowering", bool)
 settable("torch._functorch.config.enable_autograd_cache", bool)
 parameters(
     f"{_CUT}.min_cut_rematerialization_partition",
@@ -889,6 +889,22 @@ def _a_budget_is_set_and_put_back() -> None:
     assert private_inductor.memory_budget() == 1
 
 
+@of("torch._functorch.config.force_non_lazy_backward_lowering")
+def _backwards_are_compiled_with_their_forwards() -> None:
+    compiled = []
+
+    def note(graph: fx.GraphModule, inputs: object) -> object:
+        compiled.append(graph)
+        return private.make_boxed_func(graph.forward)
+
+    at_once = private_inductor.backwards_at_once()
+    assert at_once is not None
+    aot = private.aot_autograd(fw_compiler=note, bw_compiler=note)
+    with at_once:
+        torch.compile(lambda x: x.exp(), backend=aot)(torch.ones(3, requires_grad=True))
+    assert len(compiled) == 2, "the backward is not compiled yet"
+
+
 @of("torch._inductor.lowering", "torch._inductor.decomposition.select_decomp_table")
 def _inductor_decomposes() -> None:
     assert isinstance(private.lowering, types.ModuleType)
@@ -912,6 +928,23 @@ def _a_backend_is_made_of_compilers() -> None:
     )
     torch.compile(torch.sin, backend=backend)(torch.ones(2, requires_grad=True)).sum().backward()
     assert seen == ["compiled", "compiled"]
+
+
+@of("torch._dynamo.backends.debugging.boxed_nop")
+def _graphs_that_run_as_they_are_free_what_was_read() -> None:
+    graph = fx.symbolic_trace(lambda x, y: (x.exp() + y).exp())
+    run, inputs = private.boxed_nop(graph, []), [torch.ones(3), torch.ones(3)]
+    held = weakref.ref(inputs[0])
+    seen: list[bool] = []
+
+    class Watch(private.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(held() is None)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        run(inputs)
+    assert seen == [False, True, True], "an input is there when its last reader has run"
 
 
 @cache

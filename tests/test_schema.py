@@ -52,7 +52,7 @@ def by_hand(value: Any, schema: Any) -> bool:
         return "array" in kinds and enough and all(by_hand(v, schema["items"]) for v in value)
     if isinstance(value, str):
         fit = schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", len(value))
-        return "string" in kinds and fit
+        return "string" in kinds and fit and bool(re.search(schema.get("pattern", ""), value))
     if "exclusiveMinimum" in schema and not value > schema["exclusiveMinimum"]:
         return False
     return any(
@@ -91,6 +91,9 @@ WRONG: list[Any] = [
     {"rules": "quant"},
     {"rules": [{"op": "linear"}]},
     {"rules": [{"codec": "quants"}]},
+    {"rules": [{"codec": "quants(bits=5)"}]},
+    {"rules": [{"codec": "quant()"}]},
+    {"rules": [{"codec": "quant(bits=5) "}]},
     {"rules": [{"codec": "quant", "gamma": 0.5}]},
     {"rules": [{"codec": "quant", "bits": 9}]},
     {"rules": [{"codec": "quant", "bits": True}]},
@@ -117,7 +120,9 @@ def test_what_the_schema_refuses_is_an_error(config: Any) -> None:
 
 def test_every_codec_has_its_rule_with_every_option() -> None:
     rules = SCHEMA["properties"]["rules"]["items"]["anyOf"]
-    by_codec = {r["properties"]["codec"]["const"]: r for r in rules if "codec" in r["required"]}
+    by_codec = {
+        r["properties"]["codec"]["anyOf"][0]["const"]: r for r in rules if "codec" in r["required"]
+    }
     assert tuple(by_codec) == named_codecs()
     for name, rule in by_codec.items():
         for option in CODEC[name].options:

@@ -25,6 +25,7 @@ from dropit_fx.compile.fuse import FusePacking
 from dropit_fx.compile.lookups import AddLookups
 from dropit_fx.compile.no_graph import TellOfNoGraph
 from dropit_fx.compile.partition import KeepPacked
+from dropit_fx.compile.planned import Compiles, plan_graph
 from dropit_fx.compile.returned import ReturnInputsAsTheyAre, in_turn
 from dropit_fx.compile.saved import Partition
 from dropit_fx.compile.twice import refuse_twice
@@ -34,6 +35,7 @@ from dropit_fx.passes.choose_codecs import check_rules_matched
 from dropit_fx.passes.find_saved import FakeRunError
 from dropit_fx.passes.insert_packing import ROW_NORMS
 from dropit_fx.passes.plan import Plan
+from dropit_fx.planner import PlannedConfig
 from dropit_fx.private import list_options, lookup_backend
 from dropit_fx.private_inductor import (
     CACHEABLE,
@@ -60,7 +62,8 @@ from dropit_fx.words import closest, did_you_mean
 
 log = logging.getLogger(__name__)
 
-OPTIONS = ("config", "preset", "strategy", "gamma", "bits", "drop_logits", "inner", "fuse")
+_PLANNED = ("config", "preset", "strategy", "gamma", "bits")  # what a peak stands in the place of
+OPTIONS = (*_PLANNED, "peak", "drop_logits", "inner", "fuse")
 Compiled = Callable[..., Any]
 
 
@@ -72,10 +75,12 @@ class CompiledGraph:
         report: What the passes decided, with bytes as eager mode saves them.
         partitions: What the compiled forward really saves, one for each time that it was
             partitioned; empty where a compile cache had the result already.
+        planned: What was planned for the peak that was asked for, if one was.
     """
 
     report: Report
     partitions: list[Partition] = field(default_factory=list)
+    planned: PlannedConfig | None = None
 
     @property
     def saved_bytes(self) -> int:
@@ -111,6 +116,7 @@ def dropit(
         example_inputs: Its inputs, as fake tensors.
         mode: One of inductor's modes.
         options: ``config``, ``preset``, ``strategy``, ``gamma``, ``bits`` as for ``transform``;
+            ``peak``: in their place, the memory that a step of this graph may take;
             ``drop_logits``: where given, in the place of the config's; ``inner``: the backend that
             compiles the rewritten graph; ``fuse``: whether inductor gets packing as plain tensor
             ops, to fuse them (True, False; None: False); anything else goes to inductor. Each of
@@ -121,6 +127,7 @@ def dropit(
 
     Raises:
         ConfigError: An unknown option, or a value that cannot mean anything.
+        PlanError: The peak cannot be understood, or cannot be kept.
     """
     return _compile(gm, example_inputs, "inductor", mode, dict(options or {}), lower)
 
@@ -151,15 +158,18 @@ def _compile(
     _no_graph.ask()
     ours = _from_environment()
     given = {k: options.pop(k) for k in OPTIONS if k in options}
-    ours |= {k: v for k, v in given.items() if v is not None}
+    said = {k: v for k, v in given.items() if v is not None}
+    if "peak" in said:  # it stands in the place of what the environment says of a config
+        ours |= dict.fromkeys(_PLANNED)
+    elif said.keys() & {*_PLANNED}:
+        ours["peak"] = None
+    ours |= said
     if "config" in given and "preset" not in given:
         # a config says its own preset: the environment's is for callers without one
         ours["preset"] = None
     inner = ours.pop("inner") or inner
     fuse = _checked_fuse(ours.pop("fuse"), inner)
     _check_inductor_options(options)
-    config = make_config(ours.pop("config"), **ours)
-    refuse_backprop(config, "rows of a block are sampled by transform, which sees all of a model")
     compiler = _inner(inner)
     if compiler is not _eager:
         refuse_offload(
@@ -169,7 +179,20 @@ def _compile(
         )
     if compiler is _inductor:
         channels_last(gm, _patches(mode, options))
+
+    def fused(module: fx.GraphModule, inputs: list[Any]) -> Compiled:
+        return _inductor(_Job(module, inputs, mode, options, None, fuse, lower))
+
+    peak, planned = ours.pop("peak"), None
+    if peak is not None:
+        cut = None if inner == "eager" else _cut(decompose=inner in _DECOMPOSED)
+        fuses = fused if compiler is _inductor else None
+        planned = _planned(gm, example_inputs, peak, ours, cut, fuses)
+    config = make_config(ours.pop("config") or planned, **ours)
+    refuse_backprop(config, "rows of a block are sampled by transform, which sees all of a model")
     record = rewrite_dynamo_graph(gm, example_inputs, config)
+    if record is not None:
+        record.planned = planned
     compiled = compiler(_Job(gm, example_inputs, mode, options, record, fuse, lower))
     if compiler is not _eager:  # there packed calls refuse it themselves
         compiled = refuse_twice(compiled)
@@ -203,6 +226,29 @@ def _from_environment() -> dict[str, Any]:
         except (ValueError, KeyError) as error:
             raise ConfigError(f"{names[option]}={value!r} is {kind}") from error
     return found
+
+
+def _planned(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    peak: Any,
+    others: Mapping[str, Any],
+    cut: Compiles | None,
+    fuse: Compiles | None,
+) -> PlannedConfig | None:
+    """The config that keeps a peak; None where nothing is to be trained."""
+    if any(others[option] is not None for option in _PLANNED):
+        raise ConfigError("peak= plans the whole config: give no config beside it.")
+    trained = any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs)
+    if not trained or not torch.is_grad_enabled() or _stays_whole(gm, example_inputs):
+        return None
+    return plan_graph(gm, example_inputs, peak, cut, fuse)
+
+
+def _cut(decompose: bool) -> Compiles:
+    """Cuts a graph into forward and backward, which run as they are."""
+    alike = _aot(decompose)
+    return lambda module, inputs: alike(_Job(module, inputs, None, {}, None, fuse=False))
 
 
 def _checked_fuse(fuse: Any, inner: str) -> bool:
@@ -352,13 +398,9 @@ def _aot(
     def compile_aot(job: _Job) -> Compiled:
         from dropit_fx.private import (
             aot_autograd,
-            make_boxed_func,
+            boxed_nop,
             min_cut_rematerialization_partition,
         )
-
-        def nop(graph: fx.GraphModule, inputs: list[Any]) -> Compiled:
-            boxed: Compiled = make_boxed_func(graph.forward)
-            return boxed
 
         extra: dict[str, Any] = {}
         if decompose:
@@ -370,8 +412,8 @@ def _aot(
             extra["decompositions"] = select_decomp_table
         base = None if decompose else min_cut_rematerialization_partition
         return aot_autograd(
-            fw_compiler=compiler or nop,
-            bw_compiler=compiler or nop,
+            fw_compiler=compiler or boxed_nop,
+            bw_compiler=compiler or boxed_nop,
             partition_fn=job.guard(base),
             keep_inference_input_mutations=True,
             **extra,
@@ -385,6 +427,7 @@ def _eager(job: _Job) -> Compiled:
     return job.graph_module.forward
 
 
+_DECOMPOSED = ("inductor", "aot_eager_decomp_partition")
 _INNER: dict[str, Callable[[_Job], Compiled]] = {
     "inductor": _inductor,
     "aot_eager": _aot(decompose=False),

@@ -4,14 +4,24 @@
 for themselves; ``moves`` says what may become of each saved tensor, ``sensitivity`` what that puts
 into the gradient, ``choice`` solves the knapsack, and ``search`` tells the peak again of the graph
 that it makes; ``fits`` says which batch a device has memory for. May be imported from here:
-``plan``, ``plan_step``, ``Step``, ``PlanError``, ``PlannedConfig``, ``forecast`` and ``Forecast``,
-``timeline`` (``Timeline``, and its own ``forecast``), and ``size`` for bytes as people read them.
+``plan``, ``plan_step``, ``Step``, ``GraphStep``, ``PlanError``, ``PlannedConfig``, ``forecast`` and
+``Forecast``, ``timeline`` (``Timeline``, and its own ``forecast``), and ``size`` for bytes as
+people read them.
 """
 
 from dropit_fx.planner.errors import PlanError
 from dropit_fx.planner.fits import Forecast, forecast
 from dropit_fx.planner.planned import PlannedConfig
 from dropit_fx.planner.search import plan, plan_step
-from dropit_fx.planner.step import Step
+from dropit_fx.planner.step import GraphStep, Step
 
-__all__ = ["Forecast", "PlanError", "PlannedConfig", "Step", "forecast", "plan", "plan_step"]
+__all__ = [
+    "Forecast",
+    "GraphStep",
+    "PlanError",
+    "PlannedConfig",
+    "Step",
+    "forecast",
+    "plan",
+    "plan_step",
+]

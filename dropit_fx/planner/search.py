@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
@@ -87,13 +87,14 @@ def plan_step(
     peak: str | int | float,
     error_limit: float | None = None,
     progress: Progress = lambda text, share: None,
+    rewriter: Rewrites | None = None,
 ) -> PlannedConfig:
-    """As :func:`plan`, for a step."""
+    """As :func:`plan`, for a step; ``rewriter``: in the place of one that captures the model."""
     if error_limit is not None and not error_limit >= 0:
         raise PlanError(f"error_limit = {error_limit!r}: a relative error, 0 or more")
     peak_bytes(peak, 10**12)  # before anything runs
     with LOCK, untouched(step.model, generators=True):
-        return _Search(step, progress).run(peak, error_limit)
+        return _Search(step, progress, rewriter).run(peak, error_limit)
 
 
 def example_step(
@@ -138,48 +139,65 @@ class _Found:
 
     levels: tuple[int, ...]
     config: Config
-    module: fx.GraphModule
+    module: nn.Module
     told: Timeline
     gap: float
+    real: int | None = None  # its peak, once it was asked for
+
+
+class Rewrites(Protocol):
+    """What makes the graphs that are looked at: a ``Rewriter``, or what stands in its place."""
+
+    module: fx.GraphModule
+
+    def rewritten(self, config: Config) -> Plan:
+        """A copy of the graph, rewritten."""
+
+    def runs(self, module: fx.GraphModule) -> nn.Module:
+        """What runs in a step where a graph is looked at."""
+
+    def peak(self, config: Config | None) -> int | None:
+        """The peak of a real step under a config (None: dense), where it is not as it is told."""
 
 
 class _Search:
     """Looks for the config of one step."""
 
-    def __init__(self, step: Step, progress: Progress) -> None:
+    def __init__(self, step: Step, progress: Progress, rewriter: Rewrites | None = None) -> None:
         self.step, self.progress = step, progress
         self.workspaces: dict[Spec, int] = {}
-        self.rewriter = Rewriter(step.model, step.args, step.kwargs)
+        self.rewriter = rewriter or Rewriter(step.model, step.args, step.kwargs)
         self.groups: list[Group] = []
         self.base: Plan
         self.dense: Timeline
+        self.dense_peak: int
         self.told: Timeline  # of the base
 
     def run(self, peak: str | int | float, error_limit: float | None) -> PlannedConfig:
         self._look()
-        dense, asked = self.dense, peak_bytes(peak, self.dense.peak)
-        if asked >= dense.peak:
+        dense, asked = self.dense, peak_bytes(peak, self.dense_peak)
+        if asked >= self.dense_peak:
             whole = Config(rules=(Rule(codec="keep"),), preset=None)
             found = _Found((), whole, self.rewriter.module, dense, 0.0)
-            return self._planned(asked, found, None)
+            return self._planned(asked, found, None, self.dense_peak)
         if not self.groups:
             raise PlanError(f"peak = {peak!r}: {self._nothing()}")
         least = self._least()
-        if least.told.peak > asked:
+        if (smallest_peak := self._peak(least)) > asked:
             raise PlanError(
                 f"peak = {peak!r} is {shown(asked)}, and the least that can be kept is"
-                f" {shown(least.told.peak)} ({least.told.peak} bytes,"
-                f" {least.told.peak / dense.peak:.0%} of dense); {standing(least.told)}"
+                f" {shown(smallest_peak)} ({smallest_peak} bytes,"
+                f" {smallest_peak / self.dense_peak:.0%} of dense); {standing(least.told)}"
             )
         errors = measure_errors(self.step, self.base, self.groups, self.progress)
-        found = self._under(asked, errors, least)
+        found = self._really_under(asked, errors, least)
         error = self._error(found.levels, errors)
         if error_limit is not None and error > error_limit:
             raise PlanError(
                 f"under {shown(asked)} the gradient loses {error:.3g} of its norm, more than"
                 f" error_limit = {error_limit}: ask for a higher peak, or for a higher limit"
             )
-        return self._planned(asked, found, errors)
+        return self._planned(asked, found, errors, self._peak(found))
 
     def frontier(self, count: int) -> list[PlannedConfig]:
         """Plans for peaks from the least up, closest together there, where the error falls most.
@@ -192,23 +210,25 @@ class _Search:
         best = least = self._least()
         errors = measure_errors(self.step, self.base, self.groups, self.progress)
         low, high = least.told.peak, max(self.dense.peak, least.told.peak)
-        plans = [self._planned(low, least, errors)]
+        plans = [self._planned(low, least, errors, low)]
         for number in range(1, count):
             asked = low + (high - low) * number**2 // count**2
             found = self._under(asked, errors, best)
             if self._error(found.levels, errors) < self._error(best.levels, errors):
                 best = found
                 plans = [p for p in plans if p.predicted < found.told.peak]
-                plans.append(self._planned(asked, found, errors))
+                plans.append(self._planned(asked, found, errors, found.told.peak))
         return plans[::-1]
 
     def _look(self) -> None:
         """What there is to be chosen from."""
         self.progress("the base", 0.0)
         self.base = self.rewriter.rewritten(base_config())
-        self._run(self.rewriter.module)
+        whole = self.rewriter.runs(self.rewriter.module)
+        self._run(whole)
         self._run(self.base.module)
-        self.dense = forecast(self.step, self.rewriter.module, self.workspaces)
+        self.dense = forecast(self.step, whole, self.workspaces)
+        self.dense_peak = self.rewriter.peak(None) or self.dense.peak
         self.told = forecast(self.step, self.base.module, self.workspaces)
         self.groups = groups_of(self.base, self.told)
 
@@ -229,9 +249,24 @@ class _Search:
                 return found
         return least
 
+    def _really_under(self, asked: int, errors: Sensitivity, least: _Found) -> _Found:
+        """What is chosen, of which a real step keeps the peak, whatever is told of its ops."""
+        target = asked * self.dense.peak // self.dense_peak
+        for _ in range(RUNS):
+            found = self._under(max(target, least.told.peak), errors, least)
+            if (real := self._peak(found)) <= asked:
+                return found
+            target = target * asked // real
+        return least
+
+    def _peak(self, found: _Found) -> int:
+        if found.real is None:
+            found.real = self.rewriter.peak(found.config) or found.told.peak
+        return found.real
+
     def _found(self, levels: Sequence[int], gap: float = 0.0) -> _Found:
         config = config_of(rules_of(places_by_level(self.groups, levels)))
-        module = self.rewriter.rewritten(config).module
+        module = self.rewriter.runs(self.rewriter.rewritten(config).module)
         told = forecast(self.step, module, self.workspaces)
         return _Found(tuple(levels), config, module, told, gap)
 
@@ -287,10 +322,12 @@ class _Search:
         pairs = zip(errors.errors, levels, strict=True)
         return float((sum(of[i] for of, i in pairs) / errors.gradient) ** 0.5)
 
-    def _planned(self, asked: int, found: _Found, errors: Sensitivity | None) -> PlannedConfig:
+    def _planned(
+        self, asked: int, found: _Found, errors: Sensitivity | None, peak: int
+    ) -> PlannedConfig:
         error = 0.0 if errors is None else self._error(found.levels, errors)
         told, config = found.told, found.config
-        figures = {"asked": asked, "dense": self.dense.peak, "predicted": told.peak, "error": error}
+        figures = {"asked": asked, "dense": self.dense_peak, "predicted": peak, "error": error}
         notes = notes_of(config.rules, self.groups, found.levels, errors) if errors else ()
         said = about(self.step, told, figures)
         settings = dict(vars(config))

@@ -83,7 +83,7 @@ def measure_errors(
         run = _Probe(base, groups, progress)
         inputs = placeholder_values(base.module, args, kwargs)
         loss = step.loss_of(run.run(*inputs))
-        parameters = [p for p in step.model.parameters() if p.requires_grad]
+        parameters = step.trained((args, kwargs))
         for p in step.model.parameters():
             p.grad = None
         nodes = nodes_behind(loss, 0)
@@ -96,8 +96,8 @@ def measure_errors(
                 f"the gradient of this batch has the squared norm {gradient}: plan with a batch,"
                 " and a loss, whose gradient is finite and not 0"
             )
-        for p in parameters:
-            p.grad = None
+        for trained in parameters:
+            trained.grad = None
         progress("how errors go on", 0.0)
         gains = _gains(loss, nodes, {id(p) for p in parameters})
         progress("how errors go on", 1.0)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dropit_fx.holders import tensors_in
 from dropit_fx.loss import default_loss
 from dropit_fx.measure import leaving_no_trace, without_gradients
 from dropit_fx.planner.errors import PlanError
@@ -53,6 +54,10 @@ class Step:
             raise PlanError(f"{_NOTHING}: the loss depends on no parameter that is trained")
         return loss
 
+    def trained(self, given: Any) -> list[Tensor]:
+        """The tensors whose gradients count, of a run with ``given`` args and kwargs."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
     @contextmanager
     def real(self) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any]]]:
         """For the time of a real run: gradients on, and all that it leaves is put back.
@@ -64,6 +69,14 @@ class Step:
         )
         with leaving_no_trace(), without_gradients(self.model.parameters()):
             yield given
+
+
+class GraphStep(Step):
+    """The step of a graph whose parameters are among its inputs, as Dynamo hands them over."""
+
+    def trained(self, given: Any) -> list[Tensor]:
+        """All inputs with a gradient: what is before the graph gets its gradient from theirs."""
+        return [*super().trained(given), *(t for t in tensors_in(given) if t.requires_grad)]
 
 
 _NOTHING = "there is no backward to keep anything for"
