@@ -39,8 +39,8 @@ MAKERS = frozenset(
 class SymbolicProxy(fx.Proxy):
     """A proxy that is written to where a tensor is, and notes who asks for its class."""
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
         """What ``isinstance`` reads of an object that is none of the class by its type."""
         asker = sys._getframe(1).f_globals.get("__name__", "")
         if self.node.op == "placeholder" and not asker.startswith(("torch.", "dropit_fx.")):
