@@ -1,7 +1,8 @@
 """What an exported graph assumes about its inputs, checked in each call.
 
 ``torch.export`` follows one branch of ``if x.shape[0] > 8`` and notes the condition. Its own check
-of these conditions does not pickle; this one does.
+of these conditions does not pickle; this one does. Any trace follows one branch of
+``if isinstance(x, tuple)``: kinds of inputs are checked as well.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from dropit_fx.private import guards_made_by, never_removed, pytree
+
+ASKED = "dropit_asked"  # in ``meta`` of a graph's input: the model asked which kind it is
+_NOTHING = object()
 
 
 @never_removed
@@ -59,6 +63,7 @@ def _function(conditions: tuple[tuple[str, str], ...]) -> Callable[..., None]:
         lines += [f"    if not ({condition}):", f"        raise ValueError({text!r} + given(args))"]
     lines += ["    return None"]
     names: dict[str, Any] = {**SYMPY_INTERP, "math": math, "inf": math.inf, "given": _given}
+    names["Tensor"] = (Tensor, fx.Proxy)  # who traces the result gives it neither
     exec("\n".join(lines), names)  # expressions that torch.export wrote
     check: Callable[..., None] = dont_skip_tracing(names["check"])
     return check
@@ -69,16 +74,19 @@ def _given(args: tuple[Any, ...]) -> str:
 
 
 def _of_export(
-    absent: frozenset[str], guards: list[str], paths: list[pytree.KeyPath]
+    given: Mapping[str, Any], guards: list[str], paths: list[pytree.KeyPath]
 ) -> InputGuards:
     """From export's expressions over ``L['x']`` and the paths of the graph's inputs.
 
-    ``absent``: the paths of those that were None, of which export notes nothing.
+    ``given``: the example by these paths. Export notes nothing of what was None, and of a number
+    that it is equal; a forward that asks ``isinstance`` was traced for one kind.
     """
     keys = [pytree.keystr(path) for path in paths]
     names = [_name(path) for path in paths]
     conditions = [
-        (f"args[{i}] is None", f"{names[i]} is None") for i, key in enumerate(keys) if key in absent
+        (kind.format(f"args[{i}]"), kind.format(names[i]))
+        for i, key in enumerate(keys)
+        if (kind := _kind_of(given[key]) if key in given else "")
     ]
     for guard in guards:
         condition, told = guard.replace("\n", " "), guard.replace("\n", " ")
@@ -89,6 +97,41 @@ def _of_export(
             told = told.replace("L" + key, names[i])
         conditions.append((condition, told))
     return InputGuards(tuple(conditions))
+
+
+_NUMBERS = (bool, int, float, complex, str)
+
+
+def _kind_of(value: Any) -> str:
+    """The condition, of what stands for ``{}``, that it is of the kind of an example."""
+    if value is None:
+        return "{} is None"
+    if isinstance(value, Tensor):
+        return "isinstance({}, Tensor)"
+    kind = type(value)
+    return f"type({{}}) is {kind.__name__}" if kind in (*_NUMBERS, list, tuple, dict) else ""
+
+
+def guard_asked(
+    graph_module: fx.GraphModule, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Has a symbolic trace check the kinds of inputs of which the model asked ``isinstance``."""
+    inputs = graph_module.graph.find_nodes(op="placeholder")
+    asked = [n for n in inputs if n.meta.get(ASKED)]
+    if not asked:
+        return
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    kinds = [_kind_of(bound.arguments.get(n.target, _NOTHING)) for n in asked]
+    told = [
+        (kind.format(f"args[{i}]"), kind.format(n.target))
+        for i, (n, kind) in enumerate(zip(asked, kinds, strict=True))
+        if kind
+    ]
+    graph_module.add_submodule("kinds_of_inputs", InputGuards(tuple(told)))
+    with graph_module.graph.inserting_after(inputs[-1]):
+        graph_module.graph.call_module("kinds_of_inputs", tuple(asked))
+    graph_module.recompile()
 
 
 def _name(path: pytree.KeyPath) -> str:
@@ -115,6 +158,5 @@ def exporting_input_guards(
 ) -> Iterator[None]:
     """Makes ``ExportedProgram.module()`` put :class:`InputGuards` in the place of its own check."""
     given = _by_path(model, args, kwargs)
-    absent = frozenset(path for path, leaf in given.items() if leaf is None)
-    with guards_made_by(functools.partial(_of_export, absent)):
+    with guards_made_by(functools.partial(_of_export, given)):
         yield

@@ -8,6 +8,7 @@ node.
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
+from dropit_fx.capture.input_guards import ASKED
 from dropit_fx.ops.table import AUGMENTED, DRAWING
 from dropit_fx.private import buffers, pytree
 
@@ -35,7 +37,15 @@ MAKERS = frozenset(
 
 
 class SymbolicProxy(fx.Proxy):
-    """A proxy that is written to where a tensor is."""
+    """A proxy that is written to where a tensor is, and notes who asks for its class."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """What ``isinstance`` reads of an object that is none of the class by its type."""
+        asker = sys._getframe(1).f_globals.get("__name__", "")
+        if self.node.op == "placeholder" and not asker.startswith(("torch.", "dropit_fx.")):
+            self.node.meta[ASKED] = True
+        return SymbolicProxy
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})

@@ -32,7 +32,7 @@ from dropit_fx.capture.faithful.hooks import (
 )
 from dropit_fx.capture.faithful.one_run import named
 from dropit_fx.capture.graph_module import RewrittenModule, adopt, keep_blocks, returning
-from dropit_fx.capture.input_guards import exporting_input_guards
+from dropit_fx.capture.input_guards import exporting_input_guards, guard_asked
 from dropit_fx.capture.modes import both_modes, is_one_mode, one_mode
 from dropit_fx.capture.provenance import error_line, first_line
 from dropit_fx.capture.regions import checkpointing, from_annotations, mark, marking
@@ -241,6 +241,7 @@ def _proved(
         graph_module = both_modes(model, trace)
     if study is not None:
         _prove(graph_module, study, exported)
+        guard_asked(graph_module, model, study.args, study.kwargs)
         if (structure := study.structure()) is not None:
             returning(graph_module, structure)
     return graph_module

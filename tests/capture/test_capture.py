@@ -152,6 +152,57 @@ def test_a_compiled_copy_of_an_exported_graph_checks_its_inputs_too() -> None:
         compiled(torch.randn(5, 8))
 
 
+class Asks(nn.Module):
+    """Does something else for each kind of its second input, ``tensor`` or another."""
+
+    def __init__(self, kinds: Any) -> None:
+        super().__init__()
+        self.kinds, self.fc1, self.fc2 = kinds, nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, scale: Any) -> Tensor:
+        first = scale[0] if isinstance(scale, (list, tuple)) else scale
+        return self.fc2(self.fc1(x) * first + (1 if isinstance(scale, self.kinds) else 2))
+
+
+NUMBER, SCALES = torch.tensor(2.0), torch.full((8,), 2.0)
+KINDS = {"int": 2, "float": 2.0, "tensor": NUMBER, "list": [SCALES], "tuple": (SCALES,)}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "example", "others"),
+    [
+        (int, "int", ("float", "tensor", "tuple")),
+        (float, "float", ("int", "tensor")),
+        ((int, float), "tensor", ("int", "float", "list")),
+        (Tensor, "tensor", ("int", "float", "tuple")),
+        (Tensor, "float", ("tensor",)),
+        (tuple, "tensor", ("tuple",)),
+    ],
+)
+def test_an_input_of_another_kind_is_refused_where_the_model_asks(
+    kinds: Any, example: str, others: tuple[str, ...]
+) -> None:
+    model, x = Asks(kinds), torch.randn(4, 8)
+    made = by_pickle(transform(model, example_args=(x, KINDS[example])))
+    for training in (True, False):
+        made.train(training)
+        assert torch.equal(made(x, KINDS[example]), model(x, KINDS[example]))
+        for other in others:
+            with pytest.raises(ValueError, match=r"with .*scale.*transform the model with an"):
+                made(x, KINDS[other])
+
+
+def test_where_nobody_asks_any_kind_is_taken() -> None:
+    class Scales(Asks):
+        def forward(self, x: Tensor, scale: Any) -> Tensor:
+            return self.fc2(self.fc1(x) * scale)
+
+    model, x = Scales(int), torch.randn(4, 8)
+    made = transform(model, example_args=(x, 2))
+    for other in (3, 2.5, NUMBER, SCALES):
+        assert torch.equal(made(x, other), model(x, other))
+
+
 def test_no_tracer_the_error_names_both_lines_and_the_plug_in() -> None:
     with pytest.raises(CaptureError) as caught:
         transform(ValueDependent(), example_args=(torch.randn(16, 8),))
