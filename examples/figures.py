@@ -37,6 +37,7 @@ DOCUMENTS = (
     "examples/figures/README.md",
     "tests/README.md",
     "CONTRIBUTING.md",
+    "SECURITY.md",
 )
 FIGURES = Path("examples/figures")
 MIB = 2**20

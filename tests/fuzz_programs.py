@@ -307,6 +307,7 @@ _UNARY: dict[str, tuple[str, ...]] = {
     "logsigmoid": ("",),
     "softsign": ("",),
     "sin": ("",),
+    "erf": ("",),
     "cos": ("",),
     "clamp": ("-0.5, 0.5", "-0.25", "max=0.5", "-1, 1"),
     "pow": ("2", "3", "1", "0"),

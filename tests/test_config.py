@@ -422,6 +422,13 @@ def test_a_file_in_another_encoding_is_refused(tmp_path: Path, encoding: str) ->
     assert load_config(path).preset == "max"
 
 
+def test_a_file_is_data_alone(tmp_path: Path) -> None:
+    path, made = tmp_path / "bad.yaml", tmp_path / "made"
+    path.write_text(f"preset: !!python/object/apply:pathlib.Path.touch ['{made}']")
+    assert "could not determine a constructor" in refusal(path)
+    assert not made.exists()
+
+
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     assert f"{tmp_path}: it cannot be read: Is a directory" in refusal(tmp_path)
     with pytest.raises(FileNotFoundError, match="'max'; a preset is named by preset='max'"):

@@ -88,6 +88,8 @@ def take_step(task: Task, runs: Callable[..., Any], owner: nn.Module) -> Seen:
 
 def _by_path(output: Any) -> dict[str, Tensor]:
     """The tensors of an output by their places in it: one that is None moves no other."""
-    leaves, _ = pytree.tree_flatten_with_path(output)
-    tensors = [(path, leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
-    return {pytree.keystr(path) or "0": tensor.detach().clone() for path, tensor in tensors}
+    try:
+        leaves = [(pytree.keystr(p), leaf) for p, leaf in pytree.tree_flatten_with_path(output)[0]]
+    except ValueError:  # a container that names no parts, as diffusers' outputs
+        leaves = [(str(at), leaf) for at, leaf in enumerate(pytree.tree_leaves(output))]
+    return {n or "0": leaf.detach().clone() for n, leaf in leaves if isinstance(leaf, Tensor)}

@@ -203,16 +203,16 @@ EXP = _smooth(
     backward=_exp_backward,
 )
 
-SIN, COS = (
+SIN, COS, ERF = (
     _smooth(
         name,
         (getattr(torch, name), name, getattr(aten, name).default),
         _of_input(getattr(torch, name)),
     )
-    for name in ("sin", "cos")
+    for name in ("sin", "cos", "erf")
 )
 
 ROWS = (
     *(GELU, SILU, MISH, ELU, SELU, CELU, SOFTPLUS, HARDSWISH, LOGSIGMOID, SOFTSIGN),
-    *(SIGMOID, TANH, EXP, SIN, COS),
+    *(SIGMOID, TANH, EXP, SIN, COS, ERF),
 )

@@ -7,7 +7,7 @@ import functools
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -360,3 +360,19 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     break_prediction(monkeypatch)
     assert main(["check", "--model", "tests_of_check:linear", "--preset", "lossless"]) == 1
     assert "FAILED: bytes" in capsys.readouterr().out
+
+
+def test_outputs_of_diffusers_which_name_no_parts() -> None:
+    from diffusers.utils import BaseOutput
+
+    @dataclass
+    class Denoised(BaseOutput):
+        sample: Tensor
+
+    class Denoiser(nn.Sequential):
+        def forward(self, x: Tensor) -> Denoised:
+            return Denoised(sample=super().forward(x))
+
+    model = Denoiser(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+    checked = check(model, (torch.randn(32, 16),))
+    assert checked, checked

@@ -150,8 +150,9 @@ EXP = _record(
 )
 SIN = _record("sin", pointwise(), op_info="{}", tables=())
 COS = _record("cos", pointwise(), op_info="{}", tables=())
+ERF = _record("erf", pointwise(), op_info="{}", tables=())
 
 RECORDS = (
     *(GELU, SILU, MISH, ELU, SELU, CELU, SOFTPLUS, HARDSWISH, LOGSIGMOID, SOFTSIGN),
-    *(SIGMOID, TANH, EXP, SIN, COS),
+    *(SIGMOID, TANH, EXP, SIN, COS, ERF),
 )
