@@ -46,6 +46,7 @@ DIGITS, BERT = (
     f"python examples/{name} --presets balanced max --seeds 5 --out {FIGURES}"
     for name in ("digits.py --no-compile", "bert.py")
 )
+FREEZE = f"python examples/freeze.py --rates 0.5 0.8 0.95 --seeds 5 --out {FIGURES}"
 STEPS = {
     name: f"dropit-fx bench step --model timm:{name} --batch 16 --json {FIGURES / name}.json"
     for name in ("deit_tiny_patch16_224", "resnet50")
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tables", action="store_true", help="rewrite their tables only")
     options = parser.parse_args(argv)
     if not (options.write or options.tables):
-        commands = (DIGITS, BERT, *STEPS.values(), BYTES, PARETO, DEIT_SMALL, GRADIENTS)
+        commands = (DIGITS, BERT, FREEZE, *STEPS.values(), BYTES, PARETO, DEIT_SMALL, GRADIENTS)
         for command in (*commands, GRADIENTS_DEIT, CODECS_ALONE, FORMATS, KERNELS):
             print(f"$ {command}", flush=True)
             program = Path(sys.executable).with_name(command.split()[0])
@@ -257,6 +258,7 @@ def measured() -> str:
     tables = [
         (f"`{DIGITS}`", "digits", training_table),
         (f"`{BERT}`", "bert", bert_table),
+        (f"`{FREEZE}`", "freeze", freeze_table),
         *((f"`{command}`", name, step_table) for name, command in STEPS.items()),
         (f"`{PARETO}`", "pareto_deit_tiny", pareto_table),
         (f"`{DEIT_SMALL}`", "pareto_deit_small", said_table),
@@ -289,6 +291,25 @@ def bert_table(results: dict[str, Any]) -> str:
         " its attention has dropout and runs as matmul, softmax, dropout and matmul."
     )
     return f"{training_table(results)} {about}"
+
+
+def freeze_table(results: dict[str, Any]) -> str:
+    """What `freeze.py` wrote, and how far freezing goes at the accuracy of training all layers."""
+    from freeze import HEAD, as_good, rows
+
+    rate, smaller = as_good(results)
+    said = (
+        f"The smallest total within one standard deviation of dense's accuracy: rate {rate:g},"
+        f" {smaller:.1f} times smaller than dense."
+        if smaller > 1
+        else "No rate is smaller within one standard deviation of dense's accuracy."
+    )
+    note = (
+        "Frozen: the least share of layers in a step. Sizes are the greatest of some steps of the"
+        f" first seed, for a batch of {results['settings']['memory_batch']}; total: the peak,"
+        " parameters and the optimiser's state."
+    )
+    return f"{markdown(HEAD, rows(results))}\n\n{note} {said}"
 
 
 def step_table(results: dict[str, Any]) -> str:

@@ -9,7 +9,8 @@ out: test accuracy, the least share of layers that a step froze, and the greates
 and total of some steps. Total: the peak, which has the gradients, parameters, and the optimiser's
 state. Memory is that of the first seed, for a batch of --memory-batch.
 
-The JSON in --out is written after each run: what was stopped goes on where it was.
+The JSON in --out is written after each run: what was stopped goes on where it was. Runs with other
+settings go into another folder.
 
 Needs the extra `test`.
 """
@@ -19,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import bert
@@ -28,7 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
-from training import DENSE, MIB, Data, accuracy, begun, compact, limited, positive, spread
+from training import DENSE, MIB, Data, accuracy, begun, compact, limited, positive, spread, write
 
 import dropit_fx
 from dropit_fx import measure
@@ -49,15 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     ways += [(rate, options.preset) for rate in options.rates]
     done = {(r["seed"], r["rate"], r["variant"]) for r in results["runs"]}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    steps = options.epochs * (len(data.train_y) // BATCH)
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
         runs = [(seed, *way) for seed in range(options.seeds) for way in ways]
         whole = progress.add_task("runs", total=len(runs))
         for seed, rate, variant in runs:
             if (seed, rate, variant) not in done:
-                line = progress.add_task(f"seed {seed}, rate {rate}, {variant}", total=None)
+                line = progress.add_task(f"seed {seed}, rate {rate}, {variant}", total=steps)
                 tick = partial(progress.advance, line)
                 results["runs"].append(train(seed, rate, variant, data, options, tick))
-                path.write_text(compact(results) + "\n")
+                write(path, compact(results) + "\n")
                 progress.remove_task(line)
             progress.advance(whole)
     table = Table(*HEAD, header_style="bold", box=None, pad_edge=False)
@@ -153,6 +156,22 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
         frozen = f"{min(run['frozen'] for run in runs):.1%}"
         lines.append([f"{rate:g}", variant, str(len(runs)), reached, frozen, *cost])
     return lines
+
+
+def as_good(results: dict[str, Any]) -> tuple[float, float]:
+    """The rate of the smallest total whose accuracy is dense's within its standard deviation.
+
+    And how many times smaller than dense that is; of one seed, the deviation is 0.
+    """
+    reached: dict[tuple[float, str], list[float]] = {}
+    for run in results["runs"]:
+        reached.setdefault((run["rate"], run["variant"]), []).append(run["accuracy"])
+    first, *others = (run for run in results["runs"] if "total" in run)
+    dense = reached[first["rate"], first["variant"]]
+    least = mean(dense) - (stdev(dense) if len(dense) > 1 else 0)
+    able = [r for r in others if mean(reached[r["rate"], r["variant"]]) >= least]
+    best = min([first, *able], key=lambda run: int(run["total"]))
+    return best["rate"], first["total"] / best["total"]
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 from torch.utils.data import Dataset
-from training import DENSE, MIB, begun, compact, packing, positive, preset
+from training import DENSE, MIB, begun, compact, packing, positive, preset, write
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from dropit_fx import measure, pack_checkpoints
@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 found = train(way, model, data, options, seed, tick)
                 found |= {"seed": seed, "variant": way, "held_out": loss(model, rows)}
                 results["runs"].append(found)
-                path.write_text(compact(results) + "\n")
+                write(path, compact(results) + "\n")
                 progress.remove_task(line)
             progress.advance(whole)
     wanted = [run for run in results["runs"] if (run["seed"], run["variant"]) in todo]

@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -331,12 +332,24 @@ def compact(results: dict[str, Any]) -> str:
 
 
 def begun(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What earlier runs with these settings have written; nothing if there are others."""
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
-        if found["settings"] == settings:
-            return found
-    return {"settings": settings, "runs": []}
+    """What earlier runs with these settings have written, to go on with.
+
+    Raises:
+        SystemExit: There are runs with other settings, which would be lost.
+    """
+    if not path.exists():
+        return {"settings": settings, "runs": []}
+    found: dict[str, Any] = json.loads(path.read_text())
+    if found["settings"] != settings:
+        sys.exit(f"{path} has runs with {found['settings']}, these have {settings}: another --out")
+    return found
+
+
+def write(path: Path, text: str) -> None:
+    """Replaces a file as a whole: what is stopped meanwhile leaves the one of before."""
+    beside = path.with_suffix(".part")
+    beside.write_text(text)
+    beside.replace(path)
 
 
 HEAD = ("model", "", "", "accuracy", "loss", "saved, MiB", "peak, MiB", "time")

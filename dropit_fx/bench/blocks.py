@@ -55,6 +55,11 @@ class Llama(nn.Module):
         return x * self.cos + torch.cat((-second, first), -1) * self.sin
 
 
+def llama_1b() -> tuple[nn.Module, tuple[Tensor]]:
+    """Of Llama 3.2, 1.2 billion parameters: 2048 wide; otherwise as :func:`llama`."""
+    return Llama(2048, 8192, 32, 8, 2048), (torch.randn(1, 2048, 2048, requires_grad=True),)
+
+
 def llama() -> tuple[nn.Module, tuple[Tensor]]:
     """Of Llama 3, 8 billion parameters: 4096 wide; 2048 tokens.
 

@@ -25,6 +25,7 @@ class Card:
         capability: Of its instruction set, times ten: what inductor schedules for.
         processors: How many streaming multiprocessors it has.
         memory: Bytes; None: not known.
+        host: Bytes/s between it and the host, in each direction.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Card:
     capability: int = 90
     processors: int = 132
     memory: int | None = None
+    host: float = 64 * GIGA
 
     def seconds(self, nbytes: int, flops: int = 0, dtype: torch.dtype | None = None) -> float:
         """Of a kernel that reaches the card's limits: of its arithmetic, or of its memory."""
@@ -46,6 +48,7 @@ def _peaks(half: float, single: float) -> dict[torch.dtype, float]:
     return {**halves, torch.float32: single * TERA}
 
 
+# The link to the host is PCIe with 16 lanes, each way: 64 GB/s in its fifth generation, 32 before.
 # NVIDIA's data sheets: "H100 Tensor Core GPU" (SXM), "A100 Tensor Core GPU" (SXM, 80 GB), and "Ada
 # GPU Architecture", appendix A (GeForce RTX 4090)
 CARDS = {
@@ -57,6 +60,7 @@ CARDS = {
         capability=80,
         processors=108,
         memory=80 * GIGA,
+        host=32 * GIGA,
     ),
     "4090": Card(
         name="RTX 4090",
@@ -65,15 +69,18 @@ CARDS = {
         capability=89,
         processors=128,
         memory=24 * GIGA,
+        host=32 * GIGA,
     ),
 }
 
 
 def find_card(name: str) -> Card:
-    """A card by name, or one of a peak and a bandwidth, scheduled for as an H100 is.
+    """A card by name, or one of a peak and bandwidths, scheduled for as an H100 is.
 
     Args:
-        name: One of :data:`CARDS`; or ``PEAK,BANDWIDTH`` in TFLOP/s, of all dtypes, and TB/s.
+        name: One of :data:`CARDS`; or ``PEAK,BANDWIDTH`` in TFLOP/s, of all dtypes, and TB/s; and
+            behind a third comma, in GB/s, what it exchanges with the host in each direction (an
+            H100's, unless given).
 
     Raises:
         SpecError: It is neither.
@@ -81,16 +88,17 @@ def find_card(name: str) -> Card:
     if name.lower() in CARDS:
         return CARDS[name.lower()]
     try:
-        peak, bandwidth = (float(part) for part in name.split(","))
+        peak, bandwidth, *host = (float(part) for part in name.split(","))
     except ValueError:
-        peak = bandwidth = math.nan
-    if not (0 < peak < math.inf and 0 < bandwidth < math.inf):
+        peak, bandwidth, host = math.nan, math.nan, []
+    if len(host) > 1 or not all(0 < n < math.inf for n in (peak, bandwidth, *host)):
         raise SpecError(
             f"--device {name}: write {', '.join(CARDS)}, or PEAK,BANDWIDTH in TFLOP/s and TB/s,"
-            " as in 600,2.8"
+            " as in 600,2.8; GB/s to the host may follow, as in 600,2.8,55"
         )
     return Card(
-        name=f"{peak:g} TFLOP/s, {bandwidth:g} TB/s",
+        name=f"{peak:g} TFLOP/s, {bandwidth:g} TB/s" + "".join(f", {n:g} GB/s" for n in host),
         peaks=_peaks(peak, peak),
         bandwidth=bandwidth * TERA,
+        host=host[0] * GIGA if host else CARDS["h100"].host,
     )

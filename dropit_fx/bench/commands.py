@@ -189,7 +189,8 @@ def _add_roofline_options(parser: argparse.ArgumentParser) -> None:
         "--device",
         default="h100",
         metavar="CARD",
-        help="h100 (default), a100, 4090, or PEAK,BANDWIDTH in TFLOP/s and TB/s",
+        help="h100 (default), a100, 4090, or PEAK,BANDWIDTH in TFLOP/s and TB/s, behind which may"
+        " follow GB/s to the host: 600,2.8,55",
     )
     parser.add_argument(
         "--variants",

@@ -24,14 +24,19 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, fx, nn
 
-from dropit_fx.bench.cards import Card, find_card
+from dropit_fx.bench.cards import GIGA, Card, find_card
 from dropit_fx.bench.model_spec import SpecError, build, in_dtype
 from dropit_fx.bench.pareto import Variant, checkpoint_blocks, choose
 from dropit_fx.bench.schedule import Kernel, kernels_of_step
 from dropit_fx.compile import backend
+from dropit_fx.compile.saved import Partition, read_partition
 from dropit_fx.config import make_config
-from dropit_fx.private import compile_fx
-from dropit_fx.private_inductor import INNER_COMPILE, at_memory_budget
+from dropit_fx.private import (
+    CustomPartitionerFn,
+    compile_fx,
+    min_cut_rematerialization_partition,
+)
+from dropit_fx.private_inductor import INNER_COMPILE, PARTITIONER, at_memory_budget
 from dropit_fx.report.rows import plain_table
 
 LAUNCH = 0.0  # seconds that a kernel takes beside its work: 0, the host is ahead of the card
@@ -54,12 +59,16 @@ class Prediction:
         kernels: In the order of their launches, the forward's first.
         card: On which.
         launch: Seconds of each kernel beside its work.
+        saved_bytes: Between forward and backward, as the step is cut; without inputs.
+        packed_bytes: Of these, the bytes that are packed.
     """
 
     variant: str
     kernels: tuple[Kernel, ...]
     card: Card
     launch: float = LAUNCH
+    saved_bytes: int = 0
+    packed_bytes: int = 0
 
     @cached_property
     def seconds(self) -> float:
@@ -75,6 +84,32 @@ class Prediction:
     def flops(self) -> int:
         """Of its products, convolutions and attention."""
         return sum(k.flops for k in self.kernels)
+
+    @property
+    def movable_bytes(self) -> int:
+        """What ``offload`` would move: what is packed; of a step without packing, all it saves."""
+        return self.packed_bytes or self.saved_bytes
+
+    @property
+    def hidden(self) -> float:
+        """Which share of these goes to the host while the forward computes, and back likewise.
+
+        Both ways are behind one phase each, of which the shorter decides.
+        """
+        seconds = self.movable_bytes / self.card.host
+        shortest = min(self.seconds_in(phase) for phase in PHASES[:2])
+        return min(1.0, shortest / seconds) if seconds else 1.0
+
+    @property
+    def offloaded_seconds(self) -> float:
+        """Of the step, if it waited for the rest of them in each phase."""
+        seconds = self.movable_bytes / self.card.host
+        late = (seconds - self.seconds_in(phase) for phase in PHASES[:2])
+        return self.seconds + sum(max(0.0, s) for s in late)
+
+    def seconds_in(self, phase: str) -> float:
+        """Of the kernels of one of :data:`PHASES`."""
+        return sum(self.seconds_of(k) for k in self.kernels if k.phase == phase)
 
     def seconds_of(self, kernel: Kernel) -> float:
         """Of one launch of a kernel."""
@@ -163,12 +198,15 @@ def predict(
     if reason:
         raise SpecError(reason)
 
+    partitions: list[Partition] = []
+
     def compile_graph(
         graph: fx.GraphModule, inputs: list[Any], lower: Callable[..., Any]
     ) -> Callable[..., Any]:
         with at_memory_budget(variant.budget):
             if variant.preset is None:
                 inner: dict[str, Any] = {INNER_COMPILE: lower}
+                inner["config_patches"] = {PARTITIONER: _Reading(partitions.append)}
                 return compile_fx(graph, inputs, **inner)  # type: ignore[return-value]
             options = {"config": config, "fuse": variant.fuse}
             return backend.dropit(graph, inputs, options=options, lower=lower)
@@ -181,10 +219,35 @@ def predict(
         processors=card.processors,
         autocast=autocast,
     )
+    partitions += (g.partitions[-1] for g in backend.compiled_graphs()[before:] if g.partitions)
     backend.forget_compiled_graphs(before)
     if optimizer:
         kernels.append(_sgd([p for p in model.parameters() if p.requires_grad]))
-    return Prediction(variant=variant.name, kernels=tuple(kernels), card=card, launch=launch)
+    return Prediction(
+        variant=variant.name,
+        kernels=tuple(kernels),
+        card=card,
+        launch=launch,
+        saved_bytes=sum(p.saved_bytes for p in partitions),
+        packed_bytes=sum(p.packed_bytes for p in partitions),
+    )
+
+
+class _Reading(CustomPartitionerFn):
+    """Inductor's own partitioner; what it saves is read."""
+
+    def __init__(self, note: Callable[[Partition], object]) -> None:
+        self._note = note
+
+    def uuid(self) -> Any:
+        """Nothing is cached."""
+        return __name__
+
+    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
+        given = {"compiler": "inductor"} | kwargs
+        graphs = min_cut_rematerialization_partition(gm, joint_inputs, **given)
+        self._note(read_partition(*graphs, kwargs["num_fwd_outputs"]))
+        return graphs
 
 
 def _sgd(trained: Iterable[Tensor]) -> Kernel:
@@ -269,6 +332,7 @@ def bench_roofline(
     console = Console()
     title = f"{model}, batch {batch}, {dtype}, {card.name}"
     console.print(table(title, found, schedule))
+    console.print(transfers(found))
     for prediction in found.values():
         console.print(costs(prediction, found[DENSE]))
         if added and prediction is not found[DENSE]:
@@ -292,6 +356,10 @@ def as_row(one: Prediction, dense: Prediction) -> dict[str, Any]:
         "bytes": one.nbytes,
         "bytes_ratio": one.nbytes / dense.nbytes,
         "flops": one.flops,
+        "saved_bytes": one.saved_bytes,
+        "movable_bytes": one.movable_bytes,
+        "hidden": one.hidden,
+        "offloaded_seconds": one.offloaded_seconds,
         "kernels": [
             asdict(k) | {"dtype": str(k.dtype or ""), "seconds": one.seconds_of(k)}
             for k in one.kernels
@@ -316,6 +384,26 @@ def table(title: str, found: dict[str, Prediction], schedule: str) -> Table:
             str(len(one.kernels)),
         )
     text.caption = f"predicted, not measured: kernels as inductor schedules them for {where}"
+    return text
+
+
+def transfers(found: dict[str, Prediction]) -> Table:
+    """What offloading would take: whether the link to the host keeps up with the kernels."""
+    figures = ("MB", "to host", "forward", "hidden", "step", "of dense")
+    card, dense = found[DENSE].card, found[DENSE]
+    title = f"if what is saved waited on the host, at {card.host / GIGA:g} GB/s"
+    text = plain_table("variant", *figures, figures=figures, title=title, padding=(0, 1, 0, 0))
+    for name, one in found.items():
+        text.add_row(
+            name,
+            f"{one.movable_bytes / 1e6:.1f}",
+            f"{one.movable_bytes / card.host * 1e3:.3f} ms",
+            f"{one.seconds_in(PHASES[0]) * 1e3:.3f} ms",
+            f"{one.hidden:.0%}",
+            f"{one.offloaded_seconds * 1e3:.3f} ms",
+            f"{one.offloaded_seconds / dense.seconds:.3f}x",
+        )
+    text.caption = "of packed steps, what is packed; hidden: while kernels run. Offload is eager"
     return text
 
 

@@ -171,12 +171,6 @@ def _compile(
     fuse = _checked_fuse(ours.pop("fuse"), inner)
     _check_inductor_options(options)
     compiler = _inner(inner)
-    if compiler is not _eager:
-        refuse_offload(
-            config,
-            "compiled code keeps packed tensors on the device. Leave it out; or transform the"
-            " model and run that in eager mode, or as backend='dropit_eager'",
-        )
     if compiler is _inductor:
         channels_last(gm, _patches(mode, options))
 
@@ -189,6 +183,12 @@ def _compile(
         fuses = fused if compiler is _inductor else None
         planned = _planned(gm, example_inputs, peak, ours, cut, fuses)
     config = make_config(ours.pop("config") or planned, **ours)
+    if compiler is not _eager:
+        refuse_offload(
+            config,
+            "compiled code keeps packed tensors on the device. Leave it out; or transform the"
+            " model and run that in eager mode, or as backend='dropit_eager'",
+        )
     refuse_backprop(config, "rows of a block are sampled by transform, which sees all of a model")
     record = rewrite_dynamo_graph(gm, example_inputs, config)
     if record is not None:

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,11 @@ def test_packing_reads_and_writes_more_and_fused_packing_dispatches_nothing() ->
     assert not any(k.name.startswith("dropit") for k in fused.kernels if k.extern)
     assert any("dropit.unsparsify" in k.name for k in fused.kernels if k.phase == "backward")
     assert plain.flops == packed.flops == fused.flops
+    assert plain.packed_bytes == 0
+    assert packed.packed_bytes == fused.packed_bytes > 0
+    # beside the input of the model, which stays: the input of the MLP's nonlinearity
+    assert plain.saved_bytes >= 2 * ROWS * INNER
+    assert packed.packed_bytes == packed.movable_bytes < 0.3 * plain.saved_bytes
     added = packed.costliest(plain)
     assert len(added) == 5
     assert any("dropit" in kernel.name for kernel, _, _ in added)
@@ -258,12 +264,31 @@ def test_a_kernel_takes_as_long_as_its_bytes_or_its_flops_and_its_launch() -> No
     assert json.loads(json.dumps(row))["kernels"][0]["seconds"] == 2.0
 
 
+def test_what_waits_on_the_host_is_hidden_as_far_as_each_phase_lasts() -> None:
+    card = find_card("100,2,50")
+    assert card.host == 50 * 10**9
+    assert find_card("100,2").host == CARDS["h100"].host > CARDS["a100"].host
+    phases = (kernel(2 * 10**12), replace(kernel(6 * 10**12), phase="backward"))  # 1 s, 3 s
+    one = Prediction(variant=DENSE, kernels=phases, card=card, saved_bytes=100 * 10**9)
+    assert (one.movable_bytes, one.hidden) == (100 * 10**9, 0.5)
+    assert one.offloaded_seconds == 4 + (2 - 1)
+    packed = replace(one, packed_bytes=25 * 10**9)
+    assert (packed.movable_bytes, packed.hidden, packed.offloaded_seconds) == (25 * 10**9, 1, 4)
+    slow = replace(one, card=find_card("100,2,25"))
+    assert (slow.hidden, slow.offloaded_seconds) == (0.25, 4 + (4 - 1) + (4 - 3))
+    assert replace(one, saved_bytes=0).hidden == 1, "nothing has to go"
+    row = as_row(packed, one)
+    assert (row["movable_bytes"], row["hidden"], row["offloaded_seconds"]) == (25 * 10**9, 1, 4)
+
+
 def test_products_of_float32_have_a_peak_of_their_own() -> None:
     half, single = (H100.seconds(0, 10**12, d) for d in (torch.float16, torch.float32))
     assert single > 10 * half
 
 
-@pytest.mark.parametrize("name", ["h200", "", "900", "900,", "0,3", "900,-1", "1,2,3", "nan,1"])
+@pytest.mark.parametrize(
+    "name", ["h200", "", "900", "900,", "0,3", "900,-1", "1,2,3,4", "1,2,0", "nan,1"]
+)
 def test_a_card_that_is_none_is_told_with_those_there_are(name: str) -> None:
     with pytest.raises(SpecError, match="write h100, a100, 4090, or PEAK,BANDWIDTH in TFLOP/s"):
         find_card(name)
@@ -300,6 +325,7 @@ def test_the_command_predicts_every_variant(
     assert re.search(r"all +[+-]", ledger)
     assert max(map(len, out.splitlines())) <= 80
     assert "predicted, not measured" in out
+    assert "if what is saved waited on the host, at 32 GB/s" in out
     assert "checkpoint is left out: Sequential has neither" in out.replace("\n", " ")
     told = json.loads(path.read_text())
     assert told["schedule"] == "cuda"

@@ -284,6 +284,35 @@ def test_a_frozen_share_of_an_encoder_saves_less(
     again = json.loads(path.read_text())["runs"]
     assert [run["rate"] for run in again] == [0, 0, 0.9]
     assert again[2]["accuracy"] == frozen["accuracy"]
+    with pytest.raises(SystemExit, match=r"has runs with .*: another --out"):
+        freeze.main([*given, str(tmp_path), "--epochs", "7"])
+    assert json.loads(path.read_text())["runs"] == again
+
+
+def test_the_table_of_freezing_tells_the_smallest_step_that_is_as_good() -> None:
+    def run(seed: int, rate: float, accuracy: float, total: int) -> dict[str, Any]:
+        made = {"seed": seed, "rate": rate, "variant": "slimfit" if rate else "dense"}
+        made |= {"accuracy": accuracy, "frozen": rate}
+        return made | (
+            {"saved": total // 4, "peak": total // 2, "total": total} if not seed else {}
+        )
+
+    ways = {
+        0.0: (0.5, 0.7, 1200),
+        0.5: (0.6, 0.58, 600),
+        0.8: (0.52, 0.5, 400),
+        0.95: (0.1, 0.2, 200),
+    }
+    runs = [run(seed, rate, way[seed], way[2]) for seed in (0, 1) for rate, way in ways.items()]
+    results = {"settings": {"memory_batch": 128}, "runs": runs}
+    # dense's mean is 60 %, its deviation 14 %: 51 % is as good, 15 % is not
+    assert freeze.as_good(results) == (0.8, 3.0)
+    table = figures.freeze_table(results)
+    assert "rate 0.8, 3.0 times smaller" in table
+    assert "a batch of 128" in table
+    assert len([line for line in table.splitlines() if line.startswith("|")]) == 2 + len(ways)
+    assert "No rate is smaller" in figures.freeze_table(results | {"runs": [runs[0], runs[3]]})
+    assert figures.freeze_table(results | {"runs": runs[:1]}), "a study that has just begun"
 
 
 def test_a_video_transformer_saves_in_proportion_to_its_frames() -> None:
