@@ -76,6 +76,7 @@ class Explainer:
         module: The graph.
         storages: What is known of its values.
         autograd: What keeps them.
+        compiled: As in a plan.
 
     Attributes:
         kept: All that is kept.
@@ -84,8 +85,11 @@ class Explainer:
         whole: The caller's own tensors that only a packed call would hold, and whose that is.
     """
 
-    def __init__(self, module: fx.GraphModule, storages: Storages, autograd: Autograd) -> None:
+    def __init__(
+        self, module: fx.GraphModule, storages: Storages, autograd: Autograd, compiled: bool
+    ) -> None:
         self.module, self.storages, self.autograd = module, storages, autograd
+        self.compiled = compiled
         self.kept: list[Saved] = []
         self.calls: dict[str, Call] = {}
         self.lost: set[str] = set()
@@ -104,7 +108,8 @@ class Explainer:
         values = {name: map_arg(value, ran.values.__getitem__) for name, value in bound.items()}
         values["result"] = result
         # what `derive` makes may differ in its last bits, or cost too much
-        if rule.obstacle(values) or not (rule.made_again is None or rule.made_again(values)):
+        free = rule.made_again is None or (self.compiled and rule.made_again(values))
+        if rule.obstacle(values) or not free:
             self.lost.add(n.name)
         return replace(ran, rule=rule, operands=values, nodes=bound | {"result": n})
 

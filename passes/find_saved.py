@@ -78,7 +78,7 @@ class _Probe(FakeRun):
         self.plan = plan
         self.autograd = Autograd()
         self.storages = Storages(state)
-        self.reads = Explainer(plan.module, self.storages, self.autograd)
+        self.reads = Explainer(plan.module, self.storages, self.autograd, plan.compiled)
         self.bodies: dict[str, Plan] = {}
         self.written: set[int] = set()  # storages, where no version tells of it
         self._uncounted: set[int] = set()  # storages, where their size depends on values

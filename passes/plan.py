@@ -274,6 +274,7 @@ class Plan:
         blocks: From ``sample_blocks``: the numbers of the rules that named a block.
         unfused: From the first of these that changed the graph: the sites of the graph as it was.
         notes: From ``fuse_losses``: what is to be said of a node, by its name.
+        compiled: Whether a compiler gets the backward too, and makes equal calls once there.
     """
 
     module: fx.GraphModule
@@ -291,6 +292,7 @@ class Plan:
     blocks: frozenset[int] = frozenset()
     unfused: tuple[Site, ...] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
+    compiled: bool = False
 
     @property
     def device(self) -> str:

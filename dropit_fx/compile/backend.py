@@ -190,7 +190,7 @@ def _compile(
             " model and run that in eager mode, or as backend='dropit_eager'",
         )
     refuse_backprop(config, "rows of a block are sampled by transform, which sees all of a model")
-    record = rewrite_dynamo_graph(gm, example_inputs, config)
+    record = rewrite_dynamo_graph(gm, example_inputs, config, compiler is not _eager)
     if record is not None:
         record.planned = planned
     compiled = compiler(_Job(gm, example_inputs, mode, options, record, fuse, lower))
@@ -274,7 +274,7 @@ def _check_inductor_options(options: Mapping[str, Any]) -> None:
 
 
 def rewrite_dynamo_graph(
-    gm: fx.GraphModule, example_inputs: list[Any], config: Config
+    gm: fx.GraphModule, example_inputs: list[Any], config: Config, compiled: bool = True
 ) -> CompiledGraph | None:
     """Runs the pipeline over Dynamo's graph in place; None where nothing is to be trained."""
     if not torch.is_grad_enabled():
@@ -286,7 +286,7 @@ def rewrite_dynamo_graph(
     try:
         if opaque_nodes(gm):
             expand(gm, propagate(gm, inputs))
-        plan = run_pipeline(Plan(module=gm, inputs=inputs, config=config))
+        plan = run_pipeline(Plan(module=gm, inputs=inputs, config=config, compiled=compiled))
     except FakeRunError as error:
         log.warning("this graph is compiled as it is, nothing is packed: %s", error)
         return None

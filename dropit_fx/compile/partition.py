@@ -25,8 +25,16 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from dropit_fx.compile.saved import Partition, nbytes_of, packs, read_partition, storage
+from dropit_fx.compile.saved import (
+    Partition,
+    is_made_again,
+    nbytes_of,
+    packs,
+    read_partition,
+    storage,
+)
 from dropit_fx.private import (
+    BACKWARD,
     IN_BACKWARD,
     OUTPUT_TRACES,
     OUTPUTS,
@@ -45,6 +53,7 @@ from dropit_fx.runtime.regions import STANDS_FOR, bodies_of
 
 log = logging.getLogger(__name__)
 
+CASTS = (torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 TRIES = 3  # cuts at a memory budget
 LEAST = 1e-9  # of a budget: at 0 functorch saves the model's inputs, whatever must be saved
 SLACK = 1.05  # a budget is met within 5 %, as functorch meets its own
@@ -86,6 +95,8 @@ class KeepPacked(CustomPartitionerFn):
         """Partitions ``gm``, a joint graph, into forward and backward."""
         count = kwargs.pop("num_fwd_outputs")
         originals = _take_stand_ins_out(gm)
+        _make_again(gm)
+        _cast_again(gm, kwargs.get("static_lifetime_input_indices") or ())
         out = gm.graph.find_nodes(op="output")[0]
         flat = list(out.args[0])
         described = list(out.meta.get(OUTPUTS, [None] * len(flat)))
@@ -203,6 +214,58 @@ def _copy_before_they_are_overwritten(joint: fx.GraphModule, names: Collection[s
             ),
         )
     joint.recompile()
+
+
+def _cast_again(joint: fx.GraphModule, static: Collection[int]) -> None:
+    """Has the backward cast parameters again, as packed calls do in eager mode under autocast.
+
+    The partitioner would save the narrow copy, since what reads it there needs it in memory.
+    """
+    given = joint.graph.find_nodes(op="placeholder")
+    writes = joint.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+    written = {n.args[0] for n in writes}
+    for parameter in [given[i] for i in static if given[i] not in written]:
+        for node in parameter.users:
+            if node.target in CASTS and _size(node) < _size(parameter) and _is_read_backwards(node):
+                node.meta[POLICY] = CheckpointPolicy.MUST_RECOMPUTE
+
+
+def _size(node: fx.Node) -> int:
+    size: int = node.meta[VALUE].dtype.itemsize
+    return size
+
+
+def _is_read_backwards(node: fx.Node) -> bool:
+    """Whether the backward reads a node or a view of it."""
+    return any(
+        user.meta.get(PLACE) in BACKWARD
+        or (storage(user) == storage(node) and _is_read_backwards(user))
+        for user in node.users
+    )
+
+
+def _make_again(joint: fx.GraphModule) -> None:
+    """Has the backward make again what packed calls make again there of tensors that are kept.
+
+    Where these are as they were in the forward (an input, what a config keeps dense), the
+    partitioner finds the forward's nodes to be the same, leaves one of each pair, and would save
+    its result as well.
+    """
+    first: dict[Any, fx.Node] = {}
+    same: dict[fx.Node, fx.Node] = {}  # node of the backward -> the forward's that is left of both
+    for node in joint.graph.nodes:
+        if node.op != "call_function" or _draws(joint, node):
+            continue
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: same.get(n, n))
+        alike = first.setdefault((node.target, str(args), str(kwargs)), node)
+        if alike is node or alike.meta.get(PLACE) in BACKWARD:
+            continue
+        of_such = node.meta.get(PLACE) in BACKWARD and not same.keys().isdisjoint(node.args)
+        if is_made_again(node) or of_such:  # a cast of it, say
+            same[node] = alike
+    for node, alike in same.items():
+        if not same.keys() >= node.users.keys():
+            alike.meta[POLICY] = CheckpointPolicy.MUST_RECOMPUTE
 
 
 def _attend_once(backward: fx.GraphModule) -> None:

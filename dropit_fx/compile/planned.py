@@ -94,7 +94,8 @@ class _Rewriter:
         module, fakes = self._copy(), concrete_fakes(self._step.args)
         if opaque_nodes(module):
             expand(module, propagate(module, fakes))
-        return run_pipeline(Plan(module=module, inputs=fakes, config=config))
+        compiled = self._cut is not None
+        return run_pipeline(Plan(module=module, inputs=fakes, config=config, compiled=compiled))
 
     def runs(self, module: fx.GraphModule) -> nn.Module:
         """The two graphs into which it is cut."""

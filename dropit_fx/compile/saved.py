@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from dropit_fx.private import BACKWARD, CUSTOM, PLACE, VALUE, hint, must_recompute, storage_id
-from dropit_fx.runtime.copies import PACKING
+from dropit_fx.runtime.copies import AGAIN, PACKING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +76,16 @@ def packs(node: fx.Node) -> bool:
 
     From the forward's nodes, marks are copied to nodes of the backward with the same number.
     """
-    marked = (node.meta.get(CUSTOM) or {}).items() >= PACKING.items()
-    return marked and node.meta.get(PLACE) not in BACKWARD
+    return _is_marked(node, PACKING) and node.meta.get(PLACE) not in BACKWARD
+
+
+def is_made_again(node: fx.Node) -> bool:
+    """Whether a packed call's backward makes the node of what was kept for it."""
+    return _is_marked(node, AGAIN) and node.meta.get(PLACE) in BACKWARD
+
+
+def _is_marked(node: fx.Node, mark: dict[str, str]) -> bool:
+    return (node.meta.get(CUSTOM) or {}).items() >= mark.items()
 
 
 def _unpacks(node: fx.Node) -> bool:

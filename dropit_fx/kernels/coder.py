@@ -108,14 +108,20 @@ def level_table(scale: Tensor, form: Format) -> Tensor:
     it is no value's.
     """
     scale = scale.to(torch.float32)
-    if form.spacing == UNIFORM:
-        marked = scale[:, :1] >= scale[:, 1:]
-    else:
-        marked = scale[:, -1:].signbit()
+    marked = _is_marked(scale, form)
     scale = torch.where(marked, _mark(scale, form), scale)
     levels = _levels(scale, form)
     levels[:, -1:] = torch.where(marked, torch.nan, levels[:, -1:])
     return levels
+
+
+def may_hold_nan(scale: Tensor, form: Format) -> Tensor:
+    """(rows,): which rows, by their scale (rows, columns), may hold what is not finite."""
+    return _is_marked(scale, form)[:, 0] | scale.isnan().any(1)
+
+
+def _is_marked(scale: Tensor, form: Format) -> Tensor:
+    return scale[:, :1] >= scale[:, 1:] if form.spacing == UNIFORM else scale[:, -1:].signbit()
 
 
 def _mark(scale: Tensor, form: Format) -> Tensor:

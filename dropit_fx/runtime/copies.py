@@ -26,12 +26,14 @@ from dropit_fx.runtime.tensor_spec import (
     unflatten,
 )
 
-PACKING = {"dropit": "pack"}  # marks the nodes of a joint graph for ``partition.KeepPacked``
+# Marks of the nodes of a joint graph, for ``partition.KeepPacked``
+PACKING = {"dropit": "pack"}
+AGAIN = {"dropit": "again"}  # made again, for the backward, of what is there
 
 
-def _marked(x: Tensor) -> AbstractContextManager[Any]:
+def _marked(x: Tensor, mark: dict[str, str] = PACKING) -> AbstractContextManager[Any]:
     """Marks what is traced inside, where ``x`` is traced; to enter a context takes time."""
-    return nullcontext() if _is_plain(x) else annotate(PACKING)
+    return nullcontext() if _is_plain(x) else annotate(mark)
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -177,9 +179,13 @@ def read_back(kept: Kept, parts: tuple[Tensor, ...], spec: TensorSpec) -> Tensor
     shape, order, dtype = spec.shape, spec.order, kept.dtype
     assert dtype is not None
     if kept.codec == "keep":
-        return parts[0] if parts[0].dtype == dtype else parts[0].to(dtype)
+        if parts[0].dtype == dtype:
+            return parts[0]
+        with _marked(parts[0], AGAIN):
+            return parts[0].to(dtype)
     if kept.codec == DERIVED:
-        return unflatten(_derive(_recipe(kept), parts).to(dtype), shape, order)
+        with _marked(parts[0], AGAIN):
+            return unflatten(_derive(_recipe(kept), parts).to(dtype), shape, order)
     numel = 1
     for size in shape:
         numel = numel * size

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from dropit_fx.codecs import CODEC
+from dropit_fx.codecs.mink import format_of
+from dropit_fx.kernels.coder import may_hold_nan
 from dropit_fx.kernels.dtypes import FLOATS
 from dropit_fx.kernels.format import index_bits
 from dropit_fx.private import storage_id, version
@@ -62,8 +64,11 @@ class Copy:
 
     @property
     def is_finite(self) -> bool:
-        """Whether no scale is NaN, as those of blocks with NaN or infinity are."""
-        return not self.is_rounded or not self.parts[1].sum(dtype=torch.float32).isnan().item()
+        """Whether no block's scale says that it may hold NaN or infinity."""
+        if not self.is_rounded:
+            return True
+        form = format_of(dict(self.options))
+        return not may_hold_nan(self.parts[1].view(-1, form.columns), form).any().item()
 
     @property
     def spelled(self) -> str:

@@ -116,7 +116,6 @@ def test_attention_runs_once_in_a_backward_whoever_reads_its_result(fresh: None)
     """PyTorch takes it to draw random numbers, and leaves calls that are alike apart."""
     model = timm.create_model("deit_tiny_patch16_224", depth=2, img_size=64).bfloat16()
     x, read, calls = torch.randn(2, 3, 64, 64).bfloat16(), [], []
-    made = transform(model, example_args=(x,))
 
     def counted(graph: Any, inputs: Any) -> Any:
         names = [str(n.target) for n in graph.graph.nodes if n.op == "call_function"]
@@ -127,15 +126,22 @@ def test_attention_runs_once_in_a_backward_whoever_reads_its_result(fresh: None)
     guarded = aot_autograd(
         fw_compiler=counted, bw_compiler=counted, partition_fn=KeepPacked(note=read.append)
     )
-    compiled = torch.compile(made, backend=guarded, fullgraph=True)
-    compiled(x).sum().backward()
+
+    def rewritten(gm: Any, inputs: Any) -> Any:
+        backend.rewrite_dynamo_graph(gm, inputs, backend.make_config())
+        return guarded(gm, inputs)
+
+    torch.compile(model, backend=rewritten, fullgraph=True)(x).sum().backward()
     assert calls == [[False, False], [False, True, False, True]]
-    assert read[0].saved_bytes == report(made).kept_bytes
-    gradients = [p.grad.clone() for p in made.parameters()]
-    made.zero_grad()
-    made(x).sum().backward()
-    for eager, ours in zip(made.parameters(), gradients, strict=True):
-        torch.testing.assert_close(ours, eager.grad, rtol=0.05, atol=0.05)
+    said = backend.compiled_graphs()[-1].report
+    assert read[0].saved_bytes == said.kept_bytes
+    assert "drop+derived" in {r.codec for r in said.rows if "attention" in r.op}
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(x).sum().backward()
+    exact = torch.cat([p.grad.flatten() for p in model.parameters()])
+    error = torch.cat([g.flatten() for g in gradients]) - exact
+    assert error.float().norm() < 0.1 * exact.float().norm()
 
 
 # --- beside other features
