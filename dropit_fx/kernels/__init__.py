@@ -7,6 +7,7 @@ May be imported from here: what this file names, ``format`` (sizes of codes), ``
 """
 
 from dropit_fx.kernels import ops as ops
+from dropit_fx.kernels.coder import may_hold_nan
 from dropit_fx.kernels.format import AFFINE, FULL, SPACINGS, SYMMETRIC, UNIFORM, Format
 
-__all__ = ["AFFINE", "FULL", "SPACINGS", "SYMMETRIC", "UNIFORM", "Format"]
+__all__ = ["AFFINE", "FULL", "SPACINGS", "SYMMETRIC", "UNIFORM", "Format", "may_hold_nan"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dropit_fx.codecs import CODEC
 from dropit_fx.codecs.mink import format_of
-from dropit_fx.kernels.coder import may_hold_nan
+from dropit_fx.kernels import may_hold_nan
 from dropit_fx.kernels.dtypes import FLOATS
 from dropit_fx.kernels.format import index_bits
 from dropit_fx.private import storage_id, version
