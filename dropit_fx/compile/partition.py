@@ -47,13 +47,14 @@ from dropit_fx.private import (
     min_cut_rematerialization_partition,
     must_recompute,
     schema,
+    to_copy,
 )
 from dropit_fx.private_inductor import at_memory_budget, memory_budget
 from dropit_fx.runtime.regions import STANDS_FOR, bodies_of
 
 log = logging.getLogger(__name__)
 
-CASTS = (torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.default)
+CASTS = (to_copy.default, torch.ops.prims.convert_element_type.default)
 TRIES = 3  # cuts at a memory budget
 LEAST = 1e-9  # of a budget: at 0 functorch saves the model's inputs, whatever must be saved
 SLACK = 1.05  # a budget is met within 5 %, as functorch meets its own
