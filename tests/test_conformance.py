@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import conformance
 import pytest
 import survey
 from survey import Result
-
-from dropit_fx.ops import table as op_table
+from wrong_rows import turn_gradients
 
 # a row, one of half precision, complex results without one, a module with buffers
 ITEMS = (
@@ -48,16 +45,7 @@ def test_small_and_enlarged_samples_stand_as_inputs_and_behind_others() -> None:
 
 
 def test_a_wrong_formula_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = op_table.RULES["gelu"]
-    right = row.backward
-    assert right is not None
-
-    def wrong(grad: Any, saved: Any, call: Any) -> Any:
-        return {k: g if g is None else -g for k, g in right(grad, saved, call).items()}
-
-    for target in row.targets:
-        monkeypatch.setitem(op_table._BY_TARGET, target, replace(row, backward=wrong))
-    monkeypatch.setitem(op_table.RULES, "gelu", replace(row, backward=wrong))
+    turn_gradients(monkeypatch, "gelu")
     (result,) = conformance.check(ITEMS[0], thorough=False)
     assert (result.outcome, result.why.split(":")[1]) == ("failed", " gradient")
 

@@ -17,9 +17,9 @@ from fuzz_check import Verdict, check
 from fuzz_programs import HEADER, ROWS, Program, programs
 from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor
+from wrong_rows import replace_row, turn_gradients
 
 from dropit_fx.ops import table as op_table
-from dropit_fx.ops.rule import OpRule
 from dropit_fx.ops.table import OP_RULES
 
 SETTINGS: dict[str, Any] = {
@@ -91,26 +91,13 @@ def program(body: str, init: str = "self.fc = nn.Linear(8, 8)") -> Program:
     return Program("\n".join(lines), training=True)
 
 
-def replace_row(monkeypatch: pytest.MonkeyPatch, row: OpRule) -> None:
-    monkeypatch.setitem(op_table.RULES, row.name, row)
-    for target in row.targets:
-        monkeypatch.setitem(op_table._BY_TARGET, target, row)
-
-
 GELU = program("h = self.fc(x)\nreturn F.gelu(h) * 1.0")
 
 
 @pytest.mark.parametrize("way", ["transform", "dropit_eager"])
 def test_a_wrong_formula_is_seen(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not check(GELU, (way,), count_bytes=False).faults
-    row = op_table.RULES["gelu"]
-    right = row.backward
-    assert right is not None
-
-    def wrong(grad: Any, saved: Any, call: Any) -> Any:
-        return {k: g if g is None else -g for k, g in right(grad, saved, call).items()}
-
-    replace_row(monkeypatch, replace(row, backward=wrong))
+    turn_gradients(monkeypatch, "gelu")
     faults = check(GELU, (way,), count_bytes=False).faults
     assert {fault.kind for fault in faults} == {"gradient"}
     assert {fault.config for fault in faults} == {"formulas", "exact", "balanced"}
@@ -137,13 +124,7 @@ def test_what_dropping_takes_of_nearly_equal_values_is_told_apart(
     configs = {"transform": ("balanced",)}
     verdict = check(NEARLY_EQUAL, ("transform",), configs, count_bytes=False)
     assert verdict.rounded == [("transform", "balanced", "dropped")]
-    row = op_table.RULES["linear"]
-
-    def wrong(grad: Any, saved: Any, call: Any) -> Any:
-        assert row.backward is not None
-        return {k: g if g is None else -g for k, g in row.backward(grad, saved, call).items()}
-
-    replace_row(monkeypatch, replace(row, backward=wrong))
+    turn_gradients(monkeypatch, "linear")
     (fault,) = check(NEARLY_EQUAL, ("transform",), configs, count_bytes=False).faults
     assert fault.kind == "gradient"
 

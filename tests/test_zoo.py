@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import pytest
 import survey
 import torch
@@ -12,8 +9,7 @@ import zoo
 import zoo_models
 from survey import Result
 from torch import Tensor, nn
-
-from dropit_fx.ops import table as op_table
+from wrong_rows import turn_gradients
 
 # convolutions that recompute their weights, lookups and sums at edges, a derivative in the forward
 MODELS = ("computed_weights", "message_passing", "physics_informed")
@@ -56,16 +52,7 @@ class Counting(nn.Module):
 def test_what_came_of_a_model_has_its_word(
     made: type[nn.Module], outcome: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    row = op_table.RULES["gelu"]
-    right = row.backward
-    assert right is not None
-
-    def wrong(grad: Any, saved: Any, call: Any) -> Any:
-        return {k: g if g is None else -g for k, g in right(grad, saved, call).items()}
-
-    for target in row.targets:
-        monkeypatch.setitem(op_table._BY_TARGET, target, replace(row, backward=wrong))
-    monkeypatch.setitem(op_table.RULES, "gelu", replace(row, backward=wrong))
+    turn_gradients(monkeypatch, "gelu")
 
     def builder() -> zoo_models.Made:
         layers = nn.Linear(8, 256), made(), nn.Linear(256, 8)

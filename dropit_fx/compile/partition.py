@@ -258,7 +258,7 @@ def _make_again(joint: fx.GraphModule) -> None:
         if node.op != "call_function" or _draws(joint, node):
             continue
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: same.get(n, n))
-        alike = first.setdefault((node.target, str(args), str(kwargs)), node)
+        alike = _first_alike(first, node, args, kwargs)
         if alike is node or alike.meta.get(PLACE) in BACKWARD:
             continue
         of_such = node.meta.get(PLACE) in BACKWARD and not same.keys().isdisjoint(node.args)
@@ -269,6 +269,11 @@ def _make_again(joint: fx.GraphModule) -> None:
             alike.meta[POLICY] = CheckpointPolicy.MUST_RECOMPUTE
 
 
+def _first_alike(first: dict[Any, fx.Node], node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
+    """The first node that calls the same with these arguments; ``first`` has those seen so far."""
+    return first.setdefault((node.target, str(args), str(kwargs)), node)
+
+
 def _attend_once(backward: fx.GraphModule) -> None:
     """Makes calls that are alike one, of ops that PyTorch takes to draw: attention without dropout.
 
@@ -277,7 +282,7 @@ def _attend_once(backward: fx.GraphModule) -> None:
     first: dict[Any, fx.Node] = {}
     for node in list(backward.graph.nodes):
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            alike = first.setdefault((node.target, str(node.args), str(node.kwargs)), node)
+            alike = _first_alike(first, node, node.args, node.kwargs)
             if alike is not node and not _draws(backward, node):
                 node.replace_all_uses_with(alike)
                 backward.graph.erase_node(node)
