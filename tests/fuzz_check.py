@@ -705,14 +705,14 @@ class Pieces:
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         made: dict[str, Any] = {}
         for name in self.configs:
-            before = len(backend._compiled)
+            before = len(backend.compiled_graphs())
             try:
                 options = {"config": CONFIGS[name]}
                 made[name] = backend.dropit_eager(_copied(gm), example_inputs, options=options)
             except Exception as error:
                 made[name] = error
-            self.reports[name] += backend._compiled[before:]
-            del backend._compiled[before:]
+            self.reports[name] += backend.compiled_graphs()[before:]
+            backend.forget_compiled_graphs(before)
 
         def run(*args: Any) -> Any:
             chosen = made[self.chosen]

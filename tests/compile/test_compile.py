@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from dropit_fx import load_config, report, transform
 from dropit_fx.compile import backend
 from dropit_fx.compile.partition import SLACK, KeepPacked, Partition
+from dropit_fx.config import make_config
 from dropit_fx.measure import saved_bytes
 
 LOSSLESS = {"config": {"preset": "dropit", "force": True}, "gamma": 0.0}
@@ -128,7 +129,7 @@ def test_attention_runs_once_in_a_backward_whoever_reads_its_result(fresh: None)
     )
 
     def rewritten(gm: Any, inputs: Any) -> Any:
-        backend.rewrite_dynamo_graph(gm, inputs, backend.make_config())
+        backend.rewrite_dynamo_graph(gm, inputs, make_config())
         return guarded(gm, inputs)
 
     torch.compile(model, backend=rewritten, fullgraph=True)(x).sum().backward()

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from dropit_fx.codecs import CODECS
 from dropit_fx.compile import backend
 from dropit_fx.compile.fuse import FORMS, FusePacking
+from dropit_fx.compile.inner import INNER, aot
 from dropit_fx.compile.partition import KeepPacked
 from dropit_fx.private import CustomGraphPass, make_boxed_func
 from dropit_fx.runtime.regions import overload_name
@@ -74,13 +75,13 @@ def unfused(job: Any) -> Callable[..., Any]:
         boxed: Callable[..., Any] = make_boxed_func(graph.forward)
         return boxed
 
-    return backend._aot(True, run)(job)
+    return aot(True, run)(job)
 
 
 @pytest.fixture
 def no_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is generated, which would take minutes."""
-    monkeypatch.setitem(backend._INNER, "inductor", unfused)
+    monkeypatch.setitem(INNER, "inductor", unfused)
 
 
 def step(

@@ -16,8 +16,8 @@ from cuda_code import code_of, compiled, launches, sources
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dropit_fx.compile import backend
 from dropit_fx.compile.fuse import FusePacking
+from dropit_fx.compile.inner import INNER, aot
 from dropit_fx.kernels import AFFINE, FULL, SPACINGS, SYMMETRIC, UNIFORM
 from dropit_fx.private import (
     FakeTensorMode,
@@ -85,7 +85,7 @@ def graphs(name: str) -> list[fx.GraphModule]:
     model = nn.Sequential(*(block() for _ in range(depth))).to(torch.bfloat16)
     x = torch.randn(4, TOKENS, WIDTH, dtype=torch.bfloat16)
     with (
-        mock.patch.dict(backend._INNER, {"inductor": backend._aot(True, note)}),
+        mock.patch.dict(INNER, {"inductor": aot(True, note)}),
         sdpa_kernel(SDPBackend.MATH),
     ):
         torch._dynamo.reset()

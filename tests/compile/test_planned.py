@@ -11,6 +11,7 @@ from torch.fx import symbolic_trace
 
 from dropit_fx import ConfigError, measure
 from dropit_fx.compile import backend, planned
+from dropit_fx.compile.inner import INNER
 from dropit_fx.planner import PlannedConfig
 from dropit_fx.planner.step import Step
 from dropit_fx.private import FakeTensorMode
@@ -147,8 +148,7 @@ def test_a_fused_step_is_planned_for_less_until_it_keeps_the_peak(
     """What runs takes an eighth more than is told, as where a compiler orders ops anew."""
     peak = measure.peak_memory
     monkeypatch.setattr(planned, "peak_memory", lambda run: peak(run) * 9 // 8)
-    monkeypatch.setattr(backend, "_inductor", backend._INNER["aot_eager"])
-    monkeypatch.setitem(backend._INNER, "inductor", backend._inductor)
+    monkeypatch.setitem(INNER, "inductor", INNER["aot_eager"])
     step = Step(Net(), (torch.randn(1024, 32),))
     real = measured(step, compiled(step.model, "85%", "inductor"))
     assert last_plan().predicted <= last_plan().asked

@@ -210,12 +210,12 @@ def test_an_empty_variable_is_not_set_and_a_misspelt_one_is_a_warning(monkeypatc
 
 _CACHED = """
 import sys, torch, dropit_fx
-from dropit_fx import backend
+from dropit_fx.compile import inner
 from torch._dynamo.utils import counters
-version = backend.CACHE_VERSION
+version = inner.CACHE_VERSION
 for asked in sys.argv[1:]:
     gamma, formula = asked.split(":")
-    backend.CACHE_VERSION = version if formula == "same" else "another formula"
+    inner.CACHE_VERSION = version if formula == "same" else "another formula"
     torch._dynamo.reset()
     counters.clear()
     torch.manual_seed(0)

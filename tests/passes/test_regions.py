@@ -27,6 +27,7 @@ from dropit_fx.capture.regions import marking
 from dropit_fx.codecs import CODEC
 from dropit_fx.codecs.codec import Codec
 from dropit_fx.compile import backend
+from dropit_fx.config import make_config
 from dropit_fx.measure import peak_memory, saved_bytes
 from dropit_fx.ops import table as op_table
 from dropit_fx.ops.rule import Use
@@ -286,7 +287,7 @@ def test_the_graph_shows_what_happens() -> None:
     graphs: list[Any] = []
 
     def look(gm: Any, inputs: list[Any]) -> Any:
-        backend.rewrite_dynamo_graph(gm, inputs, backend.make_config({"rules": [ROUGH]}))
+        backend.rewrite_dynamo_graph(gm, inputs, make_config({"rules": [ROUGH]}))
         graphs.append(gm)
         return gm.forward
 
@@ -311,7 +312,7 @@ def test_a_region_of_two_calls_keeps_its_inputs() -> None:
         calls = [n for n in gm.graph.nodes if n.target in op_table.CHECKPOINT.targets]
         calls[1].args[0].target = calls[0].args[0].target
         gm.recompile()
-        record = backend.rewrite_dynamo_graph(gm, inputs, backend.make_config({"rules": [ROUGH]}))
+        record = backend.rewrite_dynamo_graph(gm, inputs, make_config({"rules": [ROUGH]}))
         assert record is not None
         reasons.extend(r.reason for r in record.report.rows if r.op == "checkpoint")
         return gm.forward
