@@ -304,6 +304,7 @@ SAME: dict[str, Rows] = {
     "distances": lambda region, x, s: (torch.arange(8)[:, None] - torch.arange(8)).abs().flatten(),
     "mask": lambda region, x, s: (region.order < 32).nonzero().flatten().repeat(2),
     "number": lambda region, x, s: torch.arange(ROWS).roll(int(region.order[3])),
+    "tensor": lambda region, x, s: (torch.arange(len(x)) + torch.tensor(len(x) // 2)) % len(x),
     "parameter": lambda region, x, s: region.experts[0, 0].detach().argsort(),
     "shape": lambda region, x, s: (
         torch.full_like(s[:, 0], 3).new_ones(ROWS).cumsum(0).long() % ROWS

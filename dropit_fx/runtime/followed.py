@@ -28,8 +28,6 @@ _MASKS = torch.bool, torch.uint8
 # What reads memory without an op
 _READS = Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr
 _SHOWN = torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape
-# Memory that something unseen may fill, and data of Python's
-_UNSEEN = "empty", "lift_fresh"
 
 
 class Followed(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -77,14 +75,14 @@ class Followed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         read, seen = tensors_in((args, kwargs)), isinstance(func, OpOverload)
         same = seen and not self._strayed
-        same = same and (schema(func).name in _LIKE or all(map(self.same, read)))
+        same = same and (_is_made_of_python(func, args) or all(map(self.same, read)))
         if seen and not same and self._shows(func, args):
             self.stray()
         result = func(*args, **kwargs)
         if not same:
             for x in written_by(func, args, kwargs) if seen else read:
                 self._note(x, same=False)
-        made = same and not any(word in schema(func).name for word in _UNSEEN)
+        made = same and "empty" not in schema(func).name  # something unseen may fill it
         for x in tensors_in(result):
             self._note(x, made)
         return result
@@ -98,11 +96,17 @@ class Followed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return op.namespace != "aten" or any(tag in op.tags for tag in _SHOWN)
 
 
-class Shown(TorchFunctionMode):  # type: ignore[no-untyped-call]
+def _is_made_of_python(op: OpOverload, args: Any) -> bool:
+    """Whether Python alone says what values there are: numbers, which an op would have shown."""
+    number = schema(op).name == "aten::lift_fresh" and not args[0].dim()
+    return number or schema(op).name in _LIKE
+
+
+class Shown(TorchFunctionMode):
     """Notices values that Python reads without an op. Dynamo would trace this mode."""
 
     def __init__(self, followed: Followed) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._followed = followed
 
     def __torch_function__(
