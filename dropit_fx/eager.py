@@ -164,17 +164,20 @@ def pack_checkpoints(
     is packed, and what is not, is as in :class:`pack_saved`; what a region finds without being
     given it (in a closure, in keyword arguments) is held as it is.
 
-    A region that saves indices which it makes itself, as routers of experts do, might choose others
-    when it is made again from rounded inputs. These are kept exactly, and a warning names the first
-    such region. What a region decides by comparing, without an index, is decided again: masks where
-    rounded values lie beyond a threshold differ, as those of ``relu`` do.
+    A region that saves indices which depend on its input, as routers of experts do, might choose
+    others when it is made again from rounded inputs. These are kept exactly, and a warning names
+    the first such region. Which indices depend on it is told op by op while a region runs: those
+    of positions, masks and token ids do not. Where the region saves others than it did, because it
+    goes by values that no op showed (``tolist``), the backward is an error. What a region decides
+    by comparing, without an index, is decided again: masks where rounded values lie beyond a
+    threshold differ, as those of ``relu`` do.
 
     Args:
         model: Any module; checkpoints count that run in a call of it.
         bits: Of a kept value, 1 to 8.
-        trust_indices: Packs inputs of regions that save indices too: no index depends on what is
-            packed (relative positions, masks), or the region saves what it chooses by (the router's
-            logits, with ``create_selective_checkpoint_contexts``).
+        trust_indices: Packs inputs of regions whose indices may depend on them too, and follows no
+            region op by op: the region saves what it chooses by (the router's logits, with
+            ``create_selective_checkpoint_contexts``).
 
     Returns:
         What undoes it, and reports. A second call, of a copy too, takes the place of the first.

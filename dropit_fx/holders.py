@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from dropit_fx.private import (
+    OpOverload,
     closed_over,
     pytree,
     raw_saved,
+    schema,
     sequence_number,
     sparse_parts,
     storage_id,
@@ -141,4 +143,13 @@ def tensors_in(value: Any) -> list[Tensor]:
             found += tensors_in(leaf.tensors)
         elif isinstance(leaf, Tensor):
             found.append(leaf)
+    return found
+
+
+def written_by(op: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors among its arguments that a call of an op writes into, by the op's schema."""
+    found: list[Tensor] = []
+    for i, argument in enumerate(schema(op).arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found += tensors_in(args[i] if i < len(args) else kwargs.get(argument.name))
     return found

@@ -37,6 +37,13 @@ def of_a_region(hooks: Hooks | None) -> bool:
     return bool(module == "torch.utils.checkpoint")
 
 
+def region_at_work(hooks: Hooks | None) -> Any:
+    """The region whose forward these hooks are of; None where it is made again, or none runs."""
+    cells = getattr(hooks[0], "__closure__", None) if hooks and of_a_region(hooks) else None
+    held = (cell.cell_contents for cell in cells or ())
+    return next((one for one in held if isinstance(one, region_class())), None)
+
+
 def in_backward() -> bool:
     """Whether this thread is in a backward."""
     name = "torch._C._current_graph_task_id"
@@ -101,24 +108,54 @@ def function_of_region(region: Any) -> Any:
 
 
 def watch_region(
-    region: Any, saved: Callable[[Tensor], None], failed: Callable[[Exception], NoReturn]
+    region: Any, saved: Callable[[Tensor, bool], object], failed: Callable[[Exception], NoReturn]
 ) -> None:
-    """Has one of that class tell each tensor that it would save, while it runs forward.
+    """Has one of that class tell each tensor that it would save.
 
     Args:
         region: One whose forward has not run yet.
-        saved: Called with the tensor.
+        saved: Called with the tensor, and whether the region is made again; what it returns then
+            has to equal what it returned first.
         failed: Called with the error where the region is made again otherwise than it ran.
     """
     metadata, watched = region.metadata_fn, weakref.ref(region)  # it is freed with its graph
 
     def telling(x: Tensor) -> Any:
-        if (one := watched()) is not None and not one.forward_completed:
-            saved(x)
-        return metadata(x)
+        one = watched()
+        return metadata(x), saved(x, one is None or one.forward_completed)
 
     region.metadata_fn = telling
     region.unpack_error_cb = region.unpack_error_cb or failed
+
+
+_AROUND = "dropit_around"  # an attribute, of a region and of its hooks
+
+
+def run_region_in(region: Any, block: AbstractContextManager[object]) -> None:
+    """Has one of that class, whose forward has not run yet, run forward in a block."""
+    setattr(region, _AROUND, block)
+
+
+@functools.cache
+def _run_regions_in_their_blocks() -> None:
+    """The hooks in which a region runs enter its block, and leave it; once."""
+    hooks = look_up("torch.utils.checkpoint._checkpoint_hook")
+    begin, enter, leave = hooks.__init__, hooks.__enter__, hooks.__exit__
+
+    def beginning(self: Any, region: Any) -> None:
+        around = vars(region).pop(_AROUND, nullcontext())  # it is freed with the forward
+        begin(self, region)
+        setattr(self, _AROUND, around)
+
+    def entering(self: Any) -> Any:
+        getattr(self, _AROUND).__enter__()
+        return enter(self)
+
+    def leaving(self: Any, *error: Any) -> None:
+        leave(self, *error)
+        vars(self).pop(_AROUND).__exit__(*error)
+
+    hooks.__init__, hooks.__enter__, hooks.__exit__ = beginning, entering, leaving
 
 
 _INPUTS = "torch.utils.checkpoint._CheckpointFrame.save_inputs"
@@ -156,6 +193,7 @@ def save_checkpoints_in(
                 return super(saver, cls).apply(*args)
 
         saver.apply = classmethod(saver_applying)
+    _run_regions_in_their_blocks()
     reentrant = look_up("torch.utils.checkpoint.CheckpointFunction")
 
     def applying(cls: Any, function: Any, *args: Any) -> Any:

@@ -239,6 +239,7 @@ TABLE: tuple[Name, ...] = (
         "torch.utils.checkpoint._CheckpointFrame",
         *(_HOOKS, "seeing what a region would save, and saying why it cannot be made again"),
     ),
+    Name("torch.utils.checkpoint._checkpoint_hook", _HOOKS, "following what a region computes"),
     # transforms of functions, and what Dynamo makes of ours
     Name(
         "torch._C._functorch.peek_interpreter_stack",

@@ -13,7 +13,7 @@ to choose to save memory on a GPU where attention has dropout: there `scaled_dot
 draws it inside, so that what it saves is kept dense. On CPU both are packed.
 
 With --lora the encoder is frozen, and low-rank factors beside its linear layers are trained, and
-the linear layer behind it:
+the linear layer behind it; then how far the gradients of either factor are from dense's is told:
 
     python examples/bert.py --lora --presets adapters --seeds 5
 
@@ -150,7 +150,16 @@ def with_adapters() -> Any:
 LORA = replace(
     BERT,
     name="bert_lora",
-    tasks={"bert_lora": Task(build=with_adapters, data=load, batch=32, lr=3e-3, epochs=3)},
+    tasks={
+        "bert_lora": Task(
+            build=with_adapters,
+            data=load,
+            batch=32,
+            lr=3e-3,
+            epochs=3,
+            parts=("lora_A", "lora_B"),
+        )
+    },
     packages=(*BERT.packages, "peft"),
 )
 

@@ -40,6 +40,7 @@ from dropit_fx.config import presets
 
 DENSE = "dense"
 POINTS = 40  # of a loss curve, each the mean of equally many steps, or nearly so
+BATCHES = 8  # whose gradients are compared
 COSTS = ("saved_bytes", "peak_memory", "time")
 MIB = 2**20
 
@@ -61,6 +62,7 @@ class Task:
     batch: int
     lr: float  # the greatest of a one-cycle schedule
     epochs: int
+    parts: tuple[str, ...] = ()  # of parameters' names: gradients that are compared with dense's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,20 +188,21 @@ def settings(example: Example, options: argparse.Namespace) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Made:
     module: nn.Module  # holds the weights
+    dense: nn.Module  # has them too, and is as it was built
     run: Callable[[Tensor], Tensor]  # is called to train it
 
 
 def make(task: Task, variant: str, compiled: bool, seed: int) -> Made:
     """A model, dense or packed by the preset or the file that `variant` names."""
     torch.manual_seed(seed)
-    module = task.build().train()
+    module = dense = task.build().train()
     if compiled:
         plug_in = {} if variant == DENSE else {"backend": "dropit", "options": packing(variant)}
-        return Made(module, torch.compile(module, **plug_in))
+        return Made(module, dense, torch.compile(module, **plug_in))
     if variant != DENSE:
         example = task.data().train_x[: task.batch]
         module = dropit_fx.transform(module, **packing(variant), example_args=(example,))
-    return Made(module, module)
+    return Made(module, dense, module)
 
 
 def examine(
@@ -222,6 +225,8 @@ def examine(
                     train(last[variant], data, task, epochs, seed, partial(progress.advance, line))
                 )
             found[variant] = {"runs": runs, **memory(last[variant], data, task)}
+            if task.parts and variant != DENSE:
+                found[variant]["gradient_error"] = gradient_errors(last[variant], data, task)
         times = time_steps(last, data, task, options.rounds, f"{name}, {way}, time", progress)
         for variant, seconds in times.items():
             found[variant]["time"] = seconds
@@ -283,6 +288,30 @@ def memory(made: Made, data: Data, task: Task) -> dict[str, int]:
         "saved_bytes": measure.saved_bytes(made.run, x),
         "peak_memory": measure.peak_memory(lambda: F.cross_entropy(made.run(x), y)),
     }
+
+
+def gradient_errors(made: Made, data: Data, task: Task) -> dict[str, float]:
+    """How far the gradients of each part are from dense's, as a share of these.
+
+    Over a few batches, with the weights that training ended with and the same dropout.
+    """
+    off, size = (dict.fromkeys(task.parts, 0.0) for _ in range(2))
+    batches = zip(data.train_x.split(task.batch), data.train_y.split(task.batch), strict=True)
+    for seed, (x, y) in zip(range(BATCHES), batches, strict=False):
+        grads = []
+        for run in (made.dense.train(), made.run):
+            made.module.train().zero_grad(set_to_none=True)
+            torch.manual_seed(seed)
+            F.cross_entropy(run(x), y).backward()
+            grads.append({n: p.grad for n, p in made.dense.named_parameters() if p.requires_grad})
+        for part in task.parts:
+            for name in (n for n in grads[0] if part in n):
+                exact, found = grads[0][name], grads[1][name]
+                assert exact is not None
+                assert found is not None
+                off[part] += (found - exact).square().sum().item()
+                size[part] += exact.square().sum().item()
+    return {part: (off[part] / size[part]) ** 0.5 for part in task.parts}
 
 
 def time_steps(
@@ -404,6 +433,7 @@ def note(results: dict[str, Any]) -> str:
         f"Batch {batches}, {threads}. Test accuracy: mean ± standard deviation over"
         f" {seeds}{compiled}. Loss: of the last training steps. Peak of memory: of forward and"
         f" backward. Shares and step times: of dense, run the same way.{verdict(results)}"
+        f"{errors(results)}"
     )
 
 
@@ -420,3 +450,15 @@ def verdict(results: dict[str, Any]) -> str:
     return (
         f" Mean accuracy below that of dense by more than a standard deviation of dense: {found}."
     )
+
+
+def errors(results: dict[str, Any]) -> str:
+    """How far from dense's the gradients of parts are, where a task names some."""
+    said = [
+        f" Gradients of {part}, {variant}: {error:.1%} from dense's."
+        for ways in results["models"].values()
+        for found in ways.values()
+        for variant, got in found.items()
+        for part, error in got.get("gradient_error", {}).items()
+    ]
+    return "".join(said)

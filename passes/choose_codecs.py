@@ -166,6 +166,8 @@ def _choose(read: SavedRead, config: Config, said: str) -> Decision:
     if rule is None:
         return kept("no rule of the config names it")
     if rule.codec == "keep":
+        if rule.derive and rule.preset:
+            return kept("nothing that stays gives its bits again")
         return kept(f"the config says so: {rule}")
     if read.read.use is Use.SHAPE:
         return Decision(read=read, codec="drop")

@@ -24,9 +24,15 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from dropit_fx.codecs import CODEC, DERIVED
+from dropit_fx.ops.rule import Use
 from dropit_fx.ops.table import CHECKPOINT
 from dropit_fx.passes.plan import Copy, Decision, Elements, Keeper, Plan, Site
-from dropit_fx.passes.share_packed import by_site, packed_bytes, swapped_nodes
+from dropit_fx.passes.share_packed import (
+    by_site,
+    leave_what_does_not_pay,
+    packed_bytes,
+    swapped_nodes,
+)
 
 FAITHFUL_BITS = 4  # the fewest that the codecs call faithful
 _LIFTED = "from the {} bits asked for, nothing could be made again: all would take more bytes"
@@ -46,6 +52,7 @@ def derive_values(plan: Plan) -> Plan:
     """
     if not plan.config.derive:
         return plan
+    plan = _repeat_kept(plan)
     asked = _derive(plan)
     lifted = tuple(map(_finer, plan.decisions))
     if plan.config.force or lifted == plan.decisions:
@@ -59,6 +66,51 @@ def derive_values(plan: Plan) -> Plan:
     finer = replace(finer, decisions=tuple(back))
     fewer = packed_bytes(finer.decisions) < packed_bytes(asked.decisions)
     return finer if fewer else _saying_what_is_lost(asked, finer)
+
+
+def _repeat_kept(plan: Plan) -> Plan:
+    """Without what a rule keeps but lets be made again, where that gives the very bits.
+
+    It is made of what stays anyway and of masks, on a CPU: on GPUs kernels may round otherwise.
+    """
+    if plan.device != "cpu":
+        return plan
+    bases = bases_of(plan)
+    decisions: list[Decision] = []
+    for site, mine in by_site(plan.sites, plan.decisions):
+        makers = [_repeated(d, plan, bases) for d in mine]
+        if site.kept_by or not all(makers):
+            decisions += mine
+            continue
+        bases.whole -= {d.read.identity for d in mine if d.read.identity is not None}
+        decisions += [
+            Decision(read=d.read, codec=DERIVED, copy=Copy(maker), derived=maker)
+            for d, maker in zip(mine, makers, strict=True)
+        ]
+    if decisions == [*plan.decisions]:
+        return plan
+    return replace(plan, decisions=leave_what_does_not_pay(plan, decisions))
+
+
+def _repeated(decision: Decision, plan: Plan, bases: Bases) -> str:
+    """The node whose result a read is, if that can be repeated of what is there, else ``""``."""
+    read = decision.read
+    if decision.packed or read.read is None or read.identity is None:
+        return ""
+    rule = plan.config.rule_for(read.module, read.op, read.read)
+    maker = plan.values.makers.get(read.identity, "")
+    if rule is None or rule.codec != "keep" or not rule.derive:
+        return ""
+    call = plan.calls.get(maker)
+    if (
+        not read.wanted
+        or read.read.use is not Use.CONTRACT
+        or call is None
+        or not call.rule.repeats
+        or call.operands.get("inplace")
+    ):
+        return ""
+    return maker if recipe(maker, plan, bases) == {} else ""
 
 
 def _saying_what_is_lost(asked: Plan, finer: Plan) -> Plan:

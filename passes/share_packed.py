@@ -49,7 +49,7 @@ def share_packed(plan: Plan) -> Plan:
                     copy=Copy(str(group[0].read.source), number),
                 )
             number += 1
-    return replace(plan, decisions=_leave_what_does_not_pay(plan, shared))
+    return replace(plan, decisions=leave_what_does_not_pay(plan, shared))
 
 
 def _of_one_form(group: list[Decision], indices: list[int]) -> list[list[int]]:
@@ -93,7 +93,7 @@ def _most_accurate(group: list[Decision]) -> Decision:
     return max(able, key=lambda d: d.nbytes) if able else group[0]
 
 
-def _leave_what_does_not_pay(plan: Plan, shared: list[Decision]) -> tuple[Decision, ...]:
+def leave_what_does_not_pay(plan: Plan, shared: list[Decision]) -> tuple[Decision, ...]:
     """Without packed calls that do not pay; then says what the others keep."""
     decisions = _never_larger(plan, shared)
     while reasons := _dense_nodes(plan, decisions):

@@ -690,16 +690,47 @@ def _a_region_tells_what_it_would_save_and_why_it_fails() -> None:
         function = private_hooks.function_of_region(one)
         assert function.func is region
         assert {"again": 3} in (function.keywords, *args)
-        private_hooks.watch_region(one, lambda x: saved.append(len(x)), fail)
+        private_hooks.watch_region(one, telling, fail)
         yield lambda function: function
 
+    def telling(x: torch.Tensor, again: bool) -> None:
+        saved.append((len(x), again))
+
     runs: list[int] = []
-    saved: list[int] = []
+    saved: list[tuple[int, bool]] = []
     with blocks_around_checkpoints(block):
         y = checkpoint(region, torch.ones(2, requires_grad=True), again=3, use_reentrant=False)
         with pytest.raises(Failed):
             y.sum().backward()
-    assert saved == [2, 2]
+    assert saved[:2] == [(2, False), (2, False)]
+    assert set(saved[2:]) == {(1, True)}
+
+
+@of(f"{_REGIONS}._checkpoint_hook")
+def _a_region_runs_forward_in_its_block() -> None:
+    said: list[Any] = []
+
+    @contextmanager
+    def inside() -> Iterator[None]:
+        said.append("enter")
+        yield
+        said.append("leave")
+
+    @contextmanager
+    def block(region: Any, args: Any) -> Iterator[Callable[[Any], Any]]:
+        private_hooks.run_region_in(region, inside())
+        said.append(region)
+        yield lambda function: function
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        said.append(private_hooks.region_at_work(private_hooks.hooks_in_force()))
+        return x.exp()
+
+    with blocks_around_checkpoints(block):
+        x = torch.ones(2, requires_grad=True)
+        checkpoint(run, x, use_reentrant=False).sum().backward()
+    region = said[0]
+    assert said == [region, "enter", region, "leave", None], "made again, it is no forward"
 
 
 @of("torch.autograd.graph.Node._sequence_nr")

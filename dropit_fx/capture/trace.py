@@ -333,7 +333,7 @@ def _exported_program(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.export.ExportedProgram:
     """Exports with every size dynamic; where that fails or does not come back, with fewer."""
-    names = list(inspect.signature(model.forward).parameters)
+    signature = inspect.signature(model.forward)
     tried: list[str] = []
     failed: Exception | None = None
     usual = _SECONDS + _SECONDS_PER_MODULE * sum(1 for _ in model.modules())
@@ -344,7 +344,7 @@ def _exported_program(
             return dict.fromkeys(dims, torch.export.Dim.AUTO) or None
 
         shapes = pytree.tree_map(dynamic, (args, kwargs))
-        named = {**dict(zip(names, shapes[0], strict=False)), **shapes[1]}
+        named = signature.bind(*shapes[0], **shapes[1]).arguments
         seconds = _granted.get(model, usual) if count is None else 4 * usual
         if not seconds:  # it did not come back in the other mode
             tried.append(f"with {way} dynamic was given up in the other mode")

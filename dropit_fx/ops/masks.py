@@ -37,9 +37,9 @@ def drop(input: Tensor, p: float) -> tuple[Tensor, Tensor]:
 
 
 def dropped_again(input: Tensor, mask: Tensor, p: float) -> Tensor:
-    """What :func:`drop` gives for the mask that it drew; autograd goes through it."""
+    """What :func:`drop` gives for the mask that it drew, to the bit; autograd goes through it."""
     scale = _factor(input, p) if _by_factors(input) else 1 / (1 - p)
-    return input * (mask.to(input.dtype) * scale)
+    return (input * mask) * scale
 
 
 def _by_factors(x: Tensor) -> bool:
@@ -83,6 +83,7 @@ DROPOUT = OpRule(
     backward=_dropout_backward,
     derive=_dropout_again,
     derive_from=("mask",),
+    repeats=True,
     obstacle=lambda args: (
         "" if args["training"] and 0 < args["p"] < 1 else "this dropout draws no mask"
     ),

@@ -147,6 +147,7 @@ class OpRule:
             backward makes the result again anyway. A compiler then makes it once for all readers.
         derive_from: What the op makes itself without which ``derive`` cannot do (a mask). Its other
             parameters beside those of ``run`` are given where the call packs anything.
+        repeats: Whether ``derive`` gives the very bits of the result, on CPUs.
         obstacle: From the arguments of a call, and its ``result`` where the row reads nothing, to
             why the row does not cover it (dropout in eval mode), or ``""``.
         schema: The ATen op that takes what ``run`` takes, where that is a builtin, which does not
@@ -168,6 +169,7 @@ class OpRule:
     derive: Callable[..., Tensor] | None = None
     made_again: Callable[[Mapping[str, Any]], bool] | None = None
     derive_from: tuple[str, ...] = ()
+    repeats: bool = False
     obstacle: Callable[[Mapping[str, Any]], str] = lambda args: ""
     schema: OpOverload | None = None
     signature: inspect.Signature = field(init=False, repr=False)

@@ -26,6 +26,7 @@ from dropit_fx.private_hooks import (
     hooks_in_force,
     modules_at_work,
     of_a_region,
+    region_at_work,
     save_checkpoints_in,
 )
 from dropit_fx.runtime.decisions import Decisions
@@ -74,6 +75,9 @@ class CheckpointPacker:
         self.copies = threading.local()
         self.notes: Notes | None = None  # of the first forward
         self._noting = self._seen = self._warned = False
+        # by region, and by what a region is known by in the next step
+        self._watched = weakref.WeakKeyDictionary[Any, Decisions]()
+        self._follow = weakref.WeakKeyDictionary[Any, bool]()
         install()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -116,11 +120,12 @@ class CheckpointPacker:
         """Packs what is saved in a block, but for what the function that it wraps saves."""
         self._seen = True
         around = hooks_in_force()
-        if of_a_region(around):
-            outer = getattr(self.copies, "decisions", lambda: None)()
+        if of_a_region(around):  # whose inputs these depend on
+            outer = self._watched.get(region_at_work(around))
             if outer is not None and region is not None:
-                outer.watch(region, args)  # whose inputs these depend on
-            yield lambda function: function
+                self._watched[region] = outer
+                outer.watch(region)
+            yield lambda function: function if outer is None else outer.checked(function)
             return
         if not hasattr(self.copies, "shared"):
             self.copies.shared = Copies()
@@ -129,24 +134,23 @@ class CheckpointPacker:
         notes = self.notes if self._noting else None
         hooks = outside_of_ours(around)
         packing = Packing(self.options, self.copies.shared, hooks, notes, at_checkpoint=True)
-        decisions = Decisions(model, packing, self._trust_indices, self._has_warned)
+        trusted = self._trust_indices
+        decisions = Decisions(model, packing, trusted, self._has_warned, self._follow)
         if region is not None:
-            self.copies.decisions = weakref.ref(decisions)
-            decisions.watch(region, args)
+            self._watched[region] = decisions
+            decisions.begin(region, args)
 
         def wrapped(function: Any) -> Any:
-            @functools.wraps(function)
-            def run(*args: Any) -> Any:
+            run = decisions.checked(function)
+
+            def paused(*args: Any) -> Any:
                 packing.paused = True
                 try:
-                    output = function(*args)
+                    return run(*args)
                 finally:
                     packing.paused = False
-                if torch.is_grad_enabled():
-                    decisions.refuse(function, args, output)
-                return output
 
-            return run
+            return paused
 
         with saved_tensors_hooks(packing.pack, self.unpack):
             yield wrapped

@@ -542,3 +542,25 @@ def test_fake_inputs_of_one_mode_serve_one_capture_after_the_other() -> None:
     for _ in range(2):
         graph = capture(model, (x,), {})
         assert not is_one_mode(graph)
+
+
+def test_a_wrapper_that_hands_all_on_takes_other_sizes() -> None:
+    """As PEFT's models are: their forward has ``*args`` and ``**kwargs``."""
+
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Bilinear(8, 6, 4)
+
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            x, scale = [*args, *kwargs.values()]
+            out: Tensor = self.inner(x, x[:, :6]) * scale
+            return out
+
+    model, x, scale = Wrapper(), torch.randn(5, 8), torch.randn(5, 1)
+    for args, kwargs in (((x, scale), {}), ((x,), {"scale": scale})):
+        packed = transform(model, example_args=args, example_kwargs=kwargs)
+        for rows in (5, 3):
+            cut = {n: t[:rows] for n, t in kwargs.items()}
+            expected = model(*(t[:rows] for t in args), **cut)
+            assert torch.equal(packed(*(t[:rows] for t in args), **cut), expected)

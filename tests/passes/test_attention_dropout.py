@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import dropit_fx
 from dropit_fx import measure
+from dropit_fx.ops.masks import drop, dropped_again
 
 BATCH, TOKENS, WORDS = 2, 64, 100
 
@@ -160,8 +161,8 @@ def test_transform_draws_as_dense_and_says_what_is_measured(spelled: Any, preset
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     report = dropit_fx.report(ours)
     assert measure.saved_bytes(ours, x) == report.kept_bytes
-    # spelled out, lossless makes nothing again: of three copies of the weights, two stay
-    assert report.ratio < (0.15 if preset == "balanced" else 0.3 if spelled is fused else 0.8)
+    # spelled out, lossless keeps one copy of the weights: what dropout makes of them is repeated
+    assert report.ratio < (0.15 if preset == "balanced" else 0.3 if spelled is fused else 0.6)
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", "aot_eager_decomp_partition"])
@@ -192,6 +193,30 @@ def test_what_dropout_gave_is_made_again_of_its_mask() -> None:
     assert [(r.op, r.kept_bytes) for r in rows] == [("linear", 0)]
     expected, found = step(model, model, x)[3], step(ours, copied, x)[3]  # of the second weight
     assert 0 < (found - expected).norm() < 0.1 * expected.norm()  # another mask: about as large
+
+
+def test_lossless_repeats_what_dropout_gave_of_what_stays() -> None:
+    """The weights, which softmax keeps, and not what a layer gave, which nothing does."""
+    model, x = Attention(spelled_out).train(), torch.randn(4, 64, 32)
+    rows = dropit_fx.report(dropit_fx.transform(model, preset="lossless", example_args=(x,))).rows
+    repeated = [r for r in rows if r.codec == "derived"]
+    assert [(r.name, r.op, r.kept_bytes) for r in repeated] == [("dropout", "matmul", 0)]
+    assert repeated[0].dense_bytes == 4 * 4 * 64 * 64 * 4
+    config = {"preset": "lossless", "derive": False}
+    rows = dropit_fx.report(dropit_fx.transform(model, config, example_args=(x,))).rows
+    assert not [r for r in rows if r.codec == "derived"]
+    layers = nn.Linear(32, 32), nn.Dropout(0.1), nn.Linear(32, 32)
+    packed = dropit_fx.transform(nn.Sequential(*layers), preset="lossless", example_args=(x,))
+    assert not [r for r in dropit_fx.report(packed).rows if r.codec == "derived"]
+
+
+@pytest.mark.parametrize("p", [0.1, 0.15, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_dropout_is_repeated_to_the_bit(p: float, dtype: torch.dtype) -> None:
+    x = torch.randn(4096, generator=torch.Generator().manual_seed(2)).to(dtype)
+    torch.manual_seed(3)
+    given, mask = drop(x, p)
+    assert torch.equal(dropped_again(x, mask, p), given)
 
 
 class Attends(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dropit_fx.capture.provenance import is_users
+from dropit_fx.holders import written_by
 from dropit_fx.private import (
     FakeTensor,
     OpOverload,
@@ -85,7 +86,7 @@ class Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return func(*args, **kwargs)
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         key = self._key(func, args, kwargs)
-        written = _written(func, args, kwargs)
+        written = written_by(func, args, kwargs)
         constant = given and not any(isinstance(t, FakeTensor) for t in given)
         if constant and not written and torch.Tag.nondeterministic_seeded not in func.tags:
             with disable_current_modes():
@@ -201,15 +202,6 @@ def _draw() -> int:
         state = hash(torch.random.get_rng_state().numpy().tobytes())
         torch.rand(1)
     return state
-
-
-def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    for i, argument in enumerate(schema(func).arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[i] if i < len(args) else kwargs.get(argument.name)
-            found += [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
-    return found
 
 
 def _covers(tensor: Tensor) -> bool:
