@@ -151,9 +151,14 @@ class Pool:
         return room
 
     @property
+    def memory(self) -> list[Tensor]:
+        """Of each room."""
+        return [room.memory for rooms in self._rooms.values() for room in rooms]
+
+    @property
     def nbytes(self) -> int:
         """Of all rooms."""
-        return sum(n * len(rooms) for n, rooms in self._rooms.items())
+        return sum(memory.nbytes for memory in self.memory)
 
 
 @dataclass(eq=False)
@@ -270,6 +275,11 @@ class Lane:
 
 
 _lanes: dict[torch.device, Lane] = {}
+
+
+def host_memory() -> list[Tensor]:
+    """What the host has for packed bytes, of all devices: it is there from step to step."""
+    return [memory for lane in _lanes.values() for memory in lane.pool.memory]
 
 
 def offloaded(parts: tuple[Tensor, ...], layer: str) -> tuple[Tensor, ...]:
