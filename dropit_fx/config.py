@@ -231,7 +231,7 @@ def _rule(source: Any, where: str, preset: bool) -> Rule:
     if name == "keep" and "offload" in source:
         raise ConfigError(
             f"{where}: no key 'offload' for codec 'keep': as it is, a tensor stays on its device."
-            " Name a codec that packs it, or run the forward under torch.autograd.graph.save_on_cpu."
+            " Name a codec that packs it, or run under torch.autograd.graph.save_on_cpu."
         )
     keys = ("module", "op", "codec", *legal, "derive", "offload", "train")
     _known(source, keys, where, f" for codec {name!r}")

@@ -41,6 +41,7 @@ from dropit_fx.holders import (
     next_sequence_number,
     nodes_behind,
     plain_parts,
+    reused_memory,
     storages_alive,
     tensors_in,
 )
@@ -54,7 +55,6 @@ from dropit_fx.private import (
     unsafe_preserve_version_counter,
 )
 from dropit_fx.private_hooks import held_by_region, region_class
-from dropit_fx.runtime.offload import host_memory
 
 __all__ = ["SavedTensor", "peak_memory", "saved_bytes", "saved_tensors"]
 
@@ -144,7 +144,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._before = storages_alive()
-        for memory in host_memory():
+        for memory in (memory for told in reused_memory for memory in told()):
             self._before.pop(storage_id(memory), None)
         self._regions = alive(region_class())
 

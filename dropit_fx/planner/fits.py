@@ -127,9 +127,9 @@ def forecast(
     """Tells whether a training step fits into a memory, dense and packed, and which batch would.
 
     Nothing runs, and no GPU is needed: the step is told on fake tensors. It is that of the ops that
-    the model's own device has, but for ``offload``: what that sends to the host is told as on a GPU.
-    What ops take for themselves while they run is not in it, nor what a device's driver and
-    libraries and the gaps of its allocator take: leave room for these.
+    the model's own device has, but what ``offload`` sends to the host is told as on a GPU. What ops
+    take for themselves while they run is not in it, nor what a device's driver and libraries and
+    the gaps of its allocator take: leave room for these.
 
     Args:
         model: Any module that ``transform`` takes, in the mode in which it trains.

@@ -298,8 +298,15 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             ops=tuple(self._ops),
             phases=(0, backward, optimizer),
             lives=tuple(
-                Lifetime(born, count if freed is None else freed, *rest, tuple(self._reads[i]))
-                for i, (born, freed, *rest) in enumerate(self._lives)
+                Lifetime(
+                    born=born,
+                    freed=count if freed is None else freed,
+                    nbytes=nbytes,
+                    node=node,
+                    kind=kind,
+                    reads=tuple(self._reads[number]),
+                )
+                for number, (born, freed, nbytes, node, kind) in enumerate(self._lives)
             ),
             used=tuple(resident + used for used in self._used),
             packs=self.packs,

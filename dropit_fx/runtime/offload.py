@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dropit_fx.holders import reused_memory
 from dropit_fx.private import counts_storage_users, storage_users
 from dropit_fx.private_hooks import hooks_in_force
 
@@ -280,6 +281,9 @@ _lanes: dict[torch.device, Lane] = {}
 def host_memory() -> list[Tensor]:
     """What the host has for packed bytes, of all devices: it is there from step to step."""
     return [memory for lane in _lanes.values() for memory in lane.pool.memory]
+
+
+reused_memory.append(host_memory)
 
 
 def offloaded(parts: tuple[Tensor, ...], layer: str) -> tuple[Tensor, ...]:

@@ -106,29 +106,29 @@ def test_bench_codecs_writes_tables_a_file_and_a_picture(
 def test_a_run_that_is_cut_goes_on_behind_its_last_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Trained, rows: list[dict[str, Any]]
 ) -> None:
-    data, measured = tmp_path / "codecs.json", list[str]()
+    data, measured, stop = tmp_path / "codecs.json", list[str](), [0]
     whole = codecs.measure_system
 
     def cut(run: Any, rewriter: Any, exact: Any, reads: str, system: Any) -> Any:
-        if len(measured) == cut_at:
+        if len(measured) == stop[0]:
             raise KeyboardInterrupt
         measured.append(f"{reads} {system.name}")
         return whole(run, rewriter, exact, reads, system)
 
     monkeypatch.setattr("dropit_fx.bench.codecs.trained", lambda model, loss: run)
     monkeypatch.setattr("dropit_fx.bench.codecs.measure_system", cut)
-    for cut_at in (3, 5):
+    for stop[0] in (3, 5):
         with pytest.raises(KeyboardInterrupt):
             codecs.bench_codecs(models=["encoder"], json_path=str(data))
         assert not data.exists(), "the file has all of it or is as it was"
-    cut_at = 1000
+    stop[0] = 1000
     codecs.bench_codecs(models=["encoder"], json_path=str(data))
     assert len(measured) == len({*measured}) == len(rows), "no row is measured twice"
     assert json.loads(data.read_text())["encoder"]["rows"] == rows
     assert [p.name for p in tmp_path.iterdir()] == ["codecs.json"]
 
     measured.clear()
-    cut_at = 2
+    stop[0] = 2
     with pytest.raises(KeyboardInterrupt):
         codecs.bench_codecs(models=["encoder"], json_path=str(data))
     measured.clear()
