@@ -1,6 +1,6 @@
 """Fine-tunes the encoder of `bert.py` with most of its layers frozen, others in each step.
 
-    python examples/freeze.py --rates 0.5 0.8 0.95 --seeds 5
+    python examples/freeze.py --rates 0.5 0.6 0.8 0.95 --seeds 5
 
 `FreezeScheduler` freezes the layers whose weights moved least, by their count and by the bytes that
 they save. Every seed trains the model as it is, all layers, and rewritten with a preset (`slimfit`,
@@ -75,7 +75,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rates", nargs="+", type=float, default=[0.5, 0.8, 0.95])
+    parser.add_argument("--rates", nargs="+", type=float, default=[0.5, 0.6, 0.8, 0.95])
     parser.add_argument("--preset", choices=presets(), default="slimfit", help="at each rate")
     parser.add_argument("--seeds", type=positive, default=1, help="so many, from 0 (default: 1)")
     parser.add_argument("--epochs", type=positive, default=4, help="(default: 4)")
@@ -152,7 +152,7 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
         ways.setdefault((run["rate"], run["variant"]), []).append(run)
     dense = results["runs"][0]
     lines = []
-    for (rate, variant), runs in ways.items():
+    for (rate, variant), runs in sorted(ways.items()):
         cost = [f"{runs[0][k] / MIB:.1f} ({runs[0][k] / dense[k]:.0%})" for k in MEMORY]
         reached = spread([run["accuracy"] for run in runs])
         frozen = f"{min(run['frozen'] for run in runs):.1%}"
