@@ -218,10 +218,9 @@ def _told(step: Step, batch: int, count: int, config: Config | None) -> Timeline
     for all its runs, and autograd copies a gradient that hooks of an earlier run may still see.
     """
     given = resized(step, batch, count)
-    rewriter = Rewriter(step.model, given.args, given.kwargs)
-    if config is None:
-        return told_of(resized(step, batch, count), rewriter.module)
-    plan = rewriter.rewritten(config)
+    if config is None:  # not its graph, which would not make again what its checkpoints do
+        return told_of(given, step.model)
+    plan = Rewriter(step.model, given.args, given.kwargs).rewritten(config)
     check_rules_matched((plan,), config)
     return without_waiting(told_of(resized(step, batch, count), plan.module), plan)
 

@@ -93,6 +93,15 @@ def test_what_checkpointed_regions_save_stays(link: Link) -> None:
     assert bool(told.host) == bool(link.brought)
 
 
+def test_a_checkpointed_model_is_told_as_it_runs() -> None:
+    """But for the states of generators that checkpoints keep: 5 kB each."""
+    model, x = nn.Sequential(*(Recomputed() for _ in range(6))), torch.randn(512, 32)
+    ways = forecast(model, x, memory="1GiB", config=HALVES, search=False).ways
+    packed = transform(model, HALVES, example_args=(x,))
+    for way, module in zip(ways, (model, packed), strict=True):
+        assert way.told.peak == pytest.approx(measured(Step(model, (x,)), module), rel=0.04)
+
+
 def test_it_is_told_where_no_device_offloads() -> None:
     """On a CPU, of which a forecast for a GPU is asked."""
     model, x = nn.Sequential(*(Block() for _ in range(6))), torch.randn(4096, 32)
