@@ -228,8 +228,12 @@ def _rule(source: Any, where: str, preset: bool) -> Rule:
         raise ConfigError(f"{where}: no codec {name!r}.{why}")
     codec = CODEC[name]
     legal = tuple(o.name for o in codec.options)
-    able = () if name == "keep" else ("offload",)  # as it is, a tensor stays where it is
-    keys = ("module", "op", "codec", *legal, "derive", *able, "train")
+    if name == "keep" and "offload" in source:
+        raise ConfigError(
+            f"{where}: no key 'offload' for codec 'keep': as it is, a tensor stays on its device."
+            " Name a codec that packs it, or run under torch.autograd.graph.save_on_cpu."
+        )
+    keys = ("module", "op", "codec", *legal, "derive", "offload", "train")
     _known(source, keys, where, f" for codec {name!r}")
     derive = source.get("derive", False)
     if not isinstance(derive, bool):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -82,6 +82,10 @@ def storages_alive() -> dict[int, Tensor]:
         except (RuntimeError, NotImplementedError, ValueError):
             continue  # without storage (functorch's, parameters of lazy modules) it saves nothing
     return storages
+
+
+# each tells of memory that is there from step to step, in which each step puts tensors of its own
+reused_memory: list[Callable[[], Iterable[Tensor]]] = []
 
 
 def next_sequence_number() -> int:

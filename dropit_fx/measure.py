@@ -41,6 +41,7 @@ from dropit_fx.holders import (
     next_sequence_number,
     nodes_behind,
     plain_parts,
+    reused_memory,
     storages_alive,
     tensors_in,
 )
@@ -135,13 +136,16 @@ def saved_tensors(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Sav
 class Watch:
     """What autograd holds of one batch, told when its loss is there: nothing runs a second time.
 
-    Made before the batch is computed: what existed then is not counted. No hook is in force
-    meanwhile: a compiler would trace it, and ``torch.func`` refuses it. What C++ extensions hold is
-    not seen; the inputs of checkpointed regions are.
+    Made before the batch is computed: what existed then is not counted, but for memory of the host
+    that packed bytes are offloaded to, step after step. No hook is in force meanwhile: a compiler
+    would trace it, and ``torch.func`` refuses it. What C++ extensions hold is not seen; the inputs
+    of checkpointed regions are.
     """
 
     def __init__(self) -> None:
         self._before = storages_alive()
+        for memory in (memory for told in reused_memory for memory in told()):
+            self._before.pop(storage_id(memory), None)
         self._regions = alive(region_class())
 
     def saved_bytes(self, loss: Any) -> int:

@@ -46,7 +46,7 @@ DIGITS, BERT = (
     f"python examples/{name} --presets balanced max --seeds 5 --out {FIGURES}"
     for name in ("digits.py --no-compile", "bert.py")
 )
-FREEZE = f"python examples/freeze.py --rates 0.5 0.8 0.95 --seeds 5 --out {FIGURES}"
+FREEZE = f"python examples/freeze.py --rates 0.5 0.6 0.8 0.95 --seeds 5 --out {FIGURES}"
 STEPS = {
     name: f"dropit-fx bench step --model timm:{name} --batch 16 --json {FIGURES / name}.json"
     for name in ("deit_tiny_patch16_224", "resnet50")

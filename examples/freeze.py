@@ -1,6 +1,6 @@
 """Fine-tunes the encoder of `bert.py` with most of its layers frozen, others in each step.
 
-    python examples/freeze.py --rates 0.5 0.8 0.95 --seeds 5
+    python examples/freeze.py --rates 0.5 0.6 0.8 0.95 --seeds 5
 
 `FreezeScheduler` freezes the layers whose weights moved least, by their count and by the bytes that
 they save. Every seed trains the model as it is, all layers, and rewritten with a preset (`slimfit`,
@@ -37,7 +37,7 @@ from dropit_fx import measure
 from dropit_fx.config import presets
 from dropit_fx.schedule import FreezeScheduler
 
-BATCH, LR, WEIGHED = 32, 2e-4, 4  # WEIGHED: examples by which layers are weighed
+BATCH, LR, WEIGHED = 8, 2e-4, 4  # WEIGHED: examples by which layers are weighed
 HEAD = ("rate", "", "seeds", "accuracy", "frozen", "saved, MiB", "peak, MiB", "total, MiB")
 MEMORY = ("saved", "peak", "total")
 
@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = arguments().parse_args(argv)
     path = options.out / "freeze.json"
     options.out.mkdir(parents=True, exist_ok=True)
-    results = begun(path, {k: getattr(options, k) for k in ("epochs", "limit", "memory_batch")})
+    given = {k: getattr(options, k) for k in ("epochs", "limit", "memory_batch")}
+    results = begun(path, {"batch": BATCH} | given)
     data, ways = limited(bert.load(), options.limit), [(0.0, DENSE)]
     ways += [(rate, options.preset) for rate in options.rates]
     done = {(r["seed"], r["rate"], r["variant"]) for r in results["runs"]}
@@ -74,12 +75,12 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rates", nargs="+", type=float, default=[0.5, 0.8, 0.95])
+    parser.add_argument("--rates", nargs="+", type=float, default=[0.5, 0.6, 0.8, 0.95])
     parser.add_argument("--preset", choices=presets(), default="slimfit", help="at each rate")
     parser.add_argument("--seeds", type=positive, default=1, help="so many, from 0 (default: 1)")
-    parser.add_argument("--epochs", type=positive, default=2, help="(default: 2)")
+    parser.add_argument("--epochs", type=positive, default=4, help="(default: 4)")
     parser.add_argument("--limit", type=positive, help="so many examples (default: all)")
-    parser.add_argument("--measures", type=positive, default=4, help="steps that are measured")
+    parser.add_argument("--measures", type=positive, default=2, help="steps that are measured")
     parser.add_argument(
         "--memory-batch", type=positive, default=128, help="of these steps (default: 128)"
     )
@@ -103,7 +104,8 @@ def train(
         model = dropit_fx.transform(model, preset=variant, example_args=(x,))
     steps = options.epochs * (len(data.train_y) // BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps)
+    # no warm-up: those that train first would have the largest updates until it ends, and be kept
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     inputs = (x[:WEIGHED],) if rate else None  # where nothing is frozen, nothing is weighed
     scheduler = FreezeScheduler(model, rate, optimizer=optimizer, example_args=inputs, seed=seed)
     torch.manual_seed(seed)
@@ -150,7 +152,7 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
         ways.setdefault((run["rate"], run["variant"]), []).append(run)
     dense = results["runs"][0]
     lines = []
-    for (rate, variant), runs in ways.items():
+    for (rate, variant), runs in sorted(ways.items()):
         cost = [f"{runs[0][k] / MIB:.1f} ({runs[0][k] / dense[k]:.0%})" for k in MEMORY]
         reached = spread([run["accuracy"] for run in runs])
         frozen = f"{min(run['frozen'] for run in runs):.1%}"

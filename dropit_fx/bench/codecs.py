@@ -4,7 +4,8 @@ What one kind of op reads, the inputs of all linear layers or those of all GELUs
 codec, everything else exactly; the gradient of all parameters is compared with the dense one. So
 the error is the codec's alone. The other codecs (``keep``, ``drop``, ``bitmask``) lose nothing. On
 two trained models, ``bench.trained``. Where the choice of rows follows the gradients of earlier
-steps, one step with the same batch goes before.
+steps, one step with the same batch goes before. What is measured is written row by row beside the
+file of ``--json``: a run that was cut goes on there, unless the sources have changed.
 
 Needs extra ``test``; the picture, matplotlib.
 """
@@ -22,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from dropit_fx.bench.gpu import sources, write
 from dropit_fx.bench.gradients import Gradients, compared, gradients
 from dropit_fx.bench.trained import MODELS, Trained, trained
 from dropit_fx.codecs import CODEC
@@ -125,7 +127,8 @@ def bench_codecs(
     Args:
         loss: Of the encoder.
         models: Of ``bench.trained``.
-        json_path: Where to write the figures.
+        json_path: Where to write the figures, once all are there; until then ``<json_path>.part``
+            has those that are.
         plot_path: Where to draw them; the suffix says the format.
 
     Returns:
@@ -141,27 +144,50 @@ def bench_codecs(
             raise FileNotFoundError(f"no folder to write {path} into")
     if plot_path is not None:
         figure_class()
+    part = None if json_path is None else Path(f"{json_path}.part")
+    begun = _begun(part, {"loss": loss, "sources": sources()})
     found: dict[str, Any] = {}
     for model in models:
-        run = trained(model, loss)
-        rows = front(measure(run))
-        found[model] = {"title": run.title, "rows": rows}
+        run, rows = trained(model, loss), begun["rows"].setdefault(model, [])
+        for row in measure(run, known=rows):
+            rows.append(row)
+            if part is not None:
+                write(begun, [part])
+        found[model] = {"title": run.title, "rows": front(rows)}
         for reads in READS:
-            Console().print(_table(f"inputs of {reads} of {run.title}", rows, reads))
-    if json_path is not None:
-        Path(json_path).write_text(json.dumps(found, indent=1) + "\n")
+            Console().print(
+                _table(f"inputs of {reads} of {run.title}", found[model]["rows"], reads)
+            )
+    if json_path is not None and part is not None:
+        write(found, [Path(json_path)])
+        part.unlink(missing_ok=True)
     if plot_path is not None:
         draw(found, plot_path)
     return found
 
 
+def _begun(part: Path | None, about: dict[str, Any]) -> dict[str, Any]:
+    """What a run that was cut has written, if it was about the same; else nothing yet."""
+    found: dict[str, Any] = {}
+    if part is not None and part.exists():
+        found = json.loads(part.read_text())
+    same = all(found.get(k) == v for k, v in about.items())
+    return found if same else about | {"rows": {}}
+
+
 def measure(
-    run: Trained, systems: dict[str, tuple[System, ...]] = SYSTEMS
+    run: Trained,
+    systems: dict[str, tuple[System, ...]] = SYSTEMS,
+    known: Sequence[dict[str, Any]] = (),
 ) -> Iterator[dict[str, Any]]:
-    """A row for each system that keeps anything of the model's."""
+    """A row for each system that keeps anything of the model's, and has none among the known."""
+    done = {(row["reads"], row["name"]) for row in known}
+    every = [(reads, one) for reads, mine in systems.items() for one in mine]
+    every = [(reads, one) for reads, one in every if (reads, one.name) not in done]
+    if not every:
+        return
     rewriter = Rewriter(run.model, (), run.inputs)
     exact = gradients(run, run.model)
-    every = [(reads, system) for reads, mine in systems.items() for system in mine]
     for reads, system in track(every, "codecs", console=Console(stderr=True), transient=True):
         row = measure_system(run, rewriter, exact, reads, system)
         if row is not None:

@@ -3,10 +3,10 @@
 ``timeline`` tells the memory of a step without running it, ``workspaces`` measures what ops take
 for themselves; ``moves`` says what may become of each saved tensor, ``sensitivity`` what that puts
 into the gradient, ``choice`` solves the knapsack, and ``search`` tells the peak again of the graph
-that it makes; ``fits`` says which batch a device has memory for. May be imported from here:
-``plan``, ``plan_step``, ``Step``, ``GraphStep``, ``PlanError``, ``PlannedConfig``, ``forecast`` and
-``Forecast``, ``timeline`` (``Timeline``, and its own ``forecast``), and ``size`` for bytes as
-people read them.
+that it makes; ``fits`` says which batch a device has memory for, ``waiting`` what is on the host
+meanwhile. May be imported from here: ``plan``, ``plan_step``, ``Step``, ``GraphStep``,
+``PlanError``, ``PlannedConfig``, ``forecast`` and ``Forecast``, ``timeline`` (``Timeline``, and its
+own ``forecast``), and ``size`` for bytes as people read them.
 """
 
 from dropit_fx.planner.errors import PlanError

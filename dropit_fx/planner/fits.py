@@ -31,6 +31,7 @@ from dropit_fx.planner.size import peak_bytes, shown
 from dropit_fx.planner.step import Step
 from dropit_fx.planner.timeline import Timeline
 from dropit_fx.planner.timeline import forecast as told_of
+from dropit_fx.planner.waiting import without_waiting
 from dropit_fx.private import pytree
 from dropit_fx.rewriting import Rewriter
 from dropit_fx.rules import Config
@@ -63,6 +64,7 @@ class Fit:
     def __str__(self) -> str:
         told = self.told
         text = f"{self.way}: {shown(told.peak)}, {'fits' if self.fits else 'does not fit'}"
+        text += f"; {shown(told.host)} wait on the host" if told.host else ""
         if self.largest is not None:
             found = (
                 "no batch does" if not self.largest else f"a batch of {self.largest} is the most"
@@ -78,6 +80,7 @@ class Fit:
             "way": self.way,
             "batch": self.batch,
             "peak": told.peak,
+            "host": told.host,
             "fits": self.fits,
             "largest_batch": self.largest,
             "phase": told.phase(told.peak_op),
@@ -124,8 +127,9 @@ def forecast(
     """Tells whether a training step fits into a memory, dense and packed, and which batch would.
 
     Nothing runs, and no GPU is needed: the step is told on fake tensors. It is that of the ops that
-    the model's own device has. What ops take for themselves while they run is not in it, nor what a
-    device's driver and libraries and the gaps of its allocator take: leave room for these.
+    the model's own device has, but what ``offload`` sends to the host is told as on a GPU. What ops
+    take for themselves while they run is not in it, nor what a device's driver and libraries and
+    the gaps of its allocator take: leave room for these.
 
     Args:
         model: Any module that ``transform`` takes, in the mode in which it trains.
@@ -214,13 +218,11 @@ def _told(step: Step, batch: int, count: int, config: Config | None) -> Timeline
     for all its runs, and autograd copies a gradient that hooks of an earlier run may still see.
     """
     given = resized(step, batch, count)
-    rewriter = Rewriter(step.model, given.args, given.kwargs)
-    module = rewriter.module
-    if config is not None:
-        plan = rewriter.rewritten(config)
-        check_rules_matched((plan,), config)
-        module = plan.module
-    return told_of(resized(step, batch, count), module)
+    if config is None:  # not its graph, which would not make again what its checkpoints do
+        return told_of(given, step.model)
+    plan = Rewriter(step.model, given.args, given.kwargs).rewritten(config)
+    check_rules_matched((plan,), config)
+    return without_waiting(told_of(resized(step, batch, count), plan.module), plan)
 
 
 def _largest(at: Callable[[int], Timeline], memory: int, batch: int, told: Timeline) -> int:

@@ -179,7 +179,7 @@ def groups_of(base: Plan, told: Timeline) -> list[Group]:
     for group in groups.values():
         for d in group.decisions:
             if (made := made_by(d)) is not None:
-                group.made.setdefault(made, _lives(d, nodes, told))
+                group.made.setdefault(made, lives_of(d, nodes, told))
         group.levels = _levels(group, sources)
         group.whole_spans = tuple(_whole_spans(group, told))
         found.append(group)
@@ -226,7 +226,7 @@ def pack_name(decision: Decision, nodes: Mapping[str, fx.Node]) -> str | None:
     return unchecked(how).name if isinstance(how, fx.Node) else None
 
 
-def _lives(
+def lives_of(
     decision: Decision, nodes: Mapping[str, fx.Node], told: Timeline
 ) -> tuple[Lifetime, ...]:
     """The storages of a copy, in the timeline."""

@@ -55,6 +55,7 @@ class Lifetime:
         node: The node of the graph that made it, ``""`` outside of the forward.
         kind: ``"gradients"``, ``"saved tensors"`` (there when the backward begins) or
             ``"temporaries"``.
+        reads: The numbers of the ops of the backward that read it.
     """
 
     born: int
@@ -62,6 +63,7 @@ class Lifetime:
     nbytes: int
     node: str
     kind: str
+    reads: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,7 @@ class Timeline:
         used: Bytes in use in each op, the resident ones and its own workspace among them.
         packs: The node that made each packed copy -> indices into ``lives``.
         values: The node that made a value -> index into ``lives``.
+        host: Bytes that wait on the host between forward and backward.
     """
 
     resident: Mapping[str, int]
@@ -85,6 +88,7 @@ class Timeline:
     used: tuple[int, ...]
     packs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     values: Mapping[str, int] = field(default_factory=dict)
+    host: int = 0
 
     @property
     def peak(self) -> int:
@@ -204,6 +208,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive: dict[int, int] = {}  # storage -> life; -1: resident
         self._refs: dict[int, weakref.ref[Any]] = {}
         self._lives: list[list[Any]] = []  # born, freed, nbytes, node, kind
+        self._reads: dict[int, list[int]] = defaultdict(list)  # in the backward, of each life
         self._ops: list[str] = []
         self._used: list[int] = []
         self._level = 0
@@ -245,6 +250,9 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._note_numbers()
         at, before = len(self._ops), self._level
         self._ops.append(str(func))
+        if len(self._phases) == 1:  # the backward
+            for life in self.lives_of(tensors_in((args, kwargs))):
+                self._reads[life].append(at)
         workspace = self._workspaces.get(spec_of_call(func, args, kwargs), 0)
         numbers = wrapped_bytes(func, args)
         out = func(*args, **(kwargs or {}))
@@ -290,8 +298,15 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             ops=tuple(self._ops),
             phases=(0, backward, optimizer),
             lives=tuple(
-                Lifetime(born, count if freed is None else freed, *rest)
-                for born, freed, *rest in self._lives
+                Lifetime(
+                    born=born,
+                    freed=count if freed is None else freed,
+                    nbytes=nbytes,
+                    node=node,
+                    kind=kind,
+                    reads=tuple(self._reads[number]),
+                )
+                for number, (born, freed, nbytes, node, kind) in enumerate(self._lives)
             ),
             used=tuple(resident + used for used in self._used),
             packs=self.packs,

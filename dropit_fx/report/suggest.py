@@ -19,7 +19,7 @@ import yaml
 from dropit_fx.capture.trace import LOCK
 from dropit_fx.capture.untouched import untouched
 from dropit_fx.codecs import CODEC
-from dropit_fx.config import ConfigError
+from dropit_fx.config import OWN_KEYS, ConfigError
 from dropit_fx.ops.rule import Use
 from dropit_fx.ops.table import RULES
 from dropit_fx.passes.choose_codecs import check_rules_matched
@@ -53,11 +53,13 @@ class Suggestions:
         rules: In the order in which they go in front of the config's own.
         kept: What is kept without them, in bytes.
         preset: Of the config.
+        settings: Those that no preset sets and this config does, such as ``offload``.
     """
 
     rules: tuple[Suggestion, ...]
     kept: int
     preset: str | None
+    settings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Lines of a config file, none longer than 80 characters where names allow it."""
@@ -65,7 +67,8 @@ class Suggestions:
             return f"# no rule that was tried saves anything of {shown(self.kept)}\n"
         total = sum(s.saves for s in self.rules)
         lines = [f"# these save {shown(total)} of {shown(self.kept)}, and cost accuracy"]
-        lines += [f"preset: {self.preset or 'null'}", "rules:"]
+        lines += [f"preset: {self.preset or 'null'}", *(f"{key}: true" for key in self.settings)]
+        lines += ["rules:"]
         for rule, saves in self.rules:
             said: dict[str, Any] = {}
             for name, globs in (("module", rule.module), ("op", rule.op)):
@@ -122,7 +125,8 @@ def suggest(
             kept -= best.saves
             candidates = [c for c in candidates if not {*c.op} & {*best.rule.op}]
     progress("trying rules", 1.0)
-    return Suggestions(tuple(found), report.kept_bytes, config.preset)
+    settings = tuple(key for key in OWN_KEYS if getattr(config, key))
+    return Suggestions(tuple(found), report.kept_bytes, config.preset, settings)
 
 
 def _kept(rewriter: Rewriter, config: Config) -> float:

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dropit_fx.holders import reused_memory
 from dropit_fx.private import counts_storage_users, storage_users
 from dropit_fx.private_hooks import hooks_in_force
 
@@ -151,9 +152,14 @@ class Pool:
         return room
 
     @property
+    def memory(self) -> list[Tensor]:
+        """Of each room."""
+        return [room.memory for rooms in self._rooms.values() for room in rooms]
+
+    @property
     def nbytes(self) -> int:
         """Of all rooms."""
-        return sum(n * len(rooms) for n, rooms in self._rooms.items())
+        return sum(memory.nbytes for memory in self.memory)
 
 
 @dataclass(eq=False)
@@ -270,6 +276,14 @@ class Lane:
 
 
 _lanes: dict[torch.device, Lane] = {}
+
+
+def host_memory() -> list[Tensor]:
+    """What the host has for packed bytes, of all devices: it is there from step to step."""
+    return [memory for lane in _lanes.values() for memory in lane.pool.memory]
+
+
+reused_memory.append(host_memory)
 
 
 def offloaded(parts: tuple[Tensor, ...], layer: str) -> tuple[Tensor, ...]:

@@ -94,13 +94,48 @@ def test_bench_codecs_writes_tables_a_file_and_a_picture(
 ) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("dropit_fx.bench.codecs.trained", lambda model, loss: run)
-    monkeypatch.setattr("dropit_fx.bench.codecs.measure", lambda run: iter(rows))
+    monkeypatch.setattr("dropit_fx.bench.codecs.measure", lambda run, known: iter(rows))
     data, picture = tmp_path / "codecs.json", tmp_path / "codecs.png"
     main(["bench", "codecs", "--json", str(data), "--plot", str(picture)])
     found = json.loads(data.read_text())
     assert found == {model: {"title": "small", "rows": rows} for model in ("encoder", "deit")}
     assert "few_bit(bits=3)" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_is_cut_goes_on_behind_its_last_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Trained, rows: list[dict[str, Any]]
+) -> None:
+    data, measured, stop = tmp_path / "codecs.json", list[str](), [0]
+    whole = codecs.measure_system
+
+    def cut(run: Any, rewriter: Any, exact: Any, reads: str, system: Any) -> Any:
+        if len(measured) == stop[0]:
+            raise KeyboardInterrupt
+        measured.append(f"{reads} {system.name}")
+        return whole(run, rewriter, exact, reads, system)
+
+    monkeypatch.setattr("dropit_fx.bench.codecs.trained", lambda model, loss: run)
+    monkeypatch.setattr("dropit_fx.bench.codecs.measure_system", cut)
+    for stop[0] in (3, 5):
+        with pytest.raises(KeyboardInterrupt):
+            codecs.bench_codecs(models=["encoder"], json_path=str(data))
+        assert not data.exists(), "the file has all of it or is as it was"
+    stop[0] = 1000
+    codecs.bench_codecs(models=["encoder"], json_path=str(data))
+    assert len(measured) == len({*measured}) == len(rows), "no row is measured twice"
+    assert json.loads(data.read_text())["encoder"]["rows"] == rows
+    assert [p.name for p in tmp_path.iterdir()] == ["codecs.json"]
+
+    measured.clear()
+    stop[0] = 2
+    with pytest.raises(KeyboardInterrupt):
+        codecs.bench_codecs(models=["encoder"], json_path=str(data))
+    measured.clear()
+    monkeypatch.setattr("dropit_fx.bench.codecs.sources", lambda: "others")
+    with pytest.raises(KeyboardInterrupt):
+        codecs.bench_codecs(models=["encoder"], json_path=str(data))
+    assert measured[0] == "linear mink(gamma=0.9)", "other sources begin anew"
 
 
 def test_a_folder_that_is_missing_is_said_before_anything_runs(tmp_path: Path) -> None:

@@ -227,6 +227,26 @@ def test_optimisers_leave_it_alone_and_copies_of_the_model_too() -> None:
         assert dropit_fx.report(made).untrained
 
 
+def test_gradually_more_is_trained() -> None:
+    """The model is transformed again for each stage; one optimiser goes through all of them."""
+    model, x = Net(), words()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    kept: list[int] = []
+    for frozen in (("blocks.0", "blocks.1"), ("blocks.0",), ()):
+        rules = [{"module": f"{name}.*", "train": False} for name in frozen]
+        graph = dropit_fx.transform(model, config(*rules), example_args=(x,))
+        kept.append(dropit_fx.report(graph).kept_bytes)
+        assert measure.saved_bytes(graph, x) == kept[-1]
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        for _ in range(2):
+            graph(x).square().mean().backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        same = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
+        assert same == {n for n in before if n.startswith(tuple(f"{name}." for name in frozen))}
+    assert kept == sorted({*kept}), "each stage keeps more than the one before"
+
+
 @pytest.mark.parametrize("way", ["transform", "dropit_eager"])
 def test_a_fused_head_that_is_not_trained(way: str) -> None:
     class Words(nn.Module):

@@ -60,6 +60,20 @@ def test_the_rules_of_a_config_stay_behind_them() -> None:
     assert report.kept_bytes - dropit_fx.report(packed).kept_bytes == first.saves
 
 
+def test_what_a_config_sets_beside_its_rules_is_said_too(tmp_path: Path) -> None:
+    config = {"preset": "lossless", "offload": True, "drop_logits": True}
+    model, x = net(), torch.randn(256, 32)
+    found = dropit_fx.suggest(
+        dropit_fx.report(dropit_fx.transform(model, config, example_args=(x,)))
+    )
+    file = tmp_path / "rules.yaml"
+    file.write_text(str(found))
+    said = dropit_fx.load_config(file)
+    assert said.offload
+    assert said.drop_logits
+    assert not said.force
+
+
 def test_nothing_is_left_to_say() -> None:
     model, x = nn.Linear(8, 8), torch.randn(4, 8)
     found = dropit_fx.suggest(dropit_fx.report(dropit_fx.transform(model, example_args=(x,))))

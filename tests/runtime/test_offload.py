@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dropit_fx import ConfigError, load_config, report, transform
 from dropit_fx.codecs import CODECS
-from dropit_fx.measure import saved_bytes
+from dropit_fx.measure import Watch, saved_bytes
 from dropit_fx.runtime import offload
 from dropit_fx.runtime.offload import Lane, Pool, layer_of
 
@@ -310,6 +310,20 @@ def test_under_hooks_what_is_saved_stays_theirs(link: Link) -> None:
     assert report(packed).host_bytes > 0
 
 
+def test_each_step_is_measured_with_what_waits_on_the_host(link: Link) -> None:
+    """The host's memory is there before the second step, and is not of before for that."""
+    found = []
+    for offloads in (False, True):
+        packed = transform(blocks(), {"offload": offloads}, example_args=(X,))
+        for _ in range(3):
+            watch = Watch()
+            loss = packed(X).square().sum()
+            found.append(watch.saved_bytes(loss))
+            loss.backward()
+    assert link.log
+    assert len({*found}) == 1
+
+
 def test_rules_say_what_waits_on_the_host(link: Link) -> None:
     for offloads, expected in ((True, {"1"}), (False, {"0", "2"})):
         rules = [
@@ -351,7 +365,7 @@ def test_small_copies_stay_on_the_device(link: Link, monkeypatch: pytest.MonkeyP
     [
         ({"offload": 1}, "'offload' is true or false, not 1"),
         ({"rules": [{"codec": "quant", "offload": "yes"}]}, "'offload' is true or false"),
-        ({"rules": [{"codec": "keep", "offload": True}]}, "no key 'offload' for codec 'keep'"),
+        ({"rules": [{"codec": "keep", "offload": True}]}, "as it is, a tensor stays on its device"),
     ],
 )
 def test_what_it_may_not_say(config: dict[str, Any], message: str) -> None:
