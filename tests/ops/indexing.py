@@ -3,8 +3,8 @@
 from typing import Any
 
 import torch.nn.functional as F
-from op_calls import Case, T, case, classes, turned
-from op_record import Behind, Entry, Given, OpInfo, RowTests
+from op_calls import IMAGE, LAST, Case, T, biases, case, classes, turned
+from op_record import Behind, Entry, Given, Joint, OpInfo, RowTests
 
 WORDS, TABLE = T((4, 7), make=classes(9)), T((9, 3))
 
@@ -70,4 +70,48 @@ GATHER = RowTests(
     codes=0,
 )
 
-RECORDS = (EMBEDDING, INDEX_SELECT, GATHER)
+IMAGES, PLACES = T((2, 3, 6, 5)), T((2, 4, 3, 2))
+
+GRID_SAMPLE = RowTests(
+    row="grid_sample",
+    cases=[
+        case("plain", IMAGES, PLACES, align_corners=False),
+        case(
+            "of images without a gradient",
+            T((2, 3, 6, 5), make=biases),
+            PLACES,
+            align_corners=False,
+        ),
+        case(
+            "at places without a gradient",
+            IMAGES,
+            T((2, 4, 3, 2), make=biases),
+            align_corners=False,
+        ),
+        case("border", IMAGES, PLACES, padding_mode="border", align_corners=False),
+        case("corners", IMAGES, PLACES, align_corners=True),
+        case("nearest", IMAGES, PLACES, mode="nearest", align_corners=False),
+        case("bicubic", IMAGES, PLACES, "bicubic", "reflection", False),
+        case("volumes", T((2, 3, 4, 6, 5)), T((2, 2, 4, 3, 3)), align_corners=False),
+        case("channels_last", T((2, 3, 6, 5), format=LAST), PLACES, align_corners=False),
+        case("transposed memory", T((2, 3, 5, 6), turned), PLACES, align_corners=False),
+        case("empty batch", T((0, 3, 6, 5)), T((0, 4, 3, 2)), align_corners=False),
+    ],
+    spell=lambda target, first: (
+        first if target is F.grid_sample else case("numbers", IMAGES, PLACES, 0, 0, False)
+    ),
+    quantised=(case("image", IMAGE, T((5, 9, 7, 2)), align_corners=False),),
+    large=lambda call: {"input"},
+    op_info=OpInfo("nn.functional.grid_sample"),
+    behind="it reads an image, or a volume, and places in that",
+    entries=tuple(
+        Entry(
+            f"grid_sampler_{d}d",
+            joint=Joint(mentions=("input", "grid"), gradients=("input", "grid"), linear=("input",)),
+        )
+        for d in (2, 3)
+    ),
+    keeps=lambda found, needs: found - {"input"} if needs == {"input"} else found,
+)
+
+RECORDS = (EMBEDDING, INDEX_SELECT, GATHER, GRID_SAMPLE)
