@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -198,7 +197,7 @@ PRELU = OpRule(
     reads=(
         # the slope needs its sign alone, the gradient of the weight sums its values
         Read(operand="input", use=Use.REDUCE, needed_by=("input", "weight")),
-        replace(BESIDE_INPUT, needed_by=("input", "weight")),
+        BESIDE_INPUT,
         Read(operand="weight", use=Use.REDUCE, needed_by=("input",), lossy=False),
     ),
     run=_prelu,

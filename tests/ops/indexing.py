@@ -9,6 +9,11 @@ from op_record import Behind, Entry, Given, Joint, OpInfo, RowTests
 WORDS, TABLE = T((4, 7), make=classes(9)), T((9, 3))
 
 
+def the_last_of(count: int) -> Any:
+    """Indices that take more bits than those of the first rows."""
+    return lambda shape, generator: count - 1 - classes(4)(shape, generator)
+
+
 def _spell_embedding(target: Any, first: Case) -> Case:
     return first if target is F.embedding else case("other order", first.args[1], first.args[0])
 
@@ -45,6 +50,7 @@ INDEX_SELECT = RowTests(
     row="index_select",
     cases=[
         case("rows", T((6, 5)), 0, T((9,), make=classes(6))),
+        case("of many rows", T((70_000, 1)), 0, T((9,), make=the_last_of(70_000))),
         case("columns", T((2, 6, 5)), -1, T((3,), make=classes(5))),
         case("transposed memory", T((5, 6), turned), 0, T((9,), make=classes(6))),
         case("none", T((6, 5)), 0, T((0,), make=classes(6))),
@@ -60,6 +66,7 @@ GATHER = RowTests(
     cases=[
         case("rows", T((6, 5)), 0, T((4, 5), make=classes(6))),
         case("last", T((2, 6, 5)), -1, T((2, 6, 3), make=classes(5))),
+        case("of many rows", T((70_000, 2)), 0, T((4, 2), make=the_last_of(70_000))),
         case("sparse_grad", T((6, 5)), 0, T((4, 5), make=classes(6)), sparse_grad=True),
         case("transposed memory", T((5, 6), turned), 1, T((6, 2), make=classes(5))),
         case("none", T((6, 5)), 0, T((0, 5), make=classes(6))),
