@@ -15,7 +15,7 @@ SLICE := test_private test_models kernels passes/test_graph passes/test_verify c
 # inductor takes longest for these: three of them show that it does what it does on the newest
 LONG := within_float_rounding and not (gpt2 or resnet18 or deit)
 
-.PHONY: help demo study examples figures gpu test slice whole fuzz conformance zoo lint format wheel clean
+.PHONY: help demo study examples figures gpu test slice whole fuzz conformance zoo mutants endurance lint format wheel clean
 
 help:
 	@echo "make demo     two minutes: a step dense and packed, the report as a page, a short training"
@@ -29,6 +29,8 @@ help:
 	@echo "make fuzz     check random models: GRAPHS=10000 AOT=300 INDUCTOR=300 SEED=0 WORKERS=2"
 	@echo "make conformance PyTorch's tables of ops and modules, packed; hours: ARGS='--quick --only conv'"
 	@echo "make zoo      models of every kind, packed; hours: ARGS='--quick --only ^hand' for those written by hand"
+	@echo "make mutants  rows of the op table that are wrong on purpose, and whether a test sees each; a minute"
+	@echo "make endurance 2,000 steps of a small model in each way: memory, losses to the bit, a resume"
 	@echo "make lint     ruff (rules and format) and mypy"
 	@echo "make format   let ruff rewrite the files"
 	@echo "make wheel    build a wheel and a source distribution into dist/"
@@ -90,6 +92,14 @@ conformance: $(VENV)/.installed-test
 # In build/zoo.jsonl, in the same way.
 zoo: $(VENV)/.installed-test
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/zoo.py $(ARGS)
+
+# Rows of the op table that are wrong on purpose: the tests of the row are to see each. ARGS="--only gelu" picks rows.
+mutants: $(VENV)/.installed-test
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/mutants.py $(ARGS)
+
+# 2,000 steps of a small model in each way: memory stays flat, seeds decide every bit. ARGS="--steps 200 --ways eager"
+endurance: $(VENV)/.installed-test
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/endurance.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from importlib import resources
@@ -299,7 +299,7 @@ def _train_rule(source: Mapping[str, Any], number: int, where: str) -> TrainRule
         _known(source, ("module", "op", "codec", "train"), where, what)
     op = _globs(source.get("op", "*"), "op", where)
     for glob in op:
-        if not _named_by(glob):
+        if not any(True for _ in _named_by(glob)):
             raise ConfigError(f"{where}: {_no_op(glob)}")
     module = _globs(source.get("module", "*"), "module", where)
     return TrainRule(module=module, op=op, train=train, number=number)
@@ -335,11 +335,11 @@ def _says(source: Any, key: str) -> bool:
     return isinstance(source, Mapping) and key in source
 
 
-def _named_by(glob: str) -> list[OpRule]:
+def _named_by(glob: str) -> Iterator[OpRule]:
     """The rows of the op table that a glob names."""
     if glob in RULES:
-        return [RULES[glob]]
-    return [r for r in RULES.values() if matches(r.name, (glob,))]
+        return iter((RULES[glob],))
+    return (r for r in RULES.values() if matches(r.name, (glob,)))
 
 
 def _no_op(glob: str) -> str:
@@ -349,12 +349,12 @@ def _no_op(glob: str) -> str:
 def _unsuited(glob: str, name: str) -> str:
     """Why no op that a glob names has a tensor that a codec can keep, or ``""``."""
     codec = CODEC[name]
-    named = _named_by(glob)
+    reads = (r for row in _named_by(glob) for r in row.reads if r.use is not Use.SHAPE)
+    if any(map(codec.can_keep, reads)):  # of "*" the first will do: a config may have many rules
+        return ""
+    named = list(_named_by(glob))
     if not named:
         return _no_op(glob)
-    reads = [read for row in named for read in row.reads if read.use is not Use.SHAPE]
-    if any(map(codec.can_keep, reads)):
-        return ""
     read = named[0].reads[0]
     able = [c for c in named_codecs() if CODEC[c].can_keep(read)]
     why = f"uses it as '{read.use}'"

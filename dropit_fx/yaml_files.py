@@ -31,7 +31,8 @@ class _Loader(_SafeLoader):  # type: ignore[misc]
                 continue
             line, word = key.start_mark.line + 1, (key.tag, key.value)
             if word in seen:
-                raise YamlError(f"{key.value!r} stands twice, in lines {seen[word]} and {line}")
+                lines = f"line {line}" if line == seen[word] else f"lines {seen[word]} and {line}"
+                raise YamlError(f"{key.value!r} stands twice, in {lines}")
             seen[word] = line
         mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
         return mapping

@@ -109,6 +109,9 @@ def _exact_for_few(decision: Decision, few: dict[str, int]) -> Decision:
     return keep(decision, f"{whose} come from {count} values each: it stays exact")
 
 
+_REGION = CHECKPOINT.reads[0]
+
+
 def check_rules_matched(plans: tuple[Plan, ...], config: Config) -> None:
     """Raises ConfigError where a rule of the user's own matched nothing that any plan has.
 
@@ -118,6 +121,7 @@ def check_rules_matched(plans: tuple[Plan, ...], config: Config) -> None:
     # what is saved no more, because a rule does not train it, was there to match
     reads = [r for p in every for s in (*p.sites, *p.unfused) for r in s.reads]
     parameters = [r for plan in plans for r in plan.parameters]
+    layers = [m for p in every for m in p.unrepeated]
     for training in config.training:
         if not any(training.number in r.rules for r in parameters):
             raise ConfigError(
@@ -130,6 +134,8 @@ def check_rules_matched(plans: tuple[Plan, ...], config: Config) -> None:
     for rule in config.rules:
         if rule.preset:
             continue
+        if rule.codec == "keep" and any(rule.matches(m, CHECKPOINT.name, _REGION) for m in layers):
+            continue  # a recurrent layer that is not made again
         if not any(r.read and rule.matches(r.module, r.op, r.read) for r in reads):
             packable = _some([r for r in reads if r.row])
             raise ConfigError(

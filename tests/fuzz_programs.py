@@ -311,6 +311,9 @@ _UNARY: dict[str, tuple[str, ...]] = {
     "cos": ("",),
     "clamp": ("-0.5, 0.5", "-0.25", "max=0.5", "-1, 1"),
     "pow": ("2", "3", "1", "0"),
+    "square": ("",),
+    "vector_norm": ("2, -1", "2, -1, True", "3, 0", "dim=-1"),
+    "normalize": ("dim=-1", "dim=0", "p=3.0, dim=-1"),
     "softmax": ("-1", "0", "dim=-1"),
     "log_softmax": ("-1", "0"),
     "logsumexp": ("-1", "0, True", "dim=-1"),
@@ -551,6 +554,35 @@ def group_norm(d: Draft) -> None:
         raise Rejected
     affine = d.choose(("", ", affine=False"))
     d.let(f"{d.module(f'nn.GroupNorm(2, {channels}{affine})')}({x})")
+
+
+@row("prelu")
+def prelu(d: Draft) -> None:
+    x = d.value(lambda t: _single(t) and t.dim() >= 2)
+    channels = d.env[x].shape[1]
+    if d.coin():
+        d.let(f"{d.module(f'nn.PReLU({d.choose((1, channels))})')}({x})")
+    else:
+        d.let(spell(d, "prelu", x, d.parameter((d.choose((1, channels)),))))
+
+
+@row("instance_norm")
+def instance_norm(d: Draft) -> None:
+    dims = d.choose((2, 1))
+    x = image(d, dims)
+    channels = d.env[x].shape[1]
+    if d.env[x].shape[2:].numel() < 2:
+        raise Rejected
+    options = d.choose(("", ", affine=True", ", eps=0.1"))
+    d.let(f"{d.module(f'nn.InstanceNorm{dims}d({channels}{options})')}({x})")
+
+
+@row("grid_sample")
+def grid_sample(d: Draft) -> None:
+    x = image(d, 2)
+    places = d.parameter((d.env[x].shape[0], 2, 3, 2), " * 0.7")
+    options = d.choose(("", ", padding_mode='border'", ", mode='nearest'"))
+    d.let(f"F.grid_sample({x}, {places}{options}, align_corners=False)")
 
 
 @row("batch_norm")

@@ -36,6 +36,9 @@ def number():
 def wanting(width, depth=2):
     return nn.Linear(width, width)
 
+def leaving():
+    raise SystemExit("usage: none")
+
 def raising():
     raise RuntimeError("no weights here" + chr(10) + "nor there")
 
@@ -214,8 +217,11 @@ def test_what_to_pack(factories: str, capsys: pytest.CaptureFixture[str], tmp_pa
         (["--model", "cli_factories:number"], "cli_factories:number returned int; a module was"),
         (["--model", "cli_factories:untraceable"], "no tracer takes"),
         (["--model", "cli_factories:raising"], "raised RuntimeError: no weights here\n"),
+        (["--model", "cli_factories:leaving"], "raised SystemExit: usage: none\n"),
         (["--model", "cli_factories:wanting"], "without arguments, and requires width\n"),
         (["--model", "cli_broken:net"], "importing cli_broken raised ZeroDivisionError: "),
+        (["--model", "cli_factories:mlp", "--batch", str(10**20)], "no inputs of a batch of 10000"),
+        (["--model", "cli_factories:mlp", "--batch", str(10**18)], "no inputs of a batch of 10000"),
         (["--model", "hf:gptt"], "no kind of model 'gptt', and it is no folder with a config.json"),
         (["--model", "hf:wav2vec2"], "is made by none of AutoModelForSeq2SeqLM"),
         (["--model", "cli_factories:wide", "--plot", "x.png"], "--plot: nothing to draw"),

@@ -89,7 +89,7 @@ def build_step(
     try:
         with fake_mode_of(()) if fake else nullcontext():
             args, kwargs = inputs(batch)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, OverflowError) as error:  # of sizes beyond int64 too
         raise SpecError(f"no inputs of a batch of {batch}: {first_line(error)}") from error
     return model.train(), args, kwargs
 
@@ -225,7 +225,7 @@ def _from_factory(
         raise SpecError(f"{spec} is called without arguments, and requires {', '.join(wanted)}")
     try:
         made = factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise SpecError(f"{spec} raised {first_line(error)}") from error
     model, given = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     legal = given is None or isinstance(given, tuple | list | Mapping)

@@ -15,9 +15,11 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.traceback import preserve_node_meta
 
@@ -94,6 +96,8 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether ``m`` becomes one ``call_module`` node."""
         if isinstance(m, NormBase):
+            if type(m) in _INSTANCE_NORMS:
+                return m.track_running_stats
             seen_through = isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
             return not seen_through or m.momentum is None
         if isinstance(m, (nn.MultiheadAttention, nn.RNNBase)):
@@ -115,9 +119,11 @@ class Tracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Batch norm's check of the number of dimensions is left out: proxies have none."""
+        """Norms' checks of the number of dimensions come later: proxies have none."""
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)  # another thread trains meanwhile
+        if type(m) in _INSTANCE_NORMS:
+            forward = partial(_instance_norm, m)
         with unchecked_dimensions(m) if isinstance(m, BatchNorm) else nullcontext():
             return super().call_module(m, forward, args, kwargs)
 
@@ -126,6 +132,16 @@ class Tracer(fx.Tracer):
         if threading.get_ident() != self._thread:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+_INSTANCE_NORMS = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}
+
+
+def _instance_norm(m: Any, input: Tensor) -> Tensor:
+    """An instance norm of a batch, as a graph has it."""
+    dims = _INSTANCE_NORMS[type(m)]
+    torch._assert(input.dim() == dims, f"{type(m).__name__} was traced with {dims} dimensions")
+    return F.instance_norm(input, None, None, m.weight, m.bias, True, m.momentum, m.eps)
 
 
 def _reads_mode(m: nn.Module) -> bool:

@@ -118,6 +118,19 @@ POW = OpRule(
 )
 
 
+def _square(input: Tensor) -> Tensor:
+    return torch.square(input)
+
+
+SQUARE = OpRule(
+    name="square",
+    targets=(torch.square, "square", aten.square.default),
+    reads=(Read(operand="input", use=Use.REDUCE, needed_by=("input",)),),
+    run=_square,
+    derive=_square,
+)
+
+
 def _scaled(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def run(input: Any, other: Any, alpha: Any = 1) -> Tensor:
         return op(input, other, alpha=alpha)
@@ -186,6 +199,6 @@ TO = OpRule(
     obstacle=_no_cast,
 )
 
-ROWS = (MUL, DIV, POW)
+ROWS = (MUL, DIV, POW, SQUARE)
 
 SAVES_NOTHING = (*ADD_SUB, TO)

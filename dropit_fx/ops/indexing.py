@@ -1,4 +1,4 @@
-"""Lookups: indices are kept in the fewest bits that count the rows."""
+"""Lookups: indices are kept in the fewest bits that count the rows; and samples of a grid."""
 
 from __future__ import annotations
 
@@ -92,4 +92,28 @@ GATHER = OpRule(
     backward=_gather_backward,
 )
 
-ROWS = (EMBEDDING, INDEX_SELECT, GATHER)
+
+def _grid_sample(
+    input: Tensor,
+    grid: Tensor,
+    mode: Any = "bilinear",
+    padding_mode: Any = "zeros",
+    align_corners: bool | None = None,
+) -> Tensor:
+    if isinstance(mode, str):
+        return F.grid_sample(input, grid, mode, padding_mode, align_corners)
+    return torch.grid_sampler(input, grid, mode, padding_mode, bool(align_corners))
+
+
+GRID_SAMPLE = OpRule(
+    name="grid_sample",
+    targets=(F.grid_sample, torch.grid_sampler, aten.grid_sampler.default),
+    reads=(
+        # the result is linear in it, its slope in the grid a difference of neighbours
+        Read(operand="input", use=Use.REDUCE, needed_by=("grid",)),
+        Read(operand="grid", use=Use.REDUCE, needed_by=("input", "grid"), lossy=False),
+    ),
+    run=_grid_sample,
+)
+
+ROWS = (EMBEDDING, INDEX_SELECT, GATHER, GRID_SAMPLE)

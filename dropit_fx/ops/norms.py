@@ -1,10 +1,12 @@
 """Normalisations: the statistics are made once, from the exact input, and kept as they are.
 
-The backward is ATen's own, on what is unpacked of the input and on those statistics.
+The backward is ATen's own, on what is unpacked of the input and on those statistics. What PyTorch
+computes from simpler ops (RMS and instance norms, norms of vectors) is made again from the input.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -254,4 +256,120 @@ BATCH_NORM = OpRule(
     obstacle=lambda args: "" if args["input"].numel() else "its batch is empty",
 )
 
-ROWS = (LAYER_NORM, GROUP_NORM, RMS_NORM, BATCH_NORM)
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    running, settings = (running_mean, running_var), (use_input_stats, momentum, eps)
+    return torch.instance_norm(
+        input, weight, bias, *running, *settings, torch.backends.cudnn.enabled
+    )
+
+
+def _running(args: Mapping[str, Any]) -> str:
+    if args["running_mean"] is not None or args["running_var"] is not None:
+        return "it counts running statistics, which a repeated call would count again"
+    return ""
+
+
+INSTANCE_NORM = OpRule(  # a batch norm of the channels of all samples, which is made again
+    name="instance_norm",
+    targets=(F.instance_norm, torch.instance_norm, aten.instance_norm.default),
+    orders=dict.fromkeys(
+        (torch.instance_norm, aten.instance_norm.default),
+        (
+            *("input", "weight", "bias", "running_mean", "running_var"),
+            *("use_input_stats", "momentum", "eps", "cudnn_enabled"),
+        ),
+    ),
+    reads=(
+        *_norm(by_channel=True),
+        Read(operand=INSIDE, use=Use.SHAPE, needed_by=("input", "weight")),
+    ),
+    run=_instance_norm,
+    derive=_instance_norm,
+    obstacle=_running,
+)
+
+
+def _vector_norm(
+    input: Tensor,
+    ord: Any = 2,
+    dim: Any = None,
+    keepdim: bool = False,
+    dtype: Any = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    order = 2 if ord in (None, "fro") else ord
+    return torch.linalg.vector_norm(input, order, dim, keepdim, dtype=dtype)
+
+
+def _not_of_vectors(args: Mapping[str, Any]) -> str:
+    order, dim = args["ord"], args["dim"]
+    if args["out"] is not None:
+        return "it writes into out"
+    if order == 0:
+        return "ord=0 has no gradient"
+    of_vectors = not isinstance(order, str) or (
+        order == "fro" and (not isinstance(dim, list | tuple) or len(dim) <= 2)
+    )
+    return "" if of_vectors else f"ord={order!r} is no norm of vectors"
+
+
+def _is_smooth(order: Any) -> bool:
+    """Whether the slope of a p-norm moves little with its input: no sign, and no largest value."""
+    return order in (None, "fro") or (not isinstance(order, str) and 1 < order < math.inf)
+
+
+VECTOR_NORM = OpRule(
+    name="vector_norm",
+    targets=(torch.linalg.vector_norm, torch.norm, "norm", aten.linalg_vector_norm.default),
+    reads=(
+        Read(
+            operand="input",
+            use=Use.REDUCE,
+            needed_by=("input",),
+            lossy=lambda args: _is_smooth(args["ord"]),
+        ),
+        Read(operand="result", use=Use.SHAPE, needed_by=("input",)),  # it is made again
+    ),
+    run=_vector_norm,
+    obstacle=_not_of_vectors,
+)
+
+
+def _normalize(
+    input: Tensor,
+    p: float = 2.0,
+    dim: int = 1,
+    eps: float = 1e-12,
+    out: Tensor | None = None,
+) -> Tensor:
+    return F.normalize(input, p, dim, eps)
+
+
+NORMALIZE = OpRule(
+    name="normalize",
+    targets=(F.normalize,),
+    reads=(
+        Read(
+            operand="input",
+            use=Use.REDUCE,
+            needed_by=("input",),
+            lossy=lambda args: _is_smooth(args["p"]),
+        ),
+        Read(operand=INSIDE, use=Use.SHAPE, needed_by=("input",)),
+    ),
+    run=_normalize,
+    derive=_normalize,
+    obstacle=lambda args: "" if args["out"] is None else "it writes into out",
+)
+
+ROWS = (LAYER_NORM, GROUP_NORM, RMS_NORM, BATCH_NORM, INSTANCE_NORM, VECTOR_NORM, NORMALIZE)

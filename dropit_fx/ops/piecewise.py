@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dropit_fx.ops.backwards import Called, Grads, Saved, masked
+from dropit_fx.ops.backwards import Called, Grads, Saved, masked, vjp
 from dropit_fx.ops.rule import OpRule, Read, Use, one_bit, out_of_place
+from dropit_fx.ops.sides import BESIDE_INPUT, SIDE, Jump, on_its_side, sides
 
 aten = torch.ops.aten
 
@@ -174,4 +175,35 @@ CLAMP = OpRule(
     ),
 )
 
-ROWS = (RELU, RELU6, HARDTANH, LEAKY_RELU, HARDSIGMOID, CLAMP)
+_KINK = (Jump(0.0, as_above=False),)
+
+
+def _prelu(input: Tensor, weight: Tensor) -> Tensor:
+    return torch.prelu(input, weight)
+
+
+def _prelu_saving(input: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    return torch.prelu(input, weight), {SIDE: sides(input, _KINK)}
+
+
+def _prelu_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
+    """ATen's own, each value of the input on its side of 0."""
+    return vjp(grad, {"input": on_its_side(saved, _KINK), "weight": saved["weight"]}, call)
+
+
+PRELU = OpRule(
+    name="prelu",
+    targets=(torch.prelu, "prelu", aten.prelu.default),
+    reads=(
+        # the slope needs its sign alone, the gradient of the weight sums its values
+        Read(operand="input", use=Use.REDUCE, needed_by=("input", "weight")),
+        BESIDE_INPUT,
+        Read(operand="weight", use=Use.REDUCE, needed_by=("input",), lossy=False),
+    ),
+    run=_prelu,
+    run_saving=_prelu_saving,
+    backward=_prelu_backward,
+    derive=_prelu,
+)
+
+ROWS = (RELU, RELU6, HARDTANH, LEAKY_RELU, HARDSIGMOID, CLAMP, PRELU)

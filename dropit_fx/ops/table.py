@@ -62,6 +62,8 @@ for _rule in (*OP_RULES, *SAVES_NOTHING, CHECKPOINT):
 # Some spellings call an argument otherwise.
 _ALIASES = {"self": "input", "train": "training", "mat1": "input", "batch1": "input"}
 _ALIASES |= {"mat_a": "input", "mat_b": "mat2"}  # of F.grouped_mm
+_ALIASES |= {"x": "input", "p": "ord"}  # of norms of vectors
+_ALIASES |= {"interpolation_mode": "mode"}  # of torch.grid_sampler
 
 
 def rule_of(node: fx.Node) -> OpRule | None:

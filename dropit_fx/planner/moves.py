@@ -28,7 +28,8 @@ from dropit_fx.planner.timeline import SAVED, Lifetime, Timeline
 from dropit_fx.rules import Config, Rule
 
 BLOCK = 256  # elements that share a scale
-_UNIFORM = ("batch_norm", "group_norm")  # which divide by the deviation of a channel
+# which divide by the deviation of a channel
+_UNIFORM = ("batch_norm", "group_norm", "instance_norm")
 LOSS_CLASSES = 4096  # logits of so many are never whole
 
 Place = tuple[str, str]  # what a rule names: module and op

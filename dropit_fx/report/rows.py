@@ -33,6 +33,7 @@ _ORIGIN = "dropit_origin"
 _INPUTS = "dropit_inputs"  # what the example inputs were, in the order of the placeholders
 UNTRAINED = "untrained"  # in the place of a codec: no rule trains what needed it
 SAMPLED = "sampled"  # in the place of a codec: gradients flow through some of its rows
+REPEATED = "repeated"  # in the place of a codec: the layer runs again in the backward
 FUSED = "fused"  # in the place of a codec: the loss that kept it is computed with its layer
 
 
@@ -404,10 +405,11 @@ def rows(plan: Plan, prefix: str = "", region: str = "") -> Iterator[Row]:
             note=note,
             host_bytes=away,
         )
-    # what is left, a fused loss does without, or no rule trains what needed it
+    # what is left, a fused loss or a repeated layer does without, or no rule trains what needs it
     for site in chain.from_iterable(untouched.values()):
         codec = UNTRAINED if site.name in plan.untrained else FUSED
         codec = SAMPLED if site.name in plan.sampled else codec
+        codec = REPEATED if site.name in plan.repeated else codec
         note = _untrained(site, plan) if codec == UNTRAINED else ""
         yield _row(
             site, prefix, dense_bytes=site.nbytes, kept_bytes=0, codec=codec, reason="", note=note

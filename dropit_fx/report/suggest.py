@@ -34,7 +34,8 @@ _LEVELS = (
     ("quant", (("bits", 4), _BLOCK)),
     ("mink", (("gamma", 0.7), ("bits", 2), _BLOCK)),
 )
-_UNIFORM = {"batch_norm", "group_norm"}  # which divide by the deviation of a channel
+# which divide by the deviation of a channel
+_UNIFORM = {"batch_norm", "group_norm", "instance_norm"}
 Progress = Callable[[str, float], object]  # what is done, and how much of it: 0 to 1
 
 

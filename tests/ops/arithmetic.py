@@ -104,8 +104,18 @@ POW = RowTests(
     entries=(Entry("pow.Tensor_Scalar", {"self": "input"}),),
 )
 
+SQUARE = RowTests(
+    row="square",
+    cases=pointwise(),
+    quantised=(case("plain", BLOCKS),),
+    modules=lambda: [(Calls(torch.square), (4, 9))],
+    op_info=OpInfo("square"),
+    behind=Behind(),
+    entries=(Entry("pow.Tensor_Scalar", {"self": "input"}),),
+)
+
 RECORDS = (
-    *(MUL, DIV, POW),
+    *(MUL, DIV, POW, SQUARE),
     # These save nothing: they are seen where they stand between others.
     *(RowTests(row=name, behind=Behind((Given.X, 1.5))) for name in ("add", "sub")),
     RowTests(row="to", behind=Behind((Given.X, torch.float64), spellings=("to", "type"))),

@@ -3,10 +3,15 @@
 from typing import Any
 
 import torch.nn.functional as F
-from op_calls import Case, T, case, classes, turned
-from op_record import Behind, Entry, Given, OpInfo, RowTests
+from op_calls import IMAGE, LAST, Case, T, biases, case, classes, turned
+from op_record import Behind, Entry, Given, Joint, OpInfo, RowTests
 
 WORDS, TABLE = T((4, 7), make=classes(9)), T((9, 3))
+
+
+def the_last_of(count: int) -> Any:
+    """Indices that take more bits than those of the first rows."""
+    return lambda shape, generator: count - 1 - classes(4)(shape, generator)
 
 
 def _spell_embedding(target: Any, first: Case) -> Case:
@@ -45,6 +50,7 @@ INDEX_SELECT = RowTests(
     row="index_select",
     cases=[
         case("rows", T((6, 5)), 0, T((9,), make=classes(6))),
+        case("of many rows", T((70_000, 1)), 0, T((9,), make=the_last_of(70_000))),
         case("columns", T((2, 6, 5)), -1, T((3,), make=classes(5))),
         case("transposed memory", T((5, 6), turned), 0, T((9,), make=classes(6))),
         case("none", T((6, 5)), 0, T((0,), make=classes(6))),
@@ -60,6 +66,7 @@ GATHER = RowTests(
     cases=[
         case("rows", T((6, 5)), 0, T((4, 5), make=classes(6))),
         case("last", T((2, 6, 5)), -1, T((2, 6, 3), make=classes(5))),
+        case("of many rows", T((70_000, 2)), 0, T((4, 2), make=the_last_of(70_000))),
         case("sparse_grad", T((6, 5)), 0, T((4, 5), make=classes(6)), sparse_grad=True),
         case("transposed memory", T((5, 6), turned), 1, T((6, 2), make=classes(5))),
         case("none", T((6, 5)), 0, T((0, 5), make=classes(6))),
@@ -70,4 +77,48 @@ GATHER = RowTests(
     codes=0,
 )
 
-RECORDS = (EMBEDDING, INDEX_SELECT, GATHER)
+IMAGES, PLACES = T((2, 3, 6, 5)), T((2, 4, 3, 2))
+
+GRID_SAMPLE = RowTests(
+    row="grid_sample",
+    cases=[
+        case("plain", IMAGES, PLACES, align_corners=False),
+        case(
+            "of images without a gradient",
+            T((2, 3, 6, 5), make=biases),
+            PLACES,
+            align_corners=False,
+        ),
+        case(
+            "at places without a gradient",
+            IMAGES,
+            T((2, 4, 3, 2), make=biases),
+            align_corners=False,
+        ),
+        case("border", IMAGES, PLACES, padding_mode="border", align_corners=False),
+        case("corners", IMAGES, PLACES, align_corners=True),
+        case("nearest", IMAGES, PLACES, mode="nearest", align_corners=False),
+        case("bicubic", IMAGES, PLACES, "bicubic", "reflection", False),
+        case("volumes", T((2, 3, 4, 6, 5)), T((2, 2, 4, 3, 3)), align_corners=False),
+        case("channels_last", T((2, 3, 6, 5), format=LAST), PLACES, align_corners=False),
+        case("transposed memory", T((2, 3, 5, 6), turned), PLACES, align_corners=False),
+        case("empty batch", T((0, 3, 6, 5)), T((0, 4, 3, 2)), align_corners=False),
+    ],
+    spell=lambda target, first: (
+        first if target is F.grid_sample else case("numbers", IMAGES, PLACES, 0, 0, False)
+    ),
+    quantised=(case("image", IMAGE, T((5, 9, 7, 2)), align_corners=False),),
+    large=lambda call: {"input"},
+    op_info=OpInfo("nn.functional.grid_sample"),
+    behind="it reads an image, or a volume, and places in that",
+    entries=tuple(
+        Entry(
+            f"grid_sampler_{d}d",
+            joint=Joint(mentions=("input", "grid"), gradients=("input", "grid"), linear=("input",)),
+        )
+        for d in (2, 3)
+    ),
+    keeps=lambda found, needs: found - {"input"} if needs == {"input"} else found,
+)
+
+RECORDS = (EMBEDDING, INDEX_SELECT, GATHER, GRID_SAMPLE)

@@ -1,5 +1,6 @@
 """Normalisations: what the tests know of them."""
 
+import math
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from op_calls import (
     positive,
     turned,
 )
-from op_record import Behind, Entry, Given, Joint, OpInfo, Pairs, RowTests
+from op_record import Behind, Calls, Entry, Given, Joint, OpInfo, Pairs, RowTests
 from torch import Tensor, nn
 
 from dropit_fx.ops.rule import INSIDE
@@ -303,4 +304,135 @@ BATCH_NORM = RowTests(
     on_cuda=("reserve",),
 )
 
-RECORDS = (LAYER_NORM, GROUP_NORM, RMS_NORM, BATCH_NORM)
+RUNNING = "it counts running statistics, which a repeated call would count again"
+
+
+def _instance_cases() -> list[Case]:
+    x, none, affine = T((2, 3, 5, 4)), (None, None), (T((3,)), T((3,)))
+    statistics = T((3,), make=biases), T((3,), make=positive)
+    return [
+        case("affine", x, *none, *affine),
+        case("no affine", x),
+        case("weight alone", x, weight=T((3,))),
+        case("bias alone", x, bias=T((3,))),
+        case("momentum and eps", x, *none, *affine, True, 0.3, 0.2),
+        case("3-D", T((2, 3, 7)), *none, *affine),
+        case("5-D", T((2, 3, 2, 3, 2)), *none, *affine),
+        case("channels_last", T(x.shape, format=LAST), *none, *affine),
+        case("transposed memory", T(x.shape, turned), *none, *affine),
+        case("slice", T((2, 6, 5, 4), lambda v: v[:, ::2]), *none, *affine),
+        Case("running", (x, *statistics, *affine), obstacle=RUNNING),
+        Case("eval", (x, *statistics, *affine, False), obstacle=RUNNING),
+    ]
+
+
+def _spell_instance_norm(target: Any, first: Case) -> Case:
+    if target is F.instance_norm:
+        return first
+    x, mean, var, w, b = first.args
+    return case("other order", x, w, b, mean, var, True, 0.1, 1e-5, False)
+
+
+def _instance_norm(a: Any, grad: Tensor, pack: Any) -> dict[str, Tensor]:
+    """The gradients of the whole op at what is packed, each channel around its own mean."""
+    x = a["input"]
+    over = (0, *range(2, x.dim()))
+    deviation, mean = torch.std_mean(x, over, correction=0, keepdim=True)
+    leaves = {"input": pack((x - mean) / deviation) * deviation + mean, "weight": a["weight"]}
+    leaves = {n: t.detach().requires_grad_() for n, t in leaves.items()}
+    with torch.enable_grad():
+        hat = (leaves["input"] - leaves["input"].mean((2, 3), keepdim=True)) / (
+            leaves["input"].var((2, 3), correction=0, keepdim=True) + a["eps"]
+        ).sqrt()
+        out = hat * leaves["weight"][:, None, None]
+        grads = torch.autograd.grad(out, list(leaves.values()), grad)
+    return dict(zip(leaves, grads, strict=True)) | {"bias": grad.sum((0, 2, 3))}
+
+
+INSTANCE_NORM = RowTests(
+    row="instance_norm",
+    cases=_instance_cases(),
+    spell=_spell_instance_norm,
+    quantised=(case("affine", IMAGE, None, None, CHANNELS, CHANNELS),),
+    by_the_book=_instance_norm,
+    modules=lambda: [
+        (nn.InstanceNorm1d(3), (2, 3, 5)),
+        (nn.InstanceNorm2d(3, affine=True), (2, 3, 5, 5)),
+    ],
+    op_info=OpInfo("nn.functional.instance_norm"),
+    behind=Behind(
+        lambda target: (
+            (Given.X,)
+            if target is F.instance_norm
+            else (Given.X, None, None, None, None, True, 0.1, 1e-5, False)
+        )
+    ),
+    entries=(
+        Entry(
+            "native_batch_norm",
+            {"result1": INSIDE, "result2": INSIDE},
+            Joint(
+                mentions=("input", "weight", "running_mean", "running_var", INSIDE),
+                gradients=("input", "weight", "bias"),
+            ),
+            amend=lambda found: {(x, n) for x, n in found if not x.startswith("running")},
+        ),
+    ),
+    # the weight of all samples beside each other is made inside, and again
+    keeps=lambda found, needs: found | ({"weight"} if "input" in needs else set()),
+)
+
+ROWS_OF = T((6, 5))
+
+VECTOR_NORM = RowTests(
+    row="vector_norm",
+    cases=[
+        case("rows", T((2, 6, 5)), 2, -1),
+        case("kept dimension", T((2, 6, 5)), dim=(1, 2), keepdim=True),
+        case("whole", T((2, 6, 5))),
+        case("dtype", ROWS_OF, 2, -1, dtype=torch.float64),
+        case("ord=1", ROWS_OF, 1, -1),
+        case("ord=3", ROWS_OF, 3.0, 0),
+        Case("ord=0", (ROWS_OF, 0, 0), obstacle="ord=0 has no gradient"),
+        case("largest", ROWS_OF, math.inf, -1),
+        case("transposed memory", T((2, 5, 6), turned), 2, -1),
+        case("channels_last", T((2, 3, 6, 5), format=LAST), 2, (2, 3), True),
+        case("slice", T((2, 6, 10), lambda v: v[..., ::2]), 2, -1),
+        case("expanded", T((1, 5), lambda v: v.expand(6, 5)), 2, -1),
+        case("empty batch", T((0, 5)), 2, -1),
+    ],
+    obstacles=(
+        (torch.norm, Case("nuclear", (ROWS_OF, "nuc"), obstacle="ord='nuc' is no norm of vectors")),
+    ),
+    quantised=(case("rows", BLOCKS, 2, -1), case("ord=3", BLOCKS, 3, -1)),
+    modules=lambda: [(Calls(lambda x: x.norm(dim=-1)), (4, 9))],
+    op_info=OpInfo("linalg.vector_norm"),
+    behind=Behind((Given.X, 2, -1)),
+    entries=(Entry("linalg_vector_norm", {"self": "input"}),),
+)
+
+NORMALIZE = RowTests(
+    row="normalize",
+    cases=[
+        case("plain", T((2, 6, 5))),
+        case("rows", T((2, 6, 5)), dim=-1),
+        case("p=3", ROWS_OF, 3.0, 0),
+        case("p=1", ROWS_OF, 1.0, 0),
+        case("eps", ROWS_OF, eps=3.0),
+        case("transposed memory", T((2, 5, 6), turned), dim=-1),
+        case("channels_last", T((2, 3, 6, 5), format=LAST)),
+        case("slice", T((2, 6, 10), lambda v: v[..., ::2]), dim=-1),
+        case("empty batch", T((0, 5)), dim=-1),
+    ],
+    quantised=(case("rows", BLOCKS, dim=-1),),
+    op_info=OpInfo("nn.functional.normalize"),
+    behind=Behind(),
+    entries=(
+        Entry("linalg_vector_norm", {"self": "input", "result": INSIDE}),
+        Entry("div.Tensor", {"self": "input", "other": INSIDE}),
+        Entry("clamp_min", {"self": INSIDE}),
+    ),
+    steps={INSIDE: "input", "other": "input"},
+)
+
+RECORDS = (LAYER_NORM, GROUP_NORM, RMS_NORM, BATCH_NORM, INSTANCE_NORM, VECTOR_NORM, NORMALIZE)

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from op_calls import Case, T, case, pointwise
-from op_record import Behind, Entry, Given, OpInfo, RowTests
+import torch
+from op_calls import CHANNELS, IMAGE, LAST, Case, T, case, pointwise, positive
+from op_record import Behind, Entry, Given, Joint, OpInfo, RowTests
 from torch import nn
 
 RELU = RowTests(
@@ -84,4 +85,41 @@ CLAMP = RowTests(
     entries=(Entry("clamp", {"self": "input"}),),
 )
 
-RECORDS = (RELU, RELU6, HARDTANH, LEAKY_RELU, HARDSIGMOID, CLAMP)
+SLOPES = T((1,))
+
+
+def _prelu(a: Any, grad: Any, packed: Any) -> Any:
+    x, w = a["input"], a["weight"]
+    # whatever is packed of a value, its sign is its own
+    below = torch.where(x > 0, 0.0, packed(x).clamp(max=0))
+    across = [1, -1] + [1] * (x.dim() - 2)
+    w = w.view(across)
+    dw = (grad * below).sum_to_size(w.shape)
+    return {"input": grad * torch.where(x > 0, 1.0, w), "weight": dw}
+
+
+PRELU = RowTests(
+    row="prelu",
+    cases=[
+        *[Case(f"{c.name}, one slope", (*c.args, SLOPES), c.kwargs) for c in pointwise()],
+        case("slope for each channel", T((2, 3, 5, 7)), T((3,))),
+        case("slope for each channel, 2-D", T((6, 5)), T((5,))),
+        case("slope for each channel, channels_last", T((2, 3, 5, 7), format=LAST), T((3,))),
+        case("frozen slope", T((2, 3, 5)), T((3,), make=positive)),
+    ],
+    quantised=(case("channels", IMAGE, CHANNELS),),
+    by_the_book=_prelu,
+    modules=lambda: [(nn.PReLU(), (4, 9)), (nn.PReLU(9), (4, 9))],
+    op_info=OpInfo("nn.functional.prelu"),
+    behind="its slopes have the dtype of its input",
+    entries=(
+        Entry(
+            "_prelu_kernel",
+            {"self": "input"},
+            Joint(mentions=("input", "weight"), gradients=("input", "weight")),
+        ),
+    ),
+    keeps=lambda found, needs: found - {"weight"} if needs == {"weight"} else found,
+)
+
+RECORDS = (RELU, RELU6, HARDTANH, LEAKY_RELU, HARDSIGMOID, CLAMP, PRELU)

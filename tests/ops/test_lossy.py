@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 from op_calls import (
+    BLOCKS,
+    CHANNELS,
+    IMAGE,
     LOSSLESS,
     Case,
     T,
@@ -145,6 +148,7 @@ def test_mink_drops_in_memory_order_where_the_input_is_channels_last() -> None:
 # --- quant: the gradients are those of the tensors after a round trip
 
 QUANTISED = [(name, call) for name, record in RECORDS.items() for call in record.quantised]
+BITS = {"codec": "bitmask"}
 EXACT = "small beside what is packed, it stays exact"
 LARGE = {"input", "query", "key", "value", "result", "log_probs"}
 
@@ -210,6 +214,25 @@ def test_what_is_small_stays_exact(name: str, call: Case) -> None:
         if d.codec not in ("drop", "bitmask"):
             is_large = d.read.operand in names
             assert (d.codec, d.reason) == (("quant", "") if is_large else ("keep", EXACT))
+
+
+KINKED = [case("one slope", BLOCKS, T((1,))), case("channels", IMAGE, CHANNELS)]
+
+
+@pytest.mark.parametrize("values", ["symmetric", "uniform", "affine"])
+@pytest.mark.parametrize("call", KINKED, ids=case_id)
+def test_the_slope_of_prelu_is_exact_however_its_input_is_rounded(call: Case, values: str) -> None:
+    tensors = call.tensors()
+    rule = {"codec": "quant", "bits": 2, "block": 64, "range": values}
+    dense = graph_of(torch.prelu, call)
+    config = {"preset": None, "force": True, "rules": [rule, BITS]}
+    packed, plan = pack_graph(dense, tensors, config)
+    assert {d.codec for d in plan.decisions} >= {"quant", "bitmask"}
+    (_, (dx, dw)), (_, (exact, weight)) = run(packed, tensors), run(dense, tensors)
+    assert_same(dx, exact)
+    assert not torch.equal(dw, weight)
+    tensors[1].requires_grad_(False)
+    assert_same(run(pack_graph(dense, tensors, config)[0], tensors)[1][0], exact)
 
 
 # --- few_bit: the gradient is multiplied by a level of the step table

@@ -202,7 +202,7 @@ BOUNDED: list[tuple[Any, tuple[Any, ...]]] = [
     *[("clamp_", (-1, 1)), ("clamp_min_", (-1,)), ("clamp_max_", (0.7,)), ("clamp_min", (0,))],
     *[(torch.clamp_min, (-0.3,)), (torch.clamp_max, (0.7,)), (F.threshold, (0.1, 0.2))],
 ]
-NEAR = [-3, -2, -1, -0.7, -0.6992, -0.703125, -0.3, -0.0, 0, 0.1, 0.5, 0.7, 0.8, 1, 2.5, 3, 6]
+NEAR = [-3, -2, -1, -0.7, -0.6992, -0.703125, -0.3, -0.0, 0, 0.1, 0.5, 0.7, 0.8, 1, 2.5, 3, 5.9, 6]
 
 
 @pytest.mark.parametrize(
