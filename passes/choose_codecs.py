@@ -207,7 +207,7 @@ def _choose(read: SavedRead, config: Config, said: str) -> Decision:
     nbytes = codec.nbytes(read.numel, read.dtype, options | sizes) if read.wanted else 0
     if read.read.by_channel and read.wanted and not codec.lossless(options):
         options["by_channel"] = True
-        nbytes += channel_nbytes(read.shape)
+        nbytes += channel_nbytes(read.view or read.shape)
     return Decision(
         read=read,
         codec=rule.codec,

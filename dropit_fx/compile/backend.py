@@ -196,7 +196,8 @@ def rewrite_dynamo_graph(
             expand(gm, propagate(gm, inputs))
         plan = run_pipeline(Plan(module=gm, inputs=inputs, config=config, compiled=compiled))
     except FakeRunError as error:
-        log.warning("this graph is compiled as it is, nothing is packed: %s", error)
+        why = _SPLIT if any(map(_is_split, example_inputs)) else error
+        log.warning("this graph is compiled as it is, nothing is packed: %s", why)
         return None
     try:
         check_rules_matched((plan,), config)
@@ -215,6 +216,17 @@ def rewrite_dynamo_graph(
         config.preset,
     )
     return record
+
+
+_SPLIT = (
+    "its layers are split over ranks (DTensor, as parallelize_module makes them), and rows compute"
+    " with plain tensors"
+)
+
+
+def _is_split(value: object) -> bool:
+    """Whether it is a DTensor."""
+    return isinstance(value, Tensor) and hasattr(value, "device_mesh")
 
 
 def _stays_whole(gm: fx.GraphModule, example_inputs: list[Any]) -> str:

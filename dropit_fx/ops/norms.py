@@ -267,10 +267,12 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    running, settings = (running_mean, running_var), (use_input_stats, momentum, eps)
-    return torch.instance_norm(
-        input, weight, bias, *running, *settings, torch.backends.cudnn.enabled
+    affine, running, cudnn = (
+        (weight, bias),
+        (running_mean, running_var),
+        torch.backends.cudnn.enabled,
     )
+    return torch.instance_norm(input, *affine, *running, use_input_stats, momentum, eps, cudnn)
 
 
 def _running(args: Mapping[str, Any]) -> str:
@@ -308,7 +310,8 @@ def _vector_norm(
     out: Tensor | None = None,
 ) -> Tensor:
     order = 2 if ord in (None, "fro") else ord
-    return torch.linalg.vector_norm(input, order, dim, keepdim, dtype=dtype)
+    norm: Tensor = torch.linalg.vector_norm(input, order, dim, keepdim, dtype=dtype)
+    return norm
 
 
 def _not_of_vectors(args: Mapping[str, Any]) -> str:

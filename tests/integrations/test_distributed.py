@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import datetime
 import gc
+import logging
 import re
 import socket
 import sys
@@ -25,8 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from dropit_fx import measure, pack_checkpoints, pack_saved, transform
@@ -249,6 +256,21 @@ def checkpoints(folder: Path) -> dict[str, Tensor]:
     return answers
 
 
+def split_over_ranks() -> dict[str, Any]:
+    """Tensor-parallel blocks by the plug-in, beside the same without it."""
+    model = net()
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for block in model.blocks:
+        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    x, y = batch()
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("dropit_fx").addHandler(handler)
+    run = torch.compile(model, backend="dropit", options=OPTIONS)
+    return {"dense": grads(model, model, x, y), "packed": grads(run, model, x, y), "said": said}
+
+
 def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # searches for tensors need not walk through libraries
@@ -265,6 +287,7 @@ def work(rank: int, folder: Path) -> None:
         found[f"{engine} pack_checkpoints"] = eager(wrap)
         found[f"{engine} pack_saved"] = eager_saved(wrap)
     found["input gradients"] = input_gradients()
+    found["split"] = split_over_ranks()
     found["freed"] = {how: freed_weights(how) for how in (False, True)}
     found["answers"] = checkpoints(folder)
     torch.save(found, folder / f"rank{rank}")
@@ -320,6 +343,12 @@ def test_each_rank_saves_what_one_process_saves(ranks: list[dict[str, Any]], wha
         assert found[what]["saved"] == found[what]["wanted saved"]
         if "lossless" not in what:
             assert found[what]["saved"] < 0.7 * found[what]["dense saved"]
+
+
+def test_what_is_split_over_ranks_stays_dense_with_the_reason(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        torch.testing.assert_close(found["split"]["packed"], found["split"]["dense"])
+        assert any("split over ranks (DTensor" in text for text in found["split"]["said"])
 
 
 def test_graphs_that_ddp_splits_by_buckets_are_packed_each(ranks: list[dict[str, Any]]) -> None:

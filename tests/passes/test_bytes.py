@@ -497,6 +497,17 @@ def test_statistics_of_norms_under_autocast_have_the_dtype_of_the_weight(
         assert told.kept_bytes == saved_bytes(made, x)
 
 
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d(8, affine=True), nn.BatchNorm2d(8)], ids=repr)
+def test_what_is_packed_by_channel_has_the_statistics_of_its_channels(norm: nn.Module) -> None:
+    # whatever autograd keeps: an instance norm has its samples beside each other there
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), norm, nn.LeakyReLU(0.1), nn.Conv2d(8, 4, 1))
+    x = torch.randn(4, 1, 18, 18)
+    made = transform(model, example_args=(x,))
+    assert any("uniform" in str(n.args) for n in made.graph.nodes)
+    told = report(made)
+    assert (told.dense_bytes, told.kept_bytes) == (saved_bytes(model, x), saved_bytes(made, x))
+
+
 class Shrinking(nn.Module):
     """Makes things in more memory than they show, which the backward of another op reads."""
 
