@@ -11,6 +11,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -42,9 +43,11 @@ from dropit_fx.private_inductor import (
     FREEING,
     FUSING,
     INNER_COMPILE,
+    ORDERING,
     PARTITIONER,
     POST_PASS,
     PRE_PASS,
+    inductor_config,
     inductor_has,
 )
 from dropit_fx.report.rows import Report, attach_compiled, mib, report_of
@@ -365,7 +368,7 @@ def _patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _inductor(job: _Job) -> Compiled:
-    from dropit_fx.private import compile_fx
+    from dropit_fx.private import compile_fx, compile_fx_inner
 
     patches = _patches(job.mode, job.options)
     if job.record is not None:
@@ -386,8 +389,25 @@ def _inductor(job: _Job) -> Compiled:
     if inductor_has(CACHEABLE):
         patches[CACHEABLE] = names | dict(patches.get(CACHEABLE) or {})
     lower: dict[str, Any] = {INNER_COMPILE: job.lower} if job.lower is not None else {}
+    if job.fuse:
+        given = _patches(job.mode, job.options)
+        lower[INNER_COMPILE] = _in_one_order(job.lower or compile_fx_inner, given)
     compiled: Compiled = compile_fx(job.graph_module, job.inputs, config_patches=patches, **lower)  # type: ignore[assignment]
     return compiled
+
+
+def _in_one_order(lower: Callable[..., Any], given: Mapping[str, Any]) -> Callable[..., Any]:
+    """``lower``, which compiles graphs behind the cut, with `ORDERING` for backwards.
+
+    ``given``: what the caller says of inductor's options, which holds for all graphs.
+    """
+    options = {k: v for k, v in ORDERING.items() if inductor_has(k) and k not in given}
+
+    def ordered(graph: fx.GraphModule, inputs: Any, **how: Any) -> Any:
+        with inductor_config(**options) if how.get("is_backward") else nullcontext():
+            return lower(graph, inputs, **how)
+
+    return ordered
 
 
 def _aot(
