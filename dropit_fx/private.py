@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # the names to import, with their types
     from torch._functorch.partitioners import min_cut_rematerialization_partition, must_recompute
     from torch._guards import tracing
     from torch._inductor import list_mode_options, list_options
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.custom_graph_pass import (
         CustomGraphPass,
         CustomPartitionerFn,

@@ -38,6 +38,10 @@ FUSING = {
     "loop_ordering_after_fusion": False,
 }
 
+# And where it compiles a backward so, which unpacks and hardly packs: that loops over the same
+# elements take one order. The sum over a sample's rows and the loop that writes these are then one.
+ORDERING = {"loop_ordering_after_fusion": True}
+
 # What inductor is told of the memory of a step. It holds what is free for a later buffer of the
 # same shape, as long as its estimate of the peak stays the same; there, buffers that a loop works
 # on in place or does without count as more memory, so that it holds several for whole layers. This

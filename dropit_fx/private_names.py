@@ -414,7 +414,11 @@ TABLE: tuple[Name, ...] = (
     ),
     Name("torch._inductor.list_options", _PLUGIN, "telling options of inductor's from slips"),
     Name("torch._inductor.list_mode_options", _PLUGIN, "torch.compile(mode=...)"),
-    Name("torch._inductor.compile_fx.compile_fx", _PLUGIN, "compiling the rewritten graph"),
+    *_of(
+        "torch._inductor.compile_fx",
+        *(_PLUGIN, "compiling the rewritten graph, and its forwards and backwards"),
+        *("compile_fx", "compile_fx_inner"),
+    ),
     *_of(
         "torch._inductor.custom_graph_pass",
         *(_GUARD, "the partitioner guard, the pass behind the cut, and their cache keys"),

@@ -113,6 +113,7 @@ parameters(
     "torch._inductor.compile_fx.compile_fx",
     *("model_", "example_inputs_", "config_patches", private_inductor.INNER_COMPILE),
 )
+parameters("torch._inductor.compile_fx.compile_fx_inner", "gm", "example_inputs")
 parameters(
     "torch._inductor.scheduler.BaseSchedulerNode.get_read_write_buffer_accesses",
     *("self", "include_reads", "include_writes"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +22,11 @@ from dropit_fx.private_inductor import (
     FREEING,
     FUSING,
     INNER_COMPILE,
+    ORDERING,
     PARTITIONER,
     POST_PASS,
     PRE_PASS,
+    inductor_config,
     inductor_has,
 )
 from dropit_fx.runtime.linear_loss import LOSSES
@@ -94,7 +97,7 @@ def patched(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def inductor(job: Job) -> Compiled:
     """PyTorch's own compiler, with what holds packed tensors together added to its passes."""
-    from dropit_fx.private import compile_fx
+    from dropit_fx.private import compile_fx, compile_fx_inner
 
     patches = patched(job.mode, job.options)
     if job.record is not None:
@@ -115,8 +118,25 @@ def inductor(job: Job) -> Compiled:
     if inductor_has(CACHEABLE):
         patches[CACHEABLE] = names | dict(patches.get(CACHEABLE) or {})
     lower: dict[str, Any] = {INNER_COMPILE: job.lower} if job.lower is not None else {}
+    if job.fuse:
+        given = patched(job.mode, job.options)
+        lower[INNER_COMPILE] = _in_one_order(job.lower or compile_fx_inner, given)
     compiled: Compiled = compile_fx(job.graph_module, job.inputs, config_patches=patches, **lower)  # type: ignore[assignment]
     return compiled
+
+
+def _in_one_order(lower: Callable[..., Any], given: Mapping[str, Any]) -> Callable[..., Any]:
+    """``lower``, which compiles graphs behind the cut, with `ORDERING` for backwards.
+
+    ``given``: what the caller says of inductor's options, which holds for all graphs.
+    """
+    options = {k: v for k, v in ORDERING.items() if inductor_has(k) and k not in given}
+
+    def ordered(graph: fx.GraphModule, inputs: Any, **how: Any) -> Any:
+        with inductor_config(**options) if how.get("is_backward") else nullcontext():
+            return lower(graph, inputs, **how)
+
+    return ordered
 
 
 def aot(

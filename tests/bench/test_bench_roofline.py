@@ -197,11 +197,12 @@ def test_packing_reads_and_writes_more_and_fused_packing_dispatches_nothing() ->
 
 BLOCKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], float]] = {
     "Llama": (lambda: Llama(4096, 14336, 32, 8, 2048), (4, 2048, 4096), 1.0),
-    # Of it 0.10: what attention reads is packed and unpacked, and its forward runs again
+    # What attention reads is packed and unpacked, and its forward runs again: 0.10. Gradients of
+    # biases are summed where what they are sums of is written, which dense reads again: -0.06
     "DeiT-B": (
         lambda: vision_transformer.Block(768, 12, mlp_ratio=4, qkv_bias=True),
         (64, 197, 768),
-        1.09,
+        1.03,
     ),
 }
 

@@ -12,11 +12,18 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from dropit_fx.codecs import CODECS
-from dropit_fx.compile import backend
+from dropit_fx.compile import backend, fuse
 from dropit_fx.compile.fuse import FORMS, FusePacking
 from dropit_fx.compile.inner import INNER, aot
 from dropit_fx.compile.partition import KeepPacked
-from dropit_fx.private import CustomGraphPass, make_boxed_func
+from dropit_fx.private import (
+    CustomGraphPass,
+    FakeTensorMode,
+    make_boxed_func,
+    make_fx,
+    select_decomp_table,
+)
+from dropit_fx.private_inductor import told_of_a_gpu
 from dropit_fx.runtime.regions import overload_name
 
 WIDTH = 48
@@ -248,6 +255,34 @@ def test_the_environment_says_it_too(no_code: None, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("DROPIT_FUSE", "perhaps")
     with pytest.raises(Exception, match="DROPIT_FUSE='perhaps' is not true or false"):
         step(model, x, {})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_sums_over_rows_are_those_of_one_step(dtype: torch.dtype) -> None:
+    """In another order of the summands, and rounded to the dtype once."""
+
+    def gradients(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        grad = (2 * x).transpose(1, 2).contiguous()  # (8, 96, 3, 16)
+        rows = grad.view(8 * 96, 48)
+        return rows @ weight, rows.sum([0], keepdim=True), grad.sum([1, 0])
+
+    def sums(graph: fx.Graph) -> list[fx.Node]:
+        return graph.find_nodes(op="call_function", target=torch.ops.aten.sum.dim_IntList)
+
+    given = torch.randn(8, 3, 96, 16).to(dtype), torch.randn(48, 4).to(dtype)
+    with told_of_a_gpu(), FakeTensorMode() as mode:
+        on_gpu = [mode.from_tensor(t).to("cuda") for t in given]
+        graph = make_fx(gradients, select_decomp_table(), tracing_mode="fake")(*on_gpu)
+    before = gradients(*given)
+    FusePacking()(graph.graph)
+    assert len(sums(graph.graph)) == 2, "nothing is unpacked: dense is followed to the last bit"
+    for node in sums(graph.graph):
+        fuse._sum_where_made(graph.graph, node)
+    graph.recompile()
+    assert [len(n.args[1]) for n in sums(graph.graph)] == [1, 1, 1, 1]
+    for ours, theirs in zip(graph(*given), before, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_codecs_that_share_an_op_offer_one_form_of_it() -> None:

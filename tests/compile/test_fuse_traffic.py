@@ -17,9 +17,16 @@ from dropit_fx.bench.schedule import Kernel, kernels, scheduled_for
 from dropit_fx.compile.fuse import FusePacking
 from dropit_fx.kernels import AFFINE, FULL, SYMMETRIC, Format
 from dropit_fx.private import FakeTensorMode, make_fx, select_decomp_table
-from dropit_fx.private_inductor import FUSING, inductor_config, schedule, written
+from dropit_fx.private_inductor import (
+    FUSING,
+    ORDERING,
+    PRE_PASS,
+    inductor_config,
+    schedule,
+    written,
+)
 
-SAMPLES, TOKENS, WIDTH, BLOCK = 8, 64, 768, 256
+SAMPLES, TOKENS, WIDTH, BLOCK = 16, 64, 768, 256
 SHAPE = SAMPLES, TOKENS, WIDTH
 NUMEL = SAMPLES * TOKENS * WIDTH
 DENSE = 2 * NUMEL  # bytes of a bfloat16 tensor
@@ -42,7 +49,7 @@ def scheduled(run: Callable[..., Any], *shapes: tuple[int, ...] | Tensor) -> lis
 
 
 def compiled(
-    run: Callable[..., Any], *shapes: tuple[int, ...] | Tensor
+    run: Callable[..., Any], *shapes: tuple[int, ...] | Tensor, backward: bool = False
 ) -> tuple[list[Kernel], tuple[int, int]]:
     """The kernels, and of tensors of full size how often loops read one and how many are made."""
     with FakeTensorMode() as mode:
@@ -51,9 +58,8 @@ def compiled(
             for s in shapes
         ]
         graph = make_fx(run, select_decomp_table(), tracing_mode="fake")(*given)
-    FusePacking()(graph.graph)
-    graph.recompile()
-    with inductor_config(**FUSING), scheduled_for(graph, (), "cuda") as made:
+    limits: dict[str, Any] = FUSING | {PRE_PASS: FusePacking()} | (ORDERING if backward else {})
+    with inductor_config(**limits), scheduled_for(graph, (), "cuda") as made:
         found = list(kernels(schedule(made), ""))
         inputs = graph.graph.find_nodes(op="placeholder")
         names = {n.name for n in inputs if n.meta["val"].nbytes >= DENSE}
@@ -136,11 +142,12 @@ def test_packing_joins_the_loop_that_makes_or_reads_a_value(name: str, bits: int
         return out, *pack(value)
 
     given = [SHAPE] * run.__code__.co_argcount
-    reads, writes = traffic(scheduled(made, *given))
-    found = scheduled(packed, *given)
-    more = traffic(found)[0] - reads, traffic(found)[1] - writes
+    plain, tensors = compiled(made, *given)
+    found, as_many = compiled(packed, *given)
+    more = traffic(found)[0] - traffic(plain)[0], traffic(found)[1] - traffic(plain)[1]
     assert more[0] <= SMALL, found
     assert codes(bits) <= more[1] <= codes(bits) + SMALL, found
+    assert as_many == tensors == (len(given), 1)
 
 
 READ_BY_A_CALL: dict[str, Callable[..., Tensor]] = {
@@ -191,10 +198,13 @@ def test_beside_other_loops_a_value_is_read_once_more(name: str) -> None:
         value, out = run(*given)
         return out, *pack(value)
 
-    reads, writes = traffic(scheduled(lambda *given: run(*given)[1], *given))
-    found = scheduled(packed, *given)
-    assert traffic(found)[0] - reads <= more * DENSE + 2 * SMALL, found
-    assert traffic(found)[1] - writes <= codes(4) + 2 * SMALL, found
+    plain, (reads, made) = compiled(lambda *given: run(*given)[1], *given)
+    found, (more_reads, as_many) = compiled(packed, *given)
+    assert traffic(found)[0] - traffic(plain)[0] <= more * DENSE + 2 * SMALL, found
+    assert traffic(found)[1] - traffic(plain)[1] <= codes(4) + 2 * SMALL, found
+    assert reads == len(given)
+    assert more_reads <= reads + more
+    assert as_many == made == 1
 
 
 def test_what_batch_norm_and_relu_read_and_make_is_read_twice_more() -> None:
@@ -216,28 +226,6 @@ def test_what_batch_norm_and_relu_read_and_make_is_read_twice_more() -> None:
     assert reads >= 2
     assert more_reads <= reads + 2
     assert as_many == made == 1
-
-
-# -> how often tensors of full size are read once more
-WRITTEN: dict[str, tuple[Callable[[Tensor], tuple[Tensor, Tensor]], int]] = {
-    "GELU": (POINTWISE["GELU"], 0),
-    **{name: ROWS[name] for name in ("RMS norm", "RoPE")},
-}
-
-
-@pytest.mark.parametrize("name", WRITTEN)
-def test_in_the_code_a_loop_more_reads_the_tensor_at_most_and_none_is_between(name: str) -> None:
-    (run, more), pack = WRITTEN[name], packer(4)
-
-    def packed(x: Tensor) -> Any:
-        value, out = run(x)
-        return out, *pack(value)
-
-    reads, made = compiled(lambda x: run(x)[1], SHAPE)[1]
-    assert (reads, made) == (1, 1)
-    packed_reads, as_many = compiled(packed, SHAPE)[1]
-    assert packed_reads <= reads + more
-    assert as_many == made
 
 
 def test_of_a_part_of_a_tensor_packing_reads_that_part_once() -> None:
@@ -283,14 +271,32 @@ def root_norm_backward(x: Tensor, grad: Tensor) -> Any:
     return slope.to(grad.dtype), root_norm(x)
 
 
-CONSUMERS: dict[str, tuple[Callable[[Tensor, Tensor], Any], int]] = {  # and dense tensors written
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def gated_backward(gate: Tensor, up: Tensor, grad: Tensor) -> Any:
+    """Both gradients of SwiGLU, and its value for the layer behind it."""
+    silu = F.silu(gate)
+    return torch.ops.aten.silu_backward(grad * up, gate), grad * silu, silu * up
+
+
+# Of what is unpacked, and of a gradient; and dense tensors written
+CONSUMERS: dict[str, tuple[Callable[..., Any], int]] = {
     "GELU": (lambda x, g: (torch.ops.aten.gelu_backward(g, x), F.gelu(x)), 2),
+    "GELU, tanh": (
+        lambda x, g: (torch.ops.aten.gelu_backward(g, x, approximate="tanh"), gelu_tanh(x)),
+        2,
+    ),
     "SiLU": (lambda x, g: (torch.ops.aten.silu_backward(g, x), F.silu(x)), 2),
+    "SwiGLU": (gated_backward, 3),
     "layer norm": (norm_backward, 2),
     "RMS norm": (root_norm_backward, 2),
+    "add, layer norm": (lambda x, y, g: norm_backward(x + y, g), 2),
+    "add, RMS norm": (lambda x, y, g: root_norm_backward(x + y, g), 2),
     "RoPE": (lambda x, g: rotated(x) * g, 1),
     "softmax": (lambda x, g: torch.ops.aten._softmax_backward_data(g, x, -1, torch.bfloat16), 1),
-    "dropout": (lambda x, g: g * x, 1),
+    "cast": (lambda x, g: (g.float() * x.float()).to(g.dtype), 1),
 }
 
 
@@ -298,31 +304,61 @@ CONSUMERS: dict[str, tuple[Callable[[Tensor, Tensor], Any], int]] = {  # and den
 @pytest.mark.parametrize("name", CONSUMERS)
 def test_what_is_unpacked_is_read_as_bytes_in_one_kernel(name: str, spacing: int) -> None:
     run, written = CONSUMERS[name]
-    found = scheduled(
-        lambda values, scale, grad: run(unpacked(values, scale, 5, spacing), grad), *parts(5), SHAPE
-    )
+    count = run.__code__.co_argcount - 1
+
+    def read(*given: Tensor) -> Any:
+        *packed, grad = given
+        pairs = zip(packed[::2], packed[1::2], strict=True)
+        return run(*(unpacked(values, scale, 5, spacing) for values, scale in pairs), grad)
+
+    found, tensors = compiled(read, *parts(5) * count, SHAPE)
     assert len(found) == 1, found
-    assert traffic(found)[0] <= codes(5) + DENSE + SMALL
+    assert traffic(found)[0] <= count * codes(5) + DENSE + SMALL
     assert traffic(found)[1] <= written * DENSE + SMALL
+    assert tensors == (1, written)
 
 
-IN_FRONT: dict[str, Callable[[Tensor], Tensor]] = {
+def test_the_mask_of_dropout_is_read_as_bits_where_the_gradient_is() -> None:
+    def backward(mask: Tensor, grad: Tensor) -> Tensor:
+        kept = torch.ops.dropit.unpack_uint(mask, 1, NUMEL).bool().view(SHAPE)
+        out: Tensor = torch.ops.aten.native_dropout_backward(grad, kept, 2.0)
+        return out
+
+    found, tensors = compiled(backward, torch.empty(NUMEL // 8, dtype=torch.uint8), SHAPE)
+    assert len(found) == 1, found
+    assert traffic(found) == (NUMEL // 8 + DENSE, DENSE)
+    assert tensors == (1, 1)
+
+
+IN_FRONT: dict[str, Callable[..., Tensor]] = {
     "layer norm": norm,
     "RMS norm": root_norm,
-    "GELU": F.gelu,
+    "add, layer norm": lambda x, y: norm(x + y),
+    "add, RMS norm": lambda x, y: root_norm(x + y),
+    "GELU": lambda x: F.gelu(x),
+    "GELU, tanh": gelu_tanh,
+    "SwiGLU": lambda gate, up: F.silu(gate) * up,
+    "batch norm, ReLU": lambda x: F.relu(x * 0.5 + 0.25),  # by the statistics that are kept
+    "softmax": lambda x: x.softmax(-1),
     "RoPE": rotated,
+    "cast": lambda x: x.float().to(x.dtype),
 }
 
 
 @pytest.mark.parametrize("name", IN_FRONT)
 def test_in_front_of_a_product_what_is_unpacked_is_made_again_in_one_kernel(name: str) -> None:
-    def gradient(values: Tensor, scale: Tensor, grad: Tensor) -> Tensor:
-        read = IN_FRONT[name](unpacked(values, scale, 5, SYMMETRIC))
+    run = IN_FRONT[name]
+    count = run.__code__.co_argcount
+
+    def gradient(*given: Tensor) -> Tensor:
+        *packed, grad = given
+        pairs = zip(packed[::2], packed[1::2], strict=True)
+        read = run(*(unpacked(values, scale, 5, SYMMETRIC) for values, scale in pairs))
         return grad.T @ read.view(-1, WIDTH)
 
-    found, tensors = compiled(gradient, *parts(5), (SAMPLES * TOKENS, 64))
+    found, tensors = compiled(gradient, *parts(5) * count, (SAMPLES * TOKENS, 64))
     (made_again,) = [k for k in found if not k.extern]
-    assert made_again.read_bytes <= codes(5) + SMALL
+    assert made_again.read_bytes <= count * codes(5) + SMALL
     assert made_again.write_bytes == DENSE
     assert tensors == (0, 1)
 
@@ -350,6 +386,40 @@ def test_batch_norm_and_relu_read_bytes_in_their_backward() -> None:
     assert traffic(found)[0] <= 2 * (codes(6) + NUMEL // 8 + DENSE) + 2 * SMALL, found
     assert traffic(found)[1] <= DENSE + SMALL, found
     assert tensors == (2, 1)
+
+
+def gelu_slope(x: Tensor, grad: Tensor) -> Tensor:
+    out: Tensor = torch.ops.aten.gelu_backward(grad, x)
+    return out
+
+
+def side_by_side(x: Tensor, *grads: Tensor) -> Tensor:
+    """Gradients of queries, keys and values, as the layer in front made these."""
+    heads = [grad.view(SAMPLES, TOKENS, 12, 64).transpose(1, 2) for grad in grads]
+    return torch.stack(heads).permute(1, 3, 0, 2, 4).contiguous()
+
+
+SUMMED: dict[str, tuple[Callable[..., Tensor], int]] = {  # and gradients that it is made of
+    "GELU": (gelu_slope, 1),
+    "queries, keys, values": (side_by_side, 3),
+}
+
+
+@pytest.mark.parametrize("name", SUMMED)
+def test_the_gradient_of_a_bias_is_summed_by_the_loop_that_writes_what_is_summed(name: str) -> None:
+    run, count = SUMMED[name]
+
+    def gradients(values: Tensor, scale: Tensor, *grads: Tensor) -> Any:
+        x = unpacked(values, scale, 5, SYMMETRIC)
+        rows = run(x, *grads).view(SAMPLES * TOKENS, -1)
+        return rows.T @ x.view(-1, WIDTH), rows.sum([0], keepdim=True)
+
+    found, tensors = compiled(gradients, *parts(5), *[SHAPE] * count, backward=True)
+    loops = [k for k in found if not k.extern]
+    sums = count * 2 * SMALL  # of each sample, in float32
+    assert traffic(loops)[0] <= 2 * codes(5) + count * DENSE + sums, found
+    assert traffic(loops)[1] <= DENSE + count * DENSE + sums, found
+    assert tensors[0] == count
 
 
 def test_what_attention_reads_is_unpacked_once() -> None:
