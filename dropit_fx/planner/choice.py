@@ -174,8 +174,8 @@ def _greedy(
             if gain > 0:
                 moves.append((-gain / max(more, 1), g, i))
     for _, g, i in sorted(moves):
-        more = groups[g][i].beside - groups[g][chosen[g]].beside
-        if groups[g][i].cost >= groups[g][chosen[g]].cost or beside + more > most:
+        extra = groups[g][i].beside - groups[g][chosen[g]].beside
+        if groups[g][i].cost >= groups[g][chosen[g]].cost or beside + extra > most:
             continue
         changed = use.copy()
         for span in groups[g][chosen[g]].spans:
@@ -183,7 +183,7 @@ def _greedy(
         for span in groups[g][i].spans:
             changed[span.start : span.end] += span.nbytes
         if changed.max() <= peak:
-            use, chosen[g], beside = changed, i, beside + more
+            use, chosen[g], beside = changed, i, beside + extra
     return tuple(chosen)
 
 
