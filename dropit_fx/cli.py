@@ -22,7 +22,6 @@ from torch import nn
 
 import dropit_fx
 from dropit_fx.bench import model_spec
-from dropit_fx.bench.cards import CARDS
 from dropit_fx.bench.commands import PRESET_OPTIONS, add_benches, add_model, add_plot
 from dropit_fx.bench.device import find_device
 from dropit_fx.bench.model_spec import SpecError
@@ -32,7 +31,9 @@ from dropit_fx.check import BACKENDS
 from dropit_fx.config import DEFAULT_PRESET, PAPER_PRESET, ConfigError, make_config
 from dropit_fx.logs import shown
 from dropit_fx.planner import PlanError, Step
+from dropit_fx.planner.cards import CARDS
 from dropit_fx.planner.fits import memory_bytes
+from dropit_fx.planner.speeds import shown_seconds
 from dropit_fx.report.plot import figure_class
 from dropit_fx.report.rows import Report, as_text, mib, plain_table
 from dropit_fx.schema import config_schema
@@ -197,8 +198,20 @@ def _parser() -> argparse.ArgumentParser:
         "--error-limit",
         type=float,
         metavar="SHARE",
-        help="the most that the gradient may lose, relative to its norm (default: what it takes)",
+        help="the most that the gradient may lose, relative to its norm: plans for the least time"
+        " then (default: what it takes)",
     )
+    plan.add_argument(
+        "--time-limit",
+        metavar="SECONDS",
+        help="the most that an eager step may take more, as told: 0.05, or 10%% of the dense step",
+    )
+    plan.add_argument(
+        "--device",
+        metavar="CARD",
+        help=f"whose seconds are told: {', '.join(CARDS)}, or TFLOP/s,TB/s (default: as here)",
+    )
+    plan.add_argument("--time", action="store_true", help="measure each step of a frontier, too")
     plan.add_argument("-o", "--out", metavar="FILE", help="default: standard output")
     plan.add_argument("--json", metavar="FILE", help="write the frontier to FILE, plans among it")
     add_plot(plan)
@@ -381,8 +394,8 @@ def _optimizer_class(name: str) -> Any:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    others = ("out", "error_limit") if options.frontier else ("json", "plot")
-    for name in (n for n in others if getattr(options, n) is not None):
+    others = ("out", "error_limit", "time_limit") if options.frontier else ("json", "plot", "time")
+    for name in (n for n in others if getattr(options, n) not in (None, False)):
         way = "--peak" if options.frontier else "--frontier"
         raise SpecError(f"--{name.replace('_', '-')} goes with {way}")
     if options.frontier:
@@ -396,6 +409,8 @@ def _plan(options: argparse.Namespace) -> int:
             kwargs or args,
             peak=options.peak,
             error_limit=options.error_limit,
+            time_limit=options.time_limit,
+            device=options.device,
             progress=lambda text, share: bar.update(task, description=text, completed=share),
         )
     if options.out:
@@ -404,7 +419,8 @@ def _plan(options: argparse.Namespace) -> int:
         sys.stdout.write(planned.to_yaml())
     console.print(
         f"peak {mib(planned.predicted)} of {mib(planned.asked)} asked for, {mib(planned.dense)}"
-        f" dense; the gradient loses {planned.error:.2%}"
+        f" dense; the gradient loses {planned.error:.2%}, a step takes"
+        f" {shown_seconds(planned.seconds)} more"
     )
     return 0
 
@@ -420,6 +436,8 @@ def _frontier(options: argparse.Namespace) -> int:
         found = frontier.frontier_of(
             Step(model, args, kwargs),
             progress=lambda text, share: bar.update(task, description=text, completed=share),
+            device=options.device,
+            timed=options.time,
         )
     sys.stdout.write(str(found))
     if options.json:

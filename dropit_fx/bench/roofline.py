@@ -24,13 +24,13 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, fx, nn
 
-from dropit_fx.bench.cards import GIGA, Card, find_card
 from dropit_fx.bench.model_spec import SpecError, build, in_dtype
 from dropit_fx.bench.pareto import Variant, checkpoint_blocks, choose
 from dropit_fx.bench.schedule import Kernel, kernels_of_step
 from dropit_fx.compile import backend
 from dropit_fx.compile.saved import Partition, read_partition
 from dropit_fx.config import make_config
+from dropit_fx.planner.cards import GIGA, Card, find_card
 from dropit_fx.private import (
     CustomPartitionerFn,
     compile_fx,
@@ -284,7 +284,7 @@ def bench_roofline(
         model: A spec as for ``dropit-fx report``.
         batch: Batch size.
         size: Height and width of images; None: the model's own.
-        device: As for :func:`~dropit_fx.bench.cards.find_card`.
+        device: As for :func:`~dropit_fx.planner.cards.find_card`.
         only: Globs on the names of :func:`variants`; empty: all. The dense one is always there.
         preset: What packs it; None: the default.
         gamma: As for ``transform``.
@@ -302,7 +302,8 @@ def bench_roofline(
     Raises:
         ConfigError: A glob that matches no variant, or settings that mean nothing.
         FileNotFoundError: The folder of a path is missing.
-        SpecError: There is no such model or card.
+        PlanError: There is no such card.
+        SpecError: There is no such model.
     """
     card = find_card(device)
     chosen = choose(only, variants())

@@ -1,6 +1,7 @@
-"""The choice: of each group one level, with the least error of all, under a peak at every time.
+"""The choice: of each group one level, at the least cost of all, under a peak at every time.
 
-A multiple-choice knapsack with a row for each time at which the peak may stand. Few of the
+A multiple-choice knapsack with a row for each time at which the peak may stand, and one for what is
+limited beside the cost: seconds where that is an error, an error where it is seconds. Few of the
 thousands of times bind: the problem is solved, relaxed, with those where the peak was last found,
 until none is above. Where it has split a group, that is rounded down, and what room is left is
 given away greedily; only if that is not near enough to the bound, the solver takes whole items.
@@ -9,6 +10,7 @@ given away greedily; only if that is not near enough to the bound, the solver ta
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,10 +36,17 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Item:
-    """One level of one group: what it costs, and what it changes in the memory of the base."""
+    """One level of one group: what it costs, and what it changes in the memory of the base.
 
-    error: float
+    Attributes:
+        cost: What is to be least in all.
+        spans: What it changes.
+        beside: What may be limited in all, 0 or more.
+    """
+
+    cost: float
     spans: tuple[Span, ...]
+    beside: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -46,27 +55,30 @@ class Choice:
 
     Attributes:
         levels: The index of the item of each group.
-        error: The sum of their errors.
-        gap: By how much of it the least possible error may be smaller, 0 to 1.
+        cost: The sum of their costs.
+        gap: By how much of it the least possible cost may be smaller, 0 to 1.
         peak: The highest use, in bytes, as far as the spans tell.
     """
 
     levels: tuple[int, ...]
-    error: float
+    cost: float
     gap: float
     peak: int
 
 
-def choose(groups: Sequence[Sequence[Item]], used: Sequence[int], peak: int) -> Choice | None:
-    """The items, one of each group, with the least error whose use is nowhere above a peak.
+def choose(
+    groups: Sequence[Sequence[Item]], used: Sequence[int], peak: int, most: float = math.inf
+) -> Choice | None:
+    """The items, one of each group, at the least cost whose use is nowhere above a peak.
 
     Args:
         groups: Their items.
         used: Bytes in use at each time, without the spans of any item.
         peak: In bytes.
+        most: Of what is ``beside`` their costs, in all.
 
     Returns:
-        None where even the smallest of all are above it.
+        None where even the smallest of all are above the peak, or none was found within the limit.
 
     Raises:
         ModuleNotFoundError: scipy is missing (``pip install 'dropit-fx[plan]'``).
@@ -77,10 +89,12 @@ def choose(groups: Sequence[Sequence[Item]], used: Sequence[int], peak: int) -> 
     least = tuple(smallest([*map(_size, group)]) for group in groups)
     if _use(groups, least, base).max() > peak:
         return None
-    best = _greedy(groups, base, peak, least)
-    problem = _Problem(groups, base, peak, _error(groups, best))
-    freest = tuple(smallest([item.error for item in group]) for group in groups)
-    heights = [_heights(_use(groups, levels, base)) for levels in (freest, best)]
+    best = None
+    if _beside(groups, least) <= most:
+        best = _greedy(groups, base, peak, most, least)
+    problem = _Problem(groups, base, peak, most, math.inf if best is None else _cost(groups, best))
+    freest = tuple(smallest([item.cost for item in group]) for group in groups)
+    heights = [_heights(_use(groups, levels, base)) for levels in (freest, best or least)]
     rows = sorted({*heights[0], *heights[1]})
     began, bound, whole = time.perf_counter(), 0.0, False
     for _ in range(ROUNDS):
@@ -93,17 +107,19 @@ def choose(groups: Sequence[Sequence[Item]], used: Sequence[int], peak: int) -> 
         rows += [at for at in above if at not in rows]
         if not above:
             levels = problem.levels(shares, least)
-            if _use(groups, levels, base).max() <= peak:
-                levels = _greedy(groups, base, peak, levels)
-                if _error(groups, levels) <= _error(groups, best):
+            if _use(groups, levels, base).max() <= peak and _beside(groups, levels) <= most:
+                levels = _greedy(groups, base, peak, most, levels)
+                if best is None or _cost(groups, levels) <= _cost(groups, best):
                     best = levels
-            if whole or _gap(bound, _error(groups, best)) <= GAP:
+            if whole or (best is not None and _gap(bound, _cost(groups, best)) <= GAP):
                 break
             whole = True  # the relaxed problem has told most of the rows
         if time.perf_counter() - began > ALL_SECONDS:
             break
-    error = _error(groups, best)
-    return Choice(best, error, _gap(bound, error), int(_use(groups, best, base).max()))
+    if best is None:
+        return None
+    cost = _cost(groups, best)
+    return Choice(best, cost, _gap(bound, cost), int(_use(groups, best, base).max()))
 
 
 def smallest(numbers: Sequence[float]) -> int:
@@ -111,8 +127,8 @@ def smallest(numbers: Sequence[float]) -> int:
     return min(range(len(numbers)), key=numbers.__getitem__)
 
 
-def _gap(bound: float, error: float) -> float:
-    return max(0.0, 1 - bound / error) if error > 0 else 0.0
+def _gap(bound: float, cost: float) -> float:
+    return max(0.0, 1 - bound / cost) if cost > 0 else 0.0
 
 
 def _size(item: Item) -> int:
@@ -120,8 +136,12 @@ def _size(item: Item) -> int:
     return sum(s.nbytes * (s.end - s.start) for s in item.spans)
 
 
-def _error(groups: Sequence[Sequence[Item]], levels: Sequence[int]) -> float:
-    return float(sum(g[i].error for g, i in zip(groups, levels, strict=True)))
+def _cost(groups: Sequence[Sequence[Item]], levels: Sequence[int]) -> float:
+    return float(sum(g[i].cost for g, i in zip(groups, levels, strict=True)))
+
+
+def _beside(groups: Sequence[Sequence[Item]], levels: Sequence[int]) -> float:
+    return float(sum(g[i].beside for g, i in zip(groups, levels, strict=True)))
 
 
 def _use(groups: Sequence[Sequence[Item]], levels: Sequence[int], base: Any) -> Any:
@@ -141,20 +161,21 @@ def _heights(use: Any, pieces: int = 8) -> list[int]:
 
 
 def _greedy(
-    groups: Sequence[Sequence[Item]], base: Any, peak: int, levels: tuple[int, ...]
+    groups: Sequence[Sequence[Item]], base: Any, peak: int, most: float, levels: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """From the smallest up: first what frees most error for a byte, as long as it fits."""
+    """From the smallest up: first what frees most of the cost for a byte, as long as it fits."""
     chosen = list(levels)
-    use = _use(groups, chosen, base)
+    use, beside = _use(groups, chosen, base), _beside(groups, chosen)
     moves = []
     for g, group in enumerate(groups):
         for i, item in enumerate(group):
-            gain = group[chosen[g]].error - item.error
+            gain = group[chosen[g]].cost - item.cost
             more = _size(item) - _size(group[chosen[g]])
             if gain > 0:
                 moves.append((-gain / max(more, 1), g, i))
     for _, g, i in sorted(moves):
-        if groups[g][i].error >= groups[g][chosen[g]].error:
+        extra = groups[g][i].beside - groups[g][chosen[g]].beside
+        if groups[g][i].cost >= groups[g][chosen[g]].cost or beside + extra > most:
             continue
         changed = use.copy()
         for span in groups[g][chosen[g]].spans:
@@ -162,32 +183,34 @@ def _greedy(
         for span in groups[g][i].spans:
             changed[span.start : span.end] += span.nbytes
         if changed.max() <= peak:
-            use, chosen[g] = changed, i
+            use, chosen[g], beside = changed, i, beside + extra
     return tuple(chosen)
 
 
 class _Problem:
     """The knapsack as the solver takes it: a variable for each item, a row for each time.
 
-    No item of more error than a ``known`` choice has in all is in a better one.
+    No item of a higher cost than a ``known`` choice has in all is in a better one.
     """
 
     def __init__(
-        self, groups: Sequence[Sequence[Item]], base: Any, peak: int, known: float
+        self, groups: Sequence[Sequence[Item]], base: Any, peak: int, most: float, known: float
     ) -> None:
-        self.base, self.peak = base, peak
+        self.base, self.peak, self.most = base, peak, most
         self.items = [item for group in groups for item in group]
         self.offsets = np.cumsum([0, *map(len, groups)])
         self.group_of = np.repeat(np.arange(len(groups)), [*map(len, groups)])
-        errors = np.array([item.error for item in self.items])
-        if not np.isfinite(errors).all():
+        costs = np.array([item.cost for item in self.items])
+        self.beside = np.array([item.beside for item in self.items])
+        if not np.isfinite([costs, self.beside]).all():
             raise PlanError("an error that was measured is not finite")
+        known = min(known, float(costs.sum()))
         self.unit = known / 1e3 or 1.0  # the solver's tolerances are absolute
-        self.may = errors <= known
-        self.errors = np.where(self.may, errors, 0) / self.unit
+        self.may = costs <= known
+        self.costs = np.where(self.may, costs, 0) / self.unit
 
     def solve(self, rows: Sequence[int], whole: bool) -> tuple[Any, float] | None:
-        """The share of each item with the peak kept at some times, and a bound below the error."""
+        """The share of each item with the peak kept at some times, and a bound below the cost."""
         try:
             from scipy import optimize, sparse
         except ModuleNotFoundError as error:
@@ -199,16 +222,21 @@ class _Problem:
             for span in item.spans:
                 weights[(at >= span.start) & (at < span.end), column] += span.nbytes
         ones = sparse.csr_array((np.ones(count), (self.group_of, np.arange(count))))
+        constraints = [
+            optimize.LinearConstraint(ones, 1, 1),
+            optimize.LinearConstraint(
+                weights / self.peak, -np.inf, (self.peak - self.base[at]) / self.peak
+            ),
+        ]
+        if math.isfinite(self.most):
+            unit = self.most or float(self.beside.max()) or 1.0
+            row = self.beside[None] / unit
+            constraints.append(optimize.LinearConstraint(row, -np.inf, self.most / unit))
         solved = optimize.milp(
-            self.errors,
+            self.costs,
             integrality=np.full(count, int(whole)),
             bounds=optimize.Bounds(0, self.may.astype(float)),
-            constraints=[
-                optimize.LinearConstraint(ones, 1, 1),
-                optimize.LinearConstraint(
-                    weights / self.peak, -np.inf, (self.peak - self.base[at]) / self.peak
-                ),
-            ],
+            constraints=constraints,
             options={"time_limit": SECONDS, "mip_rel_gap": GAP},
         )
         if solved.x is None:

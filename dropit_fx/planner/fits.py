@@ -24,8 +24,9 @@ from dropit_fx.capture.trace import LOCK, CaptureError
 from dropit_fx.capture.untouched import untouched
 from dropit_fx.config import make_config
 from dropit_fx.passes.choose_codecs import check_rules_matched
+from dropit_fx.planner.asked import example_step
 from dropit_fx.planner.errors import PlanError
-from dropit_fx.planner.search import example_step, standing
+from dropit_fx.planner.search import standing
 from dropit_fx.planner.sensitivity import Progress
 from dropit_fx.planner.size import peak_bytes, shown
 from dropit_fx.planner.step import Step

@@ -23,6 +23,7 @@ class PlannedConfig(Config):
         dense: The peak of the dense step.
         predicted: The peak of the step under this config, told of the rewritten graph.
         error: Of the gradient of all parameters, relative to its norm, as it was told.
+        seconds: By which an eager step is longer than the dense one, as it was told.
         gap: By how much of the squared error the least possible one may be smaller.
         notes: What is to be said of each rule, in their order.
         about: What the plan was made of: model, inputs, versions.
@@ -32,12 +33,13 @@ class PlannedConfig(Config):
     dense: int = field(default=0, compare=False)
     predicted: int = field(default=0, compare=False)
     error: float = field(default=0.0, compare=False)
+    seconds: float = field(default=0.0, compare=False)
     gap: float = field(default=0.0, compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
     about: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def to_yaml(self) -> str:
-        """The config as a file, with comments: what it was planned for, and each rule's bytes."""
+        """The config as a file, with comments: what it was planned for, and what rules cost."""
         lines = [f"# {name}: {text}".replace("\n", " ") for name, text in self.about.items()]
         settings = {"preset": self.preset} | {k: getattr(self, k) for k in PRESET_KEYS}
         lines += [f"{k}: {_scalar(v)}" for k, v in settings.items()]

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from torch import Tensor, fx, nn
-from torch.optim import Optimizer
+from torch import fx, nn
 
-from dropit_fx.capture.example_inputs import resolve
-from dropit_fx.capture.trace import LOCK
-from dropit_fx.capture.untouched import untouched
 from dropit_fx.passes.plan import Plan
-from dropit_fx.planner.choice import Item, choose, smallest
+from dropit_fx.planner.choice import choose, smallest
+from dropit_fx.planner.costs import Seconds, seconds_of
 from dropit_fx.planner.errors import PlanError
+from dropit_fx.planner.goal import Goal, squares, time_bound, total
 from dropit_fx.planner.moves import (
     Group,
     base_config,
@@ -28,7 +27,8 @@ from dropit_fx.planner.notes import about, notes_of
 from dropit_fx.planner.planned import PlannedConfig
 from dropit_fx.planner.sensitivity import Progress, Sensitivity, measure_errors
 from dropit_fx.planner.size import peak_bytes, shown
-from dropit_fx.planner.step import Step
+from dropit_fx.planner.speeds import CardSpeeds, MeasuredSpeeds, shown_seconds, step_seconds
+from dropit_fx.planner.step import Step, device_of
 from dropit_fx.planner.timeline import Timeline, forecast
 from dropit_fx.planner.workspaces import Spec, measure_workspaces
 from dropit_fx.rewriting import Rewriter
@@ -39,98 +39,14 @@ RUNS = 3  # of what was chosen, until no op takes more for itself than was known
 CLOSE = 0.98  # of the peak that was asked for: near enough
 
 
-def plan(
-    model: nn.Module,
-    example_inputs: Any = None,
-    *,
-    peak: str | int | float,
-    loss: Callable[[Any], Tensor] | None = None,
-    optimizer: Optimizer | None = None,
-    error_limit: float | None = None,
-    progress: Progress = lambda text, share: None,
-) -> PlannedConfig:
-    """Plans a config that keeps a training step under a peak of memory, at the least error.
+class Limits(NamedTuple):
+    """What a plan may cost beside memory, as for ``planner.plan``."""
 
-    The peak is that of all tensors of a step: parameters, buffers, inputs, gradients, the state of
-    the optimizer, what is saved for the backward, logits and temporaries. One batch runs a few
-    times: for what ops take for themselves, dense and packed, and for the errors that packing puts
-    into the gradients; then the model is what it was. What is chosen is told again of the graph
-    that it makes, and runs once, until it keeps the peak. The same question has the same answer.
-
-    Args:
-        model: Any module that ``transform`` takes, in the mode in which it trains.
-        example_inputs: A batch of real inputs, on the model's device: a tensor, a tuple of
-            positional inputs, or a mapping of keyword inputs. None: blank ones of a guessed shape.
-        peak: Bytes; ``"6GiB"``, ``"800MB"``; or ``"40%"`` of the dense step's peak.
-        loss: From the model's output to the scalar that is differentiated. None: its ``loss`` if it
-            has one, otherwise a fixed random projection of all that has a gradient.
-        optimizer: What moves the parameters; its state and temporaries then count.
-        error_limit: The most that the gradient of all parameters may lose, relative to its norm, as
-            it is told; None: what the peak takes.
-        progress: Called with what is done, and the share of it that is.
-
-    Returns:
-        A config for ``transform``, with ``predicted`` and ``error``; ``save`` writes it as a file.
-
-    Raises:
-        PlanError: The peak cannot be understood or cannot be kept (the message names the least
-            that can, and what stands there), or no backward keeps anything.
-        CaptureError: No tracer takes the model.
-        ModuleNotFoundError: scipy is missing (``pip install 'dropit-fx[plan]'``).
-    """
-    step = example_step(model, example_inputs, loss, optimizer)
-    return plan_step(step, peak, error_limit, progress)
+    error: float | None = None
+    time: str | float | None = None
 
 
-def plan_step(
-    step: Step,
-    peak: str | int | float,
-    error_limit: float | None = None,
-    progress: Progress = lambda text, share: None,
-    rewriter: Rewrites | None = None,
-) -> PlannedConfig:
-    """As :func:`plan`, for a step; ``rewriter``: in the place of one that captures the model."""
-    if error_limit is not None and not error_limit >= 0:
-        raise PlanError(f"error_limit = {error_limit!r}: a relative error, 0 or more")
-    peak_bytes(peak, 10**12)  # before anything runs
-    with LOCK, untouched(step.model, generators=True):
-        return _Search(step, progress, rewriter).run(peak, error_limit)
-
-
-def example_step(
-    model: nn.Module,
-    given: Any,
-    loss: Callable[[Any], Tensor] | None = None,
-    optimizer: Optimizer | None = None,
-) -> Step:
-    """The step of a model on inputs as :func:`plan` takes them."""
-    if given is None:
-        args, kwargs = resolve(model, None, None)
-    elif isinstance(given, Mapping):
-        args, kwargs = (), dict(given)
-    else:
-        args, kwargs = (tuple(given) if isinstance(given, tuple | list) else (given,)), {}
-    return Step(model, args, kwargs, loss, optimizer)
-
-
-def plan_frontier(
-    step: Step, count: int = 8, progress: Progress = lambda text, share: None
-) -> list[PlannedConfig]:
-    """Plans for peaks from below the dense one's down to the least, the highest first.
-
-    Args:
-        step: As for :func:`plan_step`.
-        count: Of the peaks; a plan that keeps two of them is there once.
-        progress: As for :func:`plan`.
-
-    Returns:
-        Their predicted peaks fall, their errors grow.
-
-    Raises:
-        PlanError: The step keeps nothing for its backward that can be packed.
-    """
-    with LOCK, untouched(step.model, generators=True):
-        return _Search(step, progress).frontier(count)
+NO_LIMITS = Limits()
 
 
 @dataclass
@@ -160,11 +76,18 @@ class Rewrites(Protocol):
         """The peak of a real step under a config (None: dense), where it is not as it is told."""
 
 
-class _Search:
+class Search:
     """Looks for the config of one step."""
 
-    def __init__(self, step: Step, progress: Progress, rewriter: Rewrites | None = None) -> None:
+    def __init__(
+        self,
+        step: Step,
+        progress: Progress,
+        rewriter: Rewrites | None = None,
+        speeds: CardSpeeds | None = None,
+    ) -> None:
         self.step, self.progress = step, progress
+        self.speeds: CardSpeeds | MeasuredSpeeds = speeds or MeasuredSpeeds(device_of(step))
         self.workspaces: dict[Spec, int] = {}
         self.rewriter = rewriter or Rewriter(step.model, step.args, step.kwargs)
         self.groups: list[Group] = []
@@ -172,14 +95,18 @@ class _Search:
         self.dense: Timeline
         self.dense_peak: int
         self.told: Timeline  # of the base
+        self.seconds: Seconds  # of the levels
+        self.errors: Sensitivity
+        self.squares: Seconds  # the same, as they add up
 
-    def run(self, peak: str | int | float, error_limit: float | None) -> PlannedConfig:
+    def run(self, peak: str | int | float, limits: Limits) -> PlannedConfig:
+        """The config for one peak."""
         self._look()
         dense, asked = self.dense, peak_bytes(peak, self.dense_peak)
         if asked >= self.dense_peak:
             whole = Config(rules=(Rule(codec="keep"),), preset=None)
             found = _Found((), whole, self.rewriter.module, dense, 0.0)
-            return self._planned(asked, found, None, self.dense_peak)
+            return self._planned(asked, found, self.dense_peak)
         if not self.groups:
             raise PlanError(f"peak = {peak!r}: {self._nothing()}")
         least = self._least()
@@ -189,15 +116,53 @@ class _Search:
                 f" {shown(smallest_peak)} ({smallest_peak} bytes,"
                 f" {smallest_peak / self.dense_peak:.0%} of dense); {standing(least.told)}"
             )
-        errors = measure_errors(self.step, self.base, self.groups, self.progress)
-        found = self._really_under(asked, errors, least)
-        error = self._error(found.levels, errors)
-        if error_limit is not None and error > error_limit:
+        self._measure()
+        found = self._within(asked, limits, least)
+        return self._planned(asked, found, self._peak(found))
+
+    def _within(self, asked: int, limits: Limits, least: _Found) -> _Found:
+        """Of least error, within a time where there is a limit; or of least time within an error.
+
+        Where the limit is not kept, what would be the least says by how much.
+        """
+        by_error, by_time = (self.squares, self.seconds), (self.seconds, self.squares)
+        error = math.inf if limits.error is None else limits.error
+        seconds = math.inf
+        if limits.time is not None:
+            seconds = time_bound(limits.time, self.dense_seconds)
+            goal, other = Goal(*by_error, seconds), Goal(*by_time)
+        else:
+            goal, other = Goal(*by_time, error**2), Goal(*by_error)
+        if limits == NO_LIMITS:
+            goal = other
+        found = self._really_under(asked, goal, least) or self._really_under(asked, other, least)
+        assert found is not None  # the other goal has no limit
+        if (took := total(self.seconds, found.levels)) > seconds:
             raise PlanError(
-                f"under {shown(asked)} the gradient loses {error:.3g} of its norm, more than"
-                f" error_limit = {error_limit}: ask for a higher peak, or for a higher limit"
+                f"under {shown(asked)} a step takes {shown_seconds(took)} more at least, on"
+                f" {self.speeds.name}, and time_limit = {limits.time!r} is"
+                f" {shown_seconds(seconds)}: ask for a higher peak, or for a higher limit"
             )
-        return self._planned(asked, found, errors, self._peak(found))
+        if (lost := self._error(found.levels)) > error * (1 + 1e-9):  # of sums in other orders
+            raise PlanError(
+                f"under {shown(asked)} the gradient loses {lost:.3g} of its norm, more than"
+                f" error_limit = {limits.error}: ask for a higher peak, or for a higher limit"
+            )
+        return found
+
+    def dense_seconds(self) -> float:
+        """Of the dense step: measured at hand, or told of its ops."""
+        if isinstance(self.speeds, CardSpeeds):
+            return self.dense.seconds(self.speeds)
+        return step_seconds(self.step, self.step.model)
+
+    def _measure(self) -> None:
+        """What each level of each group loses, and how long it takes."""
+        self.errors = measure_errors(self.step, self.base, self.groups, self.progress)
+        self.squares = squares(self.errors)
+        self.progress("seconds of levels", 0.0)
+        self.seconds = seconds_of(self.base, self.groups, self.speeds)
+        self.speeds.remember()
 
     def frontier(self, count: int) -> list[PlannedConfig]:
         """Plans for peaks from the least up, closest together there, where the error falls most.
@@ -208,16 +173,17 @@ class _Search:
         if not self.groups:
             raise PlanError(self._nothing())
         best = least = self._least()
-        errors = measure_errors(self.step, self.base, self.groups, self.progress)
+        self._measure()
+        goal = Goal(self.squares, self.seconds)
         low, high = least.told.peak, max(self.dense.peak, least.told.peak)
-        plans = [self._planned(low, least, errors, low)]
+        plans = [self._planned(low, least, low)]
         for number in range(1, count):
             asked = low + (high - low) * number**2 // count**2
-            found = self._under(asked, errors, best)
-            if self._error(found.levels, errors) < self._error(best.levels, errors):
+            found = self._under(asked, goal, best)
+            if found is not None and goal.cost(found.levels) < goal.cost(best.levels):
                 best = found
                 plans = [p for p in plans if p.predicted < found.told.peak]
-                plans.append(self._planned(asked, found, errors, found.told.peak))
+                plans.append(self._planned(asked, found, found.told.peak))
         return plans[::-1]
 
     def _look(self) -> None:
@@ -238,26 +204,29 @@ class _Search:
             f" that can be packed; {standing(self.dense)}"
         )
 
-    def _under(self, asked: int, errors: Sensitivity, least: _Found) -> _Found:
-        """What is chosen for a peak, told of the graph that it makes, which has run."""
+    def _under(self, asked: int, goal: Goal, least: _Found) -> _Found | None:
+        """What is chosen for a peak, told of the graph that it makes, which has run.
+
+        None where nothing was found that keeps the goal's limit too.
+        """
         for _ in range(RUNS):
-            found = self._search(self.told, errors, asked, least)
-            if found is least or not self._run(found.module):
+            found = self._search(self.told, goal, asked, least)
+            if found is None or found is least or not self._run(found.module):
                 return found
             found = self._found(found.levels, found.gap)
             if found.told.peak <= asked:
                 return found
-        return least
+        return least if goal.keeps(least.levels) else None
 
-    def _really_under(self, asked: int, errors: Sensitivity, least: _Found) -> _Found:
+    def _really_under(self, asked: int, goal: Goal, least: _Found) -> _Found | None:
         """What is chosen, of which a real step keeps the peak, whatever is told of its ops."""
         target = asked * self.dense.peak // self.dense_peak
         for _ in range(RUNS):
-            found = self._under(max(target, least.told.peak), errors, least)
-            if (real := self._peak(found)) <= asked:
+            found = self._under(max(target, least.told.peak), goal, least)
+            if found is None or (real := self._peak(found)) <= asked:
                 return found
             target = target * asked // real
-        return least
+        return least if goal.keeps(least.levels) else None
 
     def _peak(self, found: _Found) -> int:
         if found.real is None:
@@ -284,14 +253,15 @@ class _Search:
         found = self._found(levels)
         return self._found(levels) if self._run(found.module) else found
 
-    def _search(self, told: Timeline, errors: Sensitivity, asked: int, least: _Found) -> _Found:
+    def _search(self, told: Timeline, goal: Goal, asked: int, least: _Found) -> _Found | None:
         """Chooses for a peak that is moved by what the last choice was off."""
-        items, used = self._items(errors), without_copies(self.groups, told)
+        items, used = goal.items(self.groups), without_copies(self.groups, told)
         seen: dict[tuple[int, ...], _Found] = {}
-        target, best, over = asked, least, None
+        target, over = asked, None
+        best = least if goal.keeps(least.levels) else None
         for number in range(ROUNDS):
             self.progress("choosing", number / ROUNDS)
-            choice = choose(items, used, target)
+            choice = choose(items, used, target, goal.most)
             if choice is None:
                 break
             found = seen.get(choice.levels) or self._found(choice.levels, choice.gap)
@@ -300,38 +270,31 @@ class _Search:
             if off > 0:
                 over, target = target, target - off
                 continue
-            if self._error(found.levels, errors) <= self._error(best.levels, errors):
+            cost = goal.cost(found.levels)
+            if best is None or cost <= goal.cost(best.levels):
                 best = found
-            if found.told.peak >= CLOSE * asked or self._error(found.levels, errors) == 0:
+            if found.told.peak >= CLOSE * asked or cost == 0:
                 break
             target = target - off if over is None else (target + over) // 2
         self.progress("choosing", 1.0)
         return best
 
-    def _items(self, errors: Sensitivity) -> list[list[Item]]:
-        """The levels as the knapsack has them; what cannot be measured costs more than all."""
-        most = 1e6 * max(
-            errors.gradient, *(e for of in errors.errors for e in of if e < float("inf"))
-        )
-        return [
-            [Item(min(e, most), g.spans(lv)) for e, lv in zip(of, g.levels, strict=True)]
-            for g, of in zip(self.groups, errors.errors, strict=True)
-        ]
+    def _error(self, levels: Sequence[int]) -> float:
+        return math.sqrt(total(self.errors.errors, levels) / self.errors.gradient)
 
-    def _error(self, levels: Sequence[int], errors: Sensitivity) -> float:
-        pairs = zip(errors.errors, levels, strict=True)
-        return float((sum(of[i] for of, i in pairs) / errors.gradient) ** 0.5)
-
-    def _planned(
-        self, asked: int, found: _Found, errors: Sensitivity | None, peak: int
-    ) -> PlannedConfig:
-        error = 0.0 if errors is None else self._error(found.levels, errors)
-        told, config = found.told, found.config
-        figures = {"asked": asked, "dense": self.dense_peak, "predicted": peak, "error": error}
-        notes = notes_of(config.rules, self.groups, found.levels, errors) if errors else ()
-        said = about(self.step, told, figures)
+    def _planned(self, asked: int, found: _Found, peak: int) -> PlannedConfig:
+        """As it is told; without levels it is the dense step."""
+        told, config, levels = found.told, found.config, found.levels
+        figures: dict[str, Any] = {"asked": asked, "dense": self.dense_peak, "predicted": peak}
+        figures |= {"error": 0.0, "seconds": 0.0}
+        notes: tuple[str, ...] = ()
+        if levels:
+            lasts = total(self.seconds, levels)
+            figures |= {"error": self._error(levels), "seconds": lasts}
+            notes = notes_of(config.rules, self.groups, levels, self.errors, self.seconds)
+        said = about(self.step, told, figures, self.speeds.name)
         settings = dict(vars(config))
-        return PlannedConfig(**settings, **figures, gap=found.gap, notes=notes, about=said)  # type: ignore[arg-type]
+        return PlannedConfig(**settings, **figures, gap=found.gap, notes=notes, about=said)
 
 
 def standing(told: Timeline) -> str:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -77,6 +78,12 @@ class GraphStep(Step):
     def trained(self, given: Any) -> list[Tensor]:
         """All inputs with a gradient: what is before the graph gets its gradient from theirs."""
         return [*super().trained(given), *(t for t in tensors_in(given) if t.requires_grad)]
+
+
+def device_of(step: Step) -> torch.device:
+    """Where a step runs: the device of its first tensor; the CPU's where there is none."""
+    tensors = [*step.model.parameters(), *tensors_in((step.args, step.kwargs))]
+    return tensors[0].device if tensors else torch.device("cpu")
 
 
 _NOTHING = "there is no backward to keep anything for"

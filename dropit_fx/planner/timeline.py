@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
+from torch.utils.flop_counter import flop_registry
 
 from dropit_fx.capture.example_inputs import placeholder_values
 from dropit_fx.capture.fake import RealStorages, fake_mode_of, fake_state, fakes_of
@@ -26,14 +27,17 @@ from dropit_fx.holders import grad_fn_of, tensors_in
 from dropit_fx.measure import without_gradients
 from dropit_fx.ops.backwards import as_plain
 from dropit_fx.planner.errors import PlanError
+from dropit_fx.planner.speeds import Speeds
 from dropit_fx.planner.step import Step
 from dropit_fx.planner.workspaces import Workspaces, spec_of_call, wrapped_bytes
 from dropit_fx.private import (
     FakeTensor,
     FakeTensorMode,
+    OpOverload,
     TorchDispatchMode,
     pytree,
     raw_saved,
+    schema,
     shows_saved,
     storage_id,
 )
@@ -79,6 +83,8 @@ class Timeline:
         packs: The node that made each packed copy -> indices into ``lives``.
         values: The node that made a value -> index into ``lives``.
         host: Bytes that wait on the host between forward and backward.
+        work: Of each op: bytes of the tensors that it reads and writes (0 of a view), its FLOPs,
+            and the dtype of these.
     """
 
     resident: Mapping[str, int]
@@ -89,6 +95,7 @@ class Timeline:
     packs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     values: Mapping[str, int] = field(default_factory=dict)
     host: int = 0
+    work: tuple[tuple[int, int, torch.dtype], ...] = ()
 
     @property
     def peak(self) -> int:
@@ -103,6 +110,10 @@ class Timeline:
     def phase(self, op: int) -> str:
         """In which phase an op runs."""
         return PHASES[sum(op >= first for first in self.phases) - 1]
+
+    def seconds(self, speeds: Speeds) -> float:
+        """Of the step, op after op: of each the products, or the memory, whichever is longer."""
+        return sum(max(speeds.moves(n), speeds.computes(f, of)) for n, f, of in self.work)
 
     def alive(self, op: int) -> dict[str, int]:
         """What is in use in an op, largest first: bytes by kind."""
@@ -210,6 +221,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._lives: list[list[Any]] = []  # born, freed, nbytes, node, kind
         self._reads: dict[int, list[int]] = defaultdict(list)  # in the backward, of each life
         self._ops: list[str] = []
+        self._work: list[tuple[int, int, torch.dtype]] = []
         self._used: list[int] = []
         self._level = 0
         self._phases: list[int] = []
@@ -256,9 +268,10 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         workspace = self._workspaces.get(spec_of_call(func, args, kwargs), 0)
         numbers = wrapped_bytes(func, args)
         out = func(*args, **(kwargs or {}))
-        made = tensors_in(out)
+        made, lives = tensors_in(out), len(self._lives)
         for tensor in made:
             self._note(tensor, at)
+        self._work.append(_work(func, args, kwargs or {}, out, len(self._lives) > lives))
         self._used.append(max(before + workspace, self._level) + numbers)
         self._made = [weakref.ref(t) for t in made] if numbers and self._asks else []
         return out
@@ -311,7 +324,19 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             used=tuple(resident + used for used in self._used),
             packs=self.packs,
             values=self.values,
+            work=tuple(self._work),
         )
+
+
+def _work(func: Any, args: Any, kwargs: Any, out: Any, new: bool) -> tuple[int, int, torch.dtype]:
+    """Bytes, FLOPs and their dtype of one op; ``new``: whether it made a storage."""
+    tensors = [*tensors_in((args, kwargs)), *tensors_in(out)]
+    dtype = tensors[0].dtype if tensors else torch.float32
+    if not new and not (isinstance(func, OpOverload) and schema(func).is_mutable):
+        return 0, 0, dtype  # a view
+    count = flop_registry.get(getattr(func, "overloadpacket", None))
+    flops = 0 if count is None else int(count(*args, **kwargs, out_val=out))
+    return sum(t.numel() * t.element_size() for t in tensors), flops, dtype
 
 
 class _Noting(fx.Interpreter):

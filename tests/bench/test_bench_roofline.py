@@ -17,11 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dropit_fx import cli
 from dropit_fx.bench.blocks import Llama
-from dropit_fx.bench.cards import CARDS, find_card
-from dropit_fx.bench.model_spec import SpecError
 from dropit_fx.bench.roofline import DENSE, FUSED, PACKED, Prediction, as_row, predict, variants
 from dropit_fx.bench.schedule import Kernel, kernels, kernels_of_step, scheduled_for
 from dropit_fx.config import make_config
+from dropit_fx.planner.cards import CARDS, find_card
+from dropit_fx.planner.errors import PlanError
 from dropit_fx.private import compile_fx
 from dropit_fx.private_inductor import written
 
@@ -291,7 +291,7 @@ def test_products_of_float32_have_a_peak_of_their_own() -> None:
     "name", ["h200", "", "900", "900,", "0,3", "900,-1", "1,2,3,4", "1,2,0", "nan,1"]
 )
 def test_a_card_that_is_none_is_told_with_those_there_are(name: str) -> None:
-    with pytest.raises(SpecError, match="write h100, a100, 4090, or PEAK,BANDWIDTH in TFLOP/s"):
+    with pytest.raises(PlanError, match="write h100, a100, 4090, or PEAK,BANDWIDTH in TFLOP/s"):
         find_card(name)
 
 

@@ -14,7 +14,7 @@ import dropit_fx
 from dropit_fx.bench.frontier import KINDS, draw, frontier_of
 from dropit_fx.cli import main
 from dropit_fx.config import presets
-from dropit_fx.planner.search import plan_frontier
+from dropit_fx.planner.asked import plan_frontier
 from dropit_fx.planner.step import Step
 
 
@@ -109,12 +109,12 @@ def test_the_command_writes_table_json_and_picture(
 ) -> None:
     asked: list[Any] = []
 
-    def found(step: Step, progress: Any) -> Any:
+    def found(step: Step, progress: Any, device: str, timed: bool) -> Any:
         asked.append(step)
-        return frontier_of(step, 2, "no such backend", progress)
+        return frontier_of(step, 2, "no such backend", progress, device, timed)
 
     monkeypatch.setattr("dropit_fx.bench.frontier.frontier_of", found)
-    files = ["--json", "f.json", "--plot", "f.png"]
+    files = ["--json", "f.json", "--plot", "f.svg", "--time", "--device", "1,0.05"]
     assert main(["plan", "--model", spec, "--batch", "64", "--frontier", *files]) == 0
     assert asked[0].args[0].shape == (64, 32)
     printed = capsys.readouterr().out
@@ -124,7 +124,14 @@ def test_the_command_writes_table_json_and_picture(
     told = json.loads(Path("f.json").read_text())
     assert told["batch"] == 64
     assert {p["name"] for p in told["points"]} >= {"dense", *presets()}
-    assert Path("f.png").stat().st_size > 0
+    assert "planned, measured" in Path("f.svg").read_text()
+    timed = {p["name"]: (p["told"], p["seconds"]) for p in told["points"]}
+    assert all(seconds > 0 for _, seconds in timed.values())
+    assert timed["balanced"][0] is None
+    plans = [p for p in told["points"] if p["plan"]]
+    assert all(p["told"] == timed["dense"][0] + p["plan"]["seconds_more"] for p in plans)
+    assert "time told" in printed
+    assert "measured" in printed
 
 
 @pytest.mark.parametrize(
@@ -134,6 +141,8 @@ def test_the_command_writes_table_json_and_picture(
         (["--frontier", "--error-limit", "0.1"], "--error-limit goes with --peak"),
         (["--peak", "50%", "--json", "f.json"], "--json goes with --frontier"),
         (["--peak", "50%", "--plot", "f.png"], "--plot goes with --frontier"),
+        (["--peak", "50%", "--time"], "--time goes with --frontier"),
+        (["--frontier", "--time-limit", "1"], "--time-limit goes with --peak"),
     ],
 )
 def test_options_of_the_other_kind_of_plan_are_refused(

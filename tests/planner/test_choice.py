@@ -3,6 +3,7 @@
 import itertools
 import random
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -49,14 +50,14 @@ def test_it_is_the_optimum(seed: int) -> None:
     groups, used = instance(5, seed, levels=4)
     peak = between(groups, used, 0.1 + 0.15 * seed)
     best = min(
-        sum(g[i].error for g, i in zip(groups, levels, strict=True))
+        sum(g[i].cost for g, i in zip(groups, levels, strict=True))
         for levels in itertools.product(*[range(len(g)) for g in groups])
         if peak_of(groups, used, levels) <= peak
     )
     found = choose(groups, used, peak)
     assert found is not None
     assert peak_of(groups, used, found.levels) == found.peak <= peak
-    assert found.error == pytest.approx(best, rel=2e-3)
+    assert found.cost == pytest.approx(best, rel=2e-3)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.4, 0.9])
@@ -76,6 +77,38 @@ def test_the_same_question_has_the_same_answer() -> None:
     groups, used = instance(200, 3)
     peak = between(groups, used, 0.3)
     assert choose(groups, used, peak) == choose(groups, used, peak)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_it_is_the_optimum_within_a_limit(seed: int) -> None:
+    """Also where the smallest of all are beyond it, and None where all that fit are."""
+    groups, used = instance(5, seed, levels=4)
+    rng = random.Random(seed)
+    groups = [
+        [replace(item, beside=rng.random() * (i > 0)) for i, item in enumerate(group)]
+        for group in groups
+    ]
+    peak = between(groups, used, 0.2 + 0.1 * seed)
+    fitting = [
+        levels
+        for levels in itertools.product(*[range(len(g)) for g in groups])
+        if peak_of(groups, used, levels) <= peak
+    ]
+
+    def sums(levels: tuple[int, ...]) -> tuple[float, float]:
+        chosen = [g[i] for g, i in zip(groups, levels, strict=True)]
+        return sum(i.cost for i in chosen), sum(i.beside for i in chosen)
+
+    least = min(sums(levels)[1] for levels in fitting)
+    for most in (1.05 * least, 1.5 * least, 3 * least):
+        found = choose(groups, used, peak, most)
+        assert found is not None
+        cost, beside = sums(found.levels)
+        assert beside <= most * (1 + 1e-9)
+        assert peak_of(groups, used, found.levels) <= peak
+        best = min(c for c, b in map(sums, fitting) if b <= most)
+        assert cost == pytest.approx(best, rel=2e-3)
+    assert choose(groups, used, peak, 0.9 * least) is None
 
 
 def test_what_cannot_be_kept_is_told() -> None:

@@ -7,7 +7,7 @@ from planned_steps import measured, state_of
 from torch import Tensor, nn
 
 from dropit_fx import PlanError, forecast, plan, transform
-from dropit_fx.bench.cards import CARDS
+from dropit_fx.planner.cards import CARDS
 from dropit_fx.planner.fits import resized
 from dropit_fx.planner.step import Step
 

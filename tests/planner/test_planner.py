@@ -135,8 +135,36 @@ def test_the_file_is_the_plan_and_says_what_it_costs(tmp_path: Path) -> None:
     text = (tmp_path / "plan.yaml").read_text()
     assert f"peak predicted: {planned.predicted} bytes" in text
     assert "(512, 32) float32" in text
-    assert re.search(r"# keeps .*, gradient error [\d.e-]+\n  - \{module: ", text)
+    assert re.search(r"# keeps .*, gradient error [\d.e-]+, [\d.]+ (us|ms)\n  - \{module: ", text)
     assert plan(model, x, peak="60%") == planned
+
+
+def test_a_time_limit_is_kept_and_costs_error() -> None:
+    """Seconds are a card's here: those of a machine are never the same twice."""
+    model, x = net(), torch.randn(512, 32)
+    settings: dict[str, Any] = {"peak": "60%", "device": "1,0.05"}
+    free = plan(model, x, **settings)
+    quick = plan(model, x, **settings, error_limit=1.0)  # the least time
+    assert quick.seconds < free.seconds
+    assert quick.error > free.error
+    between = plan(model, x, **settings, time_limit=(quick.seconds + free.seconds) / 2)
+    assert quick.seconds <= between.seconds <= (quick.seconds + free.seconds) / 2
+    assert free.error <= between.error <= quick.error
+    assert max(p.predicted for p in (free, quick, between)) <= free.asked
+    with pytest.raises(PlanError, match=r"more at least, on .* and time_limit = '0%' is 0 us"):
+        plan(model, x, **settings, time_limit="0%")
+    for limit in ("soon", "", -1, float("nan"), True):
+        with pytest.raises(PlanError, match=r"time_limit = .*: write seconds"):
+            plan(model, x, **settings, time_limit=limit)
+
+
+def test_an_error_limit_asks_for_the_least_time() -> None:
+    model, x = net(), torch.randn(512, 32)
+    settings: dict[str, Any] = {"peak": "60%", "device": "1,0.05"}
+    free = plan(model, x, **settings)
+    within = plan(model, x, **settings, error_limit=2 * free.error)
+    assert within.seconds <= free.seconds
+    assert free.error <= within.error <= 2 * free.error
 
 
 def test_nothing_is_left_in_the_model() -> None:

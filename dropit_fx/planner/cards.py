@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dropit_fx.bench.model_spec import SpecError
+from dropit_fx.planner.errors import PlanError
 
 TERA = 1e12
 GIGA = 10**9
@@ -83,7 +83,7 @@ def find_card(name: str) -> Card:
             H100's, unless given).
 
     Raises:
-        SpecError: It is neither.
+        PlanError: It is neither.
     """
     if name.lower() in CARDS:
         return CARDS[name.lower()]
@@ -92,8 +92,8 @@ def find_card(name: str) -> Card:
     except ValueError:
         peak, bandwidth, host = math.nan, math.nan, []
     if len(host) > 1 or not all(0 < n < math.inf for n in (peak, bandwidth, *host)):
-        raise SpecError(
-            f"--device {name}: write {', '.join(CARDS)}, or PEAK,BANDWIDTH in TFLOP/s and TB/s,"
+        raise PlanError(
+            f"device {name!r}: write {', '.join(CARDS)}, or PEAK,BANDWIDTH in TFLOP/s and TB/s,"
             " as in 600,2.8; GB/s to the host may follow, as in 600,2.8,55"
         )
     return Card(
