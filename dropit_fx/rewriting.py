@@ -17,8 +17,9 @@ from dropit_fx.capture.regions import outline
 from dropit_fx.capture.trace import CaptureError, capture
 from dropit_fx.config import Config
 from dropit_fx.passes import run_pipeline
-from dropit_fx.passes.find_saved import FakeRunError
+from dropit_fx.passes.find_saved import OWN_OPS, FakeRunError
 from dropit_fx.passes.plan import Plan
+from dropit_fx.runtime.overrides import has_own_ops
 from dropit_fx.runtime.regions import run_regions
 
 
@@ -64,7 +65,11 @@ def rewrite(
     Raises:
         CaptureError: The graph does not run on inputs of the example's shapes.
     """
-    fakes = fakes_of(example_inputs.placeholder_values(graph_module, args, kwargs))
+    given = example_inputs.placeholder_values(graph_module, args, kwargs)
+    for n, value in zip(graph_module.graph.find_nodes(op="placeholder"), given, strict=True):
+        if has_own_ops((value,)):
+            n.meta[OWN_OPS] = type(value).__name__
+    fakes = fakes_of(given)
     if opaque_nodes(graph_module, wrapped=True):
         expand(graph_module, propagate(graph_module, fakes), wrapped=True)
     outline(graph_module)

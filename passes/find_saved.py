@@ -10,6 +10,9 @@ that gets no gradient.
 
 An op that makes or reads something in a size that depends on values (a mask's rows) stays as it is.
 
+What is made of an input whose class has a say in what ops do is of that class, and packed calls run
+as PyTorch does there: it stays as it is.
+
 An input that is a leaf stays with the caller; one that another op has made is an activation like
 those inside (a block that is compiled by itself), kept for the backward alone.
 
@@ -47,6 +50,7 @@ from dropit_fx.runtime.regions import WRITTEN, written_unseen
 
 BY_VALUES = "a size of this call depends on values"
 UNCOUNTED = "its size depends on values: it stays, and is not counted"
+OWN_OPS = "dropit_own_ops"  # metadata of inputs, as ``has_own_ops``: the name of their class
 
 
 class FakeRunError(RuntimeError):
@@ -87,6 +91,7 @@ class _Probe(FakeRun):
         self._behind: list[tuple[Callable[[], object], Tensor | None]] = []  # regions hold
         inputs = [n for n in plan.module.graph.nodes if n.op == "placeholder"]
         self._fixed = {n for at, n in enumerate(inputs) if at in fixed or is_state(n)}
+        self._own_ops = {n: n.meta[OWN_OPS] for n in inputs if OWN_OPS in n.meta}
 
     def run_node(self, n: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -136,6 +141,13 @@ class _Probe(FakeRun):
         ran = Ran(n, values=self.env, needing=needing, fixed=fixed)
         if n in self.by_values:
             self._add_uncounted(ran, saved, operands, result)
+            return result
+        if own := next(filter(None, map(self._own_ops.get, n.all_input_nodes)), ""):
+            self._own_ops[n] = own
+            why = f"an input is a {own}, which has a say in what ops do: it runs as in PyTorch"
+            for kept in saved:
+                if not self.storages.is_free(kept.tensor):
+                    self.reads.add(ran, kept, None, why)
             return result
         ran = self.reads.bound(ran, result)
         if free := [kept for kept in saved if self.storages.is_free(kept.tensor)]:
