@@ -327,6 +327,7 @@ TABLE: tuple[Name, ...] = (
     ),
     Name("torch.ops.aten._embedding_bag", _SEEN, "bytes that a fake tensor leaves out"),
     Name("torch.ops.aten._assert_scalar", _SEEN, "conditions on sizes that depend on values"),
+    Name("torch._assert", _CAPTURE, "checks that a symbolic trace keeps", alias="traced_assert"),
     Name("torch.ops.aten._to_copy", _SPELLING, "dtype casts in exported graphs"),
     Name("torch.ops.aten._grouped_mm", _IMPORT, "products of groups of rows"),
     Name("torch._grouped_mm", _IMPORT, "their function", alias="grouped_mm_of_torch"),

@@ -66,7 +66,8 @@ class _Writer:
         self.order = {n: i for i, n in enumerate(self.graph.nodes)}
         self.copies: dict[Copy, fx.Node] = {}  # and the node that makes each
         self.packed_of: dict[fx.Node, fx.Node] = {}  # of such a node: the value as it saw it
-        self.results: set[fx.Node] = set()  # of calls that give their packed copies besides
+        # of calls that give their packed copies besides, and the name of the value before
+        self.results: dict[fx.Node, str] = {}
         # the calls of rows as they stand in the graph, which changes
         self.calls = {name: dict(call.operands) for name, call in plan.calls.items()}
         # before anything changes: what each derived value is made from
@@ -74,6 +75,7 @@ class _Writer:
         self.statistics: dict[str, tuple[str, ...]] = {}
         self.read_by_derived: set[Copy] = set()
         self.nodes = {n.name: n for n in self.graph.nodes}  # by name: the value as it is now
+        self.storages = {name: e.storage for (_, name), e in plan.values.seen.items()}
         self.bases = bases_of(plan)
         for decision in plan.decisions:
             if decision.derived and decision.derived not in self.sources:
@@ -135,7 +137,7 @@ class _Writer:
         if gives:
             result = self._item(call, 0, at)
             result.meta = dict(node.meta)
-            self.results.add(result)
+            self.results[result] = node.name
             for i, copy in enumerate(gives.values()):
                 self.copies[copy] = self._item(call, i + 1, at)
                 self.packed_of[self.copies[copy]] = result
@@ -187,30 +189,49 @@ class _Writer:
         between = set(self._changing(packed)) ^ set(self._changing(seen))
         if not between:
             return copy
-        views = tuple((called(n) in _PARTS, n, self._seen_by(n)) for n in sorted(between))
+        views = tuple((self._is_part(n), n, self._seen_by(n)) for n in sorted(between))
         with self.graph.inserting_before(reader):
             checked = self.graph.call_function(unless_changed, (copy, views))
         checked.meta = _origin(reader)
         self.order[checked] = self.order[reader]
         return checked
 
-    def _changing(self, node: fx.Node) -> Iterator[fx.Node]:
+    def _changing(self, node: fx.Node | None) -> Iterator[fx.Node]:
         """Such ops on the way to a value, from first operand to first operand."""
-        while node.all_input_nodes:
+        while node is not None:
             if called(node) in (*_VIEW_OR_COPY, *_PARTS) and self._seen_by(node) is not None:
                 yield node
-            node = node.all_input_nodes[0]
+            node = self._looks_at(node)
 
     def _seen_by(self, node: fx.Node) -> fx.Node | None:
-        """The tensor that such an op looks at: for one of several parts, what all are parts of."""
+        """The tensor that such an op looks at: for one of several parts, what all are parts of.
+
+        None for some of several parts, and for what is in memory of its own.
+        """
         if not self._is_tensor(node):
-            return None  # some of several parts
-        before = node.all_input_nodes[0]
-        while not self._is_tensor(before):
-            if "gives" in before.kwargs or not before.all_input_nodes:
-                return None
-            before = before.all_input_nodes[0]
-        return before
+            return None
+        before = self._looks_at(node)
+        while before is not None and not self._is_tensor(before):
+            before = None if "gives" in before.kwargs else self._looks_at(before)
+        own = self.storages.get(self.results.get(node, node.name))
+        same = before and own == self.storages.get(self.results.get(before, before.name))
+        return before if same else None
+
+    def _is_part(self, node: fx.Node) -> bool:
+        """Whether such an op may show a part, else a copy; what a graph of its own does is seen."""
+        before, seen = self._looks_at(node), self._seen_by(node)
+        if before is None or seen is None or not any(map(self._is_graph, before.all_input_nodes)):
+            return called(node) in _PARTS
+        shapes = self.plan.values.shapes
+        made, whole = (shapes[self.results.get(n, n.name)] for n in (node, seen))
+        return sorted(made) == sorted(whole)
+
+    def _looks_at(self, node: fx.Node) -> fx.Node | None:
+        """The first operand of a node, which is no graph that it runs."""
+        return next((n for n in node.all_input_nodes if not self._is_graph(n)), None)
+
+    def _is_graph(self, node: fx.Node) -> bool:
+        return node.op == "get_attr" and node.name not in self.plan.values.shapes
 
     def _is_tensor(self, node: fx.Node) -> bool:
         known = node.name in self.plan.values.shapes and "gives" not in node.kwargs

@@ -237,6 +237,19 @@ def _storages_are_told_apart() -> None:
     assert private.storage_id(x) != private.storage_id(y), "two fake tensors have the same"
 
 
+@of("torch._assert")
+def _an_assertion_is_a_node_of_a_trace() -> None:
+    class Flat(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            private.traced_assert(x.dim() == 1, "one dimension")
+            return x
+
+    traced = fx.symbolic_trace(Flat())
+    traced(torch.ones(1))
+    with pytest.raises(AssertionError, match="one dimension"):
+        traced(torch.ones(1, 1))
+
+
 @of("torch.Tensor._version")
 def _writing_counts() -> None:
     x = torch.ones(2)

@@ -49,6 +49,7 @@ from dropit_fx.private import (
     NormBase,
     leave_unsaved,
     pytree,
+    traced_assert,
     unchecked_dimensions,
     unsaved_buffers,
 )
@@ -140,7 +141,7 @@ _INSTANCE_NORMS = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d
 def _instance_norm(m: Any, input: Tensor) -> Tensor:
     """An instance norm of a batch, as a graph has it."""
     dims = _INSTANCE_NORMS[type(m)]
-    torch._assert(input.dim() == dims, f"{type(m).__name__} was traced with {dims} dimensions")
+    traced_assert(input.dim() == dims, f"{type(m).__name__} was traced with {dims} dimensions")
     return F.instance_norm(input, None, None, m.weight, m.bias, True, m.momentum, m.eps)
 
 

@@ -204,6 +204,7 @@ PRELU = OpRule(
     run_saving=_prelu_saving,
     backward=_prelu_backward,
     derive=_prelu,
+    autocast="lower",
 )
 
 ROWS = (RELU, RELU6, HARDTANH, LEAKY_RELU, HARDSIGMOID, CLAMP, PRELU)

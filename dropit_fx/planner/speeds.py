@@ -125,7 +125,8 @@ class MeasuredSpeeds:
         """By copies."""
 
         def copying(count: int) -> Callable[[], object]:
-            return torch.zeros(count, dtype=torch.uint8, device=self._device).clone
+            given = torch.zeros(count, dtype=torch.uint8, device=self._device)
+            return given.clone
 
         return self._line("copy", lambda: self._through(copying, 4 * SMALL, 4 * LARGE)).at(
             nbytes // 2

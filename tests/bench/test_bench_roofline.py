@@ -340,7 +340,7 @@ def test_the_command_predicts_every_variant(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--device", "h300"], "--device h300: write h100"),
+        (["--device", "h300"], "device 'h300': write h100"),
         (["--variants", "fusd"], "no variant matches 'fusd'. Did you mean 'fused'?"),
         (["--json", "/no/where.json"], "no folder to write /no/where.json into"),
     ],

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import mutants
 import pytest
+from op_cases import RECORDS
 
 from dropit_fx.ops.rule import OpRule
 from dropit_fx.ops.table import OP_RULES
 
+RECORDED = [rule for rule in OP_RULES if rule.name in RECORDS]
 
-@pytest.mark.parametrize("rule", OP_RULES, ids=lambda rule: rule.name)
+
+@pytest.mark.parametrize("rule", RECORDED, ids=lambda rule: rule.name)
 def test_a_row_that_is_wrong_fails_its_tests(rule: OpRule) -> None:
     found = list(mutants.mutants(rule))
-    mutant = found[OP_RULES.index(rule) % len(found)]
+    mutant = found[RECORDED.index(rule) % len(found)]
     assert mutants.seen_by(mutant), mutant
 
 

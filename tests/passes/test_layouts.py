@@ -102,6 +102,16 @@ class ResultThatIsPacked(nn.Module):
         return norm + self.linear(v.sigmoid().flatten(1)).sum(1) + v.tanh().mT.reshape(-1).sin()[:3]
 
 
+class ViewOfGraph(nn.Module):
+    """Readers of a value, and of its reshape that a graph without gradients makes."""
+
+    def forward(self, v: Tensor) -> Tensor:
+        h = v.exp()
+        with torch.no_grad():  # a graph of its own, in torch.export's
+            flat = h.flatten(1)
+        return (flat * h.sigmoid().flatten(1)).sum(1) + h.sin().sum((1, 2, 3))
+
+
 def gradients(run: Callable[[Tensor], Tensor], model: nn.Module, layout: View) -> list[Tensor]:
     torch.manual_seed(1)
     x = torch.randn(3, 4, 4, 4, requires_grad=True)
@@ -119,6 +129,7 @@ def gradients(run: Callable[[Tensor], Tensor], model: nn.Module, layout: View) -
         DerivedThroughReshapes,
         ResultOfRegion,
         ResultThatIsPacked,
+        ViewOfGraph,
     ],
 )
 def test_inputs_of_another_layout_than_the_examples(kind: type[nn.Module], made: str) -> None:
@@ -230,6 +241,26 @@ def test_a_view_that_shows_all_in_any_order_is_read_from_the_packed_copy(view: s
     made = dropit_fx.transform(Squared(), preset="balanced", example_args=(x,))
     said = dropit_fx.report(made).kept_bytes
     assert said == dropit_fx.measure.saved_bytes(lambda: made(x)) < 4 * x.nbytes
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (2048,), (2, 32, 32)], ids=str)
+def test_a_view_that_a_graph_without_gradients_makes_is_read_from_the_packed_copy(
+    shape: tuple[int, ...],
+) -> None:
+    """Of one of the results of an op: it is no part of what the op looked at."""
+
+    class Gated(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            value = torch.topk(x.sin(), 32)[0]
+            with torch.no_grad():
+                gate = value.reshape(shape)
+            return gate * value.sigmoid().reshape(shape)
+
+    x = torch.randn(64, 64, requires_grad=True)
+    made = dropit_fx.transform(Gated(), preset="balanced", example_args=(x,))
+    said = dropit_fx.report(made)
+    assert said.kept_bytes == dropit_fx.measure.saved_bytes(made, x)
+    assert "derived" in {row.codec for row in said.rows}
 
 
 REGION_INPUTS: dict[str, View] = {
