@@ -217,14 +217,12 @@ class _Writer:
         same = before and own == self.storages.get(self.results.get(before, before.name))
         return before if same else None
 
-    def _is_part(self, node: fx.Node) -> bool:
-        """Whether such an op may show a part, else a copy; what a graph of its own does is seen."""
-        before, seen = self._looks_at(node), self._seen_by(node)
-        if before is None or seen is None or not any(map(self._is_graph, before.all_input_nodes)):
-            return called(node) in _PARTS
-        shapes = self.plan.values.shapes
-        made, whole = (shapes[self.results.get(n, n.name)] for n in (node, seen))
-        return sorted(made) == sorted(whole)
+    def _is_part(self, node: fx.Node) -> bool | None:
+        """Whether such an op may show a part, else a copy; None: a graph of its own does either."""
+        before = self._looks_at(node)
+        if before is not None and any(map(self._is_graph, before.all_input_nodes)):
+            return None
+        return called(node) in _PARTS
 
     def _looks_at(self, node: fx.Node) -> fx.Node | None:
         """The first operand of a node, which is no graph that it runs."""

@@ -65,6 +65,7 @@ from dropit_fx.runtime.tensor_spec import (
     TensorSpec,
     is_view,
     memory_order,
+    shares_all,
     shows_all,
     spec_of,
     stays,
@@ -124,15 +125,15 @@ def pack(
 
 
 def unless_changed(
-    packed: Packed | None, views: tuple[tuple[bool, Tensor, Tensor], ...]
+    packed: Packed | None, views: tuple[tuple[bool | None, Tensor, Tensor], ...]
 ) -> Packed | None:
     """A packed copy for a reader that sees the same elements through ``views``.
 
     Args:
         packed: The copy, in memory order.
         views: What an op on the way gave, behind what it looked at; and whether it may give a part
-            (a slice, ``expand``), else a copy (``reshape``). All showed the same elements when the
-            graph was traced.
+            (a slice, ``expand``), else a copy (``reshape``); None: a graph of its own, either.
+            All showed the same elements when the graph was traced.
 
     Returns:
         None where one does not any more, for inputs of another layout or other sizes: the reader
@@ -141,9 +142,12 @@ def unless_changed(
     tensors = [t for _, *pair in views for t in pair]
     if has_torch_function(tensors) and not has_own_ops(tensors):
         return handle_torch_function(unless_changed, tensors, packed, views)
-    if all((shows_all if part else is_view)(made, x) for part, made, x in views):
+    if all(_SEEN[part](made, x) for part, made, x in views):
         return packed
     return None
+
+
+_SEEN = {True: shows_all, False: is_view, None: shares_all}
 
 
 def by_mode(training: bool, in_training: Any, in_eval: Any) -> Any:

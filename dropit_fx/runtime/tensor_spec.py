@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dropit_fx.private import base_of
+from dropit_fx.private import base_of, storage_id
 
 
 class TensorSpec(NamedTuple):
@@ -98,6 +98,17 @@ def shows_all(part: Tensor, x: Tensor) -> bool:
     own, whole = ([dim for dim in dims if dim[1] != 1] for dims in pairs)
     same = own == whole or sorted(own) == sorted(whole)  # `unfold` puts a dimension behind others
     return same and bool(part.storage_offset() == x.storage_offset())
+
+
+def shares_all(made: Tensor, x: Tensor) -> bool:
+    """Whether ``made`` is a view of ``x`` that shows all its elements, whatever ops gave it.
+
+    A compiler that knows of no memory is told that it is not.
+    """
+    if torch.compiler.is_dynamo_compiling() or storage_id(made) != storage_id(x):
+        return False
+    whole = made.numel() == x.numel() and not has_gaps(made) and not has_gaps(x)
+    return shows_all(made, x) or bool(whole and made.storage_offset() == x.storage_offset())
 
 
 def _even_runs(x: Tensor) -> list[Any]:

@@ -15,7 +15,14 @@ from torch.utils.checkpoint import checkpoint
 
 import dropit_fx
 from dropit_fx.config import Config, make_config
-from dropit_fx.runtime.tensor_spec import copied_to, flatten, has_gaps, is_view, laid_out
+from dropit_fx.runtime.tensor_spec import (
+    copied_to,
+    flatten,
+    has_gaps,
+    is_view,
+    laid_out,
+    shares_all,
+)
 
 View = Callable[[Tensor], Tensor]
 
@@ -108,8 +115,9 @@ class ViewOfGraph(nn.Module):
     def forward(self, v: Tensor) -> Tensor:
         h = v.exp()
         with torch.no_grad():  # a graph of its own, in torch.export's
-            flat = h.flatten(1)
-        return (flat * h.sigmoid().flatten(1)).sum(1) + h.sin().sum((1, 2, 3))
+            flat, turned = h.flatten(1), h.permute(0, 2, 3, 1).flatten(1)
+        gated = turned * h.sigmoid().permute(0, 2, 3, 1).flatten(1)
+        return (flat * h.sigmoid().flatten(1) + gated).sum(1) + h.sin().sum((1, 2, 3))
 
 
 def gradients(run: Callable[[Tensor], Tensor], model: nn.Module, layout: View) -> list[Tensor]:
@@ -366,3 +374,15 @@ def test_views_are_told_from_copies() -> None:
     x = torch.randn(2, 4, 3, 3)
     assert is_view(x.contiguous(), x)
     assert not is_view(x.contiguous(memory_format=torch.channels_last), x)
+
+
+def test_what_shares_all_elements_is_told_by_its_memory() -> None:
+    x = torch.randn(2, 4, 4, 4)
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert shares_all(x.permute(0, 2, 3, 1), x)
+    assert shares_all(x.flatten(1), x)
+    assert shares_all(last.permute(0, 2, 3, 1).flatten(1), last)
+    assert not shares_all(x.permute(0, 2, 3, 1).flatten(1), x)
+    assert not shares_all(x.clone(), x)
+    assert not shares_all(x[:1], x)
+    assert not shares_all(x[:1].expand(2, 4, 4, 4), x)
