@@ -99,7 +99,8 @@ def inductor(job: Job) -> Compiled:
     """PyTorch's own compiler, with what holds packed tensors together added to its passes."""
     from dropit_fx.private import compile_fx, compile_fx_inner
 
-    patches = patched(job.mode, job.options)
+    given = patched(job.mode, job.options)
+    patches = dict(given)
     if job.record is not None:
         patches = {k: v for k, v in FREEING.items() if inductor_has(k)} | patches
     patches[PARTITIONER] = job.guard(patches.get(PARTITIONER))
@@ -119,7 +120,6 @@ def inductor(job: Job) -> Compiled:
         patches[CACHEABLE] = names | dict(patches.get(CACHEABLE) or {})
     lower: dict[str, Any] = {INNER_COMPILE: job.lower} if job.lower is not None else {}
     if job.fuse:
-        given = patched(job.mode, job.options)
         lower[INNER_COMPILE] = _in_one_order(job.lower or compile_fx_inner, given)
     compiled: Compiled = compile_fx(job.graph_module, job.inputs, config_patches=patches, **lower)  # type: ignore[assignment]
     return compiled

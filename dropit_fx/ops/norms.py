@@ -331,16 +331,21 @@ def _is_smooth(order: Any) -> bool:
     return order in (None, "fro") or (not isinstance(order, str) and 1 < order < math.inf)
 
 
+def _input_of(order: str) -> Read:
+    """What is summed into a p-norm; ``order``: the argument that names p."""
+    return Read(
+        operand="input",
+        use=Use.REDUCE,
+        needed_by=("input",),
+        lossy=lambda args: _is_smooth(args[order]),
+    )
+
+
 VECTOR_NORM = OpRule(
     name="vector_norm",
     targets=(torch.linalg.vector_norm, torch.norm, "norm", aten.linalg_vector_norm.default),
     reads=(
-        Read(
-            operand="input",
-            use=Use.REDUCE,
-            needed_by=("input",),
-            lossy=lambda args: _is_smooth(args["ord"]),
-        ),
+        _input_of("ord"),
         Read(operand="result", use=Use.SHAPE, needed_by=("input",)),  # it is made again
     ),
     run=_vector_norm,
@@ -362,12 +367,7 @@ NORMALIZE = OpRule(
     name="normalize",
     targets=(F.normalize,),
     reads=(
-        Read(
-            operand="input",
-            use=Use.REDUCE,
-            needed_by=("input",),
-            lossy=lambda args: _is_smooth(args["p"]),
-        ),
+        _input_of("p"),
         Read(operand=INSIDE, use=Use.SHAPE, needed_by=("input",)),
     ),
     run=_normalize,

@@ -82,7 +82,8 @@ class _Again:
         if found is None:
             return 0.0
         call, shapes = plan.calls[name], plan.values.shapes
-        given = [shapes[v.name] for v in call.operands.values() if _is_known(v, shapes)]
+        nodes = (v for v in call.operands.values() if isinstance(v, fx.Node))
+        given = [shapes[n.name] for n in nodes if n.name in shapes]
         if call.rule.made_again is not None:
             if name in self._attended:
                 return 0.0
@@ -98,7 +99,3 @@ class _Again:
             elif isinstance(how.copy, Copy):
                 reads[how.copy] += 1
         return total
-
-
-def _is_known(value: object, shapes: object) -> bool:
-    return isinstance(value, fx.Node) and value.name in shapes  # type: ignore[operator]

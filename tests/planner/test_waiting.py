@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from offload_link import connect
 from planned_steps import measured
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dropit_fx import forecast, report, transform
 from dropit_fx.planner.step import Step
-from dropit_fx.runtime import offload
 
 HALVES = {"preset": None, "rules": [{"codec": "cast", "dtype": "bfloat16"}]}
 
@@ -44,9 +44,7 @@ class Link:
 @pytest.fixture
 def link(monkeypatch: pytest.MonkeyPatch) -> Link:
     made = Link()
-    monkeypatch.setattr(offload, "LINKS", {"cpu": lambda device: made})
-    monkeypatch.setattr(offload, "_lanes", {})
-    monkeypatch.setattr(offload, "SMALLEST", 1)
+    connect(monkeypatch, made)
     return made
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from offload_link import connect
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -81,9 +82,7 @@ def there(refs: list[weakref.ref[Tensor]]) -> list[float]:
 def link(monkeypatch: pytest.MonkeyPatch) -> Link:
     """The CPU as a device, with a link to the host."""
     made = Link()
-    monkeypatch.setattr(offload, "LINKS", {"cpu": lambda device: made})
-    monkeypatch.setattr(offload, "_lanes", {})
-    monkeypatch.setattr(offload, "SMALLEST", 1)
+    connect(monkeypatch, made)
     return made
 
 
