@@ -3,20 +3,43 @@
 ``indices`` (int64) are flat positions in an input of spatial ``sizes``, in the shape of the pooled
 output: its trailing dimensions are those of the lists, two or three. ``codes`` (uint8) are offsets
 inside the window of each output, the last dimension running fastest; the window has at most 256
-cells. Both ops keep strides. The formulas run in PyTorch on CPUs and wherever a compiler fuses
-them; on CUDA in eager mode each op is one kernel.
+cells. Both ops keep strides. In eager mode each op is one kernel; a compiler fuses the formulas.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 
 import torch
 from torch import Tensor
 
+from dropit_fx.kernels.cpu import INT, Data, load
 from dropit_fx.kernels.dispatch import define
 
 Sizes = list[int]
+
+
+class _Numbers:
+    """An argument of a C function: an array of int64."""
+
+    @staticmethod
+    def from_param(values: Sizes) -> ctypes.Array[ctypes.c_int64]:
+        """As ctypes asks."""
+        return (ctypes.c_int64 * len(values))(*values)
+
+
+_SIGNATURES = {
+    "dropit_encode_window": [Data, Data, _Numbers, INT],
+    "dropit_decode_window": [Data, Data, _Numbers, INT],
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The C kernels; None where this installation has none."""
+    return load("_windows", _SIGNATURES)
 
 
 def _origin(like: Tensor, d: int, stride: Sizes, padding: Sizes) -> Tensor:
@@ -62,15 +85,57 @@ def decode_window_reference(
     return indices
 
 
+def _in_memory(x: Tensor, dims: int) -> Sizes | None:
+    """The outputs as ``windows.c`` takes them: outer, planes, rows, columns, inner; or None."""
+    places = [1] * (3 - dims) + list(x.shape[-dims:])
+    if x.is_contiguous():
+        return [math.prod(x.shape[:-dims]), *places, 1]
+    last = torch.channels_last if dims == 2 else torch.channels_last_3d
+    if x.dim() == dims + 2 and x.is_contiguous(memory_format=last):
+        return [x.shape[0], *places, x.shape[1]]
+    return None
+
+
+def _numbers(x: Tensor, window: tuple[Sizes, ...]) -> Sizes | None:
+    """What the C functions are told; of a third dimension too, where there are two."""
+    dims = len(window[0])
+    found = _in_memory(x, dims)
+    if found is None:
+        return None
+    for values, none in zip(window, (1, 1, 1, 0, 1), strict=True):
+        found += [none] * (3 - dims) + list(values)
+    return found
+
+
+def _encode_window(indices: Tensor, *window: Sizes) -> Tensor:
+    lib, numbers = library(), _numbers(indices, window)
+    if lib is None or numbers is None:
+        return encode_window_reference(indices, *window)
+    out = torch.empty_like(indices, dtype=torch.uint8)
+    lib.dropit_encode_window(indices, out, numbers, torch.get_num_threads())
+    return out
+
+
+def _decode_window(codes: Tensor, *window: Sizes) -> Tensor:
+    lib, numbers = library(), _numbers(codes, window)
+    if lib is None or numbers is None:
+        return decode_window_reference(codes, *window)
+    out = torch.empty_like(codes, dtype=torch.int64)
+    lib.dropit_decode_window(codes, out, numbers, torch.get_num_threads())
+    return out
+
+
 _WINDOW = "SymInt[] sizes, int[] kernel, int[] stride, int[] padding, int[] dilation"
 
 define(
     f"encode_window(Tensor indices, {_WINDOW}) -> Tensor",
     encode_window_reference,
     lambda indices, *window: torch.empty_like(indices, dtype=torch.uint8),
+    _encode_window,
 )
 define(
     f"decode_window(Tensor codes, {_WINDOW}) -> Tensor",
     decode_window_reference,
     lambda codes, *window: torch.empty_like(codes, dtype=torch.int64),
+    _decode_window,
 )

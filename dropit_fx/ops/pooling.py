@@ -62,7 +62,7 @@ class Window:
 
 def _one_kernel(x: Tensor) -> bool:
     # A compiler fuses the formula with the pooling itself, and holds no int64 positions then
-    return x.is_cuda and not torch.compiler.is_compiling()
+    return (x.is_cuda or type(x) is Tensor) and not torch.compiler.is_compiling()
 
 
 def window_bits(dims: int) -> Callable[[Mapping[str, Any]], int]:
