@@ -1,9 +1,10 @@
 """The packed format and its kernels; importing this registers the ops of namespace `dropit`.
 
 May be imported from here: what this file names, ``format`` (sizes of codes), ``dtypes``,
-``dispatch`` (how an op is registered), the ops by ``attention``, ``hadamard``, ``logits``,
-``masks``, ``projection``, ``rows``, ``row_norms`` (what earlier steps tell of rows) and
-``windows``, and what compilers get for them, ``fused`` and ``fused_bits``. Needs no other room.
+``dispatch`` (how an op is registered), ``channels`` (their statistics), the ops by ``attention``,
+``hadamard``, ``logits``, ``masks``, ``projection``, ``rows``, ``row_norms`` (what earlier steps
+tell of rows) and ``windows``, and what compilers get for them, ``fused`` and ``fused_bits``. Needs
+no other room.
 """
 
 from dropit_fx.kernels import ops as ops

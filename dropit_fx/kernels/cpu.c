@@ -49,6 +49,7 @@ INLINE int LOWEST_BIT(uint64_t v) {
 enum { F32 = 0, BF16 = 1, F16 = 2 };
 enum { SYMMETRIC = 0, AFFINE = 1, UNIFORM = 2 };
 enum { INFINITY_BITS = 0x7F800000, TOP_BITS = 0x7F7F0000, CHUNK = 16384 };
+enum { SLICE = 1 << 15, STRIP = 512 }; /* codes: multiples of 8, so that each slice of a stream is whole bytes */
 
 typedef struct {
     const void *x;         /* input of sparsify, output of unsparsify */
@@ -60,6 +61,8 @@ typedef struct {
     int64_t blocks, nbytes;     /* the tail included; of `values`, where it holds codes */
     const int64_t *seed;   /* NULL: nearest */
     int dtype, bits, layout, is_sample, vector; /* vector: AVX2 may be used */
+    const float *mean, *factor; /* of each channel, or NULL: sparsify takes (x - mean) factor, unsparsify gives x factor + mean */
+    int64_t channels, inner;    /* run r of `inner` elements is of channel r % channels */
 } Job;
 
 /* ------------------------------------------------------------------------------------------- floats */
@@ -463,6 +466,7 @@ typedef struct {
     uint8_t *codes;
     uint32_t *index;   /* their flat indices, for stochastic rounding */
     uint32_t *key;     /* selection keys */
+    float *standard;   /* the block with each channel around 0, in the dtype of x */
     uint32_t guess;
 } Scratch;
 
@@ -1157,6 +1161,47 @@ COMPACT(16)
 EXPAND(32)
 EXPAND(16)
 
+INLINE float rounded(float x, int dtype) {
+    uint32_t u = bits_of(x);
+    if (dtype == F32) return x;
+    return float_of(dtype == BF16 ? (uint32_t)single_to_bfloat(u) << 16 : half_to_single(single_to_half(u)));
+}
+
+/* `n` elements of one channel, or (`each`) one of each of `n` channels. */
+INLINE void scale_run(const float *x, float *out, int64_t n, int dtype, int back, int each, const float *mean,
+                      const float *factor) {
+    if (back && each)
+        for (int64_t i = 0; i < n; i++) out[i] = rounded(x[i] * factor[i], dtype) + mean[i];
+    else if (back)
+        for (int64_t i = 0; i < n; i++) out[i] = rounded(x[i] * *factor, dtype) + *mean;
+    else if (each)
+        for (int64_t i = 0; i < n; i++) out[i] = (x[i] - mean[i]) * factor[i];
+    else
+        for (int64_t i = 0; i < n; i++) out[i] = (x[i] - *mean) * *factor;
+}
+
+/* Elements of the flat tensor, from `first` on: to standard form, or back. `x` and `out` may be the same. */
+INLINE void scale_channels(const Job *job, int64_t first, int64_t n, int back, const void *x, void *out) {
+    int size = job->dtype == F32 ? 4 : 2, each = job->inner == 1;
+    float room[STRIP];
+    for (int64_t i = 0, m; i < n; i += m) {
+        int64_t run = (first + i) / job->inner, c = run % job->channels;
+        int64_t left = each ? job->channels - c : (run + 1) * job->inner - first - i;
+        m = left < n - i ? left : n - i;
+        if (job->dtype == F32) {
+            scale_run((const float *)x + i, (float *)out + i, m, F32, back, each, job->mean + c, job->factor + c);
+            continue;
+        }
+        m = m < STRIP ? m : STRIP;
+        const float *wide = widened((const uint8_t *)x + i * size, 0, m, job->dtype, job->vector, room);
+        if (job->dtype == BF16)
+            scale_run(wide, room, m, BF16, back, each, job->mean + c, job->factor + c);
+        else
+            scale_run(wide, room, m, F16, back, each, job->mean + c, job->factor + c);
+        for (int64_t j = 0; j < m; j++) ((uint16_t *)out)[i + j] = (uint16_t)narrow(bits_of(room[j]), job->dtype);
+    }
+}
+
 /* Block b; this thread owns those before `to`. */
 INLINE void sparsify_block(const Job *job, Scratch *s, int64_t b, int64_t to) {
     int64_t first = b * job->block, n = job->numel - first;
@@ -1165,6 +1210,10 @@ INLINE void sparsify_block(const Job *job, Scratch *s, int64_t b, int64_t to) {
     int wide = job->dtype == F32, full = job->keep == 10000, size = wide ? 4 : 2;
     const uint8_t *x = (const uint8_t *)job->x + first * size;
     uint8_t *mask = full ? NULL : job->mask + first / 8;
+    if (job->mean) {
+        scale_channels(job, first, n, 0, x, s->standard);
+        x = (const uint8_t *)s->standard;
+    }
     if (!full) {
         if (job->is_sample) {
             for (int64_t i = 0; i < n; i++) s->key[i] = draw(*job->seed, (uint32_t)(first + i));
@@ -1271,9 +1320,14 @@ INLINE void unsparsify_block(const Job *job, Scratch *s, int64_t b) {
         expand16(v, mask, n, k, job->vector, out);
 }
 
-/* ------------------------------------------------------------------------------------------- steps, flags */
+/* What was unsparsified, with each channel around its mean again. */
+INLINE void restore_block(const Job *job, int64_t b) {
+    int64_t first = b * job->block, n = job->numel - first;
+    void *out = (uint8_t *)job->x + first * (job->dtype == F32 ? 4 : 2);
+    scale_channels(job, first, n < job->block ? n : job->block, 1, out, out);
+}
 
-enum { SLICE = 1 << 15, STRIP = 512 }; /* codes: multiples of 8, so that each slice of a stream is whole bytes */
+/* ------------------------------------------------------------------------------------------- steps, flags */
 
 typedef struct {
     const void *in;
@@ -1334,7 +1388,10 @@ typedef void (*StepsWorker)(const Steps *, int64_t, int64_t);
         for (int64_t b = from; b < to; b++) sparsify_block(job, s, b, to);                              \
     }                                                                                                   \
     attribute static void unsparsify_##suffix(const Job *job, Scratch *s, int64_t from, int64_t to) {   \
-        for (int64_t b = from; b < to; b++) unsparsify_block(job, s, b);                                \
+        for (int64_t b = from; b < to; b++) {                                                           \
+            unsparsify_block(job, s, b);                                                                \
+            if (job->mean) restore_block(job, b);                                                       \
+        }                                                                                               \
     }                                                                                                   \
     attribute static void encode_##suffix(const Steps *job, int64_t from, int64_t to) {                 \
         encode_slice(job, from, to);                                                                    \
@@ -1403,7 +1460,7 @@ static int run(Job *job, int back, int threads) {
     for (int64_t part = 0; part < parts; part++) {
         size_t n = (size_t)room + 64;
         n = (n + 63) / 64 * 64;
-        uint8_t *memory = malloc(n * (job->bits ? 13 : 4)); /* what follows, in this order */
+        uint8_t *memory = malloc(n * (size_t)((job->bits ? 13 : 4) + (job->mean ? 4 : 0)));
         if (!memory) {
             failed = 1;
             continue;
@@ -1415,6 +1472,7 @@ static int run(Job *job, int back, int threads) {
             s.index = (uint32_t *)(memory + n * 8);
             s.codes = memory + n * 12;
         }
+        s.standard = (float *)(memory + n * (job->bits ? 13 : 4));
         s.guess = job->dtype == F32 || job->is_sample ? 0x3F800000 : 0x3C00;
         worker(job, &s, blocks * part / parts, blocks * (part + 1) / parts);
         free(memory);
@@ -1436,16 +1494,23 @@ static void set_sizes(Job *job) {
     if (tail) job->nbytes += (job->k_tail * job->bits + 7) / 8;
 }
 
-EXPORT int dropit_sparsify(const void *x, void *values, void *scale, void *mask, const int64_t *seed, int64_t numel,
+/* `mean` and `factor`: NULL, or as a job says. */
+EXPORT int dropit_sparsify(const void *x, void *values, void *scale, void *mask, const int64_t *seed,
+                           const float *mean, const float *factor, int64_t channels, int64_t inner, int64_t numel,
                            int64_t keep, int64_t block, int dtype, int bits, int layout, int is_sample, int threads) {
-    Job job = {x, values, scale, mask, numel, keep, block, 0, 0, 0, 0, seed, dtype, bits, layout, is_sample, 0};
+    Job job = {.x = x, .values = values, .scale = scale, .mask = mask, .numel = numel, .keep = keep, .block = block};
+    job.seed = seed, job.dtype = dtype, job.bits = bits, job.layout = layout, job.is_sample = is_sample;
+    job.mean = mean, job.factor = factor, job.channels = channels, job.inner = inner;
     set_sizes(&job);
     return run(&job, 0, threads);
 }
 
-EXPORT int dropit_unsparsify(void *out, void *values, void *scale, void *mask, int64_t numel, int64_t keep,
-                             int64_t block, int dtype, int bits, int layout, int threads) {
-    Job job = {out, values, scale, mask, numel, keep, block, 0, 0, 0, 0, NULL, dtype, bits, layout, 0, 0};
+EXPORT int dropit_unsparsify(void *out, void *values, void *scale, void *mask, const float *mean, const float *factor,
+                             int64_t channels, int64_t inner, int64_t numel, int64_t keep, int64_t block, int dtype,
+                             int bits, int layout, int threads) {
+    Job job = {.x = out, .values = values, .scale = scale, .mask = mask, .numel = numel, .keep = keep, .block = block};
+    job.dtype = dtype, job.bits = bits, job.layout = layout;
+    job.mean = mean, job.factor = factor, job.channels = channels, job.inner = inner;
     set_sizes(&job);
     return run(&job, 1, threads);
 }

@@ -54,8 +54,8 @@ class Floats:
 
 INT64, INT = ctypes.c_int64, ctypes.c_int
 _SIGNATURES: dict[str, list[Any]] = {
-    "dropit_sparsify": [Data] * 5 + [INT64] * 3 + [INT] * 5,
-    "dropit_unsparsify": [Data] * 4 + [INT64] * 3 + [INT] * 4,
+    "dropit_sparsify": [Data] * 7 + [INT64] * 5 + [INT] * 5,
+    "dropit_unsparsify": [Data] * 6 + [INT64] * 5 + [INT] * 4,
     "dropit_pack": [Data] * 2 + [INT64, INT, INT],
     "dropit_unpack": [Data] * 2 + [INT64, INT, INT],
     "dropit_encode_steps": [Data, Data, Floats, INT64] + [INT] * 4,
@@ -93,14 +93,33 @@ def load(stem: str, signatures: Mapping[str, Sequence[Any]]) -> ctypes.CDLL | No
     return lib
 
 
+Channels = tuple[
+    Tensor | None, Tensor | None, int, int
+]  # mean, factor, how many, elements of a run
+_NO_CHANNELS: Channels = (None, None, 1, 1)
+
+
+def _channels(mean: Tensor, factor: Tensor, inner: int) -> Channels:
+    return mean.contiguous(), factor.contiguous(), mean.numel(), inner
+
+
 def sparsify(x: Tensor, form: Format, seed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.sparsify`."""
     lib = library()
     if lib is None or x.dtype not in NUMBER:
         return reference.sparsify(x, form, seed)
-    parts = form.buffers(x)
-    _sparsify(lib, x, parts, form, rounding_seed(form, x, seed), False)
-    return parts
+    return _sparsify(lib, x, form, rounding_seed(form, x, seed))
+
+
+def sparsify_channels(
+    x: Tensor, mean: Tensor, inverse: Tensor, inner: int, form: Format, seed: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.sparsify_channels`; what is standardised is in memory a block at a time."""
+    lib = library()
+    if lib is None or x.dtype not in NUMBER:
+        return reference.sparsify_channels(x, mean, inverse, inner, form, seed)
+    channels = _channels(mean, inverse, inner)
+    return _sparsify(lib, x, form, rounding_seed(form, x, seed), channels)
 
 
 def sample(x: Tensor, form: Format, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -108,27 +127,34 @@ def sample(x: Tensor, form: Format, seed: Tensor | None = None) -> tuple[Tensor,
     lib = library()
     if lib is None or x.dtype not in NUMBER:
         return reference.sample(x, form, seed)
-    values, scale, mask = form.buffers(x)
     seed = draw_seed(x.device) if seed is None else seed
-    _sparsify(lib, x, (values, scale, mask), form, seed, True)
+    values, _, mask = _sparsify(lib, x, form, seed, sampled=True)
     return values, mask
 
 
 def _sparsify(
     lib: ctypes.CDLL,
     x: Tensor,
-    parts: tuple[Tensor, Tensor, Tensor],
     form: Format,
     seed: Tensor | None,
-    sampled: bool,
-) -> None:
+    channels: Channels = _NO_CHANNELS,
+    sampled: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    parts = form.buffers(x)
     numbers = form.keep, form.block, NUMBER[x.dtype], form.bits, form.spacing
-    threads = torch.get_num_threads()
     failed = lib.dropit_sparsify(
-        x.contiguous(), *parts, seed, x.numel(), *numbers, sampled, threads
+        x.contiguous(),
+        *parts,
+        seed,
+        *channels,
+        x.numel(),
+        *numbers,
+        sampled,
+        torch.get_num_threads(),
     )
     if failed:
         raise MemoryError("dropit::sparsify: no memory for its scratch space")
+    return parts
 
 
 def unsparsify(
@@ -136,13 +162,49 @@ def unsparsify(
 ) -> Tensor:
     """As `reference.unsparsify`."""
     lib = library()
-    if lib is None or dtype not in NUMBER or (form.bits == 0 and values.dtype != dtype):
+    if lib is None or not _knows(values, dtype, form):
         return reference.unsparsify(values, scale, mask, numel, dtype, form)
-    check_packed((values, scale, mask), numel, form)
-    out = torch.empty(numel, dtype=dtype)
-    parts = [part.contiguous() for part in (values, scale, mask)]
+    return _unsparsify(lib, (values, scale, mask), numel, dtype, form)
+
+
+def unsparsify_channels(
+    values: Tensor,
+    scale: Tensor,
+    mask: Tensor,
+    mean: Tensor,
+    deviation: Tensor,
+    inner: int,
+    numel: int,
+    dtype: torch.dtype,
+    form: Format,
+) -> Tensor:
+    """As `reference.unsparsify_channels`."""
+    lib = library()
+    if lib is None or not _knows(values, dtype, form):
+        given = values, scale, mask, mean, deviation, inner, numel, dtype
+        return reference.unsparsify_channels(*given, form)
+    channels = _channels(mean, deviation, inner)
+    return _unsparsify(lib, (values, scale, mask), numel, dtype, form, channels)
+
+
+def _knows(values: Tensor, dtype: torch.dtype, form: Format) -> bool:
+    return dtype in NUMBER and (form.bits > 0 or values.dtype == dtype)
+
+
+def _unsparsify(
+    lib: ctypes.CDLL,
+    parts: tuple[Tensor, Tensor, Tensor],
+    numel: int,
+    dtype: torch.dtype,
+    form: Format,
+    channels: Channels = _NO_CHANNELS,
+) -> Tensor:
+    check_packed(parts, numel, form)
+    out = parts[0].new_empty(numel, dtype=dtype)
+    held = [part.contiguous() for part in parts]
     numbers = form.keep, form.block, NUMBER[dtype], form.bits, form.spacing
-    failed = lib.dropit_unsparsify(out, *parts, numel, *numbers, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    failed = lib.dropit_unsparsify(out, *held, *channels, numel, *numbers, threads)
     if failed:
         raise MemoryError("dropit::unsparsify: no memory for its scratch space")
     return out
@@ -165,7 +227,7 @@ def pack_uint(x: Tensor, bits: int) -> Tensor:
     if lib is None:
         return reference.pack_uint(x, bits)
     check_uint(x, bits)
-    out = torch.empty(uint_nbytes(x.numel(), bits), dtype=torch.uint8)
+    out = x.new_empty(uint_nbytes(x.numel(), bits), dtype=torch.uint8)
     lib.dropit_pack(x.contiguous(), out, x.numel(), bits, torch.get_num_threads())
     return out
 
@@ -177,7 +239,7 @@ def unpack_uint(packed: Tensor, bits: int, numel: int) -> Tensor:
         return reference.unpack_uint(packed, bits, numel)
     check_uint(packed, bits)
     check_stream(packed, bits, numel)
-    out = torch.empty(numel, dtype=torch.uint8)
+    out = packed.new_empty(numel, dtype=torch.uint8)
     lib.dropit_unpack(packed.contiguous(), out, numel, bits, torch.get_num_threads())
     return out
 
@@ -188,7 +250,7 @@ def encode_steps(x: Tensor, borders: Sequence[float], bits: int) -> Tensor:
     if lib is None or x.dtype not in NUMBER:
         return reference.encode_steps(x, borders, bits)
     check_borders(x.dtype, borders, bits)
-    out = torch.empty(uint_nbytes(x.numel(), bits), dtype=torch.uint8)
+    out = x.new_empty(uint_nbytes(x.numel(), bits), dtype=torch.uint8)
     numbers = x.numel(), len(borders), NUMBER[x.dtype], bits, torch.get_num_threads()
     lib.dropit_encode_steps(x.contiguous(), out, borders, *numbers)
     return out
@@ -203,7 +265,7 @@ def decode_steps(
         return reference.decode_steps(packed, levels, bits, numel, dtype)
     check_levels(packed, levels, bits, dtype)
     check_stream(packed, bits, numel)
-    out = torch.empty(numel, dtype=dtype)
+    out = packed.new_empty(numel, dtype=dtype)
     numbers = numel, len(levels), NUMBER[dtype], bits, torch.get_num_threads()
     lib.dropit_decode_steps(packed.contiguous(), out, levels, *numbers)
     return out

@@ -66,12 +66,12 @@ define(
     _fake_dense,
     cpu.unsparsify,
 )
-# On a CPU, batch norm's kernel standardises in less time than these would
 define(
     "sparsify_channels(Tensor x, Tensor mean, Tensor inverse, SymInt inner, int keep, int block,"
     " int bits, int layout, bool stochastic) -> (Tensor values, Tensor scale, Tensor mask)",
     reference.sparsify_channels,
     _fake_parts,
+    cpu.sparsify_channels,
 )
 define(
     "unsparsify_channels(Tensor values, Tensor scale, Tensor mask, Tensor mean, Tensor deviation,"
@@ -79,6 +79,7 @@ define(
     " -> Tensor",
     reference.unsparsify_channels,
     _fake_dense,
+    cpu.unsparsify_channels,
 )
 define(
     "sample(Tensor x, int keep, int block) -> (Tensor values, Tensor mask)",

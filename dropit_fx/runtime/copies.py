@@ -12,6 +12,7 @@ from torch.fx.traceback import annotate
 
 from dropit_fx.codecs import CODEC, DERIVED
 from dropit_fx.codecs.codec import Codec
+from dropit_fx.kernels.channels import TINY, has_kernel, statistics
 from dropit_fx.kernels.fused_bits import is_empty
 from dropit_fx.ops.table import DERIVABLE
 from dropit_fx.private import native_batch_norm_legit
@@ -108,9 +109,6 @@ def channel_nbytes(shape: Sequence[int]) -> int:
     return 2 * 4 * int(shape[1])
 
 
-_TINY = torch.finfo(torch.float32).tiny  # in the place of a norm's epsilon
-
-
 def standardise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each channel around 0, in units of its deviation; and mean and inverse deviation, (C,).
 
@@ -120,7 +118,7 @@ def standardise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if is_empty(x.numel()):  # which that kernel refuses
         return x, x.new_zeros(x.shape[1]).float(), x.new_ones(x.shape[1]).float()
     norm = native_batch_norm_legit.no_stats
-    out, mean, inverse = norm(x.float(), None, None, True, 0.0, _TINY)
+    out, mean, inverse = norm(x.float(), None, None, True, 0.0, TINY)
     if memory_order(out) != memory_order(x):
         out = torch.empty_like(x).copy_(out)
     return out.to(x.dtype), mean, inverse
@@ -131,19 +129,19 @@ def _pack_by_channel(
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """The parts of standardised ``x``, and mean and deviation of each channel, ``(1, C, 1, ...)``.
 
-    On CUDA what is standardised never lies in memory: in eager mode batch norm's own kernel reads
-    the statistics, for a compiler they are those that it computes for the norm behind.
+    In eager mode, and on CUDA, what is standardised never lies in memory: a kernel makes the
+    statistics; for a compiler on CUDA they are those that it computes for the norm behind.
     """
-    if not x.is_cuda or codec.pack_channels is None or is_empty(x.numel()):
+    made = has_kernel(x) if _is_plain(x) else x.is_cuda
+    if not made or codec.pack_channels is None or is_empty(x.numel()):
         standard, mean, inverse = standardise(x)
         with _marked(x):
             parts = codec.pack(flatten(standard), options)
     else:
-        found = torch.batch_norm_stats(x, _TINY) if _is_plain(x) else standardise(x)[1:]
-        mean, inverse = (t.float() for t in found)  # of float64, the kernel's are float64
-        order = memory_order(x)
+        flat, inner = flatten(x), _run(x.shape, memory_order(x))
+        mean, inverse = statistics(x, flat, inner) if _is_plain(x) else standardise(x)[1:]
         with _marked(x):
-            parts = codec.pack_channels(flatten(x), mean, inverse, _run(x.shape, order), options)
+            parts = codec.pack_channels(flat, mean, inverse, inner, options)
     shape = [-1 if d == 1 else 1 for d in range(x.dim())]
     return parts, mean.view(shape), inverse.reciprocal().view(shape)
 
@@ -193,7 +191,8 @@ def read_back(kept: Kept, parts: tuple[Tensor, ...], spec: TensorSpec) -> Tensor
     if not options.get("by_channel"):
         return unflatten(codec.unpack(parts, options, numel, dtype), shape, order)
     *codes, mean, deviation = parts
-    if parts[0].is_cuda and codec.unpack_channels is not None:
+    in_one = has_kernel(mean) if _is_plain(mean) else mean.is_cuda
+    if in_one and codec.unpack_channels is not None:
         given = tuple(codes), mean.view(-1), deviation.view(-1), _run(shape, order)
         return unflatten(codec.unpack_channels(*given, options, numel, dtype), shape, order)
     value = unflatten(codec.unpack(tuple(codes), options, numel, dtype), shape, order)

@@ -51,6 +51,42 @@ def test_same_bits_as_the_reference() -> None:
     check()
 
 
+CHANNEL_FORMS = [
+    Format(10000, 64, 6),
+    Format(10000, 1024, 2),
+    Format(10000, 40, 5, 2),
+    Format(10000, 40, 4, 1, True),
+    Format(5000, 64, 4),
+    Format(2500, 0, 0),
+]
+
+
+@built
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_channels_have_the_bits_of_the_reference(dtype: torch.dtype) -> None:
+    @settings(max_examples=40, deadline=None)
+    @given(
+        st.sampled_from([1, 1, 3, 16, 70]),  # elements of a run: 1, where channels come last
+        st.sampled_from([1, 3, 33]),
+        st.sampled_from([1, 7]),
+        st.sampled_from(CHANNEL_FORMS),
+    )
+    def check(inner: int, channels: int, outer: int, form: Format) -> None:
+        x = (torch.randn(outer * channels * inner) * 5 + 2).to(dtype)
+        x[:: 1 + 97 * channels] = float("nan")
+        mean, inverse = torch.randn(channels), torch.rand(channels) + 0.1
+        seed = torch.tensor([11])
+        values = x, mean, inverse, inner, form, seed
+        expected = reference.sparsify_channels(*values)
+        for left, right in zip(cpu.sparsify_channels(*values), expected, strict=True):
+            assert_same_bits(left, right)
+        back = *expected, mean, inverse.reciprocal(), inner, x.numel(), dtype, form
+        assert_same_bits(cpu.unsparsify_channels(*back), reference.unsparsify_channels(*back))
+
+    check()
+
+
 @built
 def test_every_half_and_bfloat_is_converted_as_torch_does() -> None:
     patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
