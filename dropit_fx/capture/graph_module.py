@@ -129,7 +129,7 @@ def _is_known(spec: Any) -> bool:
 
 
 def with_grad(enabled: bool, block: Callable[..., Any], *args: Any) -> Any:
-    """A block of an exported graph, with gradients on or off; what they were, whatever it raises."""
+    """A block of an exported graph, with gradients on or off; then as they were, in any case."""
     with torch.set_grad_enabled(enabled):
         return block(*args)
 

@@ -232,7 +232,7 @@ class DropITCallback(TrainerCallback):
             self._losses.append((trainer, names[0], usual, loss))
 
     def _compiled_loss(self, trainer: Trainer, usual: Any) -> Callable[..., Any]:
-        """A loss that is compiled in ``train()`` and as it was behind it: no event tells an error."""
+        """A loss, compiled in ``train()`` and put back behind it: no event tells of an error."""
         called = usual if inspect.isroutine(usual) else usual.__call__
         compiled = torch.compile(called, backend=self._compile)
 
