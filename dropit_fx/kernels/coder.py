@@ -120,14 +120,16 @@ def codes_of(
     theirs = torch.where(infinite & ~negative, top, last)
 
     def others(codes: Tensor) -> Tensor:
-        return codes - ((codes == last) | (infinite & (codes == top))).to(codes.dtype)
+        taken: Tensor = (codes == last) | (infinite & (codes == top))
+        return codes - taken.to(codes.dtype)
 
     return theirs, others
 
 
 def is_even(last: Tensor) -> Tensor:
     """Whether bfloat16 numbers, in float32, are even: of marked blocks, which hold no NaN."""
-    return last.view(torch.int32) & 0x10000 == 0
+    even: Tensor = last.view(torch.int32) & 0x10000 == 0
+    return even
 
 
 def with_parity(last: Tensor, odd: Tensor) -> Tensor:
