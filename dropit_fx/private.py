@@ -76,6 +76,7 @@ if TYPE_CHECKING:  # the names to import, with their types
     is_legacy_batchedtensor: Callable[[Tensor], bool]
     set_hooks_tracing: Callable[[bool], bool]
     tag_activation_checkpoint: Callable[..., Any]
+    wrap_with_set_grad_enabled: Callable[..., Any]
     grouped_mm: Any
     grouped_mm_of_torch: Any
     log_softmax_backward_data: Callable[..., Tensor]

@@ -77,7 +77,16 @@ def modules_at_work(forwards: Collection[CodeType] = ()) -> Iterator[nn.Module]:
     Args:
         forwards: The code of methods that are called as such too, not by calling the module.
     """
-    codes = {look_up("torch.nn.Module._call_impl").__code__, *forwards}
+    return _selves({look_up("torch.nn.Module._call_impl").__code__, *forwards})
+
+
+def is_at_work(one: object, method: Callable[..., Any]) -> bool:
+    """Whether this thread is in a call of a method of that object, the class's own."""
+    return any(other is one for other in _selves({inspect.unwrap(method).__code__}))
+
+
+def _selves(codes: Collection[CodeType]) -> Iterator[Any]:
+    """Whose calls of methods with this code the thread is in, the innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code in codes and "self" in frame.f_locals:

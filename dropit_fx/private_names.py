@@ -275,6 +275,11 @@ TABLE: tuple[Name, ...] = (
         "regions that torch.compile recomputes",
     ),
     Name(
+        "torch.ops.higher_order.wrap_with_set_grad_enabled",
+        _lack("a block under no_grad that raises may leave gradients switched off"),
+        "blocks of exported graphs under no_grad",
+    ),
+    Name(
         "meta['_checkpoint_context_fn']",
         _lack("selective checkpoints are treated as plain ones"),
         "telling selective checkpoints",

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any, TypeGuard
 
 LONGEST = 200  # characters of a word in a message
+MOST = 100  # items of a list in it: there are fewer ops
 
 
 def did_you_mean(word: object, legal: Iterable[str]) -> str:
@@ -86,5 +87,12 @@ _BOUNDS: dict[str, Callable[[Any, Any], bool]] = {
 
 
 def shortened(message: str) -> str:
-    """The message without the middle of words that are longer than a word is."""
-    return re.sub(rf"\S{{{LONGEST},}}", lambda word: f"{word[0][:40]}...{word[0][-20:]}", message)
+    """The message without the middle of words and of lists that are longer than a person reads."""
+    short = re.sub(rf"\S{{{LONGEST},}}", lambda word: f"{word[0][:40]}...{word[0][-20:]}", message)
+    return re.sub(rf"(?:[^,]+, ){{{MOST},}}", _ends_of, short)
+
+
+def _ends_of(items: re.Match[str]) -> str:
+    """The first and the last of some items, each with the comma behind it."""
+    each = items[0].split(", ")[:-1]
+    return ", ".join([*each[:5], f"... ({len(each) - 6} more)", each[-1], ""])

@@ -21,6 +21,7 @@ from dropit_fx.ops.table import CHECKPOINT
 from dropit_fx.passes.plan import Decision, ParameterRead, Plan, SavedRead, Site
 from dropit_fx.runtime import offload
 from dropit_fx.runtime.copies import SAMPLES, WIDTH, channel_nbytes
+from dropit_fx.words import shortened
 
 _STATISTICS = ("mean", "rstd", "invstd")  # of a norm: one each for so many values
 STRANDED = "a checkpointed region alone would hold it, behind an input that gets no gradient"
@@ -174,7 +175,7 @@ def _choose(read: SavedRead, config: Config, said: str) -> Decision:
     if rule.codec == "keep":
         if rule.derive and rule.preset:
             return kept("nothing that stays gives its bits again")
-        return kept(f"the config says so: {rule}")
+        return kept(shortened(f"the config says so: {rule}"))
     if read.read.use is Use.SHAPE:
         return Decision(read=read, codec="drop")
     if read.read.exact:

@@ -23,8 +23,9 @@ def make(kind: str, numel: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     elif kind == "wild":  # forty orders of magnitude, overflowing in float16
         x = x * torch.exp(torch.randn(numel, generator=generator) * 20)
     elif kind == "special":
-        hit = torch.rand(numel, generator=generator) < 2e-3
-        x = torch.where(hit, torch.tensor([float("nan"), float("inf")])[seed % 2], x)
+        hit = torch.rand(numel, generator=generator) < (2e-3, 2e-2)[seed % 2]
+        some = torch.tensor(_SPECIAL[seed % len(_SPECIAL)])
+        x = torch.where(hit, some[torch.arange(numel) % len(some)], x)
     elif kind == "outliers":
         x = x * torch.where(torch.rand(numel, generator=generator) < 0.01, 100.0, 1.0)
     elif kind == "one-sided":
@@ -36,6 +37,8 @@ def make(kind: str, numel: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     return x.to(dtype)
 
 
+_NAN, _INF = float("nan"), float("inf")
+_SPECIAL = ([_NAN], [_INF], [-_INF], [_INF, -_INF], [_NAN, _INF, -_INF])
 KINDS = ("ties", "zeros", "subnormal", "wild", "special", "outliers", "one-sided", "narrow", "huge")
 
 

@@ -440,6 +440,41 @@ def test_long_words_stay_out_of_messages() -> None:
         assert len(refusal(config)) < 2000
 
 
+MANY = [f"layers.{i}.mlp" for i in range(2_000)]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rules": [{"module": MANY, "codec": "keep"}]},
+        {"rules": [{"op": MANY, "codec": "keep"}]},
+        {"rules": [{"module": MANY, "op": "relu", "codec": "rows"}]},
+        {"rules": [{"module": MANY, "backprop": 0.25}]},
+        {"rules": [{"module": MANY, "train": False}]},
+        {"rules": [{"codec": MANY}]},
+        {"rules": [{"codec": "quant", "bits": MANY}]},
+        {"preset": MANY},
+        {"derive": MANY},
+    ],
+    ids=lambda config: str(config)[:40],
+)
+def test_long_lists_stay_out_of_messages(config: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        dropit_fx.transform(model(), config, example_args=(torch.randn(64, 64),))
+    message = str(caught.value)
+    assert len(message) < 2000
+    assert "layers.0.mlp" in message
+    assert " more), " in message
+
+
+def test_a_long_list_stays_out_of_a_reports_reasons() -> None:
+    config = {"rules": [{"module": [*MANY, "*"], "codec": "keep"}]}
+    packed = dropit_fx.transform(model(), config, example_args=(torch.randn(64, 64),))
+    said = {row.reason for row in dropit_fx.report(packed).rows}
+    assert all("... (" in reason for reason in said)
+    assert max(map(len, said)) < 2000
+
+
 def test_a_rule_that_matches_nothing_is_printed_with_what_there_is() -> None:
     x = torch.randn(64, 64)
     config = {"rules": [{"module": "layer9", "op": "linear", "codec": "mink"}]}

@@ -420,6 +420,20 @@ def dynamo_graphs(f: Callable[..., Any], *args: Any) -> list[fx.GraphModule]:
     return seen
 
 
+@of("torch.ops.higher_order.wrap_with_set_grad_enabled")
+def _a_block_without_gradients_is_a_nested_graph() -> None:
+    class Detached(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                y = x.exp()
+            return x * y
+
+    graph = torch.export.export(Detached(), (torch.ones(2),)).module().graph
+    (call,) = graph.find_nodes(op="call_function", target=private.wrap_with_set_grad_enabled)
+    assert call.args[0] is False
+    assert call.args[1].op == "get_attr"
+
+
 @of(
     "torch.ops.higher_order.tag_activation_checkpoint",
     "meta['_checkpoint_context_fn']",

@@ -24,6 +24,12 @@ BITS_LAYOUT_STOCHASTIC = [
     (4, 1, True),
     (4, 2, True),
 ]
+SPECIAL = [  # of two blocks, of which the first has three
+    [torch.nan, torch.inf, -torch.inf, torch.inf],
+    [torch.inf, torch.inf, torch.inf, -torch.inf],
+    [-torch.inf, -torch.inf, -torch.inf, torch.nan],
+    [-torch.inf, torch.inf, torch.inf, -torch.inf],
+]
 
 
 def main(dtype: torch.dtype) -> None:
@@ -33,7 +39,8 @@ def main(dtype: torch.dtype) -> None:
             continue  # beyond float32 only the conversions differ
         x = make(KINDS[(i + dtype.itemsize) % len(KINDS)], 110, dtype, seed=i)
         if i % 2:  # in the tail too
-            x[torch.tensor([3, 40, 41, 100])] = torch.tensor([torch.nan, torch.inf] * 2).to(dtype)
+            some = SPECIAL[i // 2 % len(SPECIAL)]
+            x[torch.tensor([3, 40, 41, 100])] = torch.tensor(some).to(dtype)
         seed = torch.tensor([-(3**i) * 1_000_003])
         keep = (3333, 10000, 50)[i % 3]
         form = Format(keep, 96, bits, layout, stochastic)  # not a power of two, with a tail

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 
 from dropit_fx.private import (
     EXAMPLE_VALUE,
@@ -29,6 +30,7 @@ from dropit_fx.private import (
     schema,
     storage_id,
 )
+from dropit_fx.runtime.regions import name_of
 
 log = logging.getLogger(__name__)
 
@@ -149,14 +151,36 @@ def _numbered_momentum(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def leaving_blocks(run: fx.Interpreter) -> Iterator[None]:
-    """After an error, the autocasts and inference modes that a graph had entered are left again."""
+    """After an error, the autocasts and inference modes that a graph had entered are left again.
+
+    And what it switches is switched back.
+    """
+    with switching_back(run.module):
+        try:
+            yield
+        except BaseException:
+            for node, value in reversed(list(run.env.items())):
+                for user in node.users:
+                    if user not in run.env and name_of(user)[:6] == "_exit_":
+                        user.target(value)
+            raise
+
+
+# gradients, saved-tensor hooks, attention's kernels: one node off, one on again
+_SWITCHES = ("_set_grad_enabled", "_saved_tensors_hooks_", "_backend_from_string", "_sdpa_kernel")
+
+
+@contextmanager
+def switching_back(graph_module: nn.Module) -> Iterator[None]:
+    """After an error, all that a graph of Dynamo's switches is as it is at the end of the graph."""
     try:
         yield
     except BaseException:
-        for node, value in reversed(list(run.env.items())):
-            for user in node.users:
-                if user not in run.env and getattr(user.target, "__name__", "")[:6] == "_exit_":
-                    user.target(value)
+        made: dict[fx.Node, Any] = {}
+        graphs = (m.graph for m in graph_module.modules() if isinstance(m, fx.GraphModule))
+        for node in (n for graph in graphs for n in graph.nodes if n.op == "call_function"):
+            if name_of(node).startswith(_SWITCHES):
+                made[node] = node.target(*map_arg(node.args, made.__getitem__))
         raise
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,14 @@ from torch.fx.node import map_aggregate, map_arg
 
 from dropit_fx.capture.saving import STANDS_FOR, SavesAs
 from dropit_fx.capture.symbolic import CustomFunction
-from dropit_fx.private import MODULE_STATE, OpOverload, codegen, get_qualified_name, pytree
+from dropit_fx.private import (
+    MODULE_STATE,
+    OpOverload,
+    codegen,
+    get_qualified_name,
+    pytree,
+    wrap_with_set_grad_enabled,
+)
 from dropit_fx.private_lookup import look_up
 
 
@@ -121,13 +128,24 @@ def _is_known(spec: Any) -> bool:
     return known and all(map(_is_known, spec.children()))
 
 
+def with_grad(enabled: bool, block: Callable[..., Any], *args: Any) -> Any:
+    """A block of an exported graph, with gradients on or off; then as they were, in any case."""
+    with torch.set_grad_enabled(enabled):
+        return block(*args)
+
+
 def keep_blocks(graph_module: fx.GraphModule) -> None:
     """Lets the graphs nested in an exported one be pickled as they are, too.
 
     They are blocks under autocast or ``no_grad``. To trace one again is to run what it calls: of a
-    block in a block, the inner one's autocast would be lost.
+    block in a block, the inner one's autocast would be lost. PyTorch's own call of a block under
+    ``no_grad`` leaves gradients switched off where the block raises; `with_grad` does not.
     """
     modules = dict(graph_module.named_modules(remove_duplicate=False))
+    for node in graph_module.graph.find_nodes(
+        op="call_function", target=wrap_with_set_grad_enabled
+    ):
+        node.target = with_grad
     for node in graph_module.graph.find_nodes(op="get_attr"):
         block = modules.get(str(node.target))
         if isinstance(block, fx.GraphModule):

@@ -23,6 +23,7 @@ from torch import Tensor
 import dropit_fx.kernels.hadamard  # noqa: F401  registers its op
 from dropit_fx.codecs.codec import BLOCKS, Codec, Option, Options
 from dropit_fx.kernels import FULL, SPACINGS, Format, fused
+from dropit_fx.kernels.dtypes import saturated
 from dropit_fx.ops.autocasting import without_autocast
 from dropit_fx.ops.rule import Use
 
@@ -136,8 +137,8 @@ def _unpack(parts: tuple[Tensor, ...], options: Options, numel: Any, dtype: torc
     out: Tensor = torch.ops.dropit.unsparsify(*parts, numel, work, *numbers)
     if not _rotates(options):
         return out
-    top = torch.finfo(dtype).max
-    return _rotated(out).clamp_(-top, top).to(dtype)
+    back = _rotated(out)
+    return back if work == dtype else saturated(back, dtype)
 
 
 def _pack_channels(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from dropit_fx.capture.fake import switching_back
 from dropit_fx.compile.fuse import FusePacking
 from dropit_fx.compile.lookups import AddLookups
 from dropit_fx.compile.partition import KeepPacked
@@ -174,7 +175,12 @@ def aot(
 def eager(job: Job) -> Compiled:
     """The graph as it is."""
     run_regions(job.graph_module)
-    return job.graph_module.forward
+
+    def run(*args: Any) -> Any:
+        with switching_back(job.graph_module):
+            return job.graph_module.forward(*args)
+
+    return run
 
 
 DECOMPOSED = ("inductor", "aot_eager_decomp_partition")

@@ -21,6 +21,7 @@ from dropit_fx.config import Config, ConfigError, make_config
 from dropit_fx.holders import alive
 from dropit_fx.measure import Watch
 from dropit_fx.private import compiled_in_place, shows_saved, undo_compile
+from dropit_fx.private_hooks import is_at_work
 
 try:
     from transformers import PreTrainedModel, Trainer, TrainerCallback
@@ -84,8 +85,9 @@ class DropITCallback(TrainerCallback):
             approximated has the bits of training without the callback. ``"dropit"`` compiles them.
         options: More options of the backend: ``inner``, and inductor's own.
         compile_loss: Whether the loss is rewritten too, where ``Trainer`` computes it outside the
-            model: its ``compute_loss_func``, else its label smoother. The attribute is compiled
-            from the first step to the end of ``train()``; where an error ends that, to the next.
+            model: its ``compute_loss_func``, else its label smoother. The attribute is another
+            from the first step to the end of ``train()``; where an error ends that, the first call
+            of it puts the usual one back, and is one of that.
 
     Attributes:
         graphs: The graphs that the first batch was compiled to; empty before it.
@@ -225,10 +227,22 @@ class DropITCallback(TrainerCallback):
                     " as a whole. Leave out compile_loss."
                 )
             usual = getattr(trainer, names[0])
-            called = usual if inspect.isroutine(usual) else usual.__call__
-            compiled = torch.compile(called, backend=self._compile)
-            setattr(trainer, names[0], compiled)
-            self._losses.append((trainer, names[0], usual, compiled))
+            loss = self._compiled_loss(trainer, usual)
+            setattr(trainer, names[0], loss)
+            self._losses.append((trainer, names[0], usual, loss))
+
+    def _compiled_loss(self, trainer: Trainer, usual: Any) -> Callable[..., Any]:
+        """A loss, compiled in ``train()`` and put back behind it: no event tells of an error."""
+        called = usual if inspect.isroutine(usual) else usual.__call__
+        compiled = torch.compile(called, backend=self._compile)
+
+        def loss(*args: Any, **kwargs: Any) -> Any:
+            if is_at_work(trainer, Trainer.train):
+                return compiled(*args, **kwargs)
+            self._put_losses_back()
+            return usual(*args, **kwargs)
+
+        return loss
 
     def _put_losses_back(self) -> None:
         for trainer, name, usual, compiled in self._losses:

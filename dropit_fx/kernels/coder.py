@@ -23,11 +23,15 @@ Bit-exactness. Other implementations must produce the same bits, so nothing depe
 summation: the sums are of integers, every float operation is one correctly rounded IEEE operation,
 nothing is fused.
 
-A block that holds NaN or Inf is marked: its last code, all ones, is theirs, and reads as NaN; what
-is finite there is coded as if it were alone, the last level as the one before. A codebook that does
-not draw has one level there for two neighbouring cells. The mark is the sign of the scale's last
-number, and of the uniform spacing, whose numbers have signs, that its two change places. One bit
-has no code to spare: NaN is the scale, and what all of the block reads as.
+What is not finite is read back as it is, and what is finite beside it is coded as if it were
+alone. A block that holds NaN or Inf is marked: by the sign of the scale's last number, or where the
+uniform spacing has signs in its two numbers, by their order. In their place stand codes that no
+finite value has then. Of a block with NaN it is the last one, all ones, and infinities read as NaN
+too; such a block's last number is odd. Of a block with infinities alone they are the last code of
+either sign, or where codes have no sign, the last for +Inf and the one before for -Inf; its last
+number is even. Finite values whose codes these were have the nearest other; a codebook that does
+not draw has one level for two neighbouring cells. One bit has no code to spare: the scale is what
+the block holds that is not finite, NaN where that is of several kinds; code 1 reads as it, 0 as 0.
 """
 
 from __future__ import annotations
@@ -58,16 +62,19 @@ def encode(values: Tensor, form: Format, draws: Tensor | None) -> tuple[Tensor, 
         scale = values.new_zeros(rows, form.columns, dtype=torch.bfloat16)
         return values.new_empty(rows, k, dtype=torch.uint8), scale
     x = values.to(torch.float32)
-    finite = x.isfinite()
-    marked = ~finite.all(1, keepdim=True)
+    given, finite = x, x.isfinite()
+    marked, has_nan = ~finite.all(1, keepdim=True), x.isnan().any(1, keepdim=True)
     least = torch.where(finite, x, torch.inf).amin(1, keepdim=True)
     x = torch.where(finite, x, torch.where(least.isfinite(), least, 0.0))
-    unread = marked & (bits == 1)
+    unread = torch.zeros_like(marked)
+
+    def told(last: Tensor) -> Tensor:
+        return torch.where(marked, with_parity(last, has_nan), last)
+
     chance = None if draws is None else (draws >> 8).to(torch.float32) * 2.0**-24
     if form.spacing in (AFFINE, UNIFORM):
         encode_above = _encode_affine if form.spacing == AFFINE else _encode_uniform
-        codes, scale, overflow = encode_above(x, bits, chance)
-        unread |= overflow
+        codes, scale, unread = encode_above(x, bits, chance, told)
     else:
         magnitude = x.abs()
         low, high = magnitude.amin(1, keepdim=True), magnitude.amax(1, keepdim=True)
@@ -77,18 +84,63 @@ def encode(values: Tensor, form: Format, draws: Tensor | None) -> tuple[Tensor, 
             codes = negative.to(torch.int64)
         else:
             if not form.is_codebook:
-                step, scale = _encode_grid(magnitude, low, high, bits, chance)
+                step, scale = _encode_grid(magnitude, low, high, bits, chance, told)
             elif chance is None:
                 step, scale = _encode_codebook(magnitude, finite, low, high, bits)
             else:
                 step, scale = _encode_codebook_stochastic(magnitude, low, high, bits, chance)
             codes = step | (x.signbit().to(torch.int64) << (bits - 1))
-    last = 2**bits - 1
-    codes = torch.where(finite, torch.where(marked, codes.clamp(max=last - 1), codes), last)
+    if bits == 1:
+        least = torch.where(finite, torch.inf, given).amin(1, keepdim=True)
+        most = torch.where(finite, -torch.inf, given).amax(1, keepdim=True)
+        kind = torch.where(least == most, most, torch.nan)
+        codes = torch.where(marked, (~finite).to(codes.dtype), torch.where(unread, 0, codes))
+        scale = torch.where(marked, kind, torch.where(unread, torch.nan, scale))
+        return codes.to(torch.uint8), scale.to(torch.bfloat16)
+    if form.is_codebook:
+        scale = torch.cat([scale[:, :-1], told(scale[:, -1:])], 1)
+    infinite = marked & is_even(scale[:, -1:])
+    theirs, others = codes_of(given < 0, infinite, form)
+    codes = torch.where(finite, torch.where(marked, others(codes), codes), theirs)
     codes = torch.where(unread, 0, codes)
     scale = torch.where(marked, _mark(scale, form), scale)
     scale = torch.where(unread, torch.nan, scale)
     return codes.to(torch.uint8), scale.to(torch.bfloat16)
+
+
+def codes_of(
+    negative: Tensor, infinite: Tensor, form: Format
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The codes of what is not finite, and what becomes of those of finite values beside it."""
+    last = 2**form.bits - 1
+    if form.spacing in (AFFINE, UNIFORM):
+        theirs = torch.where(infinite & negative, last - 1, last)
+        return theirs, lambda codes: torch.minimum(codes, last - 1 - infinite.to(codes.dtype))
+    top = last >> 1  # the last step, of either sign
+    theirs = torch.where(infinite & ~negative, top, last)
+
+    def others(codes: Tensor) -> Tensor:
+        taken: Tensor = (codes == last) | (infinite & (codes == top))
+        return codes - taken.to(codes.dtype)
+
+    return theirs, others
+
+
+def is_even(last: Tensor) -> Tensor:
+    """Whether bfloat16 numbers, in float32, are even: of marked blocks, which hold no NaN."""
+    even: Tensor = last.view(torch.int32) & 0x10000 == 0
+    return even
+
+
+def with_parity(last: Tensor, odd: Tensor) -> Tensor:
+    """The bfloat16 number, in float32, or where that is not as odd as asked the next one above.
+
+    The greatest of all is odd.
+    """
+    bits = last.view(torch.int32)
+    wrong = ((bits & 0x10000 != 0) != odd) & (bits != _TOP)
+    up = torch.where(bits < 0, -0x10000, 0x10000)
+    return (bits + (up * wrong).to(torch.int32)).view(torch.float32)
 
 
 def decode(codes: Tensor, scale: Tensor, form: Format, dtype: torch.dtype) -> Tensor:
@@ -96,28 +148,44 @@ def decode(codes: Tensor, scale: Tensor, form: Format, dtype: torch.dtype) -> Te
 
     A level beyond the greatest finite number of `dtype` becomes that number.
     """
-    levels = level_table(scale, form)
     top = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
-    return levels.gather(1, codes.to(torch.int64)).clamp(-top, top).to(dtype)
+    return level_table(scale, form, top).gather(1, codes.to(torch.int64)).to(dtype)
 
 
-def level_table(scale: Tensor, form: Format) -> Tensor:
+def level_table(scale: Tensor, form: Format, top: float) -> Tensor:
     """The value of each code: (rows, columns) bfloat16 -> (rows, 2**bits) float32.
 
-    NaN for the last code of a row that is marked, and of one whose levels are all the same: there,
-    it is no value's.
+    What is not finite has the codes of a row that is marked, and of one whose levels are all the
+    same: there, they are no value's.
+
+    Args:
+        scale: Of each row.
+        form: Of 1..8 bits.
+        top: What finite levels are at most.
     """
     scale = scale.to(torch.float32)
+    if form.bits == 1:
+        kind = scale[:, :1]
+        read = torch.where(kind.isfinite(), scale, 0.0)
+        levels = _levels(read, form).clamp(-top, top)
+        return torch.where(kind.isfinite(), levels, torch.cat([torch.zeros_like(kind), kind], 1))
     marked = _is_marked(scale, form)
     scale = torch.where(marked, _mark(scale, form), scale)
-    levels = _levels(scale, form)
-    levels[:, -1:] = torch.where(marked, torch.nan, levels[:, -1:])
+    levels = _levels(scale, form).clamp(-top, top)
+    infinite = marked & is_even(scale[:, -1:])
+    last = 2**form.bits - 1
+    signed = form.spacing not in (AFFINE, UNIFORM)
+    other = last >> 1 if signed else last - 1
+    beyond = torch.where(infinite, -torch.inf if signed else torch.inf, torch.nan)
+    levels[:, last:] = torch.where(marked, beyond, levels[:, last:])
+    here = slice(other, other + 1)
+    levels[:, here] = torch.where(infinite, torch.inf if signed else -torch.inf, levels[:, here])
     return levels
 
 
 def may_hold_nan(scale: Tensor, form: Format) -> Tensor:
     """(rows,): which rows, by their scale (rows, columns), may hold what is not finite."""
-    return _is_marked(scale, form)[:, 0] | scale.isnan().any(1)
+    return _is_marked(scale, form)[:, 0] | ~scale.isfinite().all(1)
 
 
 def _is_marked(scale: Tensor, form: Format) -> Tensor:
@@ -172,14 +240,16 @@ def _divide(x: Tensor, count: int) -> Tensor:
     return x / torch.full_like(x, count)
 
 
-def _encode_affine(x: Tensor, bits: int, chance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _encode_affine(
+    x: Tensor, bits: int, chance: Tensor | None, told: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     count = 2**bits
     base = floor_bfloat16(x.amin(1, keepdim=True))
     above = (x - base).clamp(min=0)
     widest = above.amax(1, keepdim=True)
     overflow = widest.isinf()
     above = torch.where(overflow, 0.0, above)
-    top = upper_bfloat16(exact_sqrt(torch.where(overflow, 0.0, widest)))
+    top = told(upper_bfloat16(exact_sqrt(torch.where(overflow, 0.0, widest))))
     position = exact_sqrt(above) * inverse(count - 1, top)
 
     def level(step: Tensor) -> Tensor:
@@ -190,10 +260,12 @@ def _encode_affine(x: Tensor, bits: int, chance: Tensor | None) -> tuple[Tensor,
     return step, torch.cat([base, top], 1), overflow
 
 
-def _encode_uniform(x: Tensor, bits: int, chance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _encode_uniform(
+    x: Tensor, bits: int, chance: Tensor | None, told: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     count = 2**bits
     most = x.amax(1, keepdim=True)
-    base, top = floor_bfloat16(x.amin(1, keepdim=True)), ceil_bfloat16(most)
+    base, top = floor_bfloat16(x.amin(1, keepdim=True)), told(ceil_bfloat16(most))
     overflow = (torch.maximum(most, top) - base).isinf()
     span = torch.where(overflow, 0.0, top - base)
     above = torch.where(overflow, 0.0, (x - base).clamp(min=0))
@@ -209,10 +281,15 @@ def _encode_uniform(x: Tensor, bits: int, chance: Tensor | None) -> tuple[Tensor
 
 
 def _encode_grid(
-    magnitude: Tensor, low: Tensor, high: Tensor, bits: int, chance: Tensor | None
+    magnitude: Tensor,
+    low: Tensor,
+    high: Tensor,
+    bits: int,
+    chance: Tensor | None,
+    told: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
     count = 2 ** (bits - 1)
-    start, end = lower_bfloat16(exact_sqrt(low)), upper_bfloat16(exact_sqrt(high))
+    start, end = lower_bfloat16(exact_sqrt(low)), told(upper_bfloat16(exact_sqrt(high)))
     position = (exact_sqrt(magnitude) - start) * inverse(count - 1, end - start)
 
     def level(step: Tensor) -> Tensor:

@@ -780,12 +780,17 @@ INLINE void find_range(const void *x, int dtype, int64_t k, int is_signed, float
 
 INLINE int is_finite(float x) { return (bits_of(x) & 0x7FFFFFFF) < INFINITY_BITS; }
 
-/* The values that are finite as float32 in s->x, with their indices; where they stood in s->key. How many. */
-static int64_t leave_finite(Scratch *s, const void *kept, int64_t k, int dtype, int draws) {
+/* The values that are finite as float32 in s->x, with their indices; where they stood in s->key, and behind that,
+ * from its end on, which of the others are negative. How many are finite. */
+static int64_t leave_finite(Scratch *s, const void *kept, int64_t k, int dtype, int draws, int *has_nan) {
     const float *x = widened(kept, 0, k, dtype, 0, s->x);
-    int64_t count = 0;
+    int64_t count = 0, end = k;
     for (int64_t i = 0; i < k; i++) {
-        if (!is_finite(x[i])) continue;
+        if (!is_finite(x[i])) {
+            *has_nan |= x[i] != x[i];
+            s->key[--end] = bits_of(x[i]) >> 31;
+            continue;
+        }
         s->x[count] = x[i];
         if (draws) s->index[count] = s->index[i];
         s->key[count++] = (uint32_t)i;
@@ -793,15 +798,35 @@ static int64_t leave_finite(Scratch *s, const void *kept, int64_t k, int dtype, 
     return count;
 }
 
-/* Codes of `count` values back to where they stood; the last of all codes to what was left out. */
-static void spread_codes(Scratch *s, int64_t count, int64_t k, int bits) {
-    uint8_t last = (uint8_t)((1 << bits) - 1);
+/* Codes of `count` values back to where they stood; what was left out has codes that are no value's then. */
+static void spread_codes(Scratch *s, int64_t count, int64_t k, int bits, int layout, int infinite) {
+    uint32_t last = (1u << bits) - 1, top = last >> 1;
+    const uint32_t *negative = s->key + count;
     while (k-- > 0) {
-        int is_left_out = count == 0 || s->key[count - 1] != (uint32_t)k;
-        uint8_t code = is_left_out ? last : s->codes[--count];
-        s->codes[k] = !is_left_out && code == last ? (uint8_t)(last - 1) : code;
+        if (count == 0 || s->key[count - 1] != (uint32_t)k) {
+            uint32_t minus = infinite ? *negative++ : 0;
+            if (layout == SYMMETRIC)
+                s->codes[k] = (uint8_t)(infinite && !minus ? top : last);
+            else
+                s->codes[k] = (uint8_t)(last - minus);
+            continue;
+        }
+        uint32_t code = s->codes[--count], most = last - 1 - (uint32_t)infinite;
+        if (layout == SYMMETRIC)
+            code -= code == last || (infinite && code == top);
+        else
+            code = code > most ? most : code;
+        s->codes[k] = (uint8_t)code;
     }
 }
+
+/* A bfloat16, or where that is not as odd as asked the next one above; the greatest of all stays. */
+INLINE uint16_t with_parity(uint16_t u, int odd) {
+    if ((u & 1) == odd || u == TOP_BITS >> 16) return u;
+    return (uint16_t)(u >> 15 ? u - 1 : u + 1);
+}
+
+INLINE float told(float x, int odd) { return float_of((uint32_t)with_parity((uint16_t)(bits_of(x) >> 16), odd) << 16); }
 
 /* Marks a scale, or takes the mark away. */
 INLINE void turn_mark(uint16_t *scale, int columns, int layout) {
@@ -819,24 +844,39 @@ INLINE int has_mark(const uint16_t *scale, int columns, int layout) {
     return float_of((uint32_t)scale[0] << 16) >= float_of((uint32_t)scale[1] << 16);
 }
 
+/* One bit, of a block with values that are not finite: code 1 is theirs, and what they are is the scale. */
+static void encode_kind(Scratch *s, const void *kept, int64_t k, int dtype, int columns, uint16_t *scale) {
+    const float *x = widened(kept, 0, k, dtype, 0, s->x);
+    uint32_t kind = 0;
+    for (int64_t i = 0; i < k; i++) {
+        s->codes[i] = (uint8_t)!is_finite(x[i]);
+        if (is_finite(x[i])) continue;
+        kind = kind == 0 || kind == bits_of(x[i]) ? bits_of(x[i]) : 0x7FC00000;
+    }
+    int is_nan = (kind & 0x7FFFFFFF) > INFINITY_BITS;
+    for (int j = 0; j < columns; j++) scale[j] = is_nan ? 0x7FC0 : (uint16_t)(kind >> 16);
+}
+
 /* `room`: bytes from `values` on that this thread owns and has not written yet. */
 INLINE void encode_block(const Job *job, Scratch *s, const void *kept, int64_t k, uint8_t *values, int64_t room,
                          uint16_t *scale_out) {
     int bits = job->bits, layout = job->layout, dtype = job->dtype, vector = job->vector;
-    int columns = scale_columns(bits, layout), is_marked = 0, is_unread = 0;
+    int columns = scale_columns(bits, layout), is_marked = 0, is_unread = 0, has_nan = 0;
     int64_t count = k; /* of what is finite */
     float scale[4] = {0}, low = 0, high = 0;
     if (k > 0) find_range(kept, dtype, k, layout != SYMMETRIC, &low, &high);
     if (!is_finite(low) || !is_finite(high)) {
-        is_marked = bits > 1;
-        is_unread = !is_marked;
-        if (is_marked) {
-            count = leave_finite(s, kept, k, dtype, job->seed != NULL);
-            kept = s->x, dtype = F32;
-            if (count > 0) find_range(kept, F32, count, layout != SYMMETRIC, &low, &high);
+        if (bits == 1) {
+            encode_kind(s, kept, k, dtype, columns, scale_out);
+            pack_codes(s->codes, k, bits, vector, values, room);
+            return;
         }
+        is_marked = 1;
+        count = leave_finite(s, kept, k, dtype, job->seed != NULL, &has_nan);
+        kept = s->x, dtype = F32;
+        if (count > 0) find_range(kept, F32, count, layout != SYMMETRIC, &low, &high);
     }
-    if (count > 0 && !is_unread) {
+    if (count > 0) {
         if (is_codebook(bits, layout)) {
             const float *x = widened(kept, 0, count, dtype, vector, s->x);
             int share = is_marked ? 2 : 1;
@@ -855,10 +895,12 @@ INLINE void encode_block(const Job *job, Scratch *s, const void *kept, int64_t k
             } else {
                 scale[0] = floor_bfloat(low);
                 scale[1] = ceil_bfloat(high);
+                if (is_marked && layout == UNIFORM) scale[1] = told(scale[1], has_nan);
                 float most = layout == UNIFORM && scale[1] > high ? scale[1] : high, widest = most - scale[0];
                 is_unread = !is_finite(widest);
                 if (layout == AFFINE) scale[1] = round_up(sqrtf(widest < 0 ? 0 : widest));
             }
+            if (is_marked) scale[1] = told(scale[1], has_nan);
             if (!is_unread) {
                 Grid g = make_grid(layout, bits, scale[0], scale[1]);
 #define ENCODE(layout) encode_grid(kept, dtype, s->x, s->index, job->seed, count, layout, &g, vector, s->codes)
@@ -872,11 +914,12 @@ INLINE void encode_block(const Job *job, Scratch *s, const void *kept, int64_t k
             }
         }
     }
+    if (is_marked) scale[columns - 1] = told(scale[columns - 1], has_nan);
     for (int j = 0; j < columns; j++) scale_out[j] = is_unread ? 0x7FC0 : (uint16_t)(bits_of(scale[j]) >> 16);
     if (is_unread) {
         memset(s->codes, 0, (size_t)k);
     } else if (is_marked) {
-        spread_codes(s, count, k, bits);
+        spread_codes(s, count, k, bits, layout, !(scale_out[columns - 1] & 1));
         turn_mark(scale_out, columns, layout);
     }
     pack_codes(s->codes, k, bits, vector, values, room);
@@ -1016,15 +1059,24 @@ INLINE void look_up(const uint8_t *codes, int64_t k, const uint32_t *table, int 
         for (int64_t i = 0; i < k; i++) ((uint16_t *)out)[i] = (uint16_t)table[codes[i]];
 }
 
-/* NaN where the last of all codes stands. */
-static void set_nan(const uint8_t *codes, int64_t k, int bits, int dtype, void *out) {
+/* What is not finite, where its codes stand: as float32 patterns. */
+static void set_codes(const uint8_t *codes, int64_t k, int code, uint32_t u, int dtype, void *out) {
+    uint32_t as = narrow(u, dtype);
     for (int64_t i = 0; i < k; i++) {
-        if (codes[i] != (1 << bits) - 1) continue;
+        if (codes[i] != code) continue;
         if (dtype == F32)
-            ((uint32_t *)out)[i] = 0x7FC00000;
+            ((uint32_t *)out)[i] = as;
         else
-            ((uint16_t *)out)[i] = dtype == BF16 ? 0x7FC0 : 0x7E00;
+            ((uint16_t *)out)[i] = (uint16_t)as;
     }
+}
+
+/* `last`: the last number of the scale of a marked block. */
+static void set_marked(const uint8_t *codes, int64_t k, uint16_t last, int bits, int layout, int dtype, void *out) {
+    int top = (1 << bits) - 1, infinite = !(last & 1);
+    uint32_t minus = layout == SYMMETRIC ? 0x80000000 : 0;
+    set_codes(codes, k, top, infinite ? INFINITY_BITS | minus : 0x7FC00000, dtype, out);
+    if (infinite) set_codes(codes, k, minus ? top >> 1 : top - 1, INFINITY_BITS | (minus ^ 0x80000000), dtype, out);
 }
 
 /* ------------------------------------------------------------------------------------------- one block */
@@ -1289,7 +1341,9 @@ INLINE void unsparsify_block(const Job *job, Scratch *s, int64_t b) {
         int columns = scale_columns(bits, job->layout);
         uint16_t scale[4];
         memcpy(scale, job->scale + b * columns, (size_t)columns * 2);
-        int is_marked = has_mark(scale, columns, job->layout);
+        uint16_t kind = bits == 1 && (scale[0] & 0x7F80) == 0x7F80 ? scale[0] : 0;
+        if (kind) memset(scale, 0, sizeof scale);
+        int is_marked = bits > 1 && has_mark(scale, columns, job->layout);
         if (is_marked) turn_mark(scale, columns, job->layout);
         void *kept = full ? out : (void *)s->x;
         int64_t room = (const uint8_t *)job->values + job->nbytes - packed;
@@ -1305,10 +1359,9 @@ INLINE void unsparsify_block(const Job *job, Scratch *s, int64_t b) {
         } else {
             decode_grid(packed, room, k, scale, bits, job->layout, 0, job->dtype, vector, s->codes, kept);
         }
-        if (is_marked) {
-            unpack_codes(packed, room, k, bits, vector, s->codes);
-            set_nan(s->codes, k, bits, job->dtype, kept);
-        }
+        if (is_marked || kind) unpack_codes(packed, room, k, bits, vector, s->codes);
+        if (is_marked) set_marked(s->codes, k, scale[columns - 1], bits, job->layout, job->dtype, kept);
+        if (kind) set_codes(s->codes, k, 1, (uint32_t)kind << 16, job->dtype, kept);
         if (full) return;
         v = kept;
     }

@@ -121,7 +121,7 @@ def unsparsify(
         return take(scale, first + j).to(torch.float32)
 
     codes = codes_at(values, at, bits)
-    return coder.to_dtype(coder.decode(codes, column, column, form), dtype)
+    return coder.decode(codes, column, column, form, dtype)
 
 
 def sparsify_channels(

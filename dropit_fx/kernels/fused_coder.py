@@ -18,12 +18,15 @@ from torch import Tensor
 from dropit_fx.kernels.coder import (
     ceil_bfloat16,
     codebook_borders,
+    codes_of,
     exact_sqrt,
     fixed_point,
     floor_bfloat16,
     inverse,
+    is_even,
     lower_bfloat16,
     upper_bfloat16,
+    with_parity,
 )
 from dropit_fx.kernels.format import AFFINE, SYMMETRIC, UNIFORM, Format
 from dropit_fx.kernels.fused_bits import as_stored
@@ -36,7 +39,7 @@ class Blocks(NamedTuple):
 
     Attributes:
         columns: (blocks,) each, of `scale`: bfloat16 numbers in float32, marked where a block
-            holds NaN or Inf.
+            holds NaN or Inf; of one bit, what it holds of these.
         borders: (blocks,) each: the least magnitudes of the steps 1, 2, ... of a codebook.
     """
 
@@ -54,23 +57,31 @@ def blocks_of(x: Tensor, valid: Tensor | None, form: Format) -> Blocks:
         form: of 1..8 bits, rounded to nearest.
     """
     finite = _is_finite(x)
-    marked = ~finite.all(1)
+    marked, has_nan = ~finite.all(1), x.isnan().any(1)
+
+    def told(last: Tensor) -> Tensor:
+        return torch.where(marked, with_parity(last, has_nan), last)
+
+    def stored(columns: list[Tensor], unread: Tensor) -> list[Tensor]:
+        kind = _kind(x, finite) if form.bits == 1 else None
+        return _stored(columns, marked, unread, kind, form)
+
     if form.spacing != SYMMETRIC:
         least, most = _ends(x, finite)
         base = floor_bfloat16(least)
         if form.spacing == UNIFORM:
-            top = ceil_bfloat16(most)
+            top = told(ceil_bfloat16(most))
             width = torch.maximum(most, top) - base
         else:
             width = (most - base).clamp(min=0)
-            top = upper_bfloat16(exact_sqrt(width))
-        return Blocks(_stored([base, top], marked, ~width.isfinite(), form), [])
+            top = told(upper_bfloat16(exact_sqrt(width)))
+        return Blocks(stored([base, top], ~width.isfinite()), [])
     magnitude = x.abs()
     low, high = _ends(magnitude, finite)
     unread = torch.zeros_like(marked)
     if not form.is_codebook:
-        ends = [lower_bfloat16(exact_sqrt(low)), upper_bfloat16(exact_sqrt(high))]
-        return Blocks(_stored(ends, marked, unread, form), [])
+        ends = [lower_bfloat16(exact_sqrt(low)), told(upper_bfloat16(exact_sqrt(high)))]
+        return Blocks(stored(ends, unread), [])
     borders = codebook_borders(low, high, form.bits)
     magnitude = magnitude.to(torch.float32)
     step = _step(magnitude, [b[:, None] for b in borders], marked[:, None])
@@ -84,7 +95,7 @@ def blocks_of(x: Tensor, valid: Tensor | None, form: Format) -> Blocks:
         mean = squares.double() / total.clamp(min=1).double()
         level = (mean * unit).float().to(torch.bfloat16).float()
         levels.append(level.clamp(max=torch.finfo(torch.bfloat16).max))
-    return Blocks(_stored(levels, marked, unread, form), borders)
+    return Blocks(stored([*levels[:-1], told(levels[-1])], unread), borders)
 
 
 def _is_finite(x: Tensor) -> Tensor:
@@ -100,11 +111,23 @@ def _ends(x: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(some, least, 0.0), torch.where(some, most, 0.0)
 
 
-def _stored(columns: list[Tensor], marked: Tensor, unread: Tensor, form: Format) -> list[Tensor]:
-    """The columns of blocks that are marked, and of those that read as NaN."""
-    if form.bits == 1:
-        unread = unread | marked
-    if form.spacing == UNIFORM:
+def _kind(x: Tensor, finite: Tensor) -> Tensor:
+    """What is not finite of each block; NaN where that is of several kinds."""
+    least = torch.where(finite, torch.inf, x).amin(1).to(torch.float32)
+    most = torch.where(finite, -torch.inf, x).amax(1).to(torch.float32)
+    return torch.where(least == most, most, torch.nan)
+
+
+def _stored(
+    columns: list[Tensor], marked: Tensor, unread: Tensor, kind: Tensor | None, form: Format
+) -> list[Tensor]:
+    """The columns of blocks that are marked, and of those that read as NaN.
+
+    ``kind``: of one bit, what marked blocks hold.
+    """
+    if kind is not None:
+        unread, columns = unread & ~marked, [torch.where(marked, kind, c) for c in columns]
+    elif form.spacing == UNIFORM:
         base, top = columns
         columns = [torch.where(marked, top, base), torch.where(marked, base, top)]
     else:  # times -1, see `decode`
@@ -115,9 +138,11 @@ def _stored(columns: list[Tensor], marked: Tensor, unread: Tensor, form: Format)
 def _unmarked(column: Column, form: Format) -> tuple[Tensor, Tensor, Tensor]:
     """The first and the last column of blocks as they were, and which are marked."""
     first, last = column(0), column(form.columns - 1)
+    if form.bits == 1:
+        return first, last, ~_is_finite(first)
     if form.spacing == UNIFORM:
         return torch.minimum(first, last), torch.maximum(first, last), first >= last
-    return first.abs() if form.columns == 1 else first, last.abs(), _is_negative(last)
+    return first, last.abs(), _is_negative(last)
 
 
 def _is_negative(x: Tensor) -> Tensor:
@@ -138,7 +163,7 @@ def encode(x: Tensor, column: Column, border: Column | None, form: Format) -> Te
     """
     bits = form.bits
     first, last, marked = _unmarked(column, form)
-    finite, unread = _is_finite(x), first.isnan()
+    finite, unread = _is_finite(x), ~_is_finite(first)
     readable = finite & ~unread
     if form.spacing == SYMMETRIC:
         magnitude, count = x.abs(), 2 ** (bits - 1)
@@ -158,8 +183,10 @@ def encode(x: Tensor, column: Column, border: Column | None, form: Format) -> Te
             zoom = torch.where(span < 2.0**-64, 2.0**64, 1.0)  # the inverse must not overflow
             position = above * zoom * inverse(count - 1, span * zoom)
         code = _nearest(position, readable, count)
-    theirs = 2**bits - 1  # NaN's and infinity's
-    code = torch.where(marked, torch.where(finite, code.clamp(max=theirs - 1), theirs), code)
+    if bits == 1:
+        return torch.where(unread, (~finite).to(torch.int32), code)
+    theirs, others = codes_of(x < 0, marked & is_even(last), form)
+    code = torch.where(marked, torch.where(finite, others(code), theirs), code)
     return torch.where(unread, 0, code)
 
 
@@ -169,15 +196,20 @@ def _nearest(position: Tensor, readable: Tensor, count: int) -> Tensor:
 
 
 def decode(
-    codes: Tensor, column: Column, chosen: Callable[[Tensor], Tensor], form: Format
+    codes: Tensor,
+    column: Column,
+    chosen: Callable[[Tensor], Tensor],
+    form: Format,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The level (float32) of each code.
+    """The level of each code; a finite one beyond the greatest number of ``dtype`` becomes that.
 
     Args:
         codes: int32.
         column: of the value's block.
         chosen: number of a column for each value -> what stands there.
         form: of 1..8 bits.
+        dtype: of the result.
     """
     first, last, marked = _unmarked(column, form)
     count = 2**form.bits
@@ -196,7 +228,17 @@ def decode(
     else:
         root = codes.to(torch.float32) * _part(last, count - 1)
         level = first + _alone(root * root)
-    return torch.where(marked & (codes == 2**form.bits - 1), torch.nan, level)
+    top = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    level = level.clamp(-top, top)
+    if form.bits == 1:
+        level = torch.where(marked, torch.where(codes == 1, first, 0.0), level)
+        return as_stored(level, dtype)
+    infinite, end = marked & is_even(last), 2**form.bits - 1
+    sign = -1.0 if form.spacing == SYMMETRIC else 1.0
+    other = end >> 1 if form.spacing == SYMMETRIC else end - 1
+    level = torch.where(infinite & (codes == other), -sign * torch.inf, level)
+    beyond = torch.where(infinite, sign * torch.inf, torch.nan)
+    return as_stored(torch.where(marked & (codes == end), beyond, level), dtype)
 
 
 def _product(step: Tensor, width: Tensor) -> Tensor:
@@ -214,9 +256,3 @@ def _part(x: Tensor, count: int) -> Tensor:
     A product in double precision is never so far off that it is rounded to another float32.
     """
     return (x.double() * (1.0 / count)).float()
-
-
-def to_dtype(levels: Tensor, dtype: torch.dtype) -> Tensor:
-    """Levels in ``dtype``; one beyond its greatest finite number becomes that number."""
-    top = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
-    return as_stored(levels.clamp(-top, top), dtype)

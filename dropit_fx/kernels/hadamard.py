@@ -19,12 +19,16 @@ SIZE = 16
 def rotate(x: Tensor) -> Tensor:
     """``H x`` of each 16 consecutive elements; it is its own inverse.
 
+    16 that hold NaN or infinity stay as they are: turned, all of them would be NaN.
+
     Args:
         x: (numel,) float32 or float64, less than a quarter of the greatest number. Up to 15
             elements behind the last 16 stay as they are. Not under autocast, which lowers products.
     """
     whole = x.numel() // SIZE * SIZE
-    some = (x[:whole].view(-1, SIZE) @ _matrix(x)).view(-1)
+    given = x[:whole].view(-1, SIZE)
+    turned = given @ _matrix(x)
+    some = torch.where(turned.isfinite().all(1, keepdim=True), turned, given).view(-1)
     return some if divides(SIZE, x.numel()) else torch.cat((some, x[whole:]))
 
 

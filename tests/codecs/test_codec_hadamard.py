@@ -127,12 +127,12 @@ def test_no_finite_half_becomes_nan_or_infinity(given: torch.dtype) -> None:
         assert back.isfinite().all()
 
 
-def test_what_is_not_finite_is_nan_when_it_is_read() -> None:
-    for odd in (torch.nan, torch.inf, -torch.inf):
-        x, options = torch.randn(256), options_of(block=64)
-        x[70] = odd
-        back = QUANT.unpack(QUANT.pack(x, options), options, 256, x.dtype)
-        assert back.isnan().tolist() == [64 <= i < 80 for i in range(256)]
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_where_it_is(odd: float) -> None:
+    x, options = torch.randn(256), options_of(block=64, bits=8)
+    x[70] = odd
+    back = QUANT.unpack(QUANT.pack(x, options), options, 256, x.dtype)
+    torch.testing.assert_close(back, x, atol=0.2, rtol=0.0, equal_nan=True)
 
 
 def test_where_all_bits_are_kept_nothing_is_turned() -> None:

@@ -141,6 +141,20 @@ def test_a_run_behind_one_that_failed_ends_with_the_loss_as_it_was(tmp_path: Pat
     assert packed.compute_loss_func is weighed
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_behind_a_run_that_failed_is_the_usual_one(tmp_path: Path, kind: str) -> None:
+    callback = DropITCallback(compile_loss=True)
+    packed = made(tmp_path, kind, callback)
+    usual = getattr(packed, KINDS[kind])
+    packed.add_callback(Fails())
+    with pytest.raises(KeyboardInterrupt):
+        packed.train()
+    graphs = len(callback._compiled)
+    packed.compute_loss(gpt2(), dict(BATCH)).backward()
+    assert getattr(packed, KINDS[kind]) is usual
+    assert len(callback._compiled) == graphs
+
+
 def test_a_loss_inside_the_model_is_refused(tmp_path: Path) -> None:
     model = gpt2()
     refused = trainer(model, tmp_path, DropITCallback(compile_loss=True))

@@ -187,36 +187,68 @@ def test_stochastic_rounding_follows_torch_seed_also_compiled(bits: int) -> None
     assert torch.equal(eager[1], again[1])
 
 
-@pytest.mark.parametrize("values", [[torch.nan], [torch.inf], [-torch.inf, torch.nan, torch.inf]])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SPECIAL = [
+    [torch.nan],
+    [torch.inf],
+    [-torch.inf],
+    [torch.inf, -torch.inf],
+    [-torch.inf, torch.nan, torch.inf],
+]
+
+
+@pytest.mark.parametrize("values", SPECIAL, ids=str)
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("keep", [5000, 10000])
 @pytest.mark.parametrize(("bits", "layout"), FORMATS)
-def test_nan_and_infinity_stay_where_they_are(
+def test_nan_and_infinity_are_read_back_as_what_they_were(
     bits: int, layout: int, keep: int, stochastic: bool, values: list[float]
 ) -> None:
-    x = torch.randn(96)
-    x[40 : 40 + len(values)] = torch.tensor(values)
+    """In a block with NaN infinity is NaN too; so is what one bit has of several kinds."""
+    dtype = DTYPES[bits % len(DTYPES)]
+    x = torch.randn(128).to(dtype)
+    given = torch.tensor(values).to(dtype)
+    x[40 : 40 + len(values)] = given
+    x[64:96] = given.repeat(32)[:32]  # a block of nothing else
     torch.manual_seed(1)
     y = roundtrip(x, keep, 32, bits, layout, stochastic)
-    if bits == 1:  # no code to spare
-        assert y[32:64].isnan().sum() == 32 * keep // 10000
-    else:
-        assert y.isfinite().tolist() == x.isfinite().tolist()
-    assert y[:32].isfinite().all()
-    assert y[64:].isfinite().all()
+    lost = given.isnan().any() or (bits == 1 and len(values) > 1)
+    expected = torch.full_like(given, torch.nan) if lost else given
+    torch.testing.assert_close(
+        y[40 : 40 + len(values)], expected, rtol=0.0, atol=0.0, equal_nan=True
+    )
+    y[40 : 40 + len(values)] = 0.0
+    assert not (y[64:96].isfinite() & (y[64:96] != 0)).any()  # 0: dropped
+    assert torch.cat([y[:64], y[96:]]).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize(("bits", "layout"), [f for f in FORMATS if f[0] > 3])
+def test_what_stands_beside_is_not_grossly_wrong(
+    bits: int, layout: int, stochastic: bool, kind: float
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(256)
+    x = x.abs() if layout == 1 else x
+    x[7] = kind
+    y = roundtrip(x, 10000, 64, bits, layout, stochastic)
+    rest = torch.arange(256) != 7
+    assert (y - x)[rest].norm() < 3 * 2.0**-bits * x[rest].norm()
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -3.0, 0.3])
 @pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("kind", [torch.nan, -torch.inf])
 @pytest.mark.parametrize(("bits", "layout"), [f for f in FORMATS if f[0] > 1])
-def test_one_value_beside_nan_is_read_as_it_is(
-    bits: int, layout: int, stochastic: bool, value: float
+def test_one_value_beside_what_is_not_finite_is_read_as_it_is(
+    bits: int, layout: int, kind: float, stochastic: bool, value: float
 ) -> None:
+    """To a bfloat16 number, of which the last bit says what kind it stands beside."""
     x = torch.full((32,), value)
-    x[5] = torch.nan
+    x[5] = kind
     y = roundtrip(x, 10000, 32, bits, layout, stochastic)
-    assert y[5].isnan()
-    torch.testing.assert_close(y, x, rtol=2.0**-7, atol=0.0, equal_nan=True)
+    torch.testing.assert_close(y, x, rtol=2.0**-6, atol=0.0, equal_nan=True)
 
 
 @pytest.mark.parametrize(("bits", "layout"), [f for f in FORMATS if f[0] > 1])
@@ -230,15 +262,11 @@ def test_beside_nan_one_level_is_missing(bits: int, layout: int) -> None:
         assert torch.equal(beside.sign(), x.sign())
         torch.testing.assert_close((x * beside).sum(), (x * x).sum(), rtol=0.01, atol=0.0)
     else:
-        differ = alone != beside
-        assert beside[differ].unique().numel() <= 1
-        last = alone.amin() if layout == 0 else alone.amax()
-        assert (alone[differ] == last).all()
-
-
-def test_a_block_of_nan_alone_reads_as_nan() -> None:
-    for bits, layout in FORMATS:
-        assert roundtrip(torch.full((16,), torch.inf), 10000, 8, bits, layout).isnan().all()
+        missing, nearest = (t.amin() if layout == 0 else t.amax() for t in (alone, beside))
+        there = alone != missing
+        assert (beside[~there] == nearest).all()
+        step = 2 * (x.amax() - x.amin()).item() * 2.0**-bits  # where the mark moves a tie
+        torch.testing.assert_close(beside[there], alone[there], atol=step, rtol=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

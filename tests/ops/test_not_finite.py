@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -74,3 +75,48 @@ def test_what_is_not_finite_shows(value: float, preset: str) -> None:
     packed = gradients(dropit_fx.transform(model, preset=preset, example_args=(x,)), x)
     for exact, found in zip(dense, packed, strict=True):
         assert torch.equal(found.isfinite(), exact.isfinite())
+
+
+MINUS, BOTH = [-torch.inf], [-torch.inf, torch.inf]
+INFINITE: dict[str, tuple[list[float], Callable[[Tensor], Tensor]]] = {
+    "log_softmax": (MINUS, lambda x: torch.log_softmax(x, -1)),
+    "logsumexp": (MINUS, lambda x: torch.logsumexp(x, -1)),
+    "softplus": (BOTH, nn.functional.softplus),
+    "logsigmoid": (BOTH, nn.functional.logsigmoid),
+    "erf": (BOTH, torch.erf),
+    "exp": (MINUS, torch.exp),
+}
+CODECS = [
+    *({"bits": 5, "range": r} for r in ("symmetric", "affine", "uniform")),
+    {"bits": 8, "hadamard": True},
+    {"bits": 1},
+]
+
+
+class Infinite(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.layer, self.name = nn.Linear(64, 64), name
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        h, (kinds, function) = self.layer(x), INFINITE[self.name]
+        for i, kind in enumerate(kinds):
+            h = h.masked_fill(mask == i + 1, kind)
+        out = function(h)
+        return torch.where(out.isfinite(), out, 0.0).sum()
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+@pytest.mark.parametrize("name", INFINITE)
+def test_beside_infinity_a_finite_gradient_stays_finite(name: str, codec: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model, x = Infinite(name), torch.randn(32, 64)
+    mask = (torch.rand(32, 64) * 8).long()
+    dense = gradients(model, x, mask)
+    config = {"preset": "lossless", "keep_small": False, "rules": [{"codec": "quant", **codec}]}
+    packed = gradients(dropit_fx.transform(model, config, example_args=(x, mask)), x, mask)
+    for exact, found in zip(dense, packed, strict=True):
+        assert exact.isfinite().all()
+        assert found.isfinite().all()
+        if codec["bits"] > 1:
+            assert (found - exact).norm() < 0.4 * exact.norm()

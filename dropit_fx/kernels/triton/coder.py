@@ -112,14 +112,27 @@ def _uniform_steps(m, span, seed_ptr, index, COUNT: tl.constexpr, STOCHASTIC: tl
 
 
 @triton.jit
-def _store_level(ptr, level, unread, real):
-    bits = (tl.where(unread, 0x7FC00000, pattern(level)) >> 16).to(tl.int16)
+def _store_level(ptr, level, unread, kind, real):
+    bits = (tl.where(unread, kind, pattern(level)) >> 16).to(tl.int16)
     tl.store(ptr, bits, mask=real)
 
 
 @triton.jit
 def _negated_where(marked, x):
     return single(pattern(x) ^ tl.where(marked, -2147483648, 0))
+
+
+@triton.jit
+def _with_parity(x, odd):
+    """bfloat16 numbers, or where they are not as odd as asked the next ones above; TOP stays."""
+    u = pattern(x)
+    wrong = (((u >> 16) & 1) != odd.to(tl.int32)) & (u != TOP)
+    return single(u + tl.where(wrong, tl.where(u < 0, -65536, 65536), 0))
+
+
+@triton.jit
+def _is_even(x):
+    return ((pattern(x) >> 16) & 1) == 0
 
 
 @triton.jit
@@ -162,8 +175,19 @@ def encode(
     magnitude = u & 0x7FFFFFFF
     finite = magnitude < INFINITY
     marked = tl.max(tl.where(kept & (magnitude >= INFINITY), 1, 0), 1) > 0
+    has_nan = tl.max(tl.where(kept & (magnitude > INFINITY), 1, 0), 1) > 0
+    negative = u < 0
     unread = marked & (BITS == 1)
+    infinite = marked & (has_nan == 0)  # below, of those by the scale
     counts = kept & finite
+    if BITS == 1:
+        plus = tl.max(tl.where(kept & (finite == 0) & (negative == 0), 1, 0), 1) > 0
+        minus = tl.max(tl.where(kept & (finite == 0) & negative, 1, 0), 1) > 0
+        kind = tl.where(minus, -8388608, INFINITY)  # 0xFF800000
+        kind = tl.where(has_nan | (plus & minus), 0x7FC00000, kind)
+        kind = tl.where(marked, kind, 0x7FC00000)
+    else:
+        kind = tl.full(marked.shape, 0x7FC00000, tl.int32)
     if SUMS:  # what does not count is computed as zero, so that nothing overflows on the way
         u = tl.where(finite, u, 0)
         magnitude = u & 0x7FFFFFFF
@@ -182,6 +206,7 @@ def encode(
         base = floor(least)
         upper = ceiling(most)
         if SPACING == _UNIFORM:
+            upper = tl.where(marked, _with_parity(upper, has_nan), upper)
             most = tl.maximum(most, upper)
         widest = tl.maximum(most - base, 0.0)
         overflow = pattern(widest) >= INFINITY
@@ -195,6 +220,7 @@ def encode(
         else:
             widest = tl.where(overflow, 0.0, widest)
             c1 = round_up(tl.sqrt_rn(widest))
+            c1 = tl.where(marked, _with_parity(c1, has_nan), c1)
             zero = c1 * 0.0
             code = _grid_steps(
                 above, zero, c1, widest, seed_ptr, index, 2**BITS, STOCHASTIC, NARROW
@@ -202,6 +228,7 @@ def encode(
     elif BITS > 3:
         c0 = round_down(tl.sqrt_rn(low))
         c1 = round_up(tl.sqrt_rn(high))
+        c1 = tl.where(marked, _with_parity(c1, has_nan), c1)
         m = single(magnitude)
         count: tl.constexpr = 2 ** (BITS - 1)
         code = _grid_steps(m, c0, c1, high, seed_ptr, index, count, STOCHASTIC, NARROW)
@@ -232,11 +259,12 @@ def encode(
                 code = (m >= m1).to(tl.int32) + (m >= m2).to(tl.int32)
                 lower = tl.where(code == 0, c0[:, None], tl.where(code == 1, m1, m2))
                 upper = tl.where(code == 0, m1, tl.where(code == 1, m2, c1[:, None]))
-                _store_level(column + 1, l1, unread, real)
-                _store_level(column + 2, l2, unread, real)
+                _store_level(column + 1, l1, unread, kind, real)
+                _store_level(column + 2, l2, unread, kind, real)
             drawn = uniform(seed_ptr, index) * (upper - lower)
             code += (drawn < m - lower).to(tl.int32)
             code = code | sign
+            c1 = tl.where(marked, _with_parity(c1, has_nan), c1)
     else:
         COUNT: tl.constexpr = 2 ** (BITS - 1)
         first_root = tl.sqrt_rn(low)
@@ -263,20 +291,34 @@ def encode(
             total = tl.maximum(tl.sum(inside, 1), 1).to(tl.float64)
             level = (square / total * unit).to(tl.float32)
             level = single(tl.minimum(to_bfloat(pattern(level)), TOP))
-            level = _negated_where(marked & (j == COUNT - 1), level)
-            _store_level(column + j, level, unread, real)
+            told = marked & (j == COUNT - 1)
+            level = _negated_where(told, tl.where(told, _with_parity(level, has_nan), level))
+            _store_level(column + j, level, unread, kind, real)
         code = code | sign
     if SPACING != _SYMMETRIC or BITS > 3 or STOCHASTIC:
+        infinite = marked & _is_even(c1)
         if SPACING == _UNIFORM:
             first = tl.where(marked, c1, c0)
             c1 = tl.where(marked, c0, c1)
             c0 = first
         else:
             c1 = _negated_where(marked, c1)
-        _store_level(column, c0, unread, real)
+        _store_level(column, c0, unread, kind, real)
         if COLUMNS > 1:
-            _store_level(column + COLUMNS - 1, c1, unread, real)
-    code = tl.where(finite, tl.minimum(code, LAST - marked.to(tl.int32)[:, None]), LAST)
+            _store_level(column + COLUMNS - 1, c1, unread, kind, real)
+    if BITS == 1:
+        code = tl.where(marked[:, None], tl.where(finite, 0, 1), tl.where(unread[:, None], 0, code))
+        return tl.where(kept, code, 0)
+    given_up = marked.to(tl.int32)[:, None]
+    infinite = infinite.to(tl.int32)[:, None]
+    if SPACING == _SYMMETRIC:
+        theirs = tl.where((infinite != 0) & (negative == 0), LAST >> 1, LAST)
+        code -= tl.where(code == LAST, given_up, 0)
+        code -= tl.where(code == LAST >> 1, infinite, 0)
+    else:
+        theirs = LAST - tl.where(negative, infinite, 0)
+        code = tl.minimum(code, LAST - given_up - infinite)
+    code = tl.where(finite, code, theirs)
     return tl.where(kept & (unread == 0)[:, None], code, 0)
 
 
@@ -298,7 +340,11 @@ def _ends(column, real, BITS: tl.constexpr, SPACING: tl.constexpr):
     COLUMNS: tl.constexpr = 2 if SPACING != _SYMMETRIC or BITS > 3 else 2 ** (BITS - 1)
     first = _bfloat_at(column, real)
     last = _bfloat_at(column + COLUMNS - 1, real)
-    if SPACING == _UNIFORM:
+    if BITS == 1:
+        marked = (pattern(first) & 0x7FFFFFFF) >= INFINITY
+        c0 = first
+        c1 = last
+    elif SPACING == _UNIFORM:
         marked = first >= last
         c0 = tl.where(marked, last, first)
         c1 = tl.where(marked, first, last)
@@ -320,11 +366,11 @@ def decode(
     DTYPE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The inverse of `encode`, but for NaN (`is_marked`): patterns of the dtype, (ROWS, LANES).
+    """The inverse of `encode` where that is finite (else `marks`): patterns of the dtype.
 
     A level beyond the greatest finite number of the dtype becomes that number.
     """
-    c0, c1, _ = _ends(column, real, BITS, SPACING)
+    c0, c1, marked = _ends(column, real, BITS, SPACING)
     if SPACING != _SYMMETRIC:
         steps = tl.full((ROWS,), 2**BITS - 1, tl.float32)
         if SPACING == _UNIFORM:
@@ -345,11 +391,30 @@ def decode(
         else:
             level = pattern(_bfloat_at(column[:, None] + step, kept)) & 0x7FFFFFFF
         level = pattern(_at_most(single(level), DTYPE)) ^ ((code << (32 - BITS)) & -2147483648)
+    if BITS == 1:
+        level = tl.where(marked[:, None], 0, level)
     return narrow(level, DTYPE)
 
 
 @triton.jit
-def is_marked(column, real, BITS: tl.constexpr, SPACING: tl.constexpr):
-    """Which rows may have NaN, for the last of all codes."""
-    _, _, marked = _ends(column, real, BITS, SPACING)
-    return marked & real
+def marks(column, real, BITS: tl.constexpr, SPACING: tl.constexpr):
+    """Of rows, (ROWS,): which may hold what is not finite, and with which codes.
+
+    Returns:
+        Bool; what the last code and another one read as, patterns of float32; the other, -1: none.
+    """
+    LAST: tl.constexpr = 2**BITS - 1
+    c0, c1, marked = _ends(column, real, BITS, SPACING)
+    infinite = _is_even(c1) & (BITS > 1)
+    plus = tl.where(infinite, 0x7F800000, 0x7FC00000)
+    minus = tl.where(infinite, -8388608, 0x7FC00000)  # 0xFF800000
+    read_last = plus
+    read_other = minus
+    other = tl.where(infinite, LAST - 1, -1)
+    if SPACING == _SYMMETRIC:
+        read_last = minus
+        read_other = plus
+        other = tl.where(infinite, LAST >> 1, -1)
+    if BITS == 1:
+        read_last = pattern(c0)
+    return marked & real, read_last, read_other, other

@@ -22,7 +22,7 @@ from dropit_fx.kernels.triton.bits import (
     store_tile,
     widen,
 )
-from dropit_fx.kernels.triton.coder import decode, is_marked
+from dropit_fx.kernels.triton.coder import decode, marks
 from dropit_fx.kernels.triton.launch import (
     LARGEST_RUN,
     Channels,
@@ -53,23 +53,29 @@ def marks_of(ptr, n, ROWS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def _set_nan(
+def _set_marked(
     out_of,
     start_of,
     mask_of,
     n,
     marked,
+    read_last,
+    read_other,
+    other,
     DTYPE: tl.constexpr,
     BITS: tl.constexpr,
     FULL_: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """NaN where marked rows have the last of all codes: few lanes at a time, it is rare."""
+    """What is not finite, of marked rows (see `marks`): few lanes at a time, it is rare."""
     LAST: tl.constexpr = 2**BITS - 1
     STEP: tl.constexpr = 32 if LANES > 32 else LANES
     before = tl.zeros((ROWS,), tl.int32)
-    nan = narrow(tl.full((ROWS, STEP), 0x7FC00000, tl.int32), DTYPE)
+    spread = tl.zeros((ROWS, STEP), tl.int32)
+    read_last = narrow(read_last[:, None] + spread, DTYPE)
+    read_other = narrow(read_other[:, None] + spread, DTYPE)
+    other = other[:, None] + spread
     for at in range(0, LANES, STEP):
         lane = at + tl.arange(0, STEP)[None, :]
         kept = (lane < n[:, None]) & marked[:, None]
@@ -84,7 +90,8 @@ def _set_nan(
         low = tl.load(first, mask=kept, other=0).to(tl.int32)
         high = tl.load(first + 1, mask=kept & (shift + BITS > 8), other=0).to(tl.int32)
         code = ((low | (high << 8)) >> shift) & LAST
-        tl.store(out_of[:, None] + lane, nan, mask=kept & (code == LAST))
+        value = tl.where(code == LAST, read_last, read_other)
+        tl.store(out_of[:, None] + lane, value, mask=kept & ((code == LAST) | (code == other)))
 
 
 @triton.jit
@@ -148,12 +155,27 @@ def _unsparsify_kernel(
         moved = single(widen(u, DTYPE)) + tl.load(mean_ptr + channel, mask=valid, other=0.0)
         u = narrow(pattern(moved), DTYPE)
     store_tile(out_ptr, first[:, None] + lane, u, valid, whole, EVEN)
-    if BITS > 1:
-        marked = is_marked(scale_ptr + row * COLUMNS, n > 0, BITS, SPACING)
+    if BITS > 0:
+        marked, read_last, read_other, other = marks(
+            scale_ptr + row * COLUMNS, n > 0, BITS, SPACING
+        )
         if tl.max(marked.to(tl.int32)) > 0:
             tl.debug_barrier()  # what was stored is stored over
-            start_of, mask_of = values_ptr + row * size, mask_ptr + first // 8
-            _set_nan(out_ptr + first, start_of, mask_of, n, marked, DTYPE, BITS, FULL_, ROWS, LANES)
+            _set_marked(
+                out_ptr + first,
+                values_ptr + row * size,
+                mask_ptr + first // 8,
+                n,
+                marked,
+                read_last,
+                read_other,
+                other,
+                DTYPE,
+                BITS,
+                FULL_,
+                ROWS,
+                LANES,
+            )
 
 
 def _unsparsify(
