@@ -7,7 +7,7 @@ import random
 import threading
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -422,6 +422,42 @@ def test_attributes_that_a_caller_could_read_are_refused(which: str) -> None:
     with pytest.raises(CaptureError, match=f"{which}.seen"):
         transform(model, example_args=(X,))
     assert not any(hasattr(t, "seen") for t in (X, model.scale, *model.parameters()))
+
+
+class Seen:
+    """In which code of models keeps something; no model is, or holds, one of these."""
+
+    last: Any = None
+    calls = 0
+    all: ClassVar[list[Any]] = []
+
+
+class Counts(torch.autograd.Function):
+    calls = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        Counts.calls += 1
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+@pytest.mark.parametrize(
+    ("between", "told"),
+    [
+        (lambda model, h: setattr(Seen, "calls", Seen.calls + 1) or h, "Seen.calls"),
+        (lambda model, h: setattr(Seen, "last", h.detach()) or h, "Seen.last"),
+        (lambda model, h: Seen.all.append(h.detach()) or h, "Seen.all"),
+        (lambda model, h: Counts.apply(h), "Counts.calls"),
+    ],
+    ids=["a number", "a tensor", "a list", "of a function's class"],
+)
+def test_what_code_keeps_in_a_class_is_refused(between: Any, told: str) -> None:
+    assert told in carried_or_refused(net(between))
+    assert (Seen.last, Seen.calls, Seen.all, Counts.calls) == (None, 0, [], 0)
 
 
 def test_attributes_that_parameters_have_already_stay() -> None:

@@ -59,9 +59,11 @@ class Reached:
 
     def note(self, value: Any, module: str, path: str, depth: int) -> None:
         """Notes ``value`` and what it leads to."""
-        if isinstance(value, LEAVES) or depth > _DEPTH or len(self.parts) > _PARTS:
+        if depth > _DEPTH or len(self.parts) > _PARTS:
             return
-        if id(value) in self._seen:
+        if isinstance(value, type) and _is_users(value):  # code may keep something in it
+            self._class(value, module, path, depth)
+        if isinstance(value, LEAVES) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
         if id(value) in self._names:
