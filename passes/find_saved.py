@@ -277,7 +277,7 @@ class _Probe(FakeRun):
 
         A max-pool's tell which of some values is the largest, as a mask of ReLU would.
         """
-        inputs = self.module.graph.find_nodes(op="placeholder")
+        inputs = [n for n in self.plan.module.graph.nodes if n.op == "placeholder"]
         pairs = zip(inputs, given, strict=True)
         rounded = {n for n, x in pairs if isinstance(x, Tensor) and x.requires_grad}
         for kept in self.reads.kept:

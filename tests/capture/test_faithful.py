@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from models import differing, step
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
@@ -458,6 +459,47 @@ class Counts(torch.autograd.Function):
 def test_what_code_keeps_in_a_class_is_refused(between: Any, told: str) -> None:
     assert told in carried_or_refused(net(between))
     assert (Seen.last, Seen.calls, Seen.all, Counts.calls) == (None, 0, [], 0)
+
+
+def by_vmap(model: Any, h: Tensor) -> Tensor:
+    return torch.func.vmap(lambda row: F.gelu(row) * 2)(h)
+
+
+def by_jvp(model: Any, h: Tensor) -> Tensor:
+    along: Tensor = torch.func.jvp(torch.tanh, (h,), (torch.ones_like(h),))[1]
+    return along
+
+
+def by_dual_numbers(model: Any, h: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(h, torch.ones_like(h))
+        along: Tensor = forward_ad.unpack_dual((dual @ model.b.weight.T).tanh()).tangent
+    return along @ model.b.weight
+
+
+@pytest.mark.parametrize("between", [by_vmap, by_jvp, by_dual_numbers], ids=lambda f: f.__name__)
+def test_a_part_that_torch_func_transforms_is_refused_and_nothing_stays_at_work(
+    between: Forward,
+) -> None:
+    message = carried_or_refused(net(between))
+    assert "torch.func" in message or "forward_ad" in message
+    assert 'torch.compile(model, backend="dropit")' in message
+    nn.Linear(2, 2)  # raises where vmap is at work: it draws
+
+
+@pytest.mark.parametrize("way", ["script", "trace"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_modules_of_torchscript_are_refused_and_stay_in_their_mode(way: str) -> None:
+    inner = nn.Sequential(nn.Linear(32, 32), nn.Dropout(0.5))
+    made = {
+        "script": lambda: torch.jit.script(inner),
+        "trace": lambda: torch.jit.trace(inner, X @ torch.ones(16, 32), check_trace=False),
+    }
+    model = net()
+    model.act = made[way]()
+    with pytest.raises(CaptureError, match="act"):
+        transform(model, example_args=(X,))
+    assert all(m.training for m in model.modules())
 
 
 def test_attributes_that_parameters_have_already_stay() -> None:

@@ -22,6 +22,7 @@ from dropit_fx.capture.untouched.parts import (
     Dict,
     Globals,
     List,
+    Mode,
     Part,
     Set,
     Slots,
@@ -104,6 +105,8 @@ class Reached:
 
     def _module(self, module: nn.Module, name: str, path: str, depth: int) -> None:
         self.parts.append(Type(module, name, path))
+        if isinstance(module, torch.jit.ScriptModule):
+            self.parts.append(Mode(module, name, path))
         if isinstance(module, fx.GraphModule):  # its code is its graph's
             depth = max(depth, _DEPTH - 4)
         self._container(Attributes(vars(module), name, path), depth)
