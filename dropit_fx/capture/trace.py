@@ -147,7 +147,7 @@ def _instance_norm(m: Any, input: Tensor) -> Tensor:
 
 def _reads_mode(m: nn.Module) -> bool:
     """Whether a module without children may do something else in each mode."""
-    forward = getattr(type(m), "forward", None)  # scripted classes have none
+    forward: Any = getattr(type(m), "forward", None)  # scripted classes have none
     return "training" in _names(forward) and not any(True for _ in m.children())
 
 
