@@ -21,6 +21,7 @@ from dropit_fx.private import (
     sparse_parts,
     storage_id,
 )
+from dropit_fx.private_hooks import weak_storage
 
 
 class Box:
@@ -69,16 +70,17 @@ def alive(*kinds: type) -> list[Any]:
     return [*itertools.compress(everything, map(classes.__contains__, map(type, everything)))]
 
 
-def storages_alive() -> dict[int, Tensor]:
-    """All storages that Python can reach, by key, each with a tensor that keeps the key its own.
+def storages_alive() -> dict[int, Any]:
+    """All storages that Python can reach, by key, each with a weak reference: none other has it.
 
-    That is how inputs are told from activations wherever `fn` finds them: arguments of any class,
-    closures, globals, attributes of objects.
+    Tensors would not keep them: other data may be put in the place of theirs. That is how inputs
+    are told from activations wherever `fn` finds them: arguments of any class, closures, globals,
+    attributes of objects.
     """
-    storages: dict[int, Tensor] = {}
+    storages: dict[int, Any] = {}
     for tensor in alive(Tensor):
         try:
-            storages.update((storage_id(part), part) for part in plain_parts(tensor))
+            storages.update((storage_id(part), weak_storage(part)) for part in plain_parts(tensor))
         except (RuntimeError, NotImplementedError, ValueError):
             continue  # without storage (functorch's, parameters of lazy modules) it saves nothing
     return storages

@@ -157,7 +157,7 @@ class Watch:
 
 
 def _held(
-    nodes: list[Node], before: Mapping[int, Tensor], seen: Sequence[Tensor] = ()
+    nodes: list[Node], before: Mapping[int, object], seen: Sequence[Tensor] = ()
 ) -> list[SavedTensor]:
     """What autograd nodes hold, by storage: not parameters, nor what existed `before`.
 

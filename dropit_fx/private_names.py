@@ -123,6 +123,7 @@ TABLE: tuple[Name, ...] = (
         "telling sizes that depend on values",
     ),
     Name("torch.UntypedStorage._cdata", _SEEN, "telling storages apart"),
+    Name("torch.multiprocessing.reductions.StorageWeakRef", _SEEN, "telling dead storages"),
     Name("torch._C._storage_Use_Count", _OFFLOAD, "using host memory again that nothing holds"),
     Name("torch.Tensor._version", _SEEN, "telling values apart that were written in place"),
     Name("torch.Tensor._base", _VIEWS, "telling what is a view, and of what"),
@@ -226,7 +227,6 @@ TABLE: tuple[Name, ...] = (
         "handing on to them what is packed, and telling those of a checkpointed region",
     ),
     Name("torch._C._current_graph_task_id", _HOOKS, "telling whether a backward runs"),
-    Name("torch.multiprocessing.reductions.StorageWeakRef", _HOOKS, "telling dead storages"),
     Name("torch.nn.Module._call_impl", _HOOKS, "telling whose checkpoint it is"),
     Name("torch.utils.checkpoint.CheckpointFunction", _HOOKS, "packing its inputs"),
     Name(

@@ -24,8 +24,9 @@ from dropit_fx.passes.plan import Elements, Keeper, SavedRead
 from dropit_fx.passes.storages import FREE, Storages
 from dropit_fx.private import storage_id
 from dropit_fx.runtime.copies import width_of
+from dropit_fx.runtime.decisions import REASON
 from dropit_fx.runtime.overrides import is_complex
-from dropit_fx.runtime.regions import WRITTEN, name_of
+from dropit_fx.runtime.regions import DECIDES, WRITTEN, name_of
 from dropit_fx.runtime.tensor_spec import ascends, memory_order
 
 NUMBER = "a Python number, which autograd keeps as a tensor"
@@ -196,6 +197,8 @@ class Explainer:
             return "its region writes into a buffer again when it is made again"
         if any(map(sized_by_values, body.graph.nodes)):  # of rounded inputs they might be others
             return "sizes in its region depend on values"
+        if body.meta[DECIDES]:  # others would be another model: the experts of a token
+            return REASON
         goes = any(
             storage_id(t) == storage_id(tensor) and t.requires_grad
             for t in (ran.values[m] for m in n.all_input_nodes)

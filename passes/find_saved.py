@@ -40,16 +40,20 @@ from dropit_fx.capture.fake import (
     sized_by_values,
 )
 from dropit_fx.capture.provenance import node_module, node_where
+from dropit_fx.ops.pooling import MAX_POOL
 from dropit_fx.ops.table import rule_of
 from dropit_fx.passes.ask_autograd import Autograd, Behind, Saved
 from dropit_fx.passes.explain_saved import NUMBER, Explainer, Ran, is_checkpoint, region_of
 from dropit_fx.passes.plan import Plan, SavedRead, Site
 from dropit_fx.passes.storages import Chance, Storages, is_state
 from dropit_fx.private import EXAMPLE_VALUE, pytree, storage_id, version
-from dropit_fx.runtime.regions import WRITTEN, written_unseen
+from dropit_fx.runtime.decisions import INDICES
+from dropit_fx.runtime.regions import DECIDES, WRITTEN, name_of, written_unseen
 
 BY_VALUES = "a size of this call depends on values"
 UNCOUNTED = "its size depends on values: it stays, and is not counted"
+# of their input they take shape and dtype
+_LIKE = "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"
 OWN_OPS = "dropit_own_ops"  # metadata of inputs, as ``has_own_ops``: the name of their class
 
 
@@ -252,6 +256,7 @@ class _Probe(FakeRun):
             with leaving_blocks(probe):
                 result = probe.run(*given)
             self.bodies[region_of(n)] = probe.result(result)
+        body.meta[DECIDES] = body.meta.get(DECIDES, False) or probe.decides(given)
         self.written |= probe.written
         written = {
             at
@@ -266,6 +271,28 @@ class _Probe(FakeRun):
 
         self._behind.append((life, behind))
         return result, life
+
+    def decides(self, given: tuple[Any, ...]) -> bool:
+        """Whether a region keeps indices that it makes of what may be rounded when it runs again.
+
+        A max-pool's tell which of some values is the largest, as a mask of ReLU would.
+        """
+        inputs = [n for n in self.plan.module.graph.nodes if n.op == "placeholder"]
+        pairs = zip(inputs, given, strict=True)
+        rounded = {n for n, x in pairs if isinstance(x, Tensor) and x.requires_grad}
+        for kept in self.reads.kept:
+            if kept.tensor.dtype not in INDICES or kept.read is None or kept.read.row in MAX_POOL:
+                continue
+            todo, seen = [*self.storages.of(kept.tensor).nodes], set[fx.Node]()
+            while todo:
+                n = todo.pop()
+                if n in seen or n in self._fixed or name_of(n) in _LIKE:
+                    continue
+                if n in rounded:
+                    return True
+                seen.add(n)
+                todo += n.all_input_nodes
+        return any(plan.module.meta.get(DECIDES, False) for plan in self.bodies.values())
 
     def sites(self) -> Iterator[Site]:
         """Every storage that stays, in the order in which it was first kept."""

@@ -12,7 +12,9 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import dropit_fx
+from dropit_fx.holders import storages_alive
 from dropit_fx.measure import peak_memory, saved_bytes, saved_tensors
+from dropit_fx.private import storage_id
 
 FLOAT = 4
 
@@ -74,6 +76,14 @@ def test_an_input_counts_nowhere_not_even_a_view_of_it() -> None:
     assert (
         saved_bytes(lambda *, batch: batch["x"].view(50, 16)[:, :8] * weight, batch={"x": x}) == 0
     )
+
+
+def test_what_existed_keeps_its_key_when_its_data_is_replaced() -> None:
+    x = torch.ones(64)
+    before, key = storages_alive(), storage_id(x)
+    assert key in before
+    x.data = torch.zeros(64)
+    assert key not in map(storage_id, [torch.ones(64) for _ in range(64)])
 
 
 def test_no_gradient_nothing_saved() -> None:

@@ -79,6 +79,28 @@ def _cleaned(name: str) -> str:
     return name.removeprefix("L__self__").strip(".").split("@")[0]
 
 
+_TRANSFORMS = {
+    "_increment_nesting": "torch.func transforms a part of it",
+    "_dual_level": "a part of it is differentiated forwards (torch.autograd.forward_ad)",
+    "_make_dual": "a part of it is differentiated forwards (torch.autograd.forward_ad)",
+}
+
+
+def transformed_in(graph_module: fx.GraphModule) -> str:
+    """What transforms a part of a graph, and the line; ``""`` where nothing does.
+
+    What is computed with there has no memory of its own, and an error between two nodes would leave
+    the transform at work.
+    """
+    graphs = [m.graph for m in graph_module.modules() if isinstance(m, fx.GraphModule)]
+    for n in (n for graph in graphs for n in graph.nodes):
+        for name, said in _TRANSFORMS.items():
+            if n.op == "call_function" and name in str(n.target):
+                where = node_where(n)
+                return said + (f", in {where}" if where else "")
+    return ""
+
+
 def first_line(error: BaseException) -> str:
     """``Type: message``, of the message its first line."""
     text = str(error).strip().splitlines()

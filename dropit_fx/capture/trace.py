@@ -36,7 +36,7 @@ from dropit_fx.capture.faithful.one_run import named
 from dropit_fx.capture.graph_module import RewrittenModule, adopt, keep_blocks, returning
 from dropit_fx.capture.input_guards import exporting_input_guards, guard_asked
 from dropit_fx.capture.modes import both_modes, is_one_mode, one_mode
-from dropit_fx.capture.provenance import error_line, first_line
+from dropit_fx.capture.provenance import error_line, first_line, transformed_in
 from dropit_fx.capture.regions import checkpointing, from_annotations, mark, marking
 from dropit_fx.capture.saving import save_as
 from dropit_fx.capture.symbolic import OwnNodes, SymbolicProxy, as_in_eager
@@ -147,7 +147,8 @@ def _instance_norm(m: Any, input: Tensor) -> Tensor:
 
 def _reads_mode(m: nn.Module) -> bool:
     """Whether a module without children may do something else in each mode."""
-    return "training" in _names(type(m).forward) and not any(True for _ in m.children())
+    forward: Any = getattr(type(m), "forward", None)  # scripted classes have none
+    return "training" in _names(forward) and not any(True for _ in m.children())
 
 
 def _names(function: Callable[..., Any]) -> tuple[str, ...]:
@@ -179,6 +180,8 @@ def capture(
     """
     with LOCK, torchs_hooks_inside(model):
         graph_module = _captured(model, args, kwargs)
+    if transformed := transformed_in(graph_module):
+        raise CaptureError(_refusal(model, transformed))
     for node in graph_module.graph.nodes:
         if node.target is pack or node.target in PACKED_OPS.values():
             raise CaptureError(

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from dropit_fx.capture.expand import expand, opaque_nodes
 from dropit_fx.capture.fake import concrete_fakes, propagate
-from dropit_fx.capture.provenance import node_where
+from dropit_fx.capture.provenance import transformed_in
 from dropit_fx.compile.channels_last import channels_last
 from dropit_fx.compile.inner import DECOMPOSED, INNER, Compiled, Job, aot, inner_backend, patched
 from dropit_fx.compile.no_graph import TellOfNoGraph
@@ -233,7 +233,4 @@ def _stays_whole(gm: fx.GraphModule, example_inputs: list[Any]) -> str:
     """Why nothing of a graph is packed, where its values have no memory of their own; else ""."""
     if any(isinstance(value, Tensor) and value.is_nested for value in example_inputs):
         return "an input is a nested tensor, whose memory is that of its parts"
-    nodes = (n for m in gm.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes)
-    inner = next((n for n in nodes if "_increment_nesting" in str(n.target)), None)
-    where = node_where(inner) if inner is not None else ""
-    return "" if inner is None else f"torch.func transforms a part of it{where and f', in {where}'}"
+    return transformed_in(gm)

@@ -221,3 +221,4 @@ def written_unseen(node: fx.Node) -> list[Any]:
 
 
 WRITTEN = "dropit_written"  # in a region's meta: the inputs that it writes into, by their place
+DECIDES = "dropit_decides"  # in a region's meta: whether it keeps indices made of such inputs

@@ -61,7 +61,7 @@ class Notes:
         """
         self.names: dict[int, str] = {}
         self._look = look
-        self._before = {key: weak_storage(x) for key, x in storages_alive().items()}
+        self._before = storages_alive()
         self._found: dict[int, tuple[Any, Note]] = {}  # by storage, which may be gone since
         self._gone: list[Note] = []
         self._asked = -1, -1  # the last node that was made to ask for its number, and the answer

@@ -7,7 +7,7 @@ import random
 import threading
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from models import differing, step
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
@@ -422,6 +423,83 @@ def test_attributes_that_a_caller_could_read_are_refused(which: str) -> None:
     with pytest.raises(CaptureError, match=f"{which}.seen"):
         transform(model, example_args=(X,))
     assert not any(hasattr(t, "seen") for t in (X, model.scale, *model.parameters()))
+
+
+class Seen:
+    """In which code of models keeps something; no model is, or holds, one of these."""
+
+    last: Any = None
+    calls = 0
+    all: ClassVar[list[Any]] = []
+
+
+class Counts(torch.autograd.Function):
+    calls = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        Counts.calls += 1
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+@pytest.mark.parametrize(
+    ("between", "told"),
+    [
+        (lambda model, h: setattr(Seen, "calls", Seen.calls + 1) or h, "Seen.calls"),
+        (lambda model, h: setattr(Seen, "last", h.detach()) or h, "Seen.last"),
+        (lambda model, h: Seen.all.append(h.detach()) or h, "Seen.all"),
+        (lambda model, h: Counts.apply(h), "Counts.calls"),
+    ],
+    ids=["a number", "a tensor", "a list", "of a function's class"],
+)
+def test_what_code_keeps_in_a_class_is_refused(between: Any, told: str) -> None:
+    assert told in carried_or_refused(net(between))
+    assert (Seen.last, Seen.calls, Seen.all, Counts.calls) == (None, 0, [], 0)
+
+
+def by_vmap(model: Any, h: Tensor) -> Tensor:
+    return torch.func.vmap(lambda row: F.gelu(row) * 2)(h)
+
+
+def by_jvp(model: Any, h: Tensor) -> Tensor:
+    along: Tensor = torch.func.jvp(torch.tanh, (h,), (torch.ones_like(h),))[1]
+    return along
+
+
+def by_dual_numbers(model: Any, h: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(h, torch.ones_like(h))
+        along: Tensor = forward_ad.unpack_dual((dual @ model.b.weight.T).tanh()).tangent
+    return along @ model.b.weight
+
+
+@pytest.mark.parametrize("between", [by_vmap, by_jvp, by_dual_numbers], ids=lambda f: f.__name__)
+def test_a_part_that_torch_func_transforms_is_refused_and_nothing_stays_at_work(
+    between: Forward,
+) -> None:
+    message = carried_or_refused(net(between))
+    assert "torch.func" in message or "forward_ad" in message
+    assert 'torch.compile(model, backend="dropit")' in message
+    nn.Linear(2, 2)  # raises where vmap is at work: it draws
+
+
+@pytest.mark.parametrize("way", ["script", "trace"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_modules_of_torchscript_are_refused_and_stay_in_their_mode(way: str) -> None:
+    inner = nn.Sequential(nn.Linear(32, 32), nn.Dropout(0.5))
+    made = {
+        "script": lambda: torch.jit.script(inner),
+        "trace": lambda: torch.jit.trace(inner, X @ torch.ones(16, 32), check_trace=False),
+    }
+    model = net()
+    model.act = made[way]()
+    with pytest.raises(CaptureError, match="act"):
+        transform(model, example_args=(X,))
+    assert all(m.training for m in model.modules())
 
 
 def test_attributes_that_parameters_have_already_stay() -> None:

@@ -33,6 +33,7 @@ from dropit_fx.ops import table as op_table
 from dropit_fx.ops.rule import Use
 from dropit_fx.report.rows import Row
 from dropit_fx.runtime import packed_call
+from dropit_fx.runtime.decisions import REASON
 
 ROUGH = {"op": "checkpoint", "codec": "quant", "bits": 3, "block": 64}
 INNERS = ("eager", "aot_eager", "aot_eager_decomp_partition")
@@ -220,6 +221,52 @@ def test_a_region_that_reads_its_own_input_keeps_it(body: Any, preset: str) -> N
     kept = saved_bytes(run, x)
     told = backend.compiled_graphs()[-1].report
     assert (told.dense_bytes, told.kept_bytes) == (saved_bytes(model, x), kept)
+
+
+def _nested(h: Tensor, w: Tensor) -> Tensor:
+    again: Tensor = checkpoint(DECIDING["a selection"], h * 2, w, use_reentrant=False)
+    return again
+
+
+DECIDING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a selection": lambda h, w: h.gather(1, (h @ w.T).topk(4).indices),
+    "a sort": lambda h, w: (h @ w.T).sort().values,
+    "the experts of a token": lambda h, w: w[(h @ w.T).argmax(1)] * h,
+    "a selection in a region inside": _nested,
+}
+NOT_DECIDING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "positions": lambda h, w: w[torch.arange(h.shape[0]).flip(0)] * h,
+    "a constant": lambda h, w: w[torch.zeros_like(h[:, 0]).long()] * h,
+    "of a weight": lambda h, w: h.gather(1, w.argsort(1)[:, :4]),
+    "the largest of neighbours": lambda h, w: F.max_pool1d(h * w, 2),
+}
+
+
+class Decides(ReadsItsInput):
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = checkpoint(self.body, x * 2, self.weight, use_reentrant=False)
+        return h
+
+
+@pytest.mark.parametrize("way", ["transform", "compile"])
+@pytest.mark.parametrize("name", [*DECIDING, *NOT_DECIDING])
+def test_a_region_that_decides_by_values_is_made_again_from_these(name: str, way: str) -> None:
+    model, config = Decides((DECIDING | NOT_DECIDING)[name]), {"preset": None, "rules": [ROUGH]}
+    x = torch.randn(16, 32, requires_grad=True)
+    if way == "transform":
+        run: Any = dropit_fx.transform(model, example_args=(x,), config=config)
+        told = dropit_fx.report(run)
+    else:
+        run = compiled(model, "eager", ROUGH)
+        run(x)
+        told = backend.compiled_graphs()[-1].report
+    row = next(r for r in told.rows if r.op == "checkpoint" and not r.region)
+    assert is_packed(row) != (name in DECIDING), row
+    assert row.reason == (REASON if name in DECIDING else "")
+    if name in DECIDING:
+        dense, packed = step(model, model, x)[1], step(run, model, x)[1]
+        for want, got in zip(dense, packed, strict=True):
+            assert torch.equal(want, got)
 
 
 def test_numbers_in_a_region_that_leads_nowhere_are_not_counted() -> None:

@@ -78,6 +78,12 @@ def place_of(function: Any) -> str:
     return name if code is None else f"{name} ({code.co_filename}:{code.co_firstlineno})"
 
 
+def place_of_forward(module: nn.Module) -> str:
+    """Where its class says what a call runs; of TorchScript's, which do not, the name."""
+    forward = getattr(type(module), "forward", None)
+    return type(module).__name__ if forward is None else place_of(forward)
+
+
 @contextmanager
 def torchs_hooks_inside(model: nn.Module) -> Iterator[None]:
     """Makes PyTorch's own pre-hooks of the model a part of its forward, for a while.

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from dropit_fx.capture.faithful.hooks import INSIDE, NotCarried, called, is_torchs, place_of
+from dropit_fx.capture.faithful.hooks import INSIDE, NotCarried, called, is_torchs, place_of_forward
 from dropit_fx.capture.faithful.one_run import Meaning, difference, meaning, named
 from dropit_fx.capture.provenance import error_line, first_line
 from dropit_fx.capture.untouched import Change, has_own_train, untouched
@@ -62,10 +62,10 @@ class Study:
         if found is not None and found.hooks:
             reason = f"a tensor is given a hook in {found.hooks[0]}"
         elif found is not None and found.attached:
-            place = place_of(type(model).forward)
+            place = place_of_forward(model)
             reason = f"a tensor is given an attribute, {found.attached[0]}, in {place}"
         elif seen.chance:
-            reason = f"it draws from {seen.chance[0]}, in {place_of(type(model).forward)}"
+            reason = f"it draws from {seen.chance[0]}, in {place_of_forward(model)}"
         elif changes:
             reason = _assigned(model, changes[0])
         elif type(failed).__name__ == "DynamicOutputShapeException":
@@ -125,7 +125,7 @@ def _assigned(model: nn.Module, change: Change) -> str:
     """Says which attribute, of which module, is assigned where."""
     owner = model.get_submodule(change.module)
     found = f"{_whose(change.module, owner)} changes {change.attribute!r} while it runs"
-    return f"{found}, in {place_of(type(owner).forward)} (a cache: call the model once)"
+    return f"{found}, in {place_of_forward(owner)} (a cache: call the model once)"
 
 
 def _sized_by_values(model: nn.Module, error: Exception) -> str:

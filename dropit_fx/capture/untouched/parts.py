@@ -203,6 +203,16 @@ class Type(Part):
         self.owner.__class__ = values["__class__"]
 
 
+class Mode(Part):
+    """Whether a module of TorchScript trains: its ``__dict__`` does not say."""
+
+    def read(self) -> dict[Any, Any]:
+        return {"training": self.owner.training}
+
+    def write(self, values: dict[Any, Any]) -> None:
+        self.owner.training = values["training"]
+
+
 class Cached(Part):
     """A function under ``functools.lru_cache``: emptied if it holds a block's fake tensors."""
 

@@ -22,6 +22,7 @@ from dropit_fx.capture.untouched.parts import (
     Dict,
     Globals,
     List,
+    Mode,
     Part,
     Set,
     Slots,
@@ -59,9 +60,11 @@ class Reached:
 
     def note(self, value: Any, module: str, path: str, depth: int) -> None:
         """Notes ``value`` and what it leads to."""
-        if isinstance(value, LEAVES) or depth > _DEPTH or len(self.parts) > _PARTS:
+        if depth > _DEPTH or len(self.parts) > _PARTS:
             return
-        if id(value) in self._seen:
+        if isinstance(value, type) and _is_users(value):  # code may keep something in it
+            self._class(value, module, path, depth)
+        if isinstance(value, LEAVES) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
         if id(value) in self._names:
@@ -102,6 +105,8 @@ class Reached:
 
     def _module(self, module: nn.Module, name: str, path: str, depth: int) -> None:
         self.parts.append(Type(module, name, path))
+        if isinstance(module, torch.jit.ScriptModule):
+            self.parts.append(Mode(module, name, path))
         if isinstance(module, fx.GraphModule):  # its code is its graph's
             depth = max(depth, _DEPTH - 4)
         self._container(Attributes(vars(module), name, path), depth)
