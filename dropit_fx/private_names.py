@@ -275,6 +275,12 @@ TABLE: tuple[Name, ...] = (
         "regions that torch.compile recomputes",
     ),
     Name(
+        "torch.fx.experimental.proxy_tensor.get_proxy_mode",
+        _lack("weights that are computed are saved by the plug-in"),
+        "telling that a joint graph is traced: its partitioner makes computed weights again",
+        instead=lambda: None,
+    ),
+    Name(
         "meta['_checkpoint_context_fn']",
         _lack("selective checkpoints are treated as plain ones"),
         "telling selective checkpoints",
