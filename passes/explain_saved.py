@@ -191,7 +191,8 @@ class Explainer:
             where = self._differentiated[ran.node]
             return f"the forward differentiates it (torch.autograd.grad), in {where}"
         obstacle = rule.obstacle(ran.operands)
-        if not obstacle and is_complex(tuple(ran.operands.values())):
+        reads_values = any(read.use is not Use.SHAPE for read in rule.reads)
+        if not obstacle and reads_values and is_complex(tuple(ran.operands.values())):
             obstacle = f"the row of {rule.name} is for real numbers"
         if not obstacle and is_inplace(ran.node, ran.operands):
             obstacle = self._seen_by_others(ran)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -232,20 +232,22 @@ class _Blocks:
         Returns:
             The nodes from which both go on; None where there is no such block.
         """
-        call, own, graph = read.next, read.graph, ahead.graph
+        call: Any = read.next
+        own, graph = read.graph, ahead.graph
         if read.op != "get_attr" or name_of(call) != "wrap_with_set_grad_enabled":
             return None
         enabled, block, *inputs = call.args
         if enabled is not False or block is not read or not twins.keys() >= {*_nodes(inputs)}:
             return None
-        items = [n for n in call.users if n.target is operator.getitem]
+        items: list[Any] = [n for n in call.users if n.target is operator.getitem]
         if len(items) != len(call.users):
             return None
         name = new = str(read.target)
         while hasattr(graph.owning_module, new):
             new += "_"
-        for one in (graph, own):
-            one.owning_module.add_submodule(new, own.owning_module.get_submodule(name))
+        homes: list[Any] = [graph.owning_module, own.owning_module]
+        for home in homes:
+            home.add_submodule(new, homes[1].get_submodule(name))
         traced, none = self.modes[own], (None,) * len(items)
         read.target, call.target = new, in_mode
         call.args, call.kwargs = (traced, traced, read, (*inputs,), none), {}
@@ -277,7 +279,7 @@ class _Blocks:
             return None
         call, at = self._results[x]
         for node, value in ((call, twins.get(y)), (self._calls[call], y)):
-            instead = list(node.args[-1])
+            instead: list[Any] = [*cast(Any, node.args[-1])]
             if value is None or instead[at] not in (None, value):
                 return None
             instead[at] = value

@@ -198,6 +198,12 @@ class OpRule:
         return next((r for r in self.reads if r.operand == name), None)
 
 
+def shape_only(name: str, run: Callable[..., Any], *targets: Any, **row: Any) -> OpRule:
+    """A row of an op whose backward reads nothing but the shape of its input."""
+    read = Read(operand="input", use=Use.SHAPE, needed_by=("input",))
+    return OpRule(name=name, targets=targets, reads=(read,), run=run, **row)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """One node's call of a row: its arguments by name, nodes among them."""
