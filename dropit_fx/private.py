@@ -53,7 +53,7 @@ if TYPE_CHECKING:  # the names to import, with their types
     from torch.autograd.grad_mode import (
         _unsafe_preserve_version_counter as unsafe_preserve_version_counter,
     )
-    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
     from torch.fx.experimental.symbolic_shapes import (
         SYMPY_INTERP,
         DimDynamic,

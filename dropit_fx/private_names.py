@@ -280,6 +280,12 @@ TABLE: tuple[Name, ...] = (
         "blocks of exported graphs under no_grad",
     ),
     Name(
+        "torch.fx.experimental.proxy_tensor.get_proxy_mode",
+        _lack("weights that are computed are saved by the plug-in"),
+        "telling that a joint graph is traced: its partitioner makes computed weights again",
+        instead=lambda: None,
+    ),
+    Name(
         "meta['_checkpoint_context_fn']",
         _lack("selective checkpoints are treated as plain ones"),
         "telling selective checkpoints",

@@ -25,6 +25,7 @@ from dropit_fx.passes.insert_packing import insert_packing
 from dropit_fx.passes.keep_small import keep_small
 from dropit_fx.passes.plan import Plan
 from dropit_fx.passes.repeat_recurrent import repeat_recurrent
+from dropit_fx.passes.repeat_weights import repeat_weights
 from dropit_fx.passes.sample_blocks import sample_blocks
 from dropit_fx.passes.share_packed import share_packed
 from dropit_fx.passes.verify import VerifyError, verify
@@ -36,6 +37,7 @@ PIPELINE: tuple[Callable[[Plan], Plan], ...] = (
     detach_parameters,
     fuse_losses,
     repeat_recurrent,
+    repeat_weights,
     find_saved,
     choose_codecs,
     share_packed,

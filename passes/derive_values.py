@@ -33,6 +33,7 @@ from dropit_fx.passes.share_packed import (
     packed_bytes,
     swapped_nodes,
 )
+from dropit_fx.runtime.regions import COMPUTED
 
 FAITHFUL_BITS = 4  # the fewest that the codecs call faithful
 _LIFTED = "from the {} bits asked for, nothing could be made again: all would take more bytes"
@@ -71,10 +72,9 @@ def derive_values(plan: Plan) -> Plan:
 def _repeat_kept(plan: Plan) -> Plan:
     """Without what a rule keeps but lets be made again, where that gives the very bits.
 
-    It is made of what stays anyway and of masks, on a CPU: on GPUs kernels may round otherwise.
+    It is made of what stays anyway and of masks, on a CPU: on GPUs kernels may round otherwise than
+    PyTorch's own. A computed weight is made by the same ops.
     """
-    if plan.device != "cpu":
-        return plan
     bases = bases_of(plan)
     decisions: list[Decision] = []
     for site, mine in by_site(plan.sites, plan.decisions):
@@ -97,18 +97,14 @@ def _repeated(decision: Decision, plan: Plan, bases: Bases) -> str:
     read = decision.read
     if decision.packed or read.read is None or read.identity is None:
         return ""
-    rule = plan.config.rule_for(read.module, read.op, read.read)
     maker = plan.values.makers.get(read.identity, "")
-    if rule is None or rule.codec != "keep" or not rule.derive:
-        return ""
     call = plan.calls.get(maker)
-    if (
-        not read.wanted
-        or read.read.use is not Use.CONTRACT
-        or call is None
-        or not call.rule.repeats
-        or call.operands.get("inplace")
-    ):
+    if read.read.use is not Use.CONTRACT or call is None or not call.rule.repeats:
+        return ""
+    rule = plan.config.rule_for(read.module, read.op, read.read)
+    asked = rule is not None and rule.codec == "keep" and rule.derive and plan.device == "cpu"
+    asked = asked and read.wanted
+    if not (asked or call.rule is COMPUTED) or call.operands.get("inplace"):
         return ""
     return maker if recipe(maker, plan, bases) == {} else ""
 

@@ -26,7 +26,7 @@ from dropit_fx.private import storage_id
 from dropit_fx.runtime.copies import width_of
 from dropit_fx.runtime.decisions import REASON
 from dropit_fx.runtime.overrides import is_complex
-from dropit_fx.runtime.regions import DECIDES, WRITTEN, name_of
+from dropit_fx.runtime.regions import COMPUTED, DECIDES, WRITTEN, name_of
 from dropit_fx.runtime.tensor_spec import ascends, memory_order
 
 NUMBER = "a Python number, which autograd keeps as a tensor"
@@ -127,11 +127,22 @@ class Explainer:
     def explain(self, ran: Ran, saved: list[Saved]) -> None:
         """Turns what a node keeps into reads: which operand is each tensor?"""
         own = [kept for kept in saved if not self.storages.is_free(kept.tensor)]
-        if ran.rule is None or not ran.rule.reads:
+        if ran.rule is COMPUTED:
+            self._explain_computed(ran, own)
+        elif ran.rule is None or not ran.rule.reads:
             for kept in own:
                 self.add(Ran(ran.node), kept)
         elif own:
             self._explain(ran, ran.rule, saved, own)
+
+    def _explain_computed(self, ran: Ran, own: list[Saved]) -> None:
+        """What a computed weight is made again from, of its layer too."""
+        tensors = {n: x for n, x in ran.operands.items() if isinstance(x, Tensor)}
+        for kept in own:
+            same = (n for n, x in tensors.items() if storage_id(x) == storage_id(kept.tensor))
+            name = next(same)
+            read = Read(operand=name, use=Use.REDUCE, needed_by=tuple(tensors), lossy=False)
+            self.add(ran, kept, read, "a weight is made again of it: it stays exact")
 
     def _explain(self, ran: Ran, rule: OpRule, saved: list[Saved], own: list[Saved]) -> None:
         n, operands = ran.node, ran.operands
@@ -181,7 +192,8 @@ class Explainer:
             where = self._differentiated[ran.node]
             return f"the forward differentiates it (torch.autograd.grad), in {where}"
         obstacle = rule.obstacle(ran.operands)
-        if not obstacle and is_complex(tuple(ran.operands.values())):
+        reads_values = any(read.use is not Use.SHAPE for read in rule.reads)
+        if not obstacle and reads_values and is_complex(tuple(ran.operands.values())):
             obstacle = f"the row of {rule.name} is for real numbers"
         if not obstacle and is_inplace(ran.node, ran.operands):
             obstacle = self._seen_by_others(ran)

@@ -272,7 +272,8 @@ class Plan:
         untrained: From ``detach_parameters``: the names of sites that nothing keeps since.
         sampled: From ``sample_blocks``: the names of sites of which some rows alone are kept since.
         blocks: From ``sample_blocks``: the numbers of the rules that named a block.
-        repeated: From ``repeat_recurrent``: the names of sites that nothing keeps since.
+        repeated: From ``repeat_recurrent`` and ``repeat_weights``: the names of sites that nothing
+            keeps since.
         unrepeated: From ``repeat_recurrent``: the modules of layers that stay as they are.
         unfused: From the first of these that changed the graph: the sites of the graph as it was.
         notes: From ``fuse_losses``: what is to be said of a node, by its name.

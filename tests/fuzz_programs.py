@@ -312,6 +312,7 @@ _UNARY: dict[str, tuple[str, ...]] = {
     "clamp": ("-0.5, 0.5", "-0.25", "max=0.5", "-1, 1"),
     "pow": ("2", "3", "1", "0"),
     "square": ("",),
+    "abs": ("",),
     "vector_norm": ("2, -1", "2, -1, True", "3, 0", "dim=-1"),
     "normalize": ("dim=-1", "dim=0", "p=3.0, dim=-1"),
     "softmax": ("-1", "0", "dim=-1"),
@@ -512,6 +513,18 @@ def masked_fill(d: Draft) -> None:
     d.let(spell(d, "masked_fill", x, f"{mask}, {d.choose((0.0, -1.0, 2))}"))
 
 
+@row("maximum", "minimum")
+def larger(d: Draft, name: str) -> None:
+    x = d.value(lambda t: t.is_floating_point())
+    d.let(spell(d, name, x, d.like(x)))
+
+
+@row("amax", "amin")
+def largest(d: Draft, name: str) -> None:
+    x = d.value(_at_least(1))
+    d.let(spell(d, name, x, d.choose(("-1", "0, True", "-1, keepdim=True"))))
+
+
 @row("mul", "div")
 def arithmetic(d: Draft, name: str) -> None:
     x = d.value()
@@ -675,6 +688,19 @@ def index_select(d: Draft) -> None:
     dim = d.choose((0, -1))
     index = d.index(d.env[x].shape[dim], d.choose(((4,), (3,))))
     d.let(spell(d, "index_select", x, f"{dim}, {index}"))
+
+
+@row("fft_rfft", "fft_fft", "fft_rfft2", "fft_rfftn")
+def fourier(d: Draft, name: str) -> None:
+    x = d.value(lambda t: t.is_floating_point() and t.dim() >= 2)
+    d.let(f"torch.fft.{name[4:]}({x}).{d.choose(('real', 'abs()', 'imag'))}")
+
+
+@row("index_add")
+def index_add(d: Draft) -> None:
+    x = d.value(_at_least(1))
+    index = d.index(4, (d.env[x].shape[0],))
+    d.let(f"torch.zeros(4, *{x}.shape[1:], dtype={x}.dtype).index_add(0, {index}, {x})")
 
 
 @row("gather")

@@ -91,6 +91,16 @@ subclassed("torch.nn.modules.batchnorm._BatchNorm", nn.BatchNorm1d, nn.BatchNorm
 subclassed("torch.nn.modules.batchnorm._NormBase", nn.BatchNorm2d, nn.InstanceNorm2d)
 subclassed("torch.nn.modules.conv._ConvNd", nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 parameters("torch.fx.experimental.proxy_tensor.make_fx", "tracing_mode", "pre_dispatch")
+
+
+@of("torch.fx.experimental.proxy_tensor.get_proxy_mode")
+def told_while_a_graph_is_traced() -> None:
+    seen = []
+    private.make_fx(lambda x: seen.append(private.get_proxy_mode()) or x)(torch.ones(2))
+    assert seen[0] is not None
+    assert private.get_proxy_mode() is None
+
+
 members(f"{_SHAPES}.DimDynamic", "STATIC", "DUCK")
 parameters(f"{_SHAPES}.StatelessSymbolicContext", "dynamic_sizes")
 parameters(

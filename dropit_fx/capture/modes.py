@@ -3,14 +3,17 @@
 Both tracers evaluate Python, so a graph knows one mode only: ``if self.training`` is decided while
 it is traced. Where the two graphs differ in constants alone (a dropout's rate), the constant
 becomes a choice made at run time (``by_mode``), and ``.train()`` and ``.eval()`` work on the result
-as on the model. Where they differ in more, the graph says so when it is run in the other mode.
+as on the model. So does a block without gradients of one mode alone, as spectral norm moves its
+vectors in (``in_mode``), for which the other mode reads buffers. Where they differ in more, the
+graph says so when it is run in the other mode.
 """
 
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -24,7 +27,8 @@ from dropit_fx.capture.regions import REGION
 from dropit_fx.ops.masks import DROPOUT
 from dropit_fx.ops.table import operands_of, rule_of
 from dropit_fx.private import OpOverload
-from dropit_fx.runtime.packed_call import by_mode, require_mode
+from dropit_fx.runtime.packed_call import by_mode, in_mode, require_mode
+from dropit_fx.runtime.regions import name_of
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +66,8 @@ def both_modes(model: nn.Module, trace: Callable[[nn.Module], fx.GraphModule]) -
         _require_both(graph_module, other)
     if differs:
         one_mode(graph_module, training, differs)
+    for m in graph_module.modules():  # an exported graph is in training mode at first
+        m.training = training
     graph_module.recompile()
     return graph_module
 
@@ -116,7 +122,7 @@ def _overlay(mine: fx.GraphModule, other: fx.GraphModule, training: bool) -> str
     for one, another in ((mine, other), (other, mine)):  # buffers that only one of them reads
         own = dict(one.named_buffers())
         adopt(one, [(n, b) for n, b in another.named_buffers() if n not in own])
-    _level(mine.graph, other.graph)
+    _level(mine, other, training)
     flags: dict[str, fx.Node] = {}
 
     def flag_for(node: fx.Node) -> fx.Node:
@@ -206,7 +212,86 @@ def _is_twin(x: Any, y: Any, twin: dict[fx.Node, fx.Node]) -> bool:
     return twin.get(y) is x if isinstance(y, fx.Node) else not isinstance(x, fx.Node)
 
 
-def _level(mine: fx.Graph, other: fx.Graph) -> None:
+class _Blocks:
+    """The blocks without gradients that one of two graphs alone has, laid into the other as well.
+
+    Args:
+        modes: Of each graph.
+    """
+
+    def __init__(self, modes: dict[fx.Graph, bool]) -> None:
+        self.modes = modes
+        self._results: dict[fx.Node, tuple[fx.Node, int]] = {}  # the call in its own graph, which
+        self._calls: dict[fx.Node, fx.Node] = {}  # and in the other
+
+    def lay_in(
+        self, read: fx.Node, ahead: fx.Node, twins: dict[fx.Node, fx.Node]
+    ) -> tuple[fx.Node, fx.Node] | None:
+        """Lays the block that ``read`` looks up before ``ahead``, in the other graph.
+
+        Returns:
+            The nodes from which both go on; None where there is no such block.
+        """
+        call: Any = read.next
+        own, graph = read.graph, ahead.graph
+        if read.op != "get_attr" or name_of(call) != "wrap_with_set_grad_enabled":
+            return None
+        enabled, block, *inputs = call.args
+        if enabled is not False or block is not read or not twins.keys() >= {*_nodes(inputs)}:
+            return None
+        items: list[Any] = [n for n in call.users if n.target is operator.getitem]
+        if len(items) != len(call.users):
+            return None
+        name = new = str(read.target)
+        while hasattr(graph.owning_module, new):
+            new += "_"
+        homes: list[Any] = [graph.owning_module, own.owning_module]
+        for home in homes:
+            home.add_submodule(new, homes[1].get_submodule(name))
+        traced, none = self.modes[own], (None,) * len(items)
+        read.target, call.target = new, in_mode
+        call.args, call.kwargs = (traced, traced, read, (*inputs,), none), {}
+        with graph.inserting_before(ahead):
+            there = graph.get_attr(new)
+            given = tuple(twins[n] if isinstance(n, fx.Node) else n for n in inputs)
+            args = (self.modes[graph], traced, there, given, none)
+            again = graph.call_function(in_mode, args)
+            pairs = [(read, there), (call, again)]
+            pairs += [(n, graph.call_function(n.target, (again, *n.args[1:]))) for n in items]
+        self._calls[call] = again
+        for node, added in pairs:
+            added.meta = dict(node.meta)
+            twins[node], twins[added] = added, node
+        last = call
+        for node in items:
+            self._results[node] = call, int(node.args[1])
+            last.append(node)
+            last = node
+        return last, twins[last]
+
+    def stands_for(self, x: Any, y: Any, twins: dict[fx.Node, fx.Node]) -> fx.Node | None:
+        """Notes that the other graph reads the buffer ``y`` where a block's result ``x`` is read.
+
+        Returns:
+            What it is to read: the twin of ``x``. None where ``x`` is none, or ``y`` no buffer.
+        """
+        if x not in self._results or not isinstance(y, fx.Node) or y.op != "get_attr":
+            return None
+        call, at = self._results[x]
+        for node, value in ((call, twins.get(y)), (self._calls[call], y)):
+            instead: list[Any] = [*cast(Any, node.args[-1])]
+            if value is None or instead[at] not in (None, value):
+                return None
+            instead[at] = value
+            node.args = (*node.args[:-1], tuple(instead))
+        return twins[x]
+
+
+def _nodes(arguments: Any) -> list[fx.Node]:
+    return [n for n in _flat(arguments)[0] if isinstance(n, fx.Node)]
+
+
+def _level(mine: fx.GraphModule, other: fx.GraphModule, training: bool) -> None:
     """Gives each graph what the other has and what changes nothing in it.
 
     Those are ``contiguous`` calls (export drops those that have nothing to do, which depends on the
@@ -215,30 +300,39 @@ def _level(mine: fx.Graph, other: fx.Graph) -> None:
     for the other: both graphs read what the one reads in which it drops something.
     """
     twins: dict[fx.Node, fx.Node] = {}
-    a, b = next(iter(mine.nodes)), next(iter(other.nodes))
+    blocks = _Blocks({mine.graph: training, other.graph: not training})
+    a, b = next(iter(mine.graph.nodes)), next(iter(other.graph.nodes))
     while a.op != "output" and b.op != "output":
         if str(a.target) != str(b.target):
-            for node, graph, ahead in ((a, other, b), (b, mine, a)):
+            for node, ahead in ((a, b), (b, a)):
+                graph = ahead.graph
+                if (laid := blocks.lay_in(node, ahead, twins)) is not None:
+                    a, b = laid if node is a else laid[::-1]
+                    break
                 added = _copy_of_no_effect(node, graph, ahead, twins)
                 if added is not None:
                     a, b = (a, added) if graph is other else (added, b)
                     break
             else:
                 return
-        _read_alike(a, b, twins)
+        _read_alike(a, b, twins, blocks)
         twins[a], twins[b] = b, a
         a, b = a.next, b.next
-    _read_alike(a, b, twins)
+    _read_alike(a, b, twins, blocks)
 
 
-def _read_alike(a: fx.Node, b: fx.Node, twins: dict[fx.Node, fx.Node]) -> None:
+def _read_alike(a: fx.Node, b: fx.Node, twins: dict[fx.Node, fx.Node], blocks: _Blocks) -> None:
     """Lets a node of either graph read the twins of what the other reads, where that is equal."""
     for node, other in ((a, b), (b, a)):
         (mine, nesting), (theirs, nesting_too) = (_flat((n.args, n.kwargs)) for n in (node, other))
         if nesting != nesting_too:
             return
         pairs = zip(mine, theirs, strict=True)
-        read = [_as_read(x, twins.get(y) if isinstance(y, fx.Node) else None) for x, y in pairs]
+        read = [
+            blocks.stands_for(y, x, twins)
+            or _as_read(x, twins.get(y) if isinstance(y, fx.Node) else None)
+            for x, y in pairs
+        ]
         if any(x is not y for x, y in zip(mine, read, strict=True)):
             node.args, node.kwargs = _laid_in((node.args, node.kwargs), read)
 

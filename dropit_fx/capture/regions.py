@@ -135,7 +135,7 @@ def _nest(
 ) -> None:
     """Puts a call in the place of the nodes of one region."""
     graph = graph_module.graph
-    inputs, body = _body(graph, span, outputs)
+    inputs, body = body_of(graph, span, outputs)
     graph_module.add_submodule(name, body)
     options = dict(region.options) | {"once": False}
     with graph.inserting_before(next(iter(span))):
@@ -178,10 +178,10 @@ def _is_lookup(node: fx.Node) -> bool:
     return module or node.op in ("get_attr", "placeholder", "output")
 
 
-def _body(
+def body_of(
     graph: fx.Graph, span: dict[fx.Node, None], outputs: list[fx.Node]
 ) -> tuple[list[fx.Node], fx.GraphModule]:
-    """The inputs of a region, and its graph."""
+    """The inputs of some nodes, in the order in which they are read, and their graph."""
     made = fx.Graph()
     leaves = [n for n in span if n.op == "call_module"]
     with graph.inserting_before(next(iter(span))):

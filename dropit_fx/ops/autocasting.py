@@ -12,7 +12,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -44,6 +44,18 @@ def under_autocast(values: Mapping[str, Any]) -> bool:
 def autocast_on(device: str) -> bool:
     """Whether autocast is on for a type of device; some know none."""
     return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype of autocast on a type of device; None: it is off."""
+    return torch.get_autocast_dtype(device) if autocast_on(device) else None
+
+
+def autocast_as(dtype: torch.dtype | None, device: str) -> AbstractContextManager[Any]:
+    """Autocast with ``dtype``, or none; to enter a context takes time."""
+    if dtype is None and not autocast_on(device):
+        return nullcontext()
+    return torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=False)
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:

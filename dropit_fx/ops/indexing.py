@@ -116,4 +116,32 @@ GRID_SAMPLE = OpRule(
     run=_grid_sample,
 )
 
-ROWS = (EMBEDDING, INDEX_SELECT, GATHER, GRID_SAMPLE)
+
+def _index_add(input: Tensor, dim: int, index: Tensor, source: Tensor, alpha: Any = 1) -> Tensor:
+    return torch.index_add(input, dim, index, source, alpha=alpha)
+
+
+def _index_add_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
+    """``dX = dY``; what was added gets what came of it."""
+    out, alpha = Grads(), call.args["alpha"]
+    if "input" in call.needs:
+        out["input"] = grad
+    if "source" in call.needs:
+        rows = grad.index_select(call.args["dim"], saved["index"])
+        out["source"] = rows if alpha == 1 else rows * alpha
+    return out
+
+
+INDEX_ADD = OpRule(
+    name="index_add",
+    targets=(torch.index_add, "index_add", aten.index_add.default),
+    reads=(
+        _indices("index", "source", _any_index),
+        Read(operand="source", use=Use.SHAPE, needed_by=("source",)),
+    ),
+    run=_index_add,
+    backward=_index_add_backward,
+    obstacle=lambda args: "" if args["source"].dim() else "it adds a number",
+)
+
+ROWS = (INDEX_ADD, EMBEDDING, INDEX_SELECT, GATHER, GRID_SAMPLE)

@@ -1,8 +1,8 @@
-"""Ops that choose element by element: dropout, where, masked_fill."""
+"""Ops that choose element by element: dropout, where, masked_fill, the larger of two, of a row."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -154,4 +154,102 @@ MASKED_FILL = OpRule(
     obstacle=lambda args: "its value is a tensor" if isinstance(args["value"], Tensor) else "",
 )
 
-ROWS = (DROPOUT, WHERE, MASKED_FILL)
+_BOTH = ("input", "other")
+
+
+def _of_two(name: str) -> OpRule:
+    """``maximum`` or ``minimum``: two bits say whose value it is, or that both share the gradient.
+
+    Where one of them is NaN, PyTorch gives both all of it.
+    """
+    op: Callable[[Tensor, Tensor], Tensor] = getattr(torch, name)
+
+    def run(input: Tensor, other: Tensor) -> Tensor:
+        return op(input, other)
+
+    def run_saving(input: Tensor, other: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        wins, loses = (input > other), (input < other)
+        if name == "minimum":
+            wins, loses = loses, wins
+        codes = 3 - loses.to(torch.uint8) * 3 - wins.to(torch.uint8) * 2
+        return op(input, other), {"side": codes - (input == other).to(torch.uint8)}
+
+    def backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
+        side, out = saved["side"], Grads()
+        shared = torch.where(side == _SHARED, grad / 2, grad)
+        for operand, lost in zip(_BOTH, (_OTHERS, _INPUTS), strict=True):
+            if operand in call.needs:
+                out[operand] = shared.masked_fill(side == lost, 0).sum_to_size(call.shapes[operand])
+        return out
+
+    return OpRule(
+        name=name,
+        targets=(op, name, getattr(aten, name).default),
+        reads=(
+            Read(
+                operand="side",
+                use=Use.SLOPE,
+                needed_by=_BOTH,
+                bits=lambda args: 2,
+                instead=True,
+            ),
+            *[Read(operand=n, use=Use.SHAPE, needed_by=_BOTH) for n in _BOTH],
+        ),
+        run=run,
+        run_saving=run_saving,
+        backward=backward,
+        derive=run,
+        obstacle=_plain_where,
+    )
+
+
+_OTHERS, _INPUTS, _SHARED = 0, 1, 2  # 3: neither is the larger
+MAXIMUM, MINIMUM = map(_of_two, ("maximum", "minimum"))
+
+
+def _of_a_row(name: str) -> OpRule:
+    """``amax`` or ``amin``: a bit says which elements have the value; they share the gradient."""
+    op: Callable[..., Tensor] = getattr(torch, name)
+
+    def run(input: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
+        return op(input, dim, keepdim)
+
+    def run_saving(input: Tensor, dim: Any, keepdim: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        out = op(input, dim, True)
+        return (out if keepdim else op(input, dim)), {"mask": input == out}
+
+    def backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
+        dims, mask = call.args["dim"], saved["mask"] != 0
+        dims = [dims] if isinstance(dims, int) else list(dims)
+        dims = dims or list(range(mask.dim()))
+        if not call.args["keepdim"]:
+            sizes = list(mask.shape)
+            for d in dims:
+                sizes[d] = 1
+            grad = grad.reshape(sizes)
+        return {"input": grad * mask / mask.sum(dims, True)}
+
+    return OpRule(
+        name=name,
+        targets=(op, name, getattr(aten, name).default),
+        reads=(
+            Read(
+                operand="mask",
+                use=Use.SLOPE,
+                needed_by=("input",),
+                bits=one_bit,
+                like="input",
+                instead=True,
+            ),
+            *[Read(operand=n, use=Use.SHAPE, needed_by=("input",)) for n in ("input", "result")],
+        ),
+        run=run,
+        run_saving=run_saving,
+        backward=backward,
+        obstacle=lambda args: "" if args["input"].dim() else "it is of one number",
+    )
+
+
+AMAX, AMIN = map(_of_a_row, ("amax", "amin"))
+
+ROWS = (DROPOUT, WHERE, MASKED_FILL, MAXIMUM, MINIMUM, AMAX, AMIN)

@@ -207,4 +207,36 @@ PRELU = OpRule(
     autocast="lower",
 )
 
-ROWS = (RELU, RELU6, HARDTANH, LEAKY_RELU, HARDSIGMOID, CLAMP, PRELU)
+
+def _abs(input: Tensor) -> Tensor:
+    return torch.abs(input)
+
+
+def _abs_saving(input: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    return torch.abs(input), {"input": (input > 0).to(torch.uint8) + 2 * (input < 0).byte()}
+
+
+def _abs_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
+    """``dX = dY * sign(x)``."""
+    sign = (saved["input"] == 1).to(grad.dtype) - (saved["input"] == 2).to(grad.dtype)
+    return {"input": grad * sign}
+
+
+ABS = OpRule(
+    name="abs",
+    targets=(torch.abs, torch.absolute, "abs", "absolute", aten.abs.default),
+    reads=(
+        Read(
+            operand="input",
+            use=Use.SLOPE,
+            needed_by=("input",),
+            bits=lambda args: 2,  # it may be 0
+        ),
+    ),
+    run=_abs,
+    run_saving=_abs_saving,
+    backward=_abs_backward,
+    derive=_abs,
+)
+
+ROWS = (ABS, RELU, RELU6, HARDTANH, LEAKY_RELU, HARDSIGMOID, CLAMP, PRELU)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dropit_fx.kernels.windows import decode_window_reference, encode_window_reference
 from dropit_fx.ops.backwards import Called, Grads, Saved, per_dimension
-from dropit_fx.ops.rule import OpRule, Read, Use
+from dropit_fx.ops.rule import OpRule, Read, Use, shape_only
 from dropit_fx.private import c_nn
 
 aten = torch.ops.aten
@@ -161,12 +161,6 @@ MAX_POOL = tuple(
 )
 
 
-def _shape_only(name: str, run: Callable[..., Any], *targets: Any, **row: Any) -> OpRule:
-    """A row of an op whose backward reads nothing but the shape of its input."""
-    read = Read(operand="input", use=Use.SHAPE, needed_by=("input",))
-    return OpRule(name=name, targets=targets, reads=(read,), run=run, **row)
-
-
 def _avg_pool2d_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
     """Reads only the shape of the input: the tensor given here is blank memory."""
     a = call.args
@@ -179,7 +173,7 @@ def _avg_pool2d_backward(grad: Tensor, saved: Saved, call: Called) -> Grads:
 
 
 AVG_POOL = tuple(
-    _shape_only(
+    shape_only(
         name,
         op,
         *dict.fromkeys((op, getattr(torch, name, op))),
@@ -196,7 +190,7 @@ AVG_POOL = tuple(
 
 
 ADAPTIVE_AVG_POOL = tuple(
-    _shape_only(name, getattr(F, name), getattr(F, name), plain, op, schema=op)
+    shape_only(name, getattr(F, name), getattr(F, name), plain, op, schema=op)
     for name, plain, op in (
         ("adaptive_avg_pool1d", torch.adaptive_avg_pool1d, aten.adaptive_avg_pool1d.default),
         ("adaptive_avg_pool2d", c_nn("adaptive_avg_pool2d"), aten.adaptive_avg_pool2d.default),
@@ -205,6 +199,6 @@ ADAPTIVE_AVG_POOL = tuple(
 )
 
 
-PAD = _shape_only("pad", F.pad, F.pad, c_nn("pad"), aten.pad.default)
+PAD = shape_only("pad", F.pad, F.pad, c_nn("pad"), aten.pad.default)
 
 ROWS = (*MAX_POOL, *AVG_POOL, *ADAPTIVE_AVG_POOL, PAD)

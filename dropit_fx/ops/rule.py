@@ -185,10 +185,23 @@ class OpRule:
             defaults = tuple(p.default for p in found if p.default is not p.empty)
             object.__setattr__(self, "defaults", defaults)
 
+    def names(self, count: int) -> tuple[str, ...]:
+        """The names of ``count`` arguments; of a variadic ``*inputs``, ``inputs.0`` and so on."""
+        *fixed, last = self.inputs
+        if self.signature.parameters[last].kind is not inspect.Parameter.VAR_POSITIONAL:
+            return self.inputs
+        return (*fixed, *(f"{last}.{i}" for i in range(count - len(fixed))))
+
     def read(self, operand: str) -> Read | None:
         """The row's read of ``operand`` (``inputs`` for ``inputs.0``), or None."""
         name = operand.partition(".")[0]
         return next((r for r in self.reads if r.operand == name), None)
+
+
+def shape_only(name: str, run: Callable[..., Any], *targets: Any, **row: Any) -> OpRule:
+    """A row of an op whose backward reads nothing but the shape of its input."""
+    read = Read(operand="input", use=Use.SHAPE, needed_by=("input",))
+    return OpRule(name=name, targets=targets, reads=(read,), run=run, **row)
 
 
 @dataclass(frozen=True, kw_only=True)

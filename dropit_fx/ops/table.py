@@ -20,6 +20,7 @@ from dropit_fx.ops import (
     attention,
     convolution,
     element_losses,
+    fourier,
     indexing,
     losses,
     masks,
@@ -36,7 +37,7 @@ from dropit_fx.private import OpOverload, schema
 
 FAMILIES = (
     *(matmul, convolution, piecewise, smooth, masks, arithmetic, norms, attention, losses),
-    *(element_losses, indexing, pooling),
+    *(element_losses, indexing, pooling, fourier),
 )
 OP_RULES: tuple[OpRule, ...] = tuple(row for family in FAMILIES for row in family.ROWS)
 

@@ -14,6 +14,7 @@ from dropit_fx.codecs import CODEC, DERIVED
 from dropit_fx.codecs.codec import Codec
 from dropit_fx.kernels.channels import TINY, has_kernel, statistics
 from dropit_fx.kernels.fused_bits import is_empty
+from dropit_fx.ops.autocasting import autocast_as
 from dropit_fx.ops.table import DERIVABLE
 from dropit_fx.private import native_batch_norm_legit
 from dropit_fx.runtime.offload import OFFLOAD, offloaded
@@ -76,6 +77,7 @@ class Recipe(NamedTuple):
     kept: tuple[Kept, ...]  # the tensors,
     specs: tuple[TensorSpec, ...]  # and what each is when it is read back
     spec: TensorSpec  # of the result
+    autocast: torch.dtype | None = None  # that of the call, where its bits depend on it
 
 
 def spelled(codec: str, options: Mapping[str, Any]) -> str:
@@ -258,10 +260,15 @@ def _derive(recipe: Recipe, parts: tuple[Tensor, ...]) -> Tensor:
     """Makes a derived value again: 1-D, in the memory order of the tensor that it stands for."""
     rule = DERIVABLE[recipe.rule_name]
     assert rule.derive is not None
-    values = dict(zip(rule.inputs, recipe.plain, strict=True))
+    names = rule.names(len(recipe.plain))
+    values = dict(zip(names, recipe.plain, strict=True))
     for (kept, own), spec in zip(shared_out(recipe.kept, parts), recipe.specs, strict=True):
         values[kept.operand] = read_back(kept, own, spec)
-    return in_order(rule.derive(**values), recipe.spec.order)
+    args = [values.pop(n) for n in names]
+    if not rule.repeats:
+        return in_order(rule.derive(*args, **values), recipe.spec.order)
+    with autocast_as(recipe.autocast, parts[0].device.type):
+        return in_order(rule.derive(*args, **values), recipe.spec.order)
 
 
 def is_rounded(kept: Kept) -> bool:

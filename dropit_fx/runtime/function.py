@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from dropit_fx.codecs import CODEC, DERIVED
 from dropit_fx.ops import backwards
-from dropit_fx.ops.autocasting import autocast_on
+from dropit_fx.ops.autocasting import autocast_as, autocast_dtype
 from dropit_fx.ops.rule import OpRule, Read
 from dropit_fx.ops.table import RULES
 from dropit_fx.private import (
@@ -139,8 +138,8 @@ class PackedFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         ctx.rule_name, ctx.needs, ctx.kept, ctx.specs = rule_name, needs, all_kept, specs
-        device = out.device.type  # a row that runs as it is does so in the backward too
-        ctx.autocast = torch.get_autocast_dtype(device) if autocast_on(device) else None
+        # a row that runs as it is does so in the backward too
+        ctx.autocast = autocast_dtype(out.device.type)
         ctx.plain = {n: None if n in tensors else a for n, a in named.items()}
         ctx.parts = len(flat) - count
         return (out, *made)
@@ -180,15 +179,8 @@ def gradients(ctx: Any, grad: Tensor, slots: Slots, needs: tuple[str, ...]) -> b
     formula = rule.backward or backwards.vjp
     if any(k.codec != DERIVED and CODEC[k.codec].slope for k, _ in slots):
         formula = backwards.slopes
-    with _autocast_as(ctx.autocast, grad.device.type):
+    with autocast_as(ctx.autocast, grad.device.type):
         return formula(grad, _SavedTensors(slots, ctx.specs), call)
-
-
-def _autocast_as(dtype: torch.dtype | None, device: str) -> AbstractContextManager[Any]:
-    """Autocast with ``dtype``, or none; to enter a context takes time."""
-    if dtype is None and not autocast_on(device):
-        return nullcontext()
-    return torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=False)
 
 
 def check_grad(grad: Tensor, function: str) -> None:

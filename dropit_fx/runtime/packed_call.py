@@ -34,6 +34,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from dropit_fx.codecs import CODEC, DERIVED
 from dropit_fx.kernels.dtypes import NUMBER
 from dropit_fx.ops.autocasting import (
+    autocast_dtype,
     autocast_on,
     cast_operands,
     runs_as_it_is,
@@ -157,6 +158,32 @@ def by_mode(training: bool, in_training: Any, in_eval: Any) -> Any:
     return in_training if training else in_eval
 
 
+def in_mode(
+    training: bool,
+    traced: bool,
+    block: Callable[..., Any],
+    inputs: tuple[Any, ...],
+    otherwise: tuple[Any, ...],
+) -> Any:
+    """What a traced model computes without gradients in one mode alone, as it updates its buffers.
+
+    Args:
+        training: The mode.
+        traced: That in which it does.
+        block: What it does.
+        inputs: Of that.
+        otherwise: What stands for the results in the other mode.
+    """
+    if has_torch_function((training,)):
+        return handle_torch_function(
+            in_mode, (training,), training, traced, block, inputs, otherwise
+        )
+    if training != traced:
+        return otherwise
+    with torch.no_grad():
+        return block(*inputs)
+
+
 def require_mode(training: bool, traced: bool, where: str) -> None:
     """Raises RuntimeError where a graph that knows one mode is run in the other."""
     if has_torch_function((training,)):
@@ -191,7 +218,8 @@ def derived(
         if has_own_ops(tensors):
             return None
         return handle_torch_function(derived, tensors, rule_name, args, packs, like)
-    named = dict(zip(DERIVABLE[rule_name].inputs, args, strict=True))
+    rule = DERIVABLE[rule_name]
+    named = dict(zip(rule.names(len(args)), args, strict=True))
     kept: list[Kept] = []
     specs: list[TensorSpec] = []
     parts: list[Tensor] = []
@@ -208,7 +236,8 @@ def derived(
         specs.append(spec_of(value if isinstance(value, Tensor) else whole))
         parts += packed.parts
     plain = tuple(None if isinstance(a, Tensor) else a for a in args)
-    recipe = Recipe(rule_name, plain, tuple(kept), tuple(specs), spec_of(like))
+    autocast = autocast_dtype(like.device.type) if rule.repeats else None
+    recipe = Recipe(rule_name, plain, tuple(kept), tuple(specs), spec_of(like), autocast)
     return Packed(tuple(parts), DERIVED, (("recipe", recipe),), like.dtype)
 
 

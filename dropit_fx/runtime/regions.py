@@ -11,10 +11,12 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from dropit_fx.kernels.dispatch import define
-from dropit_fx.ops.table import CHECKPOINT
-from dropit_fx.private import CHECKPOINT_CONTEXT, OpOverload, schema, storage_id
+from dropit_fx.ops.rule import OpRule
+from dropit_fx.ops.table import CHECKPOINT, add_row
+from dropit_fx.private import CHECKPOINT_CONTEXT, OpOverload, get_proxy_mode, schema, storage_id
 from dropit_fx.runtime.copies import Kept, Packed, kept_as, read_back, shared_out
 from dropit_fx.runtime.offload import brought_back
+from dropit_fx.runtime.overrides import transformed
 from dropit_fx.runtime.tensor_spec import TensorSpec, copied_to, laid_out, spec_of, stays
 
 
@@ -147,6 +149,38 @@ def checkpointed(
         return checkpoint(region, *handed_on, *parts, **options | {"use_reentrant": False})
     finally:
         in_forward.clear()
+
+
+def computed(body: fx.GraphModule, *inputs: Any) -> Tensor:
+    """A weight that is computed, of which its own backward keeps ``inputs`` alone.
+
+    It has the bits of its ops where they stood, forward and backward: they run again on the very
+    tensors, which nothing may write to in between, and draw no random numbers. Readers of the
+    result make it again likewise (``derive`` of its row).
+
+    Args:
+        body: Its ops, with one result.
+        inputs: Parameters, and what is small beside the weight.
+    """
+    made: Tensor
+    if transformed():
+        made = body(*inputs)
+    elif get_proxy_mode() is not None:  # a joint graph is traced: its partitioner makes it again
+        made = CHECKPOINT.run(body, *inputs, use_reentrant=False)
+    else:
+        made = checkpoint(body, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return made
+
+
+COMPUTED = OpRule(
+    name="computed",
+    targets=(computed,),
+    reads=(),
+    run=computed,
+    derive=lambda body, *inputs: body(*inputs),
+    repeats=True,
+)
+add_row(COMPUTED)
 
 
 def _copies(tensors: dict[int, Tensor]) -> dict[int, Tensor]:

@@ -564,3 +564,21 @@ def test_a_wrapper_that_hands_all_on_takes_other_sizes() -> None:
             cut = {n: t[:rows] for n, t in kwargs.items()}
             expected = model(*(t[:rows] for t in args), **cut)
             assert torch.equal(packed(*(t[:rows] for t in args), **cut), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_spectral_norm_moves_its_vectors_in_training_mode_alone(training: bool) -> None:
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        layers = (nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)) for _ in range(2))
+        return nn.Sequential(*layers).train(training)
+
+    (model, dense), x = (made(), made()), torch.randn(4, 8)
+    packed = transform(model, example_args=(x,))
+    assert not is_one_mode(packed)
+    for mode in (training, not training, training):
+        packed.train(mode)
+        dense.train(mode)
+        assert torch.equal(packed(x), dense(x))
+        pairs = zip(model.buffers(), dense.buffers(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)

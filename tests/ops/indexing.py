@@ -121,4 +121,23 @@ GRID_SAMPLE = RowTests(
     keeps=lambda found, needs: found - {"input"} if needs == {"input"} else found,
 )
 
-RECORDS = (EMBEDDING, INDEX_SELECT, GATHER, GRID_SAMPLE)
+INDEX_ADD = RowTests(
+    row="index_add",
+    cases=[
+        case("rows", T((6, 5)), 0, T((9,), make=classes(6)), T((9, 5))),
+        case("columns", T((2, 6, 5)), -1, T((3,), make=classes(5)), T((2, 6, 3))),
+        case("to many rows", T((70_000, 1)), 0, T((9,), make=the_last_of(70_000)), T((9, 1))),
+        case("alpha", T((6, 5)), 0, T((9,), make=classes(6)), T((9, 5)), alpha=3),
+        case(
+            "transposed memory", T((5, 6), turned), 0, T((9,), make=classes(6)), T((5, 9), turned)
+        ),
+        case("none", T((6, 5)), 0, T((0,), make=classes(6)), T((0, 5))),
+        Case("number", (T(()), 0, T((1,), make=classes(1)), T(())), obstacle="it adds a number"),
+    ],
+    op_info=OpInfo("index_add"),
+    behind="it reads numbers of rows, and what is added to them",
+    entries=(Entry("index_add", {"self": "input"}),),
+    codes=0,
+)
+
+RECORDS = (INDEX_ADD, EMBEDDING, INDEX_SELECT, GATHER, GRID_SAMPLE)

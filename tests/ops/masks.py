@@ -3,7 +3,7 @@
 import math
 
 import torch
-from op_calls import Case, T, case, coins, pointwise, turned
+from op_calls import LAST, Case, T, case, coins, pointwise, turned
 from op_record import Behind, Entry, Given, OpInfo, RowTests
 from torch import nn
 
@@ -75,4 +75,56 @@ MASKED_FILL = RowTests(
     entries=(Entry("masked_fill.Scalar", {"self": "input"}),),
 )
 
-RECORDS = (DROPOUT, WHERE, MASKED_FILL)
+BOTH = ("input", "other")
+TIED = T((4, 9), make=lambda shape, generator: torch.randint(3, shape, generator=generator) - 1.0)
+
+
+def _of_two(name: str) -> RowTests:
+    return RowTests(
+        row=name,
+        cases=[
+            case("same shape", X, X),
+            case("row", X, T((5,))),
+            case("both broadcast", T((2, 1, 5)), T((3, 1))),
+            case("ties", TIED, T((4, 9), lambda v: v.round())),
+            case("numbers", T(()), T(())),
+            case("transposed memory", T((6, 9), turned), T((9, 6))),
+            case("slice", T((6, 10), lambda v: v[:, ::2]), T((6, 5))),
+            case("empty", T((0, 5)), T((0, 5))),
+            Case(
+                "two dtypes", (X, T(X.shape, lambda v: v.double())), obstacle="it joins two dtypes"
+            ),
+        ],
+        op_info=OpInfo(name),
+        behind=Behind((Given.X, Given.NUMBER)),
+        entries=(
+            Entry(name, {"self": "input"}, amend=lambda found: found | {("side", n) for n in BOTH}),
+        ),
+        codes=3,
+    )
+
+
+def _of_a_row(name: str) -> RowTests:
+    return RowTests(
+        row=name,
+        cases=[
+            case("all", X),
+            case("last", X, -1),
+            case("two", X, (0, 2)),
+            case("keepdim", X, 1, True),
+            case("ties", T((4, 9), lambda v: v.round()), 1),
+            case("transposed memory", T((6, 9), turned), 0),
+            case("channels_last", T((2, 3, 5, 4), format=LAST), (2, 3), True),
+            Case("number", (T(()),), obstacle="it is of one number"),
+        ],
+        op_info=OpInfo(name),
+        behind=Behind((Given.X, -1)),
+        entries=(Entry(name, {"self": "input"}, amend=lambda found: found | {("mask", "input")}),),
+    )
+
+
+RECORDS = (
+    *(DROPOUT, WHERE, MASKED_FILL),
+    *map(_of_two, ("maximum", "minimum")),
+    *map(_of_a_row, ("amax", "amin")),
+)

@@ -122,4 +122,13 @@ PRELU = RowTests(
     keeps=lambda found, needs: found - {"weight"} if needs == {"weight"} else found,
 )
 
-RECORDS = (RELU, RELU6, HARDTANH, LEAKY_RELU, HARDSIGMOID, CLAMP, PRELU)
+ABS = RowTests(
+    row="abs",
+    cases=pointwise(),
+    op_info=OpInfo("abs"),
+    behind=Behind(),
+    entries=(Entry("abs", {"self": "input"}),),
+    codes=3,
+)
+
+RECORDS = (ABS, RELU, RELU6, HARDTANH, LEAKY_RELU, HARDSIGMOID, CLAMP, PRELU)

@@ -9,7 +9,7 @@ from dropit_fx.runtime.copies import Kept, Packed, kept_as, shared_out, unpack
 from dropit_fx.runtime.packed_call import PACKED_OPS, pack
 from dropit_fx.runtime.tensor_spec import flatten, spec_of, unflatten
 
-CALLED = ("pack", "derived", "by_mode", "require_mode", "stand_in", "packed_checkpoint")
+CALLED = ("pack", "derived", "by_mode", "in_mode", "require_mode", "stand_in", "packed_checkpoint")
 
 
 @pytest.mark.parametrize("module", ["packed_call", "runtime.packed_call"])
