@@ -184,9 +184,9 @@ class Matcher:
             user.args[0] is node and isinstance(dim, int) and dim % before.dim() < before.dim() - 1
         )
         for part in user.users:
-            if not plain or called(part) != "getitem" or not part.users:
+            index = part.args[1] if called(part) == "getitem" else None
+            if not plain or not isinstance(index, int) or not part.users:
                 raise NoMatch(f"'{user.name}' ({called(user)}) reads them")
-            index = part.args[1]
 
             def move(graph: fx.Graph, x: fx.Node, index: Any = index) -> fx.Node:
                 return graph.call_function(operator.getitem, (_again(graph, user, x), index))

@@ -77,6 +77,12 @@ class RowByRow(Model):
         return -torch.stack(found).mean()
 
 
+class OfSomeRows(Model):
+    def forward(self, ids: Tensor) -> Any:
+        some = torch.stack(self.logits(ids).unbind()[1:])
+        return F.cross_entropy(some.flatten(0, 1), ids[1:].flatten())
+
+
 class InChunks(Model):
     def forward(self, ids: Tensor) -> Any:
         z, labels = self.logits(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
@@ -296,6 +302,7 @@ def test_autocast_is_followed() -> None:
     [
         (Penalised, "'pow.*reads them"),
         (Written, "writes into a tensor between"),
+        (OfSomeRows, "'unbind.*reads them"),
         (Returned, "the model returns them; 'drop_logits: true' .* frees 806,400 bytes"),
     ],
 )
