@@ -46,6 +46,7 @@ DIGITS, BERT = (
     f"python examples/{name} --presets balanced max --seeds 5 --out {FIGURES}"
     for name in ("digits.py --no-compile", "bert.py")
 )
+LORA = f"python examples/bert.py --lora --presets adapters --seeds 5 --out {FIGURES}"
 FREEZE = f"python examples/freeze.py --rates 0.5 0.6 0.8 0.95 --seeds 5 --out {FIGURES}"
 STEPS = {
     name: f"dropit-fx bench step --model timm:{name} --batch 16 --json {FIGURES / name}.json"
@@ -79,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tables", action="store_true", help="rewrite their tables only")
     options = parser.parse_args(argv)
     if not (options.write or options.tables):
-        commands = (DIGITS, BERT, FREEZE, *STEPS.values(), BYTES, PARETO, DEIT_SMALL, GRADIENTS)
-        for command in (*commands, GRADIENTS_DEIT, CODECS_ALONE, FORMATS, KERNELS):
+        commands = (DIGITS, BERT, LORA, FREEZE, *STEPS.values(), BYTES, PARETO, DEIT_SMALL)
+        for command in (*commands, GRADIENTS, GRADIENTS_DEIT, CODECS_ALONE, FORMATS, KERNELS):
             print(f"$ {command}", flush=True)
             program = Path(sys.executable).with_name(command.split()[0])
             subprocess.run([program, *shlex.split(command)[1:]], cwd=ROOT, check=True)
@@ -258,6 +259,7 @@ def measured() -> str:
     tables = [
         (f"`{DIGITS}`", "digits", training_table),
         (f"`{BERT}`", "bert", bert_table),
+        (f"`{LORA}`", "bert_lora", lora_table),
         (f"`{FREEZE}`", "freeze", freeze_table),
         *((f"`{command}`", name, step_table) for name, command in STEPS.items()),
         (f"`{PARETO}`", "pareto_deit_tiny", pareto_table),
@@ -289,6 +291,14 @@ def bert_table(results: dict[str, Any]) -> str:
     about = (
         "A pretrained encoder learns to tell which of eight parts of SciPy a paragraph documents;"
         " its attention has dropout and runs as matmul, softmax, dropout and matmul."
+    )
+    return f"{training_table(results)} {about}"
+
+
+def lora_table(results: dict[str, Any]) -> str:
+    about = (
+        "The same encoder, frozen: trained are LoRA's factors of rank 8 beside its linear layers,"
+        " with dropout, and the classifier behind it."
     )
     return f"{training_table(results)} {about}"
 

@@ -11,7 +11,8 @@ that gets no gradient.
 An op that makes or reads something in a size that depends on values (a mask's rows) stays as it is.
 
 What is made of an input whose class has a say in what ops do is of that class, and packed calls run
-as PyTorch does there: it stays as it is.
+as PyTorch does there: it stays as it is. So does what an op saves that reads a weight of such a
+class (a quantised one): often that weight in full precision.
 
 An input that is a leaf stays with the caller; one that another op has made is an activation like
 those inside (a block that is compiled by itself), kept for the backward alone.
@@ -48,6 +49,7 @@ from dropit_fx.passes.plan import Plan, SavedRead, Site
 from dropit_fx.passes.storages import Chance, Storages, is_state
 from dropit_fx.private import EXAMPLE_VALUE, pytree, storage_id, version
 from dropit_fx.runtime.decisions import INDICES
+from dropit_fx.runtime.overrides import has_own_ops
 from dropit_fx.runtime.regions import DECIDES, WRITTEN, name_of, written_unseen
 
 BY_VALUES = "a size of this call depends on values"
@@ -146,8 +148,12 @@ class _Probe(FakeRun):
         if n in self.by_values:
             self._add_uncounted(ran, saved, operands, result)
             return result
-        if own := next(filter(None, map(self._own_ops.get, n.all_input_nodes)), ""):
+        own = next(filter(None, map(self._own_ops.get, n.all_input_nodes)), "")
+        if own:
             self._own_ops[n] = own
+        else:  # a weight, whose class need not be that of the result
+            own = next((type(t).__name__ for t in operands if has_own_ops([t])), "")
+        if own:
             why = f"an input is a {own}, which has a say in what ops do: it runs as in PyTorch"
             for kept in saved:
                 if not self.storages.is_free(kept.tensor):

@@ -1,12 +1,13 @@
 """From a linear layer's logits to the losses that read them: what lies between, op by op.
 
-Between them may stand what can be done to the layer's input instead (views and slices of rows), and
-what is done to each logit by itself (casts, scales, a soft cap). ``log_softmax`` may stand anywhere
-before ``nll_loss`` and ``gather``.
+Between them may stand what can be done to the layer's input instead (views, slices and parts of
+rows), and what is done to each logit by itself (casts, scales, a soft cap). ``log_softmax`` may
+stand anywhere before ``nll_loss`` and ``gather``.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,7 @@ _COPIES = ("contiguous", "clone")
 _SCALES = {"mul": "mul", "div": "div", "truediv": "div"}
 _SHAPES = ("view", "reshape", "unsafe_view")
 _CUTS = {"slice": 1, "narrow": 1, "select": 1}  # the place of the dimension
+_PARTS = {"unbind": 1, "chunk": 2, "split": 2, "split_with_sizes": 2}  # several results
 _WHOLE = slice(None, None, None)
 
 
@@ -96,6 +98,12 @@ class Matcher:
                 continue
             elif (loss := self._loss(user, node, path)) is not None:
                 yield loss
+            elif called(user) in _PARTS:
+                for part, move in self._parts(user, node):
+                    nodes = (*path.nodes, user, part)
+                    yield from self.readers(
+                        part, replace(path, moves=(*path.moves, move), nodes=nodes)
+                    )
             else:
                 further = self._step(user, node, path)
                 yield from self.readers(user, replace(further, nodes=(*path.nodes, user)))
@@ -165,6 +173,25 @@ class Matcher:
         if step is None:
             raise other
         return replace(path, steps=(*path.steps, step))
+
+    def _parts(
+        self, user: fx.Node, node: fx.Node
+    ) -> Iterator[tuple[fx.Node, Callable[[fx.Graph, fx.Node], fx.Node]]]:
+        """What takes rows apart (a loop over them): each part, and how it comes of the input."""
+        at, before = _PARTS[called(user)], self.values[node.name]
+        dim = user.kwargs.get("dim", user.args[at] if len(user.args) > at else 0)
+        plain = (
+            user.args[0] is node and isinstance(dim, int) and dim % before.dim() < before.dim() - 1
+        )
+        for part in user.users:
+            index = part.args[1] if called(part) == "getitem" else None
+            if not plain or not isinstance(index, int) or not part.users:
+                raise NoMatch(f"'{user.name}' ({called(user)}) reads them")
+
+            def move(graph: fx.Graph, x: fx.Node, index: Any = index) -> fx.Node:
+                return graph.call_function(operator.getitem, (_again(graph, user, x), index))
+
+            yield part, move
 
     def _move(
         self, user: fx.Node, node: fx.Node, before: Tensor, after: Tensor

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from dropit_fx.capture.fake import inner_tensors, is_made_of_tensors
 from dropit_fx.capture.provenance import node_where
 from dropit_fx.passes.plan import Elements, Keeper, Values
 from dropit_fx.private import (
@@ -111,6 +112,9 @@ class Storages:
                 home = self.of(tensor, n.name)
                 home.nodes.append(n)
                 home.kept_by = home.kept_by or _keeper(n, tensor)
+                if home.kept_by in FREE and is_made_of_tensors(tensor):
+                    for part in inner_tensors(tensor).values():
+                        self.of(part, n.name).kept_by = home.kept_by
         self._describe(n, result)
 
     def _versions_of(self, tensors: list[Tensor]) -> dict[int, int]:

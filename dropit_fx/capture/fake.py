@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,7 @@ from dropit_fx.private import (
     schema,
     storage_id,
 )
+from dropit_fx.runtime.overrides import has_own_ops
 from dropit_fx.runtime.regions import name_of
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ def concrete_fakes(values: Iterable[Any]) -> tuple[Any, ...]:
 
     def concrete(value: Any) -> Any:
         if isinstance(value, Tensor):
+            if is_made_of_tensors(value):
+                return made_of({n: concrete(t) for n, t in inner_tensors(value).items()}, value)
             with mode:
                 fake = torch.empty_strided(
                     [_number(s) for s in value.shape],
@@ -62,6 +65,24 @@ def concrete_fakes(values: Iterable[Any]) -> tuple[Any, ...]:
         return _number(value) if isinstance(value, torch.SymInt) else value
 
     return tuple(concrete(v) for v in values)
+
+
+def is_made_of_tensors(value: Tensor) -> bool:
+    """Whether it consists of others, and its class has a say in what ops do: a quantised weight."""
+    return hasattr(value, "__tensor_flatten__") and has_own_ops((value,))
+
+
+def inner_tensors(value: Any) -> dict[str, Tensor]:
+    """What such a tensor consists of, by name."""
+    return {name: getattr(value, name) for name in value.__tensor_flatten__()[0]}
+
+
+def made_of(inner: Mapping[str, Tensor], like: Any) -> Tensor:
+    """One like ``like``, made of other tensors."""
+    size, stride = ([_number(s) for s in sizes] for sizes in (like.shape, like.stride()))
+    meta = like.__tensor_flatten__()[1]
+    made: Tensor = type(like).__tensor_unflatten__(inner, meta, size, stride)
+    return made
 
 
 def fakes_of(values: Iterable[Any]) -> tuple[Any, ...]:
@@ -128,7 +149,9 @@ def fake_state(
         fakes[name] = tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor)
         if fakes[name] is not tensor:  # the mode has one fake for each tensor: of earlier runs too
             fakes[name].grad = None
-        kinds[storage_id(fakes[name])] = isinstance(tensor, nn.Parameter)
+        inner = inner_tensors(fakes[name]) if is_made_of_tensors(fakes[name]) else {}
+        for part in (fakes[name], *inner.values()):
+            kinds[storage_id(part)] = isinstance(tensor, nn.Parameter)
     with reparametrize_module(module, fakes, tie_weights=False), _numbered_momentum(module):
         yield kinds
 

@@ -48,6 +48,7 @@ EMBEDDING = OpRule(
         (torch.embedding, aten.embedding.default),
         ("weight", "input", "padding_idx", "scale_grad_by_freq", "sparse"),
     ),
+    nones={"padding_idx": -1},
     reads=(_indices("input", "weight", lambda args: index_bits(args["weight"].shape[0])),),
     run=F.embedding,
     backward=_embedding_backward,

@@ -73,10 +73,15 @@ def _dropout_again(
     return input if mask is None else dropped_again(input, mask, p)
 
 
+_DROPOUTS = (
+    *(F.dropout, torch.dropout, torch.dropout_),
+    *(aten.dropout.default, aten.dropout_.default),
+)
+
 DROPOUT = OpRule(
     name="dropout",
-    targets=(F.dropout, torch.dropout, torch.dropout_, aten.dropout.default, aten.dropout_.default),
-    orders=dict.fromkeys((torch.dropout_, aten.dropout_.default), ("input", "p", "training")),
+    targets=_DROPOUTS,
+    orders=dict.fromkeys(_DROPOUTS[1:], ("input", "p", "training")),
     reads=(Read(operand="mask", use=Use.SLOPE, needed_by=("input",), bits=one_bit),),
     run=out_of_place(F.dropout),
     run_saving=_dropout_saving,

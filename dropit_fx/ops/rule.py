@@ -131,6 +131,7 @@ class OpRule:
         targets: All spellings of the op in fx graphs: functions, ``OpOverload`` s, and for methods
             their name.
         orders: The names of the positional arguments, for spellings that order them otherwise.
+        nones: Argument -> what these spellings say for None.
         ignored: Keyword arguments of some spellings that change nothing.
         reads: What its backward reads.
         run: The op itself, as a function of plain arguments; its signature names the operands.
@@ -164,6 +165,7 @@ class OpRule:
     run_saving: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None
     backward: Callable[..., dict[str, Tensor | None]] | None = None
     orders: Mapping[Any, tuple[str, ...]] = field(default_factory=dict)
+    nones: Mapping[str, Any] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset({STACKLEVEL, "cudnn_enabled", "cudnn_enable"})
     autocast: str = ""
     derive: Callable[..., Tensor] | None = None

@@ -100,6 +100,7 @@ def bind(
     order = rule.orders.get(target) if isinstance(target, Hashable) else None
     if order is not None:
         known |= dict(zip(order, args, strict=False))
+        known |= {name: None for name, none in rule.nones.items() if known.get(name) == none}
         args = ()
     for name in rule.ignored - set(signature.parameters):
         known.pop(name, None)

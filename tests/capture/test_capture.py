@@ -582,3 +582,33 @@ def test_spectral_norm_moves_its_vectors_in_training_mode_alone(training: bool) 
         assert torch.equal(packed(x), dense(x))
         pairs = zip(model.buffers(), dense.buffers(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("also", [False, True], ids=["one graph", "two graphs"])
+def test_dropout_behind_a_condition_on_the_mode_is_exported(also: bool) -> None:
+    """Export has ATen's dropout, of three arguments; PEFT's DoRA does more in training, too."""
+
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(8, 64), nn.Linear(64, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.fc1(x)
+            if self.training and h.shape[-1] > 4:  # export knows it, symbolic_trace does not
+                h = F.dropout(h, 0.1)
+                h = h * 2 if also else h
+            out: Tensor = self.fc2(h)
+            return out
+
+    model, x = Dropping().train(), torch.randn(4, 8)
+    packed = transform(model, preset="lossless", example_args=(x,))
+    for mode in (True,) if also else (True, False):
+        found = []
+        for run in (model.train(mode), packed.train(mode)):
+            torch.manual_seed(0)
+            found.append(run(x))
+        assert torch.equal(*found)
+    if also:
+        with pytest.raises(RuntimeError, match="training"):
+            packed.eval()(x)

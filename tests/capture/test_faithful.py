@@ -853,3 +853,23 @@ def test_a_graph_traced_twice_is_the_same_graph() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+def test_a_weight_that_tracing_forgets_is_no_graph() -> None:
+    """PyTorch hands whoever traces ``F.l1_loss`` all of its arguments but the weight."""
+
+    class Weighted(nn.Module):
+        def __init__(self, weighted: bool = True) -> None:
+            super().__init__()
+            self.inner, self.weighted = nn.Linear(8, 8), weighted
+
+        def forward(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+            return F.l1_loss(self.inner(x), y, weight=weight if self.weighted else None)
+
+    x, y, weight = torch.randn(4, 8), torch.randn(4, 8), torch.rand(4, 8)
+    with pytest.raises(CaptureError, match=r"F\.l1_loss forgets its weight.*test_faithful\.py:"):
+        transform(Weighted(), example_args=(x, y, weight))
+    model = Weighted(weighted=False)
+    assert torch.equal(transform(model, example_args=(x, y, weight))(x, y, weight), model(x, y, x))
+    run = torch.compile(Weighted(), backend="dropit_eager")
+    assert torch.equal(run(x, y, weight), run._orig_mod(x, y, weight))

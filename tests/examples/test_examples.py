@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -175,6 +176,52 @@ def test_table_of_the_readme(written: Path) -> None:
     for name in results["models"]:
         for variant in VARIANTS:
             assert f"| {name}, eager, {variant} |" in made
+
+
+def test_adapters_are_published_once_they_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    (tmp_path / figures.FIGURES).mkdir(parents=True)
+    assert figures.measured() == ""
+    runs = [{"seed": s, "accuracy": [0.5], "loss": [1.0]} for s in range(2)]
+    dense = {"runs": runs, "saved_bytes": 1000, "peak_memory": 2000, "time": 1.0}
+    packed = dense | {"saved_bytes": 90, "gradient_error": {"lora_A": 0.01, "lora_B": 0.02}}
+    settings = {"batch": {"bert_lora": 32}, "seeds": 2, "threads": 1}
+    models = {"bert_lora": {"eager": {"dense": dense, "adapters": packed}}}
+    path = tmp_path / figures.FIGURES / f"{bert.LORA.name}.json"
+    path.write_text(json.dumps({"settings": settings, "models": models}))
+    made = figures.measured()
+    assert figures.LORA in made
+    assert "| bert_lora, eager, adapters | 50.0 ± 0.0 % |" in made
+    assert "Gradients of lora_B, adapters: 2.0% from dense's." in made
+
+
+def test_errors_of_gradients_are_told_of_each_part() -> None:
+    """A run whose gradients of one part are a quarter too large; dropout is that of dense."""
+    layers = {
+        "a": torch.nn.Linear(8, 16),
+        "drop": torch.nn.Dropout(0.5),
+        "b": torch.nn.Linear(16, 3),
+    }
+
+    def build() -> torch.nn.Module:
+        return torch.nn.Sequential(OrderedDict(layers))
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        hidden = layers["a"](x)
+        out: torch.Tensor = layers["b"](layers["drop"](hidden + (hidden - hidden.detach()) / 4))
+        return out
+
+    data = training.Data(torch.randn(24, 8), torch.arange(24) % 3, *torch.empty(2, 0))
+    task = training.Task(
+        build=build, data=lambda: data, batch=8, lr=0.0, epochs=0, parts=("a.", "b.")
+    )
+    model = build()
+    found = training.gradient_errors(training.Made(model, model, run), data, task)
+    assert found == {"a.": pytest.approx(0.25, rel=1e-5), "b.": 0}
+    exact = training.make(task, "lossless", False, 0)
+    assert training.gradient_errors(exact, data, task) == {"a.": 0, "b.": 0}
 
 
 def test_times_only_replaces_nothing_but_times(tmp_path: Path) -> None:

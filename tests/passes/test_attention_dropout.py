@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import dropit_fx
 from dropit_fx import measure
+from dropit_fx.compile.backend import compiled_graphs
 from dropit_fx.ops.masks import drop, dropped_again
 
 BATCH, TOKENS, WORDS = 2, 64, 100
@@ -217,6 +218,113 @@ def test_a_dropout_is_repeated_to_the_bit(p: float, dtype: torch.dtype) -> None:
     torch.manual_seed(3)
     given, mask = drop(x, p)
     assert torch.equal(dropped_again(x, mask, p), given)
+
+
+HEADS, WIDE = 4, 8
+
+
+def distances(q: Tensor, k: Tensor) -> Tensor:
+    to, at = torch.arange(k.shape[2]), torch.arange(q.shape[2])
+    return to[None, :] - at[:, None]
+
+
+def alibi(q: Tensor, k: Tensor) -> Tensor:
+    return -distances(q, k).abs() * torch.tensor([0.5, 0.25, 0.125, 0.0625])[:, None, None]
+
+
+def padding(q: Tensor, k: Tensor) -> Tensor:
+    return (torch.arange(k.shape[2]) < k.shape[2] - 7).expand(q.shape[0], 1, 1, -1)
+
+
+def repeated(x: Tensor) -> Tensor:
+    """The two heads of keys or values for four of queries, as Hugging Face's ``repeat_kv``."""
+    few = x[:, :2, None].expand(-1, -1, 2, -1, -1)
+    return few.reshape(x.shape[0], HEADS, x.shape[2], WIDE)
+
+
+def written_out(
+    masks: Callable[[Tensor, Tensor, Tensor], Tensor], upcast: bool = False
+) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+    """Attention op by op; ``masks`` makes what softmax reads of scores, queries and keys."""
+
+    def spelled(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+        scores = masks(q @ k.transpose(-1, -2) / WIDE**0.5, q, k)
+        dtype = torch.float32 if upcast else None
+        return F.dropout(scores.softmax(-1, dtype=dtype).to(q.dtype), p) @ v
+
+    return spelled
+
+
+def asked(
+    mask: Callable[[Tensor, Tensor], Tensor] | None = None, **how: Any
+) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+    def spelled(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+        given = None if mask is None else mask(q, k)
+        return F.scaled_dot_product_attention(q, k, v, given, dropout_p=p, **how)
+
+    return spelled
+
+
+def by_einsum(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    weights = torch.einsum("bhqd,bhkd->bhqk", q, k).div(WIDE**0.5).softmax(-1)
+    return torch.einsum("bhqk,bhkd->bhqd", F.dropout(weights, p), v)
+
+
+def by_bmm(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    """As Bloom's: the bias of each head is what the products are added to."""
+    bias, k = alibi(q, k).repeat(q.shape[0], 1, 1), k.flatten(0, 1).transpose(1, 2)
+    scores = torch.baddbmm(bias, q.flatten(0, 1), k, alpha=WIDE**-0.5)
+    weights = F.dropout(scores.softmax(-1), p)
+    return torch.bmm(weights, v.flatten(0, 1)).unflatten(0, (-1, HEADS))
+
+
+LOW = torch.finfo(torch.float32).min
+# each with what lossless and balanced keep of dense, at most
+TABLE: dict[str, tuple[Callable[[Tensor, Tensor, Tensor, float], Tensor], float, float]] = {
+    "grouped heads": (
+        lambda q, k, v, p: F.scaled_dot_product_attention(
+            q, k[:, :2], v[:, :2], dropout_p=p, is_causal=True, enable_gqa=True
+        ),
+        *(0.2, 0.05),
+    ),
+    "repeated heads": (
+        lambda q, k, v, p: asked(is_causal=True)(q, repeated(k), repeated(v), p),
+        *(0.2, 0.05),
+    ),
+    "window": (asked(lambda q, k: distances(q, k).abs() < 5), 0.2, 0.05),
+    "padding": (asked(padding), 0.2, 0.05),
+    "bias": (asked(alibi), 0.3, 0.12),  # which stays whole: dense attention keeps none of it
+    "added": (written_out(lambda s, q, k: s + (distances(q, k) > 0) * LOW), 0.6, 0.12),
+    "filled, upcast": (
+        written_out(lambda s, q, k: s.masked_fill(~padding(q, k), LOW), upcast=True),
+        *(0.6, 0.12),
+    ),
+    "where": (written_out(lambda s, q, k: torch.where(distances(q, k) <= 0, s, LOW)), 0.6, 0.12),
+    "bias added": (written_out(lambda s, q, k: s + alibi(q, k)), 0.6, 0.12),
+    "capped": (written_out(lambda s, q, k: 5 * torch.tanh(s / 5)), 0.6, 0.12),
+    "einsum": (by_einsum, 0.6, 0.12),
+    "bmm": (by_bmm, 0.6, 0.12),
+}
+
+
+@pytest.mark.parametrize("spelling", TABLE)
+def test_weights_are_kept_in_bits_in_every_spelling(spelling: str) -> None:
+    spelled, *limits = TABLE[spelling]
+    torch.manual_seed(0)
+    model, x = Attention(spelled).train(), torch.randn(4, 64, 32)
+    expected = step(model, model, x)
+    for preset, limit in zip(("lossless", "balanced"), limits, strict=True):
+        ours = packed(model, preset)
+        found = step(ours, model, x)
+        exact = slice(None) if preset == "lossless" else slice(0, 1)
+        torch.testing.assert_close(found[exact], expected[exact], rtol=0, atol=0)
+        assert torch.equal(found[-1], expected[-1])
+        report = compiled_graphs()[-1].report
+        assert report.kept_bytes == measure.saved_bytes(ours, x)
+        assert report.ratio <= limit, str(report)
+    weights = 4 * 4 * 64 * 64
+    whole = [r for r in report.rows if r.kept_bytes >= 4 * weights]
+    assert not whole, str(report)
 
 
 class Attends(nn.Module):

@@ -598,3 +598,31 @@ def test_what_is_said_of_every_compiled_case_is_what_is_measured(
     compiled = torch.compile(every, backend=backend, options=options, fullgraph=True)
     measured = saved_bytes(compiled, *[t for tensors, _ in calls for t in tensors])
     assert [g.saved_bytes for g in compiled_graphs()[before:]] == [measured]
+
+
+def test_indices_are_packed_where_export_spells_the_lookup() -> None:
+    """Export says -1 where there is no padding index, and T5 looks up each pair of positions."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.bias = nn.Linear(32, 64), nn.Embedding(16, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            at = torch.arange(x.shape[0] if x.shape[0] > 1 else 1)  # export takes it, fx does not
+            between = (at[None] - at[:, None]).clamp(-8, 7) + 8
+            out: Tensor = self.inner(x) * self.bias(between).sin()
+            return out
+
+    model, x = Positions(), torch.randn(16, 32)
+    packed = transform(model, preset="lossless", example_args=(x,))
+    told = report(packed)
+    (row,) = [r for r in told.rows if r.op == "embedding"]
+    assert (row.codec, row.kept_bytes) == ("bitmask(bits=4)", 16 * 16 // 2)
+    assert saved_bytes(packed, x) == told.kept_bytes
+    found = []
+    for run in (model, packed):
+        model.zero_grad()
+        run(x).sum().backward()
+        found.append(model.bias.weight.grad)
+    assert torch.equal(*found)

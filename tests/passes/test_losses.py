@@ -67,6 +67,38 @@ class LogProbs(Model):
         return 1e-3 * torch.logsumexp(z, -1).pow(2).mean() - found.mean()
 
 
+class RowByRow(Model):
+    """A loop over the rows of a batch, as TRL's where logits are in bfloat16."""
+
+    def forward(self, ids: Tensor) -> Any:
+        found = []
+        for z, labels in zip(self.logits(ids)[:, :-1], ids[:, 1:], strict=True):
+            found.append(F.log_softmax(z, -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1))
+        return -torch.stack(found).mean()
+
+
+class OfSomeRows(Model):
+    def forward(self, ids: Tensor) -> Any:
+        some = torch.stack(self.logits(ids).unbind()[1:])
+        return F.cross_entropy(some.flatten(0, 1), ids[1:].flatten())
+
+
+class InChunks(Model):
+    def forward(self, ids: Tensor) -> Any:
+        z, labels = self.logits(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        pairs = zip(z.chunk(3), labels.chunk(3), strict=True)
+        return sum(F.cross_entropy(*pair, reduction="sum") for pair in pairs)
+
+
+class Padded(Model):
+    """As Hugging Face: labels are shifted by padding, and the sum is over the items of a batch."""
+
+    def forward(self, ids: Tensor) -> Any:
+        labels = F.pad(ids, (0, 1), value=-100)[..., 1:].contiguous()
+        z = self.logits(ids).float().view(-1, CLASSES)
+        return F.cross_entropy(z, labels.view(-1), reduction="sum") / 44
+
+
 class Returned(Model):
     def forward(self, ids: Tensor) -> Any:
         z = self.logits(ids)
@@ -125,7 +157,7 @@ class Written(Model):
         return F.cross_entropy(z.flatten(0, 1), labels.flatten())
 
 
-MATCHED = (Model, Shifted, AsModule, Nll, LogProbs)
+MATCHED = (Model, Shifted, AsModule, Nll, LogProbs, RowByRow, InChunks, Padded)
 NOT_HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "scaled": lambda m, x: torch.addmm(m.each, x.flatten(0, 1), m.columns, alpha=2).view(4, 12, -1),
     "batched": lambda m, x: torch.matmul(x, m.columns.expand(4, WIDTH, CLASSES)),
@@ -270,6 +302,7 @@ def test_autocast_is_followed() -> None:
     [
         (Penalised, "'pow.*reads them"),
         (Written, "writes into a tensor between"),
+        (OfSomeRows, "'unbind.*reads them"),
         (Returned, "the model returns them; 'drop_logits: true' .* frees 806,400 bytes"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
@@ -36,7 +38,7 @@ class Meaning:
         written: Name of a parameter, buffer, input or constant -> number of what it is afterwards,
             where that is not what it was.
         where: Number of each value -> the module and the line that made it, in order.
-        hooks: Lines at which a tensor was given a hook.
+        lost: What no graph carries over, and the line.
         functions: Names of the custom ``autograd.Function`` s in the backward.
         checkpoints: How many regions are checkpointed.
         attached: Attributes that inputs, outputs, parameters and buffers are given
@@ -48,7 +50,7 @@ class Meaning:
     grads: Mapping[str, int | None]
     written: Mapping[str, int]
     where: Mapping[int, str]
-    hooks: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
     functions: tuple[str, ...] = ()
     checkpoints: int = 0
     attached: tuple[str, ...] = ()
@@ -81,7 +83,7 @@ def meaning(
     fakes = fakes_of(leaves)
     mode = fake_mode_of(fakes)
     numbers = Numbers(module)
-    watch = _TensorHooks(numbers.here)
+    watch = _Lost(numbers.here)
     with (
         torch.random.fork_rng(devices=()),
         warnings.catch_warnings(),
@@ -115,7 +117,7 @@ def meaning(
             grads=grads,
             written=written | numbers.written_constants(),
             where=numbers.where,
-            hooks=tuple(watch.found),
+            lost=tuple(watch.found),
             functions=functions,
             checkpoints=len(checkpoints),
             attached=tuple(_attached(state | inputs, had, outputs, mode)),
@@ -243,8 +245,11 @@ def _backward(
     return grads, functions
 
 
-class _TensorHooks(TorchFunctionMode):
-    """Notes where a tensor is given a hook."""
+class _Lost(TorchFunctionMode):
+    """Notes what tracers lose: hooks of tensors, and the weight of ``F.l1_loss``.
+
+    That hands all of its arguments but the weight to whoever traces it.
+    """
 
     def __init__(self, here: Callable[[], str]) -> None:
         super().__init__()
@@ -253,6 +258,11 @@ class _TensorHooks(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in _HOOKS and getattr(Tensor, func.__name__) == func:
-            self.found.append(self.here())
+            self.found.append(f"a tensor is given a hook in {self.here()}")
             return RemovableHandle(OrderedDict()) if func.__name__ != "retain_grad" else None
+        if func is F.l1_loss and sys._getframe(2).f_locals.get("weight") is not None:
+            self.found.append(
+                f"F.l1_loss forgets its weight where it is traced ((x - y).abs() * weight has it),"
+                f" in {self.here()}"
+            )
         return func(*args, **(kwargs or {}))

@@ -59,8 +59,8 @@ class Study:
                 break
         changes = [c for c in seen.changes if not _is_benign(model, c)]
         reason = ""
-        if found is not None and found.hooks:
-            reason = f"a tensor is given a hook in {found.hooks[0]}"
+        if found is not None and found.lost:
+            reason = found.lost[0]
         elif found is not None and found.attached:
             place = place_of_forward(model)
             reason = f"a tensor is given an attribute, {found.attached[0]}, in {place}"
