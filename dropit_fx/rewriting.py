@@ -41,7 +41,8 @@ class Rewriter:
         """A copy of the captured graph, rewritten."""
         module = self.module
         if any(isinstance(m, fx.GraphModule) for m in list(module.modules())[1:]):
-            module = capture(*self._given)
+            held = [*module.parameters(), *module.buffers()]
+            module = copy.deepcopy(module, {id(t): t for t in held})  # the graphs in it, too
         else:
             module = RewrittenModule(module, copy.deepcopy(module.graph), type(module).__name__)
         return rewrite(module, config, *self._given[1:])
