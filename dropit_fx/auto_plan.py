@@ -84,6 +84,7 @@ class AutoPlan:
         self._step = step  # of the shapes that the graph was traced with
         self.plans = 0
         self.packed: fx.GraphModule
+        self.planned: PlannedConfig
         self._peak = peak
         self._plan(step)
 
@@ -130,7 +131,7 @@ class AutoPlan:
             _take(self.packed, made)
         else:
             self.packed = made
-        self.planned: PlannedConfig = planned
+        self.planned = planned
         self.plans += 1
 
 
