@@ -62,8 +62,8 @@ def notes_of(
         place = place_of_rule(rule)
         level_of = rule.codec, rule.options
         own = [_Told(place, codes) for codes, lv in chosen[place].items() if lv == level_of]
-        size, lost, takes = (sum(f[p] for p in own) for f in (nbytes, error, lasts))
-        text = f"keeps {shown(size)}" if size else "keeps nothing of its own"
+        held, lost, takes = (sum(f[p] for p in own) for f in (nbytes, error, lasts))
+        text = f"keeps {shown(held)}" if held else "keeps nothing of its own"
         text += f", gradient error {(lost / errors.gradient) ** 0.5:.2g}" if lost else ""
         text += f", {shown_seconds(takes)}" if takes else ""
         said.append(", ".join([text, *dict.fromkeys(beside[p] for p in own if p in beside)]))
