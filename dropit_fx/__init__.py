@@ -5,6 +5,7 @@ from typing import Any
 
 from dropit_fx import logs, measure, schedule
 from dropit_fx.api import transform
+from dropit_fx.auto_plan import AutoPlan
 from dropit_fx.capture.trace import CaptureError
 from dropit_fx.check import Check, check
 from dropit_fx.config import Config, ConfigError, load_config
@@ -14,11 +15,13 @@ from dropit_fx.pointwise import pointwise
 from dropit_fx.report.rows import Report, report
 from dropit_fx.report.suggest import suggest
 from dropit_fx.rules import Rule
+from dropit_fx.selective import checkpoint_contexts
 
 logs.read_environment()
 
 __version__ = "0.1.0"
 __all__ = [
+    "AutoPlan",
     "CaptureError",
     "Check",
     "Config",
@@ -28,6 +31,7 @@ __all__ = [
     "Report",
     "Rule",
     "check",
+    "checkpoint_contexts",
     "forecast",
     "load_config",
     "measure",

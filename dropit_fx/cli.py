@@ -232,8 +232,9 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="the same as a page for a browser",
         description="Writes what a training step of a model saves, dense and packed, as one HTML"
-        " file: memory through the step, codecs, a table that sorts. The file needs no other, and"
-        " nothing from the network.",
+        " file: the memory of the predicted step and what stands at its peak, the rules that would"
+        " lower it most, codecs, a table that sorts. The file needs no other, and nothing from the"
+        " network.",
         epilog="example: dropit-fx demo --batch 64 --preset max --out max.html",
     )
     add_model(demo, default=_demo_model())
@@ -285,7 +286,7 @@ def _report(options: argparse.Namespace) -> int:
         if path:
             write(path)
     if options.html:
-        report.page(options.html, about | (named or {"preset": DEFAULT_PRESET}))
+        _page(report, options.html, about | (named or {"preset": DEFAULT_PRESET}))
     if options.json:
         data = about | {"config": named} | report.to_dict()
         if compiled:
@@ -471,11 +472,19 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def _demo(options: argparse.Namespace) -> int:
     config = {"preset": options.preset}
-    report = _packed(Console(stderr=True), options, config, fake=True).report
-    report.page(options.out, _about(options) | config)
+    built = _packed(Console(stderr=True), options, config, fake=True)
+    report = built.report
+    _page(report, options.out, _about(options) | config)
     dense, kept = mib(report.dense_bytes), mib(report.kept_bytes)
     print(f"{options.out}: {dense} saved dense, {kept} kept, {report.ratio:.1%} of dense")
     return 0
+
+
+def _page(report: Report, path: str, about: dict[str, Any]) -> None:
+    """Writes a report as a page, rules that were tried in it."""
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("trying rules", total=1.0)
+        report.page(path, about, progress=lambda text, share: bar.update(task, completed=share))
 
 
 def _about(options: argparse.Namespace) -> dict[str, Any]:

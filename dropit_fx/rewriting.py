@@ -39,12 +39,21 @@ class Rewriter:
 
     def rewritten(self, config: Config) -> Plan:
         """A copy of the captured graph, rewritten."""
+        return rewrite(self._copy(), config, *self._given[1:])
+
+    def dense(self) -> fx.GraphModule:
+        """The captured graph as the model runs: what its checkpoints make again is made again."""
+        module = self._copy()
+        outline(module)
+        run_regions(module)
+        return module
+
+    def _copy(self) -> fx.GraphModule:
         module = self.module
         if any(isinstance(m, fx.GraphModule) for m in list(module.modules())[1:]):
-            module = capture(*self._given)
-        else:
-            module = RewrittenModule(module, copy.deepcopy(module.graph), type(module).__name__)
-        return rewrite(module, config, *self._given[1:])
+            held = [*module.parameters(), *module.buffers()]
+            return copy.deepcopy(module, {id(t): t for t in held})  # the graphs in it, too
+        return RewrittenModule(module, copy.deepcopy(module.graph), type(module).__name__)
 
     def runs(self, module: fx.GraphModule) -> nn.Module:
         """What runs in a step: the graph as it is."""

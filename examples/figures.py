@@ -67,6 +67,7 @@ GRADIENTS, GRADIENTS_DEIT = (
     for model, file in (("", ""), (" --model deit", "_deit"))
 )
 CODECS_ALONE = f"dropit-fx bench codecs --json {FIGURES}/codecs.json --plot {FIGURES}/codecs.png"
+PEAKS = f"dropit-fx bench peaks --json {FIGURES}/peaks.json"
 KERNELS = f"dropit-fx bench kernels --json {FIGURES}/kernels.json"
 
 
@@ -270,6 +271,7 @@ def measured() -> str:
         (f"`{CODECS_ALONE}`", "codecs", codecs_table),
         (f"`{FORMATS}`", "formats", formats_table),
         (f"`{KERNELS}`", "kernels", kernels_table),
+        (f"`{PEAKS}`", "peaks", peaks_table),
     ]
     parts = []
     for command, name, table in tables:
@@ -277,6 +279,13 @@ def measured() -> str:
         if path.exists():
             parts += [command, table(json.loads(path.read_text()))]
     return "\n\n".join(parts)
+
+
+def peaks_table(results: dict[str, Any]) -> str:
+    """What became of the peaks that plans were asked for."""
+    from dropit_fx.bench.peaks import HEAD, lines
+
+    return markdown(HEAD, lines(results["rows"]))
 
 
 def training_table(results: dict[str, Any]) -> str:

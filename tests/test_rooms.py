@@ -32,7 +32,7 @@ ORDER = (
     ("rewriting",),
     ("planner",),
     ("report",),
-    ("api", "compile", "eager"),
+    ("api", "auto_plan", "compile", "eager", "selective"),
     ("check",),
     ("bench", "integrations"),
     ("cli",),

@@ -117,6 +117,21 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
         " after the other and everything else exactly, and compares the gradient of the whole model"
         " with the dense one. Says which codecs are on the front: no smaller one has less error.",
     )
+    peaks = bench(
+        "peaks",
+        "whether plans keep their word: many models, peak after peak",
+        description="Plans each of twenty models for ten peaks from 100 down to 25 % of its dense"
+        " step's, eager and compiled, and measures a real step with each plan; beside them"
+        " PyTorch's memory budgets. Nothing is timed. Takes hours; each row is written as soon as"
+        " it is there, and a second run goes on behind it.",
+        epilog="example: dropit-fx bench peaks --models 'tiny:*' --ways eager --json peaks.json",
+    )
+    peaks.add_argument(
+        "--models", nargs="+", default=(), metavar="GLOB", help="timm:resnet18, 'tiny:*', ..."
+    )
+    ways = ("eager", "compiled", "budget")
+    peaks.add_argument("--ways", nargs="+", choices=ways, default=ways, help="default: all")
+    peaks.add_argument("--inner", choices=inner, default="inductor", help="what compiles them")
     for one in (formats, gradients):
         text = f"{' or '.join(MODELS)} (default: {ENCODER})"
         one.add_argument("--model", choices=MODELS, default=ENCODER, help=text)
@@ -124,7 +139,7 @@ def add_benches(parser: argparse.ArgumentParser) -> None:
         one.add_argument("--loss", choices=LOSSES, default="mlm", help="of the encoder (mlm)")
     for one in (step, pareto, kernels):
         one.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    for one in (step, pareto, roofline, kernels, formats, gradients, codecs):
+    for one in (step, pareto, roofline, kernels, formats, gradients, codecs, peaks):
         one.add_argument(
             "--json", dest="json_path", metavar="FILE", help="write the figures to FILE too"
         )

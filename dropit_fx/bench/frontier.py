@@ -150,7 +150,7 @@ def frontier_of(
         ways += [(COMPILED, COMPILED, compiled(1), None)]
         ways += [(f"budget={b}", COMPILED, compiled(b), None) for b in BUDGETS]
 
-        told = forecast(step, rewriter.module)
+        told = forecast(step, rewriter.dense())
         lasts = _dense_seconds(step, told, device)
         points: list[Point] = []
         skipped = {CHECKPOINT: reason} if reason else {}

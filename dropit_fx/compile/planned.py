@@ -75,8 +75,12 @@ class _Rewriter:
         parts = [m for m in step.model.modules() if isinstance(m, fx.GraphModule)]
         whole = backwards_at_once() is None or len(parts) > 1 or [*step.model.parameters()]
         self._cut = None if whole else cut  # regions, and tensors of its own, are told as they are
-        self.module = self._copy()
-        run_regions(self.module)
+
+    def dense(self) -> fx.GraphModule:
+        """A copy of the graph, which runs as it is."""
+        module = self._copy()
+        run_regions(module)
+        return module
 
     def _copy(self) -> fx.GraphModule:
         """A copy of the graph, with the tensors of the given one."""

@@ -49,7 +49,8 @@ def plan(
         model: Any module that ``transform`` takes, in the mode in which it trains.
         example_inputs: A batch of real inputs, on the model's device: a tensor, a tuple of
             positional inputs, or a mapping of keyword inputs. None: blank ones of a guessed shape.
-        peak: Bytes; ``"6GiB"``, ``"800MB"``; or ``"40%"`` of the dense step's peak.
+        peak: Bytes; ``"6GiB"``, ``"800MB"``; or ``"40%"`` of the dense step's peak: that of
+            the model as it runs, with what it checkpoints.
         loss: From the model's output to the scalar that is differentiated. None: its ``loss`` if it
             has one, otherwise a fixed random projection of all that has a gradient.
         optimizer: What moves the parameters; its state and temporaries then count.

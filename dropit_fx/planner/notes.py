@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dropit_fx.passes.plan import SavedRead
 from dropit_fx.planner.costs import Seconds
-from dropit_fx.planner.moves import WHOLE, Group, made_by, place_of, place_of_rule
+from dropit_fx.planner.moves import (
+    WHOLE,
+    Group,
+    Place,
+    made_by,
+    place_of_rule,
+    places_by_level,
+)
 from dropit_fx.planner.sensitivity import Sensitivity
 from dropit_fx.planner.size import shown
 from dropit_fx.planner.speeds import shown_seconds
@@ -26,43 +36,61 @@ def notes_of(
     errors: Sensitivity,
     seconds: Seconds,
 ) -> tuple[str, ...]:
-    """What is said of each rule: bytes that it keeps, its part in the gradient's error, seconds."""
-    nbytes: dict[object, int] = {}
-    error: dict[object, float] = {}
-    lasts: dict[object, float] = {}
-    beside: dict[object, str] = {}
-    for group, level, of, took in zip(groups, levels, errors.errors, seconds, strict=True):
-        first = group.places[0] if group.places else None
-        for place, size in _sizes(group, level):
-            nbytes[place] = nbytes.get(place, 0) + size
-        for place in group.places:
-            if place == first:
-                error[place] = error.get(place, 0.0) + of[level]
-                lasts[place] = lasts.get(place, 0.0) + took[level]
-            else:
-                beside[place] = f"with {first[1]} of '{first[0]}'" if first else ""
+    """What is said of each rule: bytes that it keeps, its part in the gradient's error, seconds.
 
+    Where one module and op have a rule for values and another for codes, each is told of its own.
+    """
+    nbytes: dict[_Told, float] = defaultdict(float)
+    error: dict[_Told, float] = defaultdict(float)
+    lasts: dict[_Told, float] = defaultdict(float)
+    beside: dict[_Told, str] = {}
+    for group, level, of, took in zip(groups, levels, errors.errors, seconds, strict=True):
+        for part, size in _sizes(group, level):
+            nbytes[part] += size
+        parts = dict.fromkeys(_part(d.read) for d in group.decisions if d.read.read is not None)
+        if not parts:
+            continue
+        first = min(parts, key=lambda part: part.codes)  # codes lose nothing
+        error[first] += of[level]
+        lasts[first] += took[level]
+        module, op = first.place
+        beside |= {p: f"with {op} of '{module}'" for p in parts if p.place != first.place}
+
+    chosen = places_by_level(groups, levels)
     said = []
     for rule in rules:
         place = place_of_rule(rule)
-        text = f"keeps {shown(nbytes[place])}" if nbytes.get(place) else "keeps nothing of its own"
-        if error.get(place):
-            text += f", gradient error {(error[place] / errors.gradient) ** 0.5:.2g}"
-        text += f", {shown_seconds(lasts[place])}" if lasts.get(place) else ""
-        said.append(text + (f", {beside[place]}" if place in beside else ""))
+        level_of = rule.codec, rule.options
+        own = [_Told(place, codes) for codes, lv in chosen[place].items() if lv == level_of]
+        held, lost, takes = (sum(f[p] for p in own) for f in (nbytes, error, lasts))
+        text = f"keeps {shown(held)}" if held else "keeps nothing of its own"
+        text += f", gradient error {(lost / errors.gradient) ** 0.5:.2g}" if lost else ""
+        text += f", {shown_seconds(takes)}" if takes else ""
+        said.append(", ".join([text, *dict.fromkeys(beside[p] for p in own if p in beside)]))
     return tuple(said)
 
 
-def _sizes(group: Group, level: int) -> Iterator[tuple[object, int]]:
-    """Bytes of what a group keeps, each with the place of its first reader."""
+class _Told(NamedTuple):
+    """What a rule of a plan is about."""
+
+    place: Place
+    codes: bool  # small integers, such as masks; else values
+
+
+def _part(read: SavedRead) -> _Told:
+    return _Told((read.module, read.op), read.bits is not None)
+
+
+def _sizes(group: Group, level: int) -> Iterator[tuple[_Told, int]]:
+    """Bytes of what a group keeps, each with what its first reader's rule is about."""
     if group.levels[level] == WHOLE:
         for site in group.sites:
             if site.dense and not site.kept_by:
-                yield (site.reads[0].module, site.reads[0].op), site.nbytes
+                yield _part(site.reads[0]), site.nbytes
         return
-    firsts = {made: place_of(d) for d in reversed(group.decisions) if (made := made_by(d))}
-    for made, place in firsts.items():
-        yield place, group.made_nbytes(made, group.levels[level])
+    firsts = {made: _part(d.read) for d in reversed(group.decisions) if (made := made_by(d))}
+    for made, part in firsts.items():
+        yield part, group.made_nbytes(made, group.levels[level])
 
 
 def about(step: Step, told: Timeline, figures: Mapping[str, float], where: str) -> dict[str, str]:

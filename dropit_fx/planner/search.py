@@ -64,7 +64,8 @@ class _Found:
 class Rewrites(Protocol):
     """What makes the graphs that are looked at: a ``Rewriter``, or what stands in its place."""
 
-    module: fx.GraphModule
+    def dense(self) -> fx.GraphModule:
+        """The graph with nothing packed, its checkpoints as they are."""
 
     def rewritten(self, config: Config) -> Plan:
         """A copy of the graph, rewritten."""
@@ -105,7 +106,7 @@ class Search:
         dense, asked = self.dense, peak_bytes(peak, self.dense_peak)
         if asked >= self.dense_peak:
             whole = Config(rules=(Rule(codec="keep"),), preset=None)
-            found = _Found((), whole, self.rewriter.module, dense, 0.0)
+            found = _Found((), whole, self.base.module, dense, 0.0)
             return self._planned(asked, found, self.dense_peak)
         if not self.groups:
             raise PlanError(f"peak = {peak!r}: {self._nothing()}")
@@ -190,7 +191,7 @@ class Search:
         """What there is to be chosen from."""
         self.progress("the base", 0.0)
         self.base = self.rewriter.rewritten(base_config())
-        whole = self.rewriter.runs(self.rewriter.module)
+        whole = self.rewriter.runs(self.rewriter.dense())
         self._run(whole)
         self._run(self.base.module)
         self.dense = forecast(self.step, whole, self.workspaces)

@@ -37,6 +37,7 @@ from dropit_fx.private import storage_id
 from dropit_fx.runtime.copies import Kept, Packed, parts_of, read_back, shared_out
 from dropit_fx.runtime.function import gradients
 from dropit_fx.runtime.packed_call import pack
+from dropit_fx.runtime.regions import checkpointed
 from dropit_fx.runtime.tensor_spec import TensorSpec
 
 _ALL_BITS = CODEC["quant"].defaults() | {"bits": None}
@@ -185,7 +186,9 @@ class _Probe(fx.Interpreter):
             self._copies[storage_id(result.parts[0])] = self._of_pack[n.name]
         out = result[0] if isinstance(result, tuple) and result else result
         ctx: Any = out.grad_fn if isinstance(out, Tensor) else None
-        if n.op == "call_function" and hasattr(ctx, "rule_name"):
+        # what a checkpointed region returns comes from a call in it, which runs again
+        own = "packed" in n.kwargs and n.target is not checkpointed
+        if own and hasattr(ctx, "rule_name"):
             for kept, parts in shared_out(ctx.kept, ctx.saved_tensors):
                 made = self._of_own.get((n.name, kept.operand))
                 if made is not None and parts:

@@ -15,10 +15,16 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dropit_fx.capture.provenance import first_line
+from dropit_fx.planner import Step
+from dropit_fx.planner.timeline import forecast
 from dropit_fx.report.palette import FREE, INK, Colour, palette
 from dropit_fx.report.rows import Report, Row, short
+from dropit_fx.report.step_view import KIND_COLOURS, step_data
+from dropit_fx.report.suggest import Progress, suggest
 
 PLACE = "{{data}}"  # of the JSON in the template; {{light}} and {{dark}} are of its colours
+SMALL = 1 / 200  # of the largest tensor: what is below is folded
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
@@ -31,23 +37,52 @@ class Level(NamedTuple):
 
 
 def write_page(
-    report: Report, path: str | PathLike[str], about: Mapping[str, object] | None = None
+    report: Report,
+    path: str | PathLike[str],
+    about: Mapping[str, object] | None = None,
+    *,
+    suggestions: int = 3,
+    progress: Progress = lambda text, share: None,
+    **step: Any,
 ) -> None:
-    """Writes the page of a report.
-
-    Args:
-        report: Of a rewritten model; it may have no rows.
-        path: Of the HTML file.
-        about: What else the heading tells, by name, but what is None; ``model`` is its title.
-    """
+    """Writes the page of a report, as :meth:`Report.page`; ``step``: ``loss`` and ``optimizer``."""
     template = (resources.files("dropit_fx.report") / "page.html").read_text(encoding="utf-8")
     codecs = palette(name for row in report.rows for name in row.codecs)
     colours = {"ink": INK, "free": FREE} | {f"codec-{n}": c for n, c in codecs.items()}
+    colours |= {f"kind-{name}": colour for name, colour in KIND_COLOURS.items()}
     for scheme in ("light", "dark"):
         template = template.replace("{{" + scheme + "}}", css(colours, scheme))
     told = {name: str(value) for name, value in (about or {}).items() if value is not None}
-    text = json.dumps({"about": told} | page_data(report)).translate(_ESCAPES)
+    data = {"about": told} | page_data(report) | step_of(report, step)
+    data |= suggested(report, suggestions, progress)
+    text = json.dumps(data).translate(_ESCAPES)
     Path(path).write_text(template.replace(PLACE, text), encoding="utf-8")
+
+
+def step_of(report: Report, step: Mapping[str, Any]) -> dict[str, Any]:
+    """The predicted step, or why there is none: a page without it is still one."""
+    try:
+        told, places = report.told(step)
+        dense = None
+        if report.origin is not None and (model := report.origin.model()) is not None:
+            dense = forecast(Step(model, *report.origin.inputs(), **step), model)
+    except Exception as error:  # of whatever class the model's, the loss's or the optimizer's is
+        if step:  # what the caller gave is not passed over
+            raise
+        return {"step": None, "no_step": first_line(error).partition(": ")[2]}
+    return {"step": step_data(told, places, dense), "no_step": ""}
+
+
+def suggested(report: Report, count: int, progress: Progress) -> dict[str, Any]:
+    """The rules that would lower what is kept most, as lines of a config, or why there are none."""
+    try:
+        found = suggest(report, count, progress=progress) if count and report.rows else None
+    except ValueError as error:  # the model is gone
+        return {"suggested": None, "no_suggestion": str(error)}
+    if found is None or not found.rules:
+        return {"suggested": None, "no_suggestion": "" if found is None else str(found)[2:].strip()}
+    saves = sum(rule.saves for rule in found.rules)
+    return {"suggested": {"lines": str(found), "saves": saves}, "no_suggestion": ""}
 
 
 def css(colours: Mapping[str, Colour], scheme: str) -> str:
@@ -60,12 +95,25 @@ def css(colours: Mapping[str, Colour], scheme: str) -> str:
 
 def page_data(report: Report) -> dict[str, Any]:
     """What the page shows, as plain data: totals, rows, timeline, sums by codec."""
-    rows = [asdict(row) | {"where": short(row.where), "codecs": row.codecs} for row in report.rows]
+    largest = max((row.dense_bytes for row in report.rows), default=0)
+    rows = [
+        asdict(row)
+        | {"where": short(row.where), "codecs": row.codecs, "block": block_of(row.module)}
+        | {"small": max(row.dense_bytes, row.kept_bytes) < SMALL * largest}
+        for row in report.rows
+    ]
     return report.to_dict() | {
         "rows": rows,
         "timeline": timeline(report.rows),
         "codecs": sums_by_codec(report.rows),
     }
+
+
+def block_of(module: str) -> str:
+    """The block that a module belongs to: its name up to the first number, or its first part."""
+    names = module.split(".")
+    number = next((i for i, name in enumerate(names) if name.isdigit()), 0)
+    return ".".join(names[: number + 1])
 
 
 def timeline(rows: Sequence[Row]) -> list[Level]:

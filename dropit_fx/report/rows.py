@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
 from itertools import chain
@@ -228,7 +228,7 @@ class Report:
         """
         from dropit_fx.report.step_files import write_snapshot
 
-        write_snapshot(*self._told(step), path)
+        write_snapshot(*self.told(step), path)
 
     def trace(self, path: str | PathLike[str], **step: Any) -> None:
         """Writes the predicted step as Chrome's trace events, for ui.perfetto.dev.
@@ -237,7 +237,7 @@ class Report:
         """
         from dropit_fx.report.step_files import write_trace
 
-        write_trace(self._told(step)[0], path)
+        write_trace(self.told(step)[0], path)
 
     @property
     def model(self) -> fx.GraphModule | None:
@@ -245,7 +245,7 @@ class Report:
         found: fx.GraphModule | None = None if self.graph is None else self.graph()
         return found
 
-    def _told(self, step: Mapping[str, Any]) -> tuple[Timeline, dict[str, tuple[str, str]]]:
+    def told(self, step: Mapping[str, Any]) -> tuple[Timeline, dict[str, tuple[str, str]]]:
         """A step of the model, and where its nodes come from."""
         if (model := self.model) is None:
             raise ValueError(
@@ -255,16 +255,36 @@ class Report:
         places = {n.name: (node_module(n), node_where(n)) for n in model.graph.nodes}
         return forecast(Step(model, fakes(model.meta[_INPUTS]), **step), model), places
 
-    def page(self, path: str | PathLike[str], about: Mapping[str, object] | None = None) -> None:
-        """Writes one HTML file to look at: memory through a step, codecs, a table that sorts.
+    def page(
+        self,
+        path: str | PathLike[str],
+        about: Mapping[str, object] | None = None,
+        *,
+        suggestions: int = 3,
+        progress: Callable[[str, float], object] = lambda text, share: None,
+        **step: Any,
+    ) -> None:
+        """Writes one HTML file to look at.
+
+        First the memory of the predicted step, parameters and optimizer included, with what stands
+        at its peak and the rules that would lower most, as lines of a config; then codecs, and a
+        table that sorts. Nothing runs but fake tensors; rules are tried, which takes some times as
+        long as ``transform`` did.
 
         Args:
             path: Of the file; it needs no other, and nothing from the network.
             about: What else the heading tells, by name: ``{"model": ..., "preset": ...}``.
+            suggestions: How many rules, at most; 0: none are tried. They need the model that
+                ``transform`` was given.
+            progress: Called with what is done, and the share of it that is.
+            **step: ``loss`` and ``optimizer``, as for :meth:`snapshot`.
+
+        Raises:
+            ValueError: A step is described of a report that has none.
         """
         from dropit_fx.report.page import write_page
 
-        write_page(self, path, about)
+        write_page(self, path, about, suggestions=suggestions, progress=progress, **step)
 
 
 def plain_table(*names: str, figures: Collection[str] = (), **settings: Any) -> Table:

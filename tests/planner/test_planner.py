@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from models import CASE
 from planned_steps import measured, state_of
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dropit_fx import ConfigError, PlanError, load_config, plan, transform
 from dropit_fx.check.compare import losses, paired
@@ -213,3 +214,60 @@ def test_transform_takes_a_peak() -> None:
     packed = transform(model, example_args=(x,), peak="60%")
     dense = measured(Step(model, (x,)), model)
     assert measured(Step(model, (x,)), packed) <= 0.6 * dense
+
+
+class Checkpointed(nn.Module):
+    """Blocks that are made again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+def test_dense_is_the_step_of_a_checkpointed_model_as_it_runs() -> None:
+    model, x = Checkpointed(), torch.randn(512, 64)
+    step = Step(model, (x,))
+    real = measured(step, model)
+    for share in (100, 70):
+        planned = plan(model, x, peak=f"{share}%", device="h100")
+        assert planned.dense == pytest.approx(real, rel=0.03)  # the states of generators: 5 kB each
+        assert planned.predicted <= planned.asked <= planned.dense
+        packed = transform(model, planned, example_args=(x,))
+        assert measured(step, packed) == pytest.approx(planned.predicted, rel=0.05)
+    assert measured(step, packed) < 0.75 * real
+
+
+class Dropped(nn.Module):
+    """Attention whose backward reads values, and the mask of its dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
+        return torch.relu(self.out(y.transpose(1, 2).flatten(2)))
+
+
+def test_what_is_said_of_rules_adds_up_to_what_is_said_of_all() -> None:
+    units = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+    model = nn.Sequential(nn.Linear(32, 32), Dropped(), Dropped())
+    planned = plan(model, torch.randn(8, 64, 32), peak="75%", device="h100")
+    places = [(rule.module, rule.op) for rule in planned.rules]
+    assert len(set(places)) < len(places)  # values and codes of one place
+    seconds = errors = 0.0
+    for note in planned.notes:
+        takes = re.search(r", ([\d.]+) ([num]?s)\b", note)
+        lost = re.search(r"gradient error ([\d.e-]+)", note)
+        seconds += float(takes[1]) * units[takes[2]] if takes else 0.0
+        errors += float(lost[1]) ** 2 if lost else 0.0
+    assert seconds == pytest.approx(planned.seconds, rel=0.02)
+    assert errors**0.5 == pytest.approx(planned.error, rel=0.05)

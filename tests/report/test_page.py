@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,9 +19,13 @@ import dropit_fx
 from dropit_fx.bench import model_spec
 from dropit_fx.cli import main
 from dropit_fx.codecs import CODEC, STAND_INS
-from dropit_fx.report.page import PLACE, page_data, sums_by_codec, timeline, write_page
+from dropit_fx.planner.size import shown
+from dropit_fx.planner.timeline import SAVED
+from dropit_fx.report import step_view
+from dropit_fx.report.page import PLACE, block_of, page_data, sums_by_codec, timeline, write_page
 from dropit_fx.report.palette import palette
 from dropit_fx.report.rows import Report, Row
+from dropit_fx.report.step_view import step_data
 
 TEMPLATE = (Path(dropit_fx.__file__).parent / "report/page.html").read_text()
 NASTY = "</script><!-- <b>\u2028 & <img src=x onerror=alert(1)>"
@@ -43,10 +47,22 @@ def row(dense: int, kept: int, codec: str = "quant(bits=5)", **changed: Any) -> 
     return replace(made, **changed)
 
 
+class Made(NamedTuple):
+    model: nn.Module
+    packed: nn.Module
+    report: Report
+
+
 @pytest.fixture(scope="module")
-def report() -> Report:
+def made() -> Made:
     model, args = model_spec.build("dropit_fx.bench.model_spec:small_net", 128)
-    return dropit_fx.report(dropit_fx.transform(model, example_args=args))
+    packed = dropit_fx.transform(model, example_args=args)
+    return Made(model, packed, dropit_fx.report(packed))
+
+
+@pytest.fixture(scope="module")
+def report(made: Made) -> Report:
+    return made.report
 
 
 # What is computed ---------------------------------------------------------------------------------
@@ -148,6 +164,77 @@ def levels_held(model: nn.Module, x: Tensor) -> list[int]:
     return levels
 
 
+# The step -----------------------------------------------------------------------------------------
+
+
+def test_the_step_adds_up_to_its_peak(made: Made) -> None:
+    optimizer = torch.optim.AdamW(made.model.parameters())
+    told, places = made.report.told({"optimizer": optimizer})
+    data = step_data(told, places, None)
+    totals = [sum(column["bytes"]) for column in data["columns"]]
+    assert max(totals) == told.peak == data["peak"]
+    assert {column["phase"] for column in data["columns"]} == {"forward", "backward", "optimizer"}
+    assert sum(one["nbytes"] for one in data["alive"]) + data["others"]["nbytes"] == told.peak
+    held = {"parameters", "inputs", "optimizer state", SAVED}
+    assert held <= {one["kind"] for one in data["alive"]}
+    state = [one["nbytes"] for one in data["alive"] if one["kind"] == "optimizer state"]
+    assert state[0] > 2 * sum(4 * p.numel() for p in made.model.parameters())
+    saved = next(one for one in data["alive"] if one["kind"] == SAVED)
+    assert saved["module"] in dict(made.model.named_modules())
+
+
+@pytest.mark.parametrize("columns", [3, 10**6])
+def test_columns_show_the_fullest_op(
+    made: Made, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_view, "COLUMNS", columns)
+    told, places = made.report.told({})
+    data = step_data(told, places, told)
+    assert max(sum(column["bytes"]) for column in data["columns"]) == told.peak
+    assert max(column["dense"] for column in data["columns"]) == told.peak
+    if columns > len(told.ops):
+        assert [sum(column["bytes"]) for column in data["columns"]] == list(told.used)
+        assert [column["dense"] for column in data["columns"]] == list(told.used)
+
+
+def test_the_page_of_a_whole_model_tells_its_step_and_rules_that_hold(
+    made: Made, tmp_path: Path
+) -> None:
+    shares: list[float] = []
+    made.report.page(tmp_path / "page.html", progress=lambda text, share: shares.append(share))
+    data = embedded_of(tmp_path / "page.html")
+    assert 0 < data["step"]["peak"] < data["step"]["dense_peak"]
+    assert shares[-1] == 1.0
+    lines, saves = data["suggested"]["lines"], data["suggested"]["saves"]
+    (tmp_path / "rules.yaml").write_text(lines)
+    _, args = model_spec.build("dropit_fx.bench.model_spec:small_net", 128)
+    again = dropit_fx.transform(made.model, str(tmp_path / "rules.yaml"), example_args=args)
+    assert dropit_fx.report(again).kept_bytes == made.report.kept_bytes - saves
+    made.report.page(tmp_path / "page.html", suggestions=0)
+    assert embedded_of(tmp_path / "page.html")["suggested"] is None
+
+
+def test_without_a_graph_the_page_says_why_there_is_no_step(tmp_path: Path) -> None:
+    Report((row(100, 16),)).page(tmp_path / "page.html")
+    data = embedded_of(tmp_path / "page.html")
+    assert data["step"] is None
+    assert "one graph of a whole model" in data["no_step"]
+    assert "keep it" in data["no_suggestion"]
+    with pytest.raises(ValueError, match="one graph of a whole model"):
+        Report((row(100, 16),)).page(tmp_path / "page.html", loss=torch.sum)
+
+
+def test_blocks_of_modules() -> None:
+    names = ("encoder.layer.11.mlp.fc1", "0.2.norm", "layer1.0.conv1", "head.fc", "stem", "")
+    blocks = ["encoder.layer.11", "0", "layer1.0", "head", "stem", ""]
+    assert [block_of(name) for name in names] == blocks
+
+
+def test_small_tensors_are_marked() -> None:
+    data = page_data(Report((row(100_000, 16), row(400, 400, "keep"), row(600, 600, "keep"))))
+    assert [one["small"] for one in data["rows"]] == [False, True, False]
+
+
 # What stands in the file --------------------------------------------------------------------------
 
 
@@ -170,6 +257,16 @@ def test_the_data_survives_whatever_names_hold(tmp_path: Path) -> None:
     assert data["rows"][0]["module"] == NASTY
     assert data["rows"][0]["reason"] == PLACE
     assert data["rows"][0]["where"] == "someone/net.py:7"  # not where in the file system
+
+
+def test_names_of_a_real_model_are_escaped_too(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 64))
+    model.add_module("</script><b>", nn.GELU())
+    packed = dropit_fx.transform(model, example_args=(torch.randn(64, 8),))
+    dropit_fx.report(packed).page(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert text.count("</script>") == TEMPLATE.count("</script>")
+    assert "</script><b>" in json.dumps(embedded(text))
 
 
 def test_numbers_are_finite(report: Report, tmp_path: Path) -> None:
@@ -344,14 +441,21 @@ class Opened:
         self.page.on("console", lambda message: self.errors.append(message.text))
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.goto(path.as_uri())
-        self.page.wait_for_selector("svg text")
+        self.page.wait_for_selector(".timeline svg text")
 
     def column(self, number: int) -> list[str]:
-        cells = self.page.locator(f"tbody tr:not([hidden]) td:nth-child({number})")
+        cells = self.page.locator(f".tensors tr:not([hidden]) td:nth-child({number})")
         return [text.strip() for text in cells.all_text_contents()]
 
     def head(self, name: str) -> Any:
-        return self.page.locator("th", has_text=name)
+        return self.page.locator("thead th", has=self.page.get_by_text(name, exact=True))
+
+    def plain(self) -> None:
+        """All tensors, without blocks, in the order of the graph."""
+        self.page.locator("[name=blocks]").uncheck()
+        self.page.locator("[name=small]").check()
+        for _ in range(2):
+            self.head("#").locator("button").click()
 
     def colours(self) -> Sequence[tuple[int, Any]]:
         image = Image.open(BytesIO(self.page.screenshot())).convert("RGB")
@@ -361,8 +465,8 @@ class Opened:
 @pytest.fixture
 def path(report: Report, tmp_path: Path) -> Path:
     """Of the page of a real report, and one row with a name that no module should have."""
-    made = Report((*report.rows, row(4096, 700, module=NASTY)))
-    made.page(tmp_path / "page.html", {"model": "small", "preset": "balanced"})
+    more = replace(report, rows=(*report.rows, row(4096, 700, module=NASTY)))
+    more.page(tmp_path / "page.html", {"model": "small", "preset": "balanced"}, suggestions=1)
     return tmp_path / "page.html"
 
 
@@ -375,42 +479,77 @@ def opened(browser: Any, path: Path) -> Iterator[Opened]:
     made.page.close()
 
 
+def bytes_of(cell: str) -> float:
+    """Of bytes as they are shown."""
+    number, unit = cell.split()
+    return float(number) * 1024 ** ("B", "KiB", "MiB", "GiB").index(unit)
+
+
 def test_the_page_shows_every_tensor_as_text(opened: Opened, report: Report) -> None:
-    assert opened.page.locator("tbody tr").count() == len(report.rows) + 1
-    assert opened.page.locator("tbody tr").last.is_visible()
+    opened.plain()
+    assert opened.page.locator(".tensors tbody tr").count() == len(report.rows) + 1
+    assert opened.page.locator(".tensors tbody tr").last.is_visible()
     assert opened.page.locator("h1").text_content() == "small"
     assert opened.column(3)[-1] == NASTY.strip()
     assert opened.page.locator("img, td b").count() == 0
-    total = f"{(report.dense_bytes + 4096) / 2**20:.2f} MiB"
-    assert total in opened.page.locator(".totals").inner_text()
+    assert shown(report.dense_bytes + 4096) in opened.page.locator(".totals").inner_text()
     assert opened.page.locator(".legend .swatch").count() == len(sums_by_codec(report.rows))
+    assert opened.column(7) == [shown(r.dense_bytes) for r in report.rows] + [shown(4096)]
+
+
+def test_it_opens_with_blocks_by_what_they_keep_and_folds_what_is_small(
+    opened: Opened, report: Report
+) -> None:
+    largest = max(r.dense_bytes for r in report.rows)
+    large = [r for r in report.rows if max(r.dense_bytes, r.kept_bytes) >= largest / 200]
+    assert len(large) < len(report.rows)
+    said = opened.page.locator("output").text_content()
+    folded = len(report.rows) - len(large)
+    assert f"{folded + (largest / 200 > 4096)} small ones are folded" in said
+    heads = opened.page.locator("tr.block:not([hidden]) th").all_text_contents()
+    kept: dict[str, int] = {}
+    for r in report.rows:
+        kept[block_of(r.module)] = kept.get(block_of(r.module), 0) + r.kept_bytes
+    sizes = {
+        block: f"{shown(kept[block])} kept of" for block in {block_of(r.module) for r in large}
+    }
+    told = [block for head in heads for block in sizes if head.startswith(block + sizes[block])]
+    assert set(told) == set(sizes)
+    assert [kept[block] for block in told] == sorted(map(kept.get, sizes), reverse=True)
+    opened.page.locator("[name=small]").check()
+    assert len(opened.column(1)) == len(report.rows) + 1
+    opened.page.locator("[name=small]").uncheck()
+    opened.page.locator("[type=search]").fill("batch_norm")  # finds the small ones too
+    assert len(opened.column(1)) == sum(r.op == "batch_norm" for r in report.rows)
 
 
 def test_a_click_on_a_head_sorts_by_numbers(opened: Opened) -> None:
+    opened.plain()
     before = opened.column(1)
     assert before == [str(i + 1) for i in range(len(before))]
-    head = opened.head("dense, MiB")
+    head = opened.head("dense")
     head.locator("button").click()
-    falling = [float(cell) for cell in opened.column(7)]
+    falling = [bytes_of(cell) for cell in opened.column(7)]
     assert head.get_attribute("aria-sort") == "descending"
     assert falling == sorted(falling, reverse=True)
     assert [str(v) for v in falling] != sorted(map(str, falling), reverse=True)  # not by letters
     head.locator("button").click()
     assert head.get_attribute("aria-sort") == "ascending"
-    assert [float(cell) for cell in opened.column(7)] == falling[::-1]
+    assert [bytes_of(cell) for cell in opened.column(7)] == falling[::-1]
     assert opened.page.locator("th[aria-sort]").count() == 1
     opened.head("#").locator("button").click()
     assert opened.column(1) == before[::-1]
 
 
 def test_a_click_on_a_head_sorts_by_letters(opened: Opened) -> None:
+    opened.plain()
     opened.head("read by").locator("button").click()
     assert opened.column(2) == sorted(opened.column(2))
     assert opened.head("read by").get_attribute("aria-sort") == "ascending"
 
 
 def test_the_filter_and_the_legend(opened: Opened, report: Report) -> None:
-    opened.page.locator("input").fill("batch_norm QUANT")
+    opened.page.locator("[type=search]").fill("batch_norm QUANT")
     wanted = [r for r in report.rows if r.op == "batch_norm" and r.codec.startswith("quant")]
     assert 0 < len(wanted) < len(report.rows)
     assert len(opened.column(1)) == len(wanted)
@@ -418,12 +557,13 @@ def test_the_filter_and_the_legend(opened: Opened, report: Report) -> None:
     assert told.startswith(f"{len(wanted)} of {len(report.rows) + 1} tensors")
     opened.page.locator(".legend button", has_text="keep").click()
     assert set(opened.column(9)) == {"100.0 %"}
-    opened.page.locator("input").fill("no such word")
+    opened.page.locator("[type=search]").fill("no such word")
     assert opened.column(1) == []
 
 
 def test_the_curves_and_the_tooltip(opened: Opened, report: Report) -> None:
-    chart = opened.page.locator("svg").bounding_box()
+    opened.page.locator(".timeline").scroll_into_view_if_needed()
+    chart = opened.page.locator(".timeline svg").bounding_box()
     heights = {}
     for name in ("dense", "packed"):
         curve = opened.page.locator(f"path.{name}")
@@ -435,19 +575,38 @@ def test_the_curves_and_the_tooltip(opened: Opened, report: Report) -> None:
     share = report.kept_bytes / report.dense_bytes
     assert heights["packed"] / heights["dense"] == pytest.approx(share, abs=0.02)
 
-    tip = opened.page.locator(".tip")
+    tip = opened.page.locator(".timeline .tip")
     assert not tip.is_visible()
-    opened.page.mouse.move(chart["x"] + 0.52 * chart["width"], chart["y"] + 150)
+    opened.page.mouse.move(chart["x"] + 0.54 * chart["width"], chart["y"] + 150)
     assert tip.is_visible()
     assert NASTY.strip() in tip.text_content()
     assert "backward" in tip.text_content()
-    opened.page.mouse.move(chart["x"] + 46, chart["y"] + 150)
+    opened.page.mouse.move(chart["x"] + 66, chart["y"] + 150)
     first = report.rows[0]
-    levels = f"dense {first.dense_bytes / 2**20:.2f} MiB, packed {first.kept_bytes / 2**20:.2f} MiB"
+    levels = f"dense {shown(first.dense_bytes)}, packed {shown(first.kept_bytes)}"
     assert "forward, tensor 1" in tip.text_content()
     assert levels in tip.text_content()
     opened.page.mouse.move(chart["x"] + 200, chart["y"] - 100)
     assert not tip.is_visible()
+
+
+def test_it_opens_with_the_step(opened: Opened, report: Report) -> None:
+    told = report.told({})[0]
+    said = opened.page.locator(".step svg").text_content()
+    assert f"peak {shown(told.peak)}" in said
+    kinds = opened.page.locator("#step .kinds li").count()
+    assert opened.page.locator("path.kind").count() == kinds >= 4
+    chart = opened.page.locator(".step svg").bounding_box()
+    tall = max(path.bounding_box()["height"] for path in opened.page.locator("path.kind").all())
+    data = embedded_of(Path(opened.page.url.removeprefix("file://")))
+    most = max(told.peak, data["step"]["dense_peak"])
+    assert tall / (chart["height"] - 50) == pytest.approx(told.peak / most, abs=0.02)
+    assert len(opened.page.locator(".alive tr").all()) > 4
+    opened.page.mouse.move(chart["x"] + 0.3 * chart["width"], chart["y"] + 150)
+    assert "saved tensors" in opened.page.locator(".step .tip").text_content()
+    assert opened.page.locator("pre").text_content() == data["suggested"]["lines"]
+    opened.page.locator(".copy").click()
+    opened.page.wait_for_selector("text=/^(copied|selected)/")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -466,7 +625,8 @@ def test_it_fits_every_width_and_scheme(browser: Any, path: Path, scheme: str) -
 def test_a_model_that_saves_nothing_is_drawn(browser: Any, tmp_path: Path) -> None:
     Report(()).page(tmp_path / "nothing.html")
     opened = Opened(browser, tmp_path / "nothing.html")
-    assert "no tensor is saved" in opened.page.locator("svg").text_content()
+    assert "no tensor is saved" in opened.page.locator(".timeline svg").text_content()
+    assert "one graph of a whole model" in opened.page.locator("#step").text_content()
     assert "NaN" not in opened.page.content()
     assert opened.errors == []
     opened.page.close()
