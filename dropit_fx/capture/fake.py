@@ -19,6 +19,7 @@ from dropit_fx.private import (
     ShapeEnv,
     TorchDispatchMode,
     assert_scalar,
+    base_of,
     conv_backend,
     disable_current_modes,
     embedding_bag,
@@ -79,13 +80,26 @@ def fakes_of(values: Iterable[Any]) -> tuple[Any, ...]:
 def _differentiable_as(value: Tensor, fake: Tensor) -> Tensor:
     """``fake``, requiring a gradient as ``value`` does: as a leaf, or as what an op has made."""
     fake.requires_grad_(value.requires_grad)
-    return fake if value.is_leaf else as_activation(fake)
+    if value.is_leaf:
+        return fake
+    return fake.view_as(fake) if stays_with_caller(value) else as_activation(fake)
 
 
 def as_activation(leaf: Tensor) -> Tensor:
     """The same as the result of an op: such a tensor stays after a forward for autograd alone."""
     with torch.enable_grad():
         return leaf.clone()
+
+
+def stays_with_caller(given: Tensor) -> bool:
+    """Whether an input is a leaf, or a view of one, and not what an op has made."""
+    base = base_of(given)
+    return given.is_leaf or (base is not None and base.is_leaf)
+
+
+def blank_as(tensor: Tensor) -> Tensor:
+    """Uninitialised memory of the same layout, requiring a gradient as that does."""
+    return _differentiable_as(tensor, blank(tensor).detach())
 
 
 def held(module: nn.Module) -> dict[str, Tensor]:
