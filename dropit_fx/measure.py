@@ -34,7 +34,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-from dropit_fx.capture.fake import stays_with_caller
 from dropit_fx.holders import (
     Box,
     alive,
@@ -44,6 +43,7 @@ from dropit_fx.holders import (
     nodes_behind,
     plain_parts,
     reused_memory,
+    stays_with_caller,
     storages_alive,
     tensors_in,
 )

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dropit_fx.capture.fake import stays_with_caller
 from dropit_fx.capture.provenance import node_where
+from dropit_fx.holders import stays_with_caller
 from dropit_fx.passes.plan import Elements, Keeper, Values
 from dropit_fx.private import (
     EXAMPLE_VALUE,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from dropit_fx.holders import stays_with_caller
 from dropit_fx.private import (
     EXAMPLE_VALUE,
     FakeTensor,
@@ -19,7 +20,6 @@ from dropit_fx.private import (
     ShapeEnv,
     TorchDispatchMode,
     assert_scalar,
-    base_of,
     conv_backend,
     disable_current_modes,
     embedding_bag,
@@ -89,12 +89,6 @@ def as_activation(leaf: Tensor) -> Tensor:
     """The same as the result of an op: such a tensor stays after a forward for autograd alone."""
     with torch.enable_grad():
         return leaf.clone()
-
-
-def stays_with_caller(given: Tensor) -> bool:
-    """Whether an input is a leaf, or a view of one, and not what an op has made."""
-    base = base_of(given)
-    return given.is_leaf or (base is not None and base.is_leaf)
 
 
 def blank_as(tensor: Tensor) -> Tensor:
