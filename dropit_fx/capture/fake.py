@@ -220,9 +220,12 @@ def _with_workspace(result: Any, func: Any, args: Any) -> Any:
 
 
 def _with_one_bag_more(result: Any, func: Any, args: Any) -> Any:
-    out, bags, *rest = result
-    more = bags.new_empty(bags.numel() + 1).resize_(bags.shape)
-    return out, more if bags.numel() and bags.device.type == "cpu" else bags, *rest
+    """On CPU bags are counted one too many, and sized before the last offset is taken for an end."""
+    out, bags, sizes, *rest = result
+    if out.device.type == "cpu":
+        bags = bags.new_empty(bags.numel() + 1).resize_(bags.shape) if bags.numel() else bags
+        sizes = sizes.new_empty(args[2].numel()).resize_(sizes.shape) if sizes.numel() else sizes
+    return out, bags, sizes, *rest
 
 
 def _as_large_as_its_input(result: Tensor, func: Any, args: Any) -> Tensor:
