@@ -24,6 +24,7 @@ from dropit_fx.private import (
     disable_current_modes,
     embedding_bag,
     free_unbacked_symbols,
+    functional_batch_norm,
     hint,
     pytree,
     reparametrize_module,
@@ -220,7 +221,7 @@ def _with_workspace(result: Any, func: Any, args: Any) -> Any:
 
 
 def _with_one_bag_more(result: Any, func: Any, args: Any) -> Any:
-    """On CPU bags are counted one too many, and sized before the last offset is taken for an end."""
+    """On CPU there is memory for one bag more, and for a size behind the last offset."""
     out, bags, sizes, *rest = result
     if out.device.type == "cpu":
         bags = bags.new_empty(bags.numel() + 1).resize_(bags.shape) if bags.numel() else bags
@@ -247,10 +248,22 @@ _REAL_STORAGES = {
     torch.ops.aten.native_layer_norm: _mixed_statistics,
     torch.ops.aten.native_group_norm: _mixed_statistics,
     torch.ops.aten.native_batch_norm: _mixed_statistics,
+    functional_batch_norm: _mixed_statistics,
     torch.ops.aten.mkldnn_rnn_layer: _with_workspace,
     embedding_bag: _with_one_bag_more,
     torch.ops.aten.convolution: _as_large_as_its_input,
 }
+
+
+def real_result(op: OpOverload, args: Any, kwargs: Any) -> Any:
+    """What an op makes, as large in memory as on real tensors; None where fake ones tell it."""
+    if getattr(op, "overloadpacket", None) not in _REAL_STORAGES:
+        return None
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    fakes = concrete_fakes(leaves)
+    args, kwargs = pytree.tree_unflatten(list(fakes), spec)
+    with disable_current_modes(), fake_mode_of(fakes), RealStorages(), torch.no_grad():
+        return op(*args, **kwargs)
 
 
 def _zeros(fake: Tensor) -> Tensor:
