@@ -13,6 +13,7 @@ from torch.autograd.graph import Node
 
 from dropit_fx.private import (
     OpOverload,
+    base_of,
     closed_over,
     pytree,
     raw_saved,
@@ -108,6 +109,12 @@ def grad_fn_of(tensor: Tensor) -> Node | None:
         return tensor.grad_fn
     except RuntimeError:
         return None
+
+
+def stays_with_caller(given: Tensor) -> bool:
+    """Whether an input is a leaf, or a view of one, and not what an op has made."""
+    base = base_of(given)
+    return given.is_leaf or (base is not None and base.is_leaf)
 
 
 def nodes_behind(result: Any, start: int) -> list[Node]:

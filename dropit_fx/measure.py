@@ -8,7 +8,8 @@ Two figures, measured and not predicted, of eager and compiled models alike:
 
 They differ: gradients, workspaces and temporary results are part of the peak and are not saved.
 Neither counts what existed before the call: parameters, buffers, inputs, and whatever else the
-caller holds.
+caller holds. An argument that is itself the result of an op is no such input: what made it lets it
+go, and it is kept for the backward alone, as inside of a model. Reports count it too.
 
 Measuring leaves no trace: random number generators, buffers (BatchNorm statistics) and ``.grad``
 are put back. The function is called twice, the first time so that compiled code is compiled and
@@ -42,6 +43,7 @@ from dropit_fx.holders import (
     nodes_behind,
     plain_parts,
     reused_memory,
+    stays_with_caller,
     storages_alive,
     tensors_in,
 )
@@ -90,8 +92,9 @@ def saved_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 
     Returns:
         Bytes, 0 where nothing requires a gradient. Counted by storage. Not counted: whatever
-        existed before the call, parameters, what is freed before `fn` returns, and what autograd
-        does not know of: a mask that the function of a checkpointed region closes over.
+        existed before the call, but for arguments that ops have made; parameters, what is freed
+        before `fn` returns, and what autograd does not know of: a mask that the function of a
+        checkpointed region closes over.
 
     Raises:
         TypeError: `fn` cannot be called.
@@ -124,6 +127,9 @@ def saved_tensors(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Sav
         # Not under the hooks: they would be there while Dynamo traces.
         fn(*args, **kwargs)
         before = storages_alive()
+        for tensor in tensors_in((args, kwargs)):
+            if not stays_with_caller(tensor):
+                before.pop(storage_id(tensor), None)
         start = next_sequence_number()
         with saved_tensors_hooks(pack, lambda box: box.tensor):
             result = fn(*args, **kwargs)

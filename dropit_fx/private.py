@@ -86,6 +86,7 @@ if TYPE_CHECKING:  # the names to import, with their types
     unsafe_index: Any
     unsafe_index_put: Any
     embedding_bag: Any
+    functional_batch_norm: Any
     assert_scalar: Any
     traced_assert: Callable[[object, str], None]
     to_copy: Any

@@ -337,6 +337,12 @@ TABLE: tuple[Name, ...] = (
         "bytes that a fake tensor leaves out",
     ),
     Name("torch.ops.aten._embedding_bag", _SEEN, "bytes that a fake tensor leaves out"),
+    Name(
+        "torch.ops.aten._native_batch_norm_legit_functional",
+        _SEEN,
+        "the statistics of a compiled norm under autocast",
+        alias="functional_batch_norm",
+    ),
     Name("torch.ops.aten._assert_scalar", _SEEN, "conditions on sizes that depend on values"),
     Name("torch._assert", _CAPTURE, "checks that a symbolic trace keeps", alias="traced_assert"),
     Name("torch.ops.aten._to_copy", _SPELLING, "dtype casts in exported graphs"),

@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from dropit_fx.capture import example_inputs
+from dropit_fx.capture.around import hooked, hooks_of
 from dropit_fx.capture.expand import expand, opaque_nodes
 from dropit_fx.capture.fake import fakes_of, propagate
 from dropit_fx.capture.graph_module import RewrittenModule
@@ -19,6 +20,7 @@ from dropit_fx.config import Config
 from dropit_fx.passes import run_pipeline
 from dropit_fx.passes.find_saved import OWN_OPS, FakeRunError
 from dropit_fx.passes.plan import Plan
+from dropit_fx.private import pytree
 from dropit_fx.runtime.overrides import has_own_ops
 from dropit_fx.runtime.regions import run_regions
 
@@ -74,16 +76,19 @@ def rewrite(
     Raises:
         CaptureError: The graph does not run on inputs of the example's shapes.
     """
-    given = example_inputs.placeholder_values(graph_module, args, kwargs)
-    for n, value in zip(graph_module.graph.find_nodes(op="placeholder"), given, strict=True):
+    called, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    inputs = example_inputs.placeholder_values(graph_module, *hooked(graph_module, args, kwargs))
+    for n, value in zip(graph_module.graph.find_nodes(op="placeholder"), inputs, strict=True):
         if has_own_ops((value,)):
             n.meta[OWN_OPS] = type(value).__name__
-    fakes = fakes_of(given)
+    fakes = fakes_of((*inputs, *called))
+    fakes, called = fakes[: len(inputs)], [*fakes[len(inputs) :]]
+    given = pytree.tree_unflatten(called, spec) if hooks_of(graph_module) else None
     if opaque_nodes(graph_module, wrapped=True):
         expand(graph_module, propagate(graph_module, fakes), wrapped=True)
     outline(graph_module)
     try:
-        plan = run_pipeline(Plan(module=graph_module, inputs=fakes, config=config))
+        plan = run_pipeline(Plan(module=graph_module, inputs=fakes, config=config, given=given))
     except FakeRunError as error:
         raise _does_not_run(graph_module, error) from error
     run_regions(graph_module)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.autograd.graph import saved_tensors_hooks
 
-from dropit_fx.holders import Box, attributes_of, grad_fn_of, nodes_behind
+from dropit_fx.holders import Box, attributes_of, grad_fn_of, next_sequence_number, nodes_behind
 from dropit_fx.passes.plan import SavedRead
 from dropit_fx.private import pytree, raw_saved, sequence_number, set_hooks_tracing, shows_saved
 
@@ -59,6 +59,7 @@ class Autograd:
     def __init__(self) -> None:
         self.lives: list[Callable[[], object]] = []
         self.mark: Callable[[], object] = lambda: None
+        self._start = next_sequence_number()
         self._upto: list[tuple[int, fx.Node]] = []  # the last autograd node that each has made
 
     @contextmanager
@@ -104,8 +105,7 @@ class Autograd:
         behind ``out``, which are numbered as they were made.
         """
         ends = [end for end, _ in self._upto]
-        start = next((end for end, n in reversed(self._upto) if n.op == "placeholder"), -1)
-        for node in nodes_behind(out, start + 1):
+        for node in nodes_behind(out, self._start):
             at = bisect.bisect_left(ends, sequence_number(node))
             if at == len(ends):
                 continue

@@ -14,8 +14,10 @@ What is made of an input whose class has a say in what ops do is of that class, 
 as PyTorch does there: it stays as it is. So does what an op saves that reads a weight of such a
 class (a quantised one): often that weight in full precision.
 
-An input that is a leaf stays with the caller; one that another op has made is an activation like
-those inside (a block that is compiled by itself), kept for the backward alone.
+An input that is a leaf, or a view of one, stays with the caller; one that another op has made is
+an activation like those inside (a block that is compiled by itself), kept for the backward alone.
+So is what the model's own hooks make of its inputs, around the graph; what they keep themselves is
+counted, and stays.
 
 Requires: a graph and fake inputs. Ensures: ``plan.sites`` covers every saved storage that is not a
 parameter, a buffer or an input.
@@ -23,6 +25,7 @@ parameter, a buffer or an input.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -32,6 +35,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from dropit_fx.capture.around import called_with, said
+from dropit_fx.capture.example_inputs import placeholder_values
 from dropit_fx.capture.fake import (
     FakeRun,
     RealStorages,
@@ -40,7 +45,7 @@ from dropit_fx.capture.fake import (
     leaving_blocks,
     sized_by_values,
 )
-from dropit_fx.capture.provenance import node_module, node_where
+from dropit_fx.capture.provenance import error_line, first_line, node_module, node_where
 from dropit_fx.ops.pooling import MAX_POOL
 from dropit_fx.ops.table import rule_of
 from dropit_fx.passes.ask_autograd import Autograd, Behind, Saved
@@ -52,6 +57,7 @@ from dropit_fx.runtime.decisions import INDICES
 from dropit_fx.runtime.overrides import has_own_ops
 from dropit_fx.runtime.regions import DECIDES, WRITTEN, name_of, written_unseen
 
+log = logging.getLogger(__name__)
 BY_VALUES = "a size of this call depends on values"
 UNCOUNTED = "its size depends on values: it stays, and is not counted"
 # of their input they take shape and dtype
@@ -71,23 +77,45 @@ def find_saved(plan: Plan) -> Plan:
     Raises:
         FakeRunError: A node cannot run on fake tensors of the example's shapes.
     """
+    try:
+        return _found(plan)
+    except FakeRunError:
+        raise
+    except Exception as error:  # the user's code ran: anything can be raised
+        if plan.given is None:
+            raise
+        log.warning(
+            "what hooks of the model make and keep is not counted: on fake tensors, one of %s"
+            " stops at %s: %s",
+            said(plan.module),
+            error_line(error),
+            first_line(error),
+        )
+        return _found(replace(plan, given=None))
+
+
+def _found(plan: Plan) -> Plan:
     mode = fake_mode_of(plan.inputs)
     with mode, RealStorages(), torch.enable_grad(), fake_state(plan.module, mode) as state:
-        probe = _Probe(plan, state)
+        probe = _Probe(plan, state, plan.given or plan.inputs)
         with leaving_blocks(probe):
-            return probe.result(probe.run(*plan.inputs))
+            return probe.result(probe.called())
 
 
 class _Probe(FakeRun):
     """Runs the graph on fake tensors and notes what autograd keeps at each node."""
 
     def __init__(
-        self, plan: Plan, state: Mapping[int, bool], fixed: frozenset[int] = frozenset()
+        self,
+        plan: Plan,
+        state: Mapping[int, bool],
+        given: Any,
+        fixed: frozenset[int] = frozenset(),
     ) -> None:
         super().__init__(plan.module)
         self.plan = plan
         self.autograd = Autograd()
-        self.storages = Storages(state)
+        self.storages = Storages(state, given)
         self.reads = Explainer(plan.module, self.storages, self.autograd, plan.compiled)
         self.bodies: dict[str, Plan] = {}
         self.written: set[int] = set()  # storages, where no version tells of it
@@ -98,6 +126,25 @@ class _Probe(FakeRun):
         inputs = [n for n in plan.module.graph.nodes if n.op == "placeholder"]
         self._fixed = {n for at, n in enumerate(inputs) if at in fixed or is_state(n)}
         self._own_ops = {n: n.meta[OWN_OPS] for n in inputs if OWN_OPS in n.meta}
+
+    def called(self) -> Any:
+        """What a call of the module gives; its own hooks run around the graph, and keep theirs."""
+        module, given = self.plan.module, self.plan.given
+        if given is None:
+            return self.run(*self.plan.inputs)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self.run(*placeholder_values(module, args, kwargs))
+
+        with self.autograd.noting() as saved:
+            out = called_with(module, forward, given)
+        end = module.graph.output_node()
+        self.autograd.mark_result(end, out)
+        why = f"a hook of the model keeps it: {said(module)}"
+        for kept in saved:
+            if not self.storages.is_free(kept.tensor):
+                self.reads.add(Ran(end), kept, None, why)
+        return out
 
     def run_node(self, n: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -258,7 +305,7 @@ class _Probe(FakeRun):
         plan = Plan(module=body, inputs=(), config=self.plan.config)
         with fake_state(body, fake_mode_of(args)) as state:
             fixed = {at for at, arg in enumerate(n.args[1:]) if arg in self._fixed}
-            probe = _Probe(plan, state, frozenset(fixed))
+            probe = _Probe(plan, state, given, frozenset(fixed))
             with leaving_blocks(probe):
                 result = probe.run(*given)
             self.bodies[region_of(n)] = probe.result(result)

@@ -259,6 +259,8 @@ class Plan:
     Attributes:
         module: The graph under work; ``insert_packing`` returns a rewritten one.
         inputs: Fake tensors (or plain values) for its placeholders, in order.
+        given: Where the module has hooks of its own around its forward: the arguments of a call, of
+            which they make these inputs.
         config: The rules.
         sites: From ``find_saved``.
         values: From ``find_saved``.
@@ -283,6 +285,7 @@ class Plan:
     module: fx.GraphModule
     inputs: tuple[Any, ...]
     config: Config
+    given: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     sites: tuple[Site, ...] = ()
     values: Values = Values()
     calls: Mapping[str, Call] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from dropit_fx.capture.fake import inner_tensors, is_made_of_tensors
 from dropit_fx.capture.provenance import node_where
+from dropit_fx.holders import stays_with_caller
 from dropit_fx.passes.plan import Elements, Keeper, Values
 from dropit_fx.private import (
     EXAMPLE_VALUE,
@@ -41,12 +42,15 @@ class Storages:
 
     Args:
         state: The storages of parameters (True) and of buffers (False).
+        given: What the caller calls with.
 
     Attributes:
         unseen: Storages that are written to where nobody sees it -> where that is.
     """
 
-    def __init__(self, state: Mapping[int, bool]) -> None:
+    def __init__(self, state: Mapping[int, bool], given: Any) -> None:
+        tensors = (t for t in pytree.tree_leaves(given) if isinstance(t, Tensor))
+        self._callers = {storage_id(t) for t in tensors if stays_with_caller(t)}
         keepers = {s: Keeper.PARAMETER if own else Keeper.BUFFER for s, own in state.items()}
         self._known = {s: Storage(owner=kind, kept_by=kind) for s, kind in keepers.items()}
         self.unseen: dict[int, str] = {}
@@ -72,7 +76,7 @@ class Storages:
 
     def is_free(self, tensor: Tensor) -> bool:
         """Whether a tensor is the caller's: a parameter, a buffer or an input."""
-        return self.keeper(tensor) in FREE
+        return storage_id(tensor) in self._callers or self.keeper(tensor) in FREE
 
     def enter(self, n: fx.Node, env: Mapping[fx.Node, Any], operands: list[Tensor]) -> None:
         """Notes what a node is given."""
@@ -111,11 +115,18 @@ class Storages:
             if isinstance(tensor, Tensor):
                 home = self.of(tensor, n.name)
                 home.nodes.append(n)
-                home.kept_by = home.kept_by or _keeper(n, tensor)
+                home.kept_by = home.kept_by or self._keeper(n, tensor)
                 if home.kept_by in FREE and is_made_of_tensors(tensor):
                     for part in inner_tensors(tensor).values():
                         self.of(part, n.name).kept_by = home.kept_by
         self._describe(n, result)
+
+    def _keeper(self, n: fx.Node, tensor: Tensor) -> Keeper | None:
+        """What keeps a storage in which a node's result lives."""
+        if n.op == "placeholder" and storage_id(tensor) in self._callers:
+            is_parameter = isinstance(n.meta.get(EXAMPLE_VALUE, tensor), nn.Parameter)
+            return Keeper.PARAMETER if is_parameter else Keeper.INPUT
+        return {"get_attr": Keeper.CONSTANT, "output": Keeper.OUTPUT}.get(n.op)
 
     def _versions_of(self, tensors: list[Tensor]) -> dict[int, int]:
         """Of the storages of some tensors, as whoever holds what was first seen of them knows."""
@@ -184,11 +195,3 @@ def is_state(n: fx.Node) -> bool:
     """Whether an input of a graph of Dynamo's is a parameter or a buffer of the model."""
     key, mark = STATIC_INPUT
     return mark in n.meta.get(key, ()) or isinstance(n.meta.get(EXAMPLE_VALUE), nn.Parameter)
-
-
-def _keeper(n: fx.Node, tensor: Tensor) -> Keeper | None:
-    """What keeps a storage in which a node's result lives."""
-    if n.op == "placeholder" and tensor.is_leaf:
-        is_parameter = isinstance(n.meta.get(EXAMPLE_VALUE, tensor), nn.Parameter)
-        return Keeper.PARAMETER if is_parameter else Keeper.INPUT
-    return {"get_attr": Keeper.CONSTANT, "output": Keeper.OUTPUT}.get(n.op)

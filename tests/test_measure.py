@@ -237,7 +237,10 @@ def test_an_earlier_graph_is_not_counted_nor_disturbed() -> None:
     backbone, head = mlp(), nn.Linear(4, 4)
     features = backbone(torch.randn(32, 8))
     # tanh keeps its result; what the backbone keeps was kept before
-    assert saved_bytes(lambda f: head(f).tanh(), features) == 32 * 4 * FLOAT
+    assert saved_bytes(lambda: head(features).tanh()) == 32 * 4 * FLOAT
+    # what is handed over is the head's alone to keep, as inside of one model
+    assert saved_bytes(lambda f: head(f).tanh(), features) == 2 * 32 * 4 * FLOAT
+    assert saved_bytes(lambda f: head(f).tanh(), features.detach()) == 32 * 4 * FLOAT
     features.sum().backward()
     assert backbone[0].weight.grad is not None
 

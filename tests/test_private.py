@@ -552,6 +552,14 @@ def _places_are_written() -> None:
     assert found.tolist() == [0.0, 1.0, 0.0, 1.0]
 
 
+@of("torch.ops.aten._native_batch_norm_legit_functional")
+def _a_compiled_norm_has_statistics_in_the_dtype_of_its_weight() -> None:
+    x, weight, zeros = torch.randn(8, 3, 5).bfloat16(), torch.ones(3), torch.zeros(3)
+    stats = weight, weight, zeros, weight, True, 0.1, 1e-5
+    _, mean, invstd, *_ = private.functional_batch_norm(x, *stats)
+    assert mean.dtype == invstd.dtype == weight.dtype
+
+
 @of("torch.ops.aten._native_batch_norm_legit")
 def _batch_norm_returns_its_statistics() -> None:
     x = torch.randn(8, 3, 5)

@@ -128,7 +128,9 @@ class _Watch:
             return hook
 
         hooks = [
-            model.get_submodule(n).register_forward_pre_hook(note(n), with_kwargs=True)
+            model.get_submodule(n).register_forward_pre_hook(
+                note(n), prepend=True, with_kwargs=True
+            )
             for n in self.names
         ]
         try:

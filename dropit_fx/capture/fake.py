@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
+from dropit_fx.holders import stays_with_caller
 from dropit_fx.private import (
     EXAMPLE_VALUE,
     FakeTensor,
@@ -24,6 +25,7 @@ from dropit_fx.private import (
     disable_current_modes,
     embedding_bag,
     free_unbacked_symbols,
+    functional_batch_norm,
     hint,
     pytree,
     reparametrize_module,
@@ -102,13 +104,20 @@ def fakes_of(values: Iterable[Any]) -> tuple[Any, ...]:
 def _differentiable_as(value: Tensor, fake: Tensor) -> Tensor:
     """``fake``, requiring a gradient as ``value`` does: as a leaf, or as what an op has made."""
     fake.requires_grad_(value.requires_grad)
-    return fake if value.is_leaf else as_activation(fake)
+    if value.is_leaf:
+        return fake
+    return fake.view_as(fake) if stays_with_caller(value) else as_activation(fake)
 
 
 def as_activation(leaf: Tensor) -> Tensor:
     """The same as the result of an op: such a tensor stays after a forward for autograd alone."""
     with torch.enable_grad():
         return leaf.clone()
+
+
+def blank_as(tensor: Tensor) -> Tensor:
+    """Uninitialised memory of the same layout, requiring a gradient as that does."""
+    return _differentiable_as(tensor, blank(tensor).detach())
 
 
 def held(module: nn.Module) -> dict[str, Tensor]:
@@ -259,9 +268,12 @@ def _with_workspace(result: Any, func: Any, args: Any) -> Any:
 
 
 def _with_one_bag_more(result: Any, func: Any, args: Any) -> Any:
-    out, bags, *rest = result
-    more = bags.new_empty(bags.numel() + 1).resize_(bags.shape)
-    return out, more if bags.numel() and bags.device.type == "cpu" else bags, *rest
+    """On CPU there is memory for one bag more, and for a size behind the last offset."""
+    out, bags, sizes, *rest = result
+    if out.device.type == "cpu":
+        bags = bags.new_empty(bags.numel() + 1).resize_(bags.shape) if bags.numel() else bags
+        sizes = sizes.new_empty(args[2].numel()).resize_(sizes.shape) if sizes.numel() else sizes
+    return out, bags, sizes, *rest
 
 
 def _as_large_as_its_input(result: Tensor, func: Any, args: Any) -> Tensor:
@@ -283,10 +295,22 @@ _REAL_STORAGES = {
     torch.ops.aten.native_layer_norm: _mixed_statistics,
     torch.ops.aten.native_group_norm: _mixed_statistics,
     torch.ops.aten.native_batch_norm: _mixed_statistics,
+    functional_batch_norm: _mixed_statistics,
     torch.ops.aten.mkldnn_rnn_layer: _with_workspace,
     embedding_bag: _with_one_bag_more,
     torch.ops.aten.convolution: _as_large_as_its_input,
 }
+
+
+def real_result(op: OpOverload, args: Any, kwargs: Any) -> Any:
+    """What an op makes, as large in memory as on real tensors; None where fake ones tell it."""
+    if getattr(op, "overloadpacket", None) not in _REAL_STORAGES:
+        return None
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    fakes = concrete_fakes(leaves)
+    args, kwargs = pytree.tree_unflatten(list(fakes), spec)
+    with disable_current_modes(), fake_mode_of(fakes), RealStorages(), torch.no_grad():
+        return op(*args, **kwargs)
 
 
 def _zeros(fake: Tensor) -> Tensor:

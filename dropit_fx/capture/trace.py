@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.traceback import preserve_node_meta
 
+from dropit_fx.capture.around import hooked
 from dropit_fx.capture.bounded import TooLong, sympy_bounded
 from dropit_fx.capture.faithful import Study
 from dropit_fx.capture.faithful.hooks import (
@@ -165,9 +166,9 @@ def capture(
 
     Args:
         model: Any module; on return, and after an error, it is what it was.
-        args: Example inputs, of which shapes and dtypes are read. ``torch.export`` needs them, and
-            so does the proof that the graph does what the model does: without them, a symbolic
-            trace is returned unproven.
+        args: Example inputs of a call, of which shapes and dtypes are read. ``torch.export`` needs
+            them, and so does the proof that the graph does what the model does: without them, a
+            symbolic trace is returned unproven.
         kwargs: Example keyword inputs.
 
     Returns:
@@ -212,12 +213,13 @@ def _captured(
     if isinstance(model, fx.GraphModule):
         return fx.GraphModule(model, copy.deepcopy(model.graph), type(model).__name__)
     known = args is not None or kwargs is not None
+    given = hooked(model, tuple(args or ()), dict(kwargs or {})) if known else ((), {})
     if known:
-        _check_fit(model, tuple(args or ()), dict(kwargs or {}))
+        _check_fit(model, *given)
     try:
         refuse_hooks(model)
         refuse_overrides(model)
-        study = Study(model, tuple(args or ()), dict(kwargs or {})) if known else None
+        study = Study(model, *given) if known else None
     except NotCarried as error:
         raise CaptureError(_refusal(model, str(error))) from error
     opened = _opened(model, study)

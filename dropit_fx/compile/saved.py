@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
+from dropit_fx.capture.fake import real_result
 from dropit_fx.private import BACKWARD, CUSTOM, PLACE, VALUE, hint, must_recompute, storage_id
 from dropit_fx.runtime.copies import AGAIN, PACKING
 
@@ -111,6 +115,19 @@ def storage(node: fx.Node) -> int:
 
 def nbytes_of(node: fx.Node) -> int:
     """Bytes of the whole storage; 0 for what is no tensor, or in a size that depends on values."""
-    value = node.meta.get(VALUE)
-    nbytes = hint(value.untyped_storage().nbytes()) if isinstance(value, Tensor) else 0
+    if not isinstance(node.meta.get(VALUE), Tensor):
+        return 0
+    nbytes = hint(_real(node).untyped_storage().nbytes())
     return nbytes if isinstance(nbytes, int) else 0
+
+
+def _real(node: fx.Node) -> Tensor:
+    """What stands in the storage of a node's value first, as large as it is on real tensors."""
+    maker = node
+    while seen := [n for n in maker.all_input_nodes if storage(n) == storage(maker)]:
+        maker = seen[0]
+    is_one = maker.target is operator.getitem
+    op: Any = maker.args[0] if is_one else maker
+    made = real_result(op.target, *map_arg((op.args, op.kwargs), lambda n: n.meta[VALUE]))
+    one: Tensor = maker.meta[VALUE] if made is None else made[maker.args[1]] if is_one else made
+    return one

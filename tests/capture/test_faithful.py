@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dropit_fx import CaptureError, transform
 from dropit_fx.capture.faithful import difference, meaning
+from dropit_fx.private import FakeTensorMode
 
 Forward = Callable[[Any, Tensor], Tensor]
 
@@ -873,3 +874,20 @@ def test_a_weight_that_tracing_forgets_is_no_graph() -> None:
     assert torch.equal(transform(model, example_args=(x, y, weight))(x, y, weight), model(x, y, x))
     run = torch.compile(Weighted(), backend="dropit_eager")
     assert torch.equal(run(x, y, weight), run._orig_mod(x, y, weight))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.layer, self.head = kind(19, 23, batch_first=True), nn.Linear(23, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.layer(torch.tanh(x))[0])
+        return out
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_what_is_cached_of_fake_tensors_refuses_no_graph(kind: type[nn.RNNBase]) -> None:
+    FakeTensorMode.cache_clear()
+    made = transform(Recurrent(kind), example_args=(torch.randn(4, 7, 19),))
+    assert made(torch.randn(5, 11, 19)).shape == (5, 11, 3)  # no size is fixed, as in exports

@@ -529,6 +529,7 @@ class Shrinking(nn.Module):
             F.conv_transpose3d(image, self.weight, stride=2),
             F.embedding_bag(words, h, mode="max"),
             F.embedding_bag(words, h, mode="sum"),
+            F.embedding_bag(words[0], h, words[0], mode="mean", include_last_offset=True),
         ]
         return [F.gelu(value).exp() for value in made]
 

@@ -60,7 +60,7 @@ def _asks_for_gradients(hook: Any) -> bool:
     Tracers run it, and the proof sees whether that is lost.
     """
     name = str(getattr(hook, "__qualname__", ""))
-    return _home(hook).startswith("transformers.") and "enable_input_require_grads" in name
+    return home_of(hook).startswith("transformers.") and "enable_input_require_grads" in name
 
 
 def called(model: nn.Module) -> Callable[..., Any]:
@@ -123,13 +123,14 @@ def own_hooks(model: nn.Module, kind: str) -> Any:
     if not isinstance(hooks, dict):
         return hooks
     less = ("torch.nn.utils.", "torch.export.")
-    return type(hooks)((k, h) for k, h in hooks.items() if not _home(h).startswith(less))
+    return type(hooks)((k, h) for k, h in hooks.items() if not home_of(h).startswith(less))
 
 
 def is_torchs(hook: Any) -> bool:
     """Whether it is PyTorch's own: weight norm, pruning."""
-    return _home(hook).startswith("torch.nn.utils.")
+    return home_of(hook).startswith("torch.nn.utils.")
 
 
-def _home(hook: Any) -> str:
+def home_of(hook: Any) -> str:
+    """The name of the module that it, or its class, was defined in."""
     return str(getattr(hook, "__module__", None) or type(hook).__module__)

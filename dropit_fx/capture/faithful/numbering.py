@@ -98,6 +98,7 @@ class Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if schema(func).name in _SAME:
             key = self._copied(args[0], out, key)
         known = {self._key_of(t) for t in given}
+        out = self._apart(out, known)
         if schema(func).name == "aten::copy_":
             key = self._copied(args[1], args[0], key)
         for tensor in written:
@@ -111,6 +112,23 @@ class Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._set(tensor, hash((key, i)) if i else key)
                 self.where.setdefault(self.of(tensor), self.here())
         return out
+
+    def _apart(self, out: Any, known: set[int]) -> Any:
+        """Several results of an op, each in memory of its own but for what shows an operand.
+
+        Two may be one (gradients of an LSTM's biases): PyTorch's cache of fake tensors forgets it,
+        and what is in the cache is by chance.
+        """
+        made: set[int] = set()
+
+        def apart(result: Any) -> Any:
+            if not isinstance(result, FakeTensor) or (key := self._key_of(result)) in known:
+                return result
+            again = key in made
+            made.add(key)
+            return result.clone() if again else result
+
+        return pytree.tree_map(apart, out) if isinstance(out, tuple | list) else out
 
     def _key(self, func: Any, args: Any, kwargs: Any) -> int:
         """How an op's result comes about."""
