@@ -311,7 +311,7 @@ def _level(mine: fx.GraphModule, other: fx.GraphModule, training: bool) -> None:
                     break
                 added = _copy_of_no_effect(node, graph, ahead, twins)
                 if added is not None:
-                    a, b = (a, added) if graph is other else (added, b)
+                    a, b = (a, added) if node is a else (added, b)
                     break
             else:
                 return
