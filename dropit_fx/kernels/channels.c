@@ -136,8 +136,8 @@ static void sum_rows(const Job *job, double *sum, double *square, int threads) {
         for (int64_t c = 0; c < 2 * n; c++) sum[c] += sum[2 * p * n + c]; /* the squares lie behind them */
 }
 
-/* `mean` and `inverse`: one float32 a channel, `inverse` of the square root of variance + `eps`. Returns 0, or 1 where
- * memory ran out. x is not empty. */
+/* `mean` and `inverse`: one float32 a channel, `inverse` of the square root of variance + `eps`; 0 and 1 for a channel
+ * that is not finite. Returns 0, or 1 where memory ran out. x is not empty. */
 EXPORT int dropit_statistics(const void *x, float *mean, float *inverse, int64_t outer, int64_t channels, int64_t inner,
                              int dtype, float eps, int threads) {
     const Job job = {x, outer, channels, inner, dtype};
@@ -150,6 +150,7 @@ EXPORT int dropit_statistics(const void *x, float *mean, float *inverse, int64_t
         double from_first = sum[c] / count, variance = square[c] / count - from_first * from_first;
         mean[c] = (float)((double)value_at(x, dtype, c * inner) + from_first);
         inverse[c] = (float)(1 / sqrt((variance < 0 ? 0 : variance) + (double)eps));
+        if (!(inverse[c] > 0) || !isfinite(mean[c])) mean[c] = 0, inverse[c] = 1;
     }
     free(sum);
     return 0;

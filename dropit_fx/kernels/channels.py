@@ -27,8 +27,14 @@ def has_kernel(x: Tensor) -> bool:
     return x.is_cuda or (x.dtype in _DTYPES and library() is not None)
 
 
+def finite_statistics(mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """0 and 1 for a channel that is not finite, or whose variance is not: it stays as it is."""
+    finite = inverse > 0
+    return torch.where(finite, mean, 0.0), torch.where(finite, inverse, 1.0)
+
+
 def statistics(x: Tensor, flat: Tensor, inner: int) -> tuple[Tensor, Tensor]:
-    """Mean and inverse deviation of each channel: ``(C,)`` float32.
+    """Mean and inverse deviation of each channel: ``(C,)`` float32; of one not finite, 0 and 1.
 
     Args:
         x: Not empty; channels are dimension 1.
@@ -40,7 +46,7 @@ def statistics(x: Tensor, flat: Tensor, inner: int) -> tuple[Tensor, Tensor]:
     """
     if x.is_cuda:
         mean, inverse = torch.batch_norm_stats(x, TINY)
-        return mean.float(), inverse.float()  # of float64, the kernel's are float64
+        return finite_statistics(mean.float(), inverse.float())  # of float64 they are float64
     channels, lib = x.shape[1], library()
     assert lib is not None
     mean, inverse = (flat.new_empty(channels, dtype=torch.float32) for _ in range(2))

@@ -12,7 +12,7 @@ from torch.fx.traceback import annotate
 
 from dropit_fx.codecs import CODEC, DERIVED
 from dropit_fx.codecs.codec import Codec
-from dropit_fx.kernels.channels import TINY, has_kernel, statistics
+from dropit_fx.kernels.channels import TINY, finite_statistics, has_kernel, statistics
 from dropit_fx.kernels.fused_bits import is_empty
 from dropit_fx.ops.autocasting import autocast_as
 from dropit_fx.ops.table import DERIVABLE
@@ -115,7 +115,8 @@ def standardise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each channel around 0, in units of its deviation; and mean and inverse deviation, (C,).
 
     In a block of elements of several channels, all of them then have the same say. The kernel of
-    batch norm does it in half the time of ``torch.std_mean``.
+    batch norm does it in half the time of ``torch.std_mean``. A channel that is not finite stays as
+    it is: a norm over groups reads its other samples.
     """
     if is_empty(x.numel()):  # which that kernel refuses
         return x, x.new_zeros(x.shape[1]).float(), x.new_ones(x.shape[1]).float()
@@ -123,7 +124,13 @@ def standardise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     out, mean, inverse = norm(x.float(), None, None, True, 0.0, TINY)
     if memory_order(out) != memory_order(x):
         out = torch.empty_like(x).copy_(out)
-    return out.to(x.dtype), mean, inverse
+    finite = (inverse > 0).view(_along_channels(x))
+    return torch.where(finite, out.to(x.dtype), x), *finite_statistics(mean, inverse)
+
+
+def _along_channels(x: Tensor) -> list[int]:
+    """The shape in which a number for each channel is broadcast to ``x``."""
+    return [-1 if d == 1 else 1 for d in range(x.dim())]
 
 
 def _pack_by_channel(
@@ -144,7 +151,7 @@ def _pack_by_channel(
         mean, inverse = statistics(x, flat, inner) if _is_plain(x) else standardise(x)[1:]
         with _marked(x):
             parts = codec.pack_channels(flat, mean, inverse, inner, options)
-    shape = [-1 if d == 1 else 1 for d in range(x.dim())]
+    shape = _along_channels(x)
     return parts, mean.view(shape), inverse.reciprocal().view(shape)
 
 

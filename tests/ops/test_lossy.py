@@ -314,9 +314,7 @@ def test_nan_and_inf_in_the_input(name: str, call: Case, codec: str) -> None:
     if codec == "lossless":
         assert_same(grads, exact_grads)
     if codec == "quant":
-        by_channel = any(read.by_channel for read in RULES[name].reads)  # around its mean, NaN here
         for grad, before in zip(grads, exact_grads, strict=True):
-            assert grad is None or not (~before.isfinite() & grad.isfinite()).any()
-            assert grad is None or by_channel or torch.equal(grad.isfinite(), before.isfinite())
+            assert grad is None or torch.equal(grad.isfinite(), before.isfinite())
     if codec == "few_bit":  # NaN counts as the lowest interval: it shows in the result
         assert all(grad is None or grad.isfinite().all() for grad in grads)
