@@ -10,6 +10,8 @@ what has a lossy copy), which tells it from the late layers of a convolutional n
 kept first, until together they are three in a hundred of all that is packed; counted with them are
 autocast's copies of weights, which an op keeps that packs nothing more.
 
+What a mask's constant may stand among is kept exactly as well: see `mask_constants`.
+
 Requires: decisions with what is derived. Ensures: only storages with copies of their own change;
 what is derived from a copy of theirs is then derived from the exact values.
 """
@@ -23,11 +25,13 @@ from dropit_fx.codecs import CODEC
 from dropit_fx.ops.table import CHECKPOINT
 from dropit_fx.passes.choose_codecs import beside_rounded, keep
 from dropit_fx.passes.derive_values import bases_of, recipe, unpacked
+from dropit_fx.passes.mask_constants import mask_constants
 from dropit_fx.passes.plan import Decision, Plan, Site
 from dropit_fx.passes.share_packed import LET_GO, by_site, swapped_nodes
 
 TENTH = 10  # of the large ones: nothing above is small
 HUNDREDTHS = 3  # of the dense bytes of all that is not kept: no more is kept for this reason
+MASKED = "a mask's {:g} stands among its values: beside it few bits tell no others apart"
 FIXED = "made of weights or constants alone, it stays exact"
 LOST = "made of what stays exact and is written to later: it cannot be made again"
 REASON = "small beside what is packed, it is kept exactly"
@@ -47,7 +51,7 @@ def _without_fixed(plan: Plan) -> Plan:
 
     Nothing is made from what is kept whole and written to later.
     """
-    reasons = dict.fromkeys(_fixed(plan), FIXED)
+    reasons = dict.fromkeys(_fixed(plan), FIXED) | _masked(plan)
     while lost := _not_derived(kept := _keeping(reasons, plan)):
         reasons[lost[0]] = LOST  # those behind it may come from it
     return kept
@@ -104,6 +108,27 @@ def _fixed(plan: Plan) -> set[str]:
         for site, mine in by_site(plan.sites, plan.decisions)
         if any(_is_lossy(d) and d.read.fixed for d in mine)
     }
+
+
+def _masked(plan: Plan) -> dict[str, str]:
+    """Storages of which few bits are kept, and that a mask's constant may stand among."""
+    constants = mask_constants(plan)
+    if not constants:
+        return {}
+    nodes = {n.name: n for n in plan.module.graph.nodes}
+    found: dict[str, str] = {}
+    for site, mine in by_site(plan.sites, plan.decisions):
+        for d in mine:
+            names = [d.read.source]
+            if d.read.source is None and d.read.operand in _OF_INPUT:
+                names = [n.name for n in nodes[d.read.node].all_input_nodes]
+            large = [constants[name] for name in names if name in constants]
+            if large and _is_lossy(d) and not d.own and not CODEC[d.codec].slope:
+                found[site.name] = MASKED.format(max(large, key=abs))
+    return found
+
+
+_OF_INPUT = ("log_probs",)  # what an op makes inside that has the extremes of its input
 
 
 def _small(plan: Plan) -> set[str]:
