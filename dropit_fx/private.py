@@ -406,8 +406,12 @@ def compiled_for_lightning(module: nn.Module) -> bool:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile``'s wrapper, or the model itself."""
-    inside: nn.Module = getattr(model, "_orig_mod", model)
+    """The model inside ``torch.compile``'s wrapper, or the model itself.
+
+    The wrapper is told by its class: a graph of what it holds has a part of the same name.
+    """
+    wrapper = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ())  # if it is loaded
+    inside: nn.Module = model._orig_mod if isinstance(model, wrapper) else model
     return inside
 
 

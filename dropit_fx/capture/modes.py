@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate
 from torch.fx.operator_schemas import get_signature_for_torch_op
 
-from dropit_fx.capture.graph_module import adopt
+from dropit_fx.capture.graph_module import adopt, with_grad
 from dropit_fx.capture.input_guards import InputGuards
 from dropit_fx.capture.provenance import node_module, node_where
 from dropit_fx.capture.regions import REGION
@@ -28,7 +28,6 @@ from dropit_fx.ops.masks import DROPOUT
 from dropit_fx.ops.table import operands_of, rule_of
 from dropit_fx.private import OpOverload
 from dropit_fx.runtime.packed_call import by_mode, in_mode, require_mode
-from dropit_fx.runtime.regions import name_of
 
 log = logging.getLogger(__name__)
 
@@ -234,7 +233,7 @@ class _Blocks:
         """
         call: Any = read.next
         own, graph = read.graph, ahead.graph
-        if read.op != "get_attr" or name_of(call) != "wrap_with_set_grad_enabled":
+        if read.op != "get_attr" or call.target is not with_grad:
             return None
         enabled, block, *inputs = call.args
         if enabled is not False or block is not read or not twins.keys() >= {*_nodes(inputs)}:

@@ -2,6 +2,6 @@
 
 May be imported from here: ``rule`` (what a row says), ``table`` (the rows), ``backwards`` (what
 their formulas are given), ``autocasting``, ``step_tables``, ``sides`` (of the places where a slope
-jumps); of the families, ``masks`` for ``DROPOUT`` and ``losses`` for ``reduction_enum``. Needs
-``kernels`` only.
+jumps); of the families, ``masks`` for ``DROPOUT``, ``pooling`` for ``MAX_POOL`` and ``losses`` for
+``reduction_enum``. Needs ``kernels`` only.
 """

@@ -151,6 +151,17 @@ def test_a_compiled_model_is_reported_once_it_has_run() -> None:
         dropit_fx.report(model)
 
 
+def test_a_compiled_model_that_is_rewritten_is_reported() -> None:
+    """Its graph has a part with the name under which ``torch.compile``'s wrapper has the model."""
+    model, x = Shared(), torch.randn(64, 32)
+    rewritten = dropit_fx.transform(torch.compile(model, backend="eager"), example_args=(x,))
+    expected = dropit_fx.report(dropit_fx.transform(model, example_args=(x,)))
+    found = dropit_fx.report(rewritten)
+    assert (found.kept_bytes, found.dense_bytes) == (expected.kept_bytes, expected.dense_bytes)
+    fast = torch.compile(rewritten, backend="eager")
+    assert dropit_fx.report(fast).kept_bytes == measure.saved_bytes(rewritten, x)
+
+
 def test_parts_compiled_in_place_are_reported_together() -> None:
     model = Broken()
     model.blocks[0].compile(backend="dropit_eager")
