@@ -61,6 +61,7 @@ if TYPE_CHECKING:  # the names to import, with their types
         StatelessSymbolicContext,
         free_unbacked_symbols,
     )
+    from torch.fx.graph import _PyTreeCodeGen as PyTreeCodeGen
     from torch.fx.node import _get_qualified_name as get_qualified_name
     from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
     from torch.nn.modules.batchnorm import _NormBase as NormBase
@@ -388,6 +389,10 @@ def parameter_of_input(name: str) -> str:
 def codegen(graph: fx.Graph) -> Any:
     """What writes the code of a graph; its ``pytree_info``, if any, is the nesting of inputs."""
     return getattr(graph, "_codegen", None)
+
+
+# what an exported graph calls, in its code, with its inputs and their tree spec
+FLATTENING = "fx_pytree.tree_flatten_spec("
 
 
 def compiled_in_place(module: nn.Module) -> bool:

@@ -164,6 +164,7 @@ TABLE: tuple[Name, ...] = (
         "how the inputs of a graph are nested",
         probe=lambda: fx.Graph()._codegen,
     ),
+    Name("torch.fx.graph._PyTreeCodeGen", _IMPORT, "checking how inputs are nested"),
     Name("torch.fx.node._get_qualified_name", _COPY, "names of functions in pickles"),
     Name(
         "_is_impure",

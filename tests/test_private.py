@@ -360,6 +360,14 @@ def _the_nesting_of_inputs_is_in_the_code_generator() -> None:
     assert info.in_spec.num_leaves == 2, "pytree_info.in_spec does not count two inputs"
 
 
+@of("torch.fx.graph._PyTreeCodeGen")
+def _graphs_of_export_flatten_their_inputs_by_this_call() -> None:
+    graph_module = exported().module()
+    assert type(private.codegen(graph_module.graph)) is private.PyTreeCodeGen
+    assert private.FLATTENING in graph_module.code, f"{private.FLATTENING} is not in its code"
+    assert [*exported().call_spec.in_spec.children()][1].type is dict, "no spec of keyword inputs"
+
+
 @of("torch.fx.node._get_qualified_name")
 def _functions_have_names() -> None:
     assert private.get_qualified_name(F.relu) == "torch.nn.functional.relu"

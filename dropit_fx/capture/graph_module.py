@@ -12,11 +12,14 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 from torch.fx.node import map_aggregate, map_arg
 
+from dropit_fx.capture.input_guards import flattened
 from dropit_fx.capture.saving import STANDS_FOR, SavesAs
 from dropit_fx.capture.symbolic import CustomFunction
 from dropit_fx.private import (
+    FLATTENING,
     MODULE_STATE,
     OpOverload,
+    PyTreeCodeGen,
     codegen,
     get_qualified_name,
     pytree,
@@ -106,6 +109,26 @@ class Returned(CodeGen):
             return self.process_outputs(value)
 
         return [*super().additional_globals(), ("_returned", returned)]
+
+
+class Nested(PyTreeCodeGen):
+    """Writes an exported graph that takes inputs nested as the example's, and no others.
+
+    fx takes of a list as many elements as the example had, and drops the rest without a word.
+    """
+
+    def gen_fn_def(self, *args: Any, **kwargs: Any) -> str:
+        """The ``def`` of the code."""
+        return super().gen_fn_def(*args, **kwargs).replace(FLATTENING, "_flattened(")
+
+    def additional_globals(self) -> list[tuple[str, Any]]:
+        """What it reads."""
+        names = tuple(self.pytree_info.orig_args)
+
+        def own(given: Any, spec: Any) -> list[Any]:
+            return flattened(names, given, spec)
+
+        return [*super().additional_globals(), ("_flattened", own)]
 
 
 class OutSpec(NamedTuple):

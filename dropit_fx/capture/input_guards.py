@@ -2,7 +2,9 @@
 
 ``torch.export`` follows one branch of ``if x.shape[0] > 8`` and notes the condition. Its own check
 of these conditions does not pickle; this one does. Any trace follows one branch of
-``if isinstance(x, tuple)``: kinds of inputs are checked as well.
+``if isinstance(x, tuple)``: kinds of inputs are checked as well, and how they are nested, since
+``torch.export`` unrolls what a model does with a list. So is the dtype of inputs of which the
+model's own code reads it: an exported graph has the example's for good.
 """
 
 from __future__ import annotations
@@ -10,12 +12,17 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import operator
 import re
+import sys
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from dropit_fx.private import guards_made_by, never_removed, pytree
 
@@ -63,6 +70,7 @@ def _function(conditions: tuple[tuple[str, str], ...]) -> Callable[..., None]:
         lines += [f"    if not ({condition}):", f"        raise ValueError({text!r} + given(args))"]
     lines += ["    return None"]
     names: dict[str, Any] = {**SYMPY_INTERP, "math": math, "inf": math.inf, "given": _given}
+    names["torch"] = torch
     names["Tensor"] = (Tensor, fx.Proxy)  # who traces the result gives it neither
     exec("\n".join(lines), names)  # expressions that torch.export wrote
     check: Callable[..., None] = dont_skip_tracing(names["check"])
@@ -70,16 +78,24 @@ def _function(conditions: tuple[tuple[str, str], ...]) -> Callable[..., None]:
 
 
 def _given(args: tuple[Any, ...]) -> str:
-    return ", ".join(str(tuple(a.shape)) if isinstance(a, Tensor) else repr(a) for a in args)
+    return ", ".join(map(_told, args))
+
+
+def _told(value: Any) -> str:
+    """A tensor by its shape and dtype: ``(4, 8) float32``."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
 
 
 def _of_export(
-    given: Mapping[str, Any], guards: list[str], paths: list[pytree.KeyPath]
+    given: Mapping[str, Any], typed: set[str], guards: list[str], paths: list[pytree.KeyPath]
 ) -> InputGuards:
     """From export's expressions over ``L['x']`` and the paths of the graph's inputs.
 
-    ``given``: the example by these paths. Export notes nothing of what was None, and of a number
-    that it is equal; a forward that asks ``isinstance`` was traced for one kind.
+    ``given``: the example by these paths; ``typed``: the paths of those whose dtype was read.
+    Export notes nothing of what was None, and of a number that it is equal; a forward that asks
+    ``isinstance`` was traced for one kind.
     """
     keys = [pytree.keystr(path) for path in paths]
     names = [_name(path) for path in paths]
@@ -87,6 +103,11 @@ def _of_export(
         (kind.format(f"args[{i}]"), kind.format(names[i]))
         for i, key in enumerate(keys)
         if (kind := _kind_of(given[key]) if key in given else "")
+    ]
+    conditions += [
+        (f"args[{i}].dtype == {given[key].dtype}", f"{names[i]}.dtype == {given[key].dtype}")
+        for i, key in enumerate(keys)
+        if key in typed
     ]
     for guard in guards:
         if "._base." in guard:  # of what an input is a view, which no graph reads
@@ -136,6 +157,85 @@ def guard_asked(
     graph_module.recompile()
 
 
+def flattened(names: tuple[str, ...], given: Any, spec: Any) -> list[Any]:
+    """The inputs of an exported graph, which are the leaves of what a call gives.
+
+    Args:
+        names: Of the forward's arguments, in the order of ``given``.
+        given: ``(args, kwargs)``.
+        spec: Their tree spec in the example.
+
+    Raises:
+        TypeError: An argument is nested otherwise than in the example.
+    """
+    args, kwargs = given
+    specs = [one for part in spec.children() for one in part.children()]
+    leaves: list[Any] = []
+    for name, value, wanted in zip(names, [*args, *kwargs.values()], specs, strict=True):
+        found = _leaves(value, wanted)
+        if found is None:
+            raise TypeError(
+                f"the graph was exported for inputs with {name} = {_shape(wanted)}; transform the"
+                f" model with an example like the inputs given: {name} = {_shape_of(value)}"
+            )
+        leaves += found
+    return leaves
+
+
+def _leaves(value: Any, spec: Any) -> list[Any] | None:
+    """Of what is nested as ``spec`` says; None of anything else."""
+    if spec.type is None:
+        return [value]
+    parts = _parts(value, spec)
+    if parts is None:
+        return None
+    leaves: list[Any] = []
+    for part, wanted in zip(parts, spec.children(), strict=True):
+        found = _leaves(part, wanted)
+        if found is None:
+            return None
+        leaves += found
+    return leaves
+
+
+def _parts(value: Any, spec: Any) -> list[Any] | None:
+    """What lies in a container of the example's type, or of another mapping with its keys.
+
+    In their order: a model may go through them.
+    """
+    keys = spec.context[1] if spec.type is defaultdict else spec.context
+    is_mapping = spec.type in (dict, OrderedDict, defaultdict)
+    if isinstance(value, fx.Proxy):  # of who traces the result
+        places = keys if is_mapping else range(spec.num_children)
+        return [operator.getitem(value, place) for place in places]
+    if is_mapping:
+        alike = isinstance(value, Mapping) and list(value) == list(keys)
+        return list(value.values()) if alike else None
+    parts, found = pytree.tree_flatten(value, is_leaf=lambda part: part is not value)
+    alike = found.type is spec.type and found.context == spec.context
+    return parts if alike and len(parts) == spec.num_children else None
+
+
+class _Leaf(str):
+    """Told as it is in the text of a container."""
+
+    __repr__ = str.__str__
+
+
+def _shape(spec: Any) -> str:
+    try:
+        return repr(pytree.tree_unflatten([_Leaf("*")] * spec.num_leaves, spec))
+    except Exception:  # a container's own code ran, which may want tensors
+        return str(spec)
+
+
+def _shape_of(value: Any) -> str:
+    try:
+        return repr(pytree.tree_map(lambda leaf: _Leaf(type(leaf).__name__), value))
+    except Exception:
+        return str(pytree.tree_structure(value))
+
+
 def _name(path: pytree.KeyPath) -> str:
     """An input as the user's code has it: ``batch['mask']``."""
     first: Any = path[0]
@@ -154,11 +254,61 @@ def _by_path(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     return {pytree.keystr(path): leaf for path, leaf in pytree.tree_leaves_with_path(dict(given))}
 
 
+class _Typed(TorchFunctionMode):
+    """Notes the paths of inputs of which code that is not PyTorch's reads the dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: dict[int, tuple[Tensor, str]] = {}  # by identity; kept alive
+        self.typed: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        _, path = self.inputs.get(id(args[0]), (None, "")) if len(args) == 1 else (None, "")
+        if path and func in _TYPES and not _asked_by_torch():
+            self.typed.add(path)
+        return func(*args, **(kwargs or {}))
+
+
+_TYPES = (
+    Tensor.dtype.__get__,  # type: ignore[attr-defined]
+    *(Tensor.type, Tensor.is_floating_point, Tensor.is_complex),
+    *(torch.is_floating_point, torch.is_complex),
+)
+
+
+def _asked_by_torch() -> bool:
+    frame = sys._getframe(2)
+    while frame.f_code.co_name == "__torch_function__":  # of other modes
+        assert frame.f_back is not None
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__", "")).startswith(("torch.", "dropit_fx."))
+
+
+@contextmanager
+def noting_dtypes(model: nn.Module) -> Iterator[set[str]]:
+    """Yields the paths of the inputs whose dtype the model reads while it is exported."""
+    mode = _Typed()
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found = _by_path(model, args, kwargs)
+        mode.inputs |= {id(x): (x, path) for path, x in found.items() if isinstance(x, Tensor)}
+
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with mode:
+            yield mode.typed
+    finally:
+        hook.remove()
+
+
 @contextmanager
 def exporting_input_guards(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], typed: set[str]
 ) -> Iterator[None]:
-    """Makes ``ExportedProgram.module()`` put :class:`InputGuards` in the place of its own check."""
+    """Makes ``ExportedProgram.module()`` put :class:`InputGuards` in the place of its own check.
+
+    ``typed``: what :func:`noting_dtypes` has found.
+    """
     given = _by_path(model, args, kwargs)
-    with guards_made_by(functools.partial(_of_export, given)):
+    with guards_made_by(functools.partial(_of_export, given, typed)):
         yield

@@ -34,8 +34,18 @@ from dropit_fx.capture.faithful.hooks import (
     torchs_hooks_inside,
 )
 from dropit_fx.capture.faithful.one_run import named
-from dropit_fx.capture.graph_module import RewrittenModule, adopt, keep_blocks, returning
-from dropit_fx.capture.input_guards import exporting_input_guards, guard_asked
+from dropit_fx.capture.graph_module import (
+    Nested,
+    RewrittenModule,
+    adopt,
+    keep_blocks,
+    returning,
+)
+from dropit_fx.capture.input_guards import (
+    exporting_input_guards,
+    guard_asked,
+    noting_dtypes,
+)
 from dropit_fx.capture.modes import both_modes, is_one_mode, one_mode
 from dropit_fx.capture.provenance import error_line, first_line, transformed_in
 from dropit_fx.capture.regions import checkpointing, from_annotations, mark, marking
@@ -48,6 +58,7 @@ from dropit_fx.private import (
     MODULE_DICTS,
     BatchNorm,
     NormBase,
+    codegen,
     leave_unsaved,
     pytree,
     traced_assert,
@@ -399,22 +410,33 @@ def _exported_program(
     raise failed
 
 
-def _without_grad(value: Any) -> Any:
-    """An input as it is before a backward: export would ask for sizes of its gradient."""
-    if not isinstance(value, Tensor) or not value.is_leaf or value.grad is None:
-        return value
-    return value.detach().requires_grad_(value.requires_grad)
+def _to_export(inputs: Any) -> Any:
+    """Inputs as they are before a backward, and each a tensor of its own.
+
+    Export would ask for sizes of a gradient, and would read one of two inputs that are the same
+    tensor for both, also where they are none any more.
+    """
+    seen: set[int] = set()
+
+    def own(x: Tensor) -> Tensor:
+        fresh = id(x) not in seen and (not x.is_leaf or x.grad is None)
+        seen.add(id(x))
+        return x if fresh else x.detach().requires_grad_(x.requires_grad)
+
+    return pytree.tree_map_only(Tensor, own, inputs)
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
-    args, kwargs = pytree.tree_map(_without_grad, (args, kwargs))
-    program = _exported_program(model, args, kwargs)
-    with exporting_input_guards(model, args, kwargs):
+    args, kwargs = _to_export((args, kwargs))
+    with noting_dtypes(model) as typed:
+        program = _exported_program(model, args, kwargs)
+    with exporting_input_guards(model, args, kwargs, typed):
         exported = program.module()
     # a plain GraphModule: the exported one refuses train() and eval()
     graph_module = fx.GraphModule(exported, exported.graph, type(model).__name__)
     from_annotations(graph_module)
     keep_blocks(graph_module)
+    graph_module.graph.set_codegen(Nested(codegen(exported.graph).pytree_info))
     known = dict(named(model))
     for name, _ in list(graph_module.named_buffers()):
         if name not in known:  # a constant that export lifted

@@ -63,6 +63,7 @@ def meaning(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     names: Collection[str] | None = None,
+    shared: bool = False,
 ) -> Meaning:
     """Runs ``run(*args, **kwargs)`` and its backward on fake tensors, and numbers what comes out.
 
@@ -75,12 +76,17 @@ def meaning(
         kwargs: Its keyword inputs.
         names: Of the model's parameters and buffers; what else a graph holds are constants. None:
             all of them are.
+        shared: Inputs that are one tensor are one in the run, too, of which a model may ask
+            (``a is b``). Usually each is its own: a graph that reads one for the other shows.
     """
     constants = {
         n: constant(b) for n, b in module.named_buffers() if names is not None and n not in names
     }
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     fakes = fakes_of(leaves)
+    if shared:
+        first: dict[int, Any] = {}
+        fakes = tuple(first.setdefault(id(v), f) for v, f in zip(leaves, fakes, strict=True))
     mode = fake_mode_of(fakes)
     numbers = Numbers(module)
     watch = _Lost(numbers.here)

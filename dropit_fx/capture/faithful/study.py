@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dropit_fx.capture.faithful.hooks import INSIDE, NotCarried, called, is_torchs, place_of_forward
 from dropit_fx.capture.faithful.one_run import Meaning, difference, meaning, named
 from dropit_fx.capture.provenance import error_line, first_line
 from dropit_fx.capture.untouched import Change, has_own_train, untouched
-from dropit_fx.private import HOOK_DICTS, FakeTensor, compiling_state_context
+from dropit_fx.private import HOOK_DICTS, FakeTensor, compiling_state_context, pytree
 
 log = logging.getLogger(__name__)
 _MODES = ("eval", "training")
@@ -39,6 +39,10 @@ class Study:
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.args, self.kwargs, self.training = args, kwargs, model.training
         self._of = model
+        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        # torch.nn's own modules ask (`k is v`) to do the same by fewer ops
+        own = type(model).__module__.startswith("torch.nn.")
+        self._shared = not own and len({*map(id, tensors)}) < len(tensors)
         self._names = frozenset(n for n, _ in named(model))
         self._model: dict[bool, Meaning | str] = {}
         for training in (self.training, not self.training):
@@ -103,11 +107,24 @@ class Study:
         with _in_mode(graph, training):
             found = meaning(graph, graph.forward, self.args, self.kwargs, self._names)
         wrong = difference(model, found)
+        if not wrong and self._shared:
+            return self._differs_for_one(graph, training)
         if not wrong or not exported:
             return wrong
         with _in_mode(self._of, training), untouched(self._of), compiling_state_context():
             told = meaning(self._of, self._of.forward, self.args, self.kwargs)
         return "" if not difference(told, found) else wrong
+
+    def _differs_for_one(self, graph: nn.Module, training: bool) -> str:
+        """What it does otherwise where inputs are one tensor, as in the example."""
+        found = []
+        for module, names in ((self._of, None), (graph, self._names)):
+            with _in_mode(module, training), untouched(module):
+                run = meaning(module, module.forward, self.args, self.kwargs, names, shared=True)
+            found.append(run)
+        wrong = difference(*found)
+        hint = "; that is where inputs are one tensor: have the example give each its own"
+        return wrong and wrong + hint
 
 
 @contextmanager
