@@ -6,7 +6,6 @@ says of each node of the forward whether its result is saved or computed again.
 
 from __future__ import annotations
 
-import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,11 +17,12 @@ from torch.utils.checkpoint import CheckpointPolicy
 from dropit_fx.capture.provenance import node_module
 from dropit_fx.private import BACKWARD, CUSTOM, PLACE, POLICY
 from dropit_fx.rules import Config
+from dropit_fx.runtime.regions import name_of
 from dropit_fx.selective import saved_ops
 
 _IN_BACKWARD = "autograd_backward"  # in the meta of what autograd.grad ran, where that is traced
 _MODULE = "module_fqn"  # among the annotations of a node: what torchtitan says of its module
-_PARTS = (operator.getitem, torch.ops._c10d_functional.wait_tensor.default)  # of what is before
+_PARTS = ("getitem", "wait_tensor")  # of what is before: ops by name
 _SAVED, _AGAIN = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -63,7 +63,7 @@ def memory_policy(
         counts = Counter(map(_key, nodes))
         seen: Counter[tuple[str, str]] = Counter()
         for node in nodes:
-            if node.target in _PARTS and POLICY in node.args[0].meta:
+            if name_of(node) in _PARTS and POLICY in node.args[0].meta:
                 node.meta[POLICY] = node.args[0].meta[POLICY]
                 continue
             key = _key(node)

@@ -47,8 +47,8 @@ def test_what_is_saved_is_what_is_said(inner: str, config: str, cast: bool) -> N
     found = step(model, x, "dropit", {**options, "inner": inner}, cast)
     record = compiled_graphs()[-1]
     (partition,) = record.partitions
-    # Of a norm in half precision, compiled ones keep the statistics in that too
-    narrow = 2 * 2 * len(x) if cast else 0
+    # Of a norm in half precision, one that is decomposed keeps the statistics in that too
+    narrow = 2 * 2 * len(x) if cast and inner != "aot_eager" else 0
     assert record.report.kept_bytes - partition.saved_bytes == narrow
     assert not partition.packs_in_backward
     eager = step(model, x, "dropit_eager", options, cast)

@@ -174,22 +174,22 @@ def encode(
     LAST: tl.constexpr = 2**BITS - 1
     magnitude = u & 0x7FFFFFFF
     finite = magnitude < INFINITY
-    marked = tl.max(tl.where(kept & (magnitude >= INFINITY), 1, 0), 1) > 0
-    has_nan = tl.max(tl.where(kept & (magnitude > INFINITY), 1, 0), 1) > 0
-    negative = u < 0
+    most = tl.max(tl.where(kept, magnitude, 0), 1)
+    marked = most >= INFINITY
+    has_nan = most > INFINITY
     unread = marked & (BITS == 1)
     infinite = marked & (has_nan == 0)  # below, of those by the scale
     counts = kept & finite
     if BITS == 1:
-        plus = tl.max(tl.where(kept & (finite == 0) & (negative == 0), 1, 0), 1) > 0
-        minus = tl.max(tl.where(kept & (finite == 0) & negative, 1, 0), 1) > 0
+        plus = tl.max(tl.where(kept & (finite == 0) & (u >= 0), 1, 0), 1) > 0
+        minus = tl.max(tl.where(kept & (finite == 0) & (u < 0), 1, 0), 1) > 0
         kind = tl.where(minus, -8388608, INFINITY)  # 0xFF800000
         kind = tl.where(has_nan | (plus & minus), 0x7FC00000, kind)
         kind = tl.where(marked, kind, 0x7FC00000)
     else:
         kind = tl.full(marked.shape, 0x7FC00000, tl.int32)
     if SUMS:  # what does not count is computed as zero, so that nothing overflows on the way
-        u = tl.where(finite, u, 0)
+        u = tl.where(finite, u, u & -2147483648)
         magnitude = u & 0x7FFFFFFF
     high_key = tl.max(tl.where(counts, magnitude, 0), 1)
     x = single(u)
@@ -306,17 +306,19 @@ def encode(
         _store_level(column, c0, unread, kind, real)
         if COLUMNS > 1:
             _store_level(column + COLUMNS - 1, c1, unread, kind, real)
+    if not SUMS:
+        finite = (u & 0x7FFFFFFF) < INFINITY  # once more: to hold it takes registers
     if BITS == 1:
         code = tl.where(marked[:, None], tl.where(finite, 0, 1), tl.where(unread[:, None], 0, code))
         return tl.where(kept, code, 0)
     given_up = marked.to(tl.int32)[:, None]
     infinite = infinite.to(tl.int32)[:, None]
     if SPACING == _SYMMETRIC:
-        theirs = tl.where((infinite != 0) & (negative == 0), LAST >> 1, LAST)
+        theirs = tl.where((infinite != 0) & (u >= 0), LAST >> 1, LAST)
         code -= tl.where(code == LAST, given_up, 0)
         code -= tl.where(code == LAST >> 1, infinite, 0)
     else:
-        theirs = LAST - tl.where(negative, infinite, 0)
+        theirs = LAST - tl.where(u < 0, infinite, 0)
         code = tl.minimum(code, LAST - given_up - infinite)
     code = tl.where(finite, code, theirs)
     return tl.where(kept & (unread == 0)[:, None], code, 0)
