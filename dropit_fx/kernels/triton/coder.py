@@ -189,7 +189,7 @@ def encode(
     else:
         kind = tl.full(marked.shape, 0x7FC00000, tl.int32)
     if SUMS:  # what does not count is computed as zero, so that nothing overflows on the way
-        u = tl.where(finite, u, u & -2147483648)
+        u = tl.where(finite, u, u & -2147483648)  # the sign stays
         magnitude = u & 0x7FFFFFFF
     high_key = tl.max(tl.where(counts, magnitude, 0), 1)
     x = single(u)
@@ -232,7 +232,7 @@ def encode(
         m = single(magnitude)
         count: tl.constexpr = 2 ** (BITS - 1)
         code = _grid_steps(m, c0, c1, high, seed_ptr, index, count, STOCHASTIC, NARROW)
-        code = code | sign
+        code = tl.where(finite, code, 0) | sign
     elif STOCHASTIC:
         c0 = round_down(low)
         c1 = round_up(high)
@@ -263,7 +263,7 @@ def encode(
                 _store_level(column + 2, l2, unread, kind, real)
             drawn = uniform(seed_ptr, index) * (upper - lower)
             code += (drawn < m - lower).to(tl.int32)
-            code = code | sign
+            code = tl.where(finite, code, 0) | sign
             c1 = tl.where(marked, _with_parity(c1, has_nan), c1)
     else:
         COUNT: tl.constexpr = 2 ** (BITS - 1)
@@ -294,7 +294,7 @@ def encode(
             told = marked & (j == COUNT - 1)
             level = _negated_where(told, tl.where(told, _with_parity(level, has_nan), level))
             _store_level(column + j, level, unread, kind, real)
-        code = code | sign
+        code = tl.where(finite, code, 0) | sign
     if SPACING != _SYMMETRIC or BITS > 3 or STOCHASTIC:
         infinite = marked & _is_even(c1)
         if SPACING == _UNIFORM:
@@ -306,7 +306,7 @@ def encode(
         _store_level(column, c0, unread, kind, real)
         if COLUMNS > 1:
             _store_level(column + COLUMNS - 1, c1, unread, kind, real)
-    if not SUMS:
+    if SPACING != _SYMMETRIC:
         finite = (u & 0x7FFFFFFF) < INFINITY  # once more: to hold it takes registers
     if BITS == 1:
         code = tl.where(marked[:, None], tl.where(finite, 0, 1), tl.where(unread[:, None], 0, code))
@@ -314,7 +314,8 @@ def encode(
     given_up = marked.to(tl.int32)[:, None]
     infinite = infinite.to(tl.int32)[:, None]
     if SPACING == _SYMMETRIC:
-        theirs = tl.where((infinite != 0) & (u >= 0), LAST >> 1, LAST)
+        is_plus = code <= LAST >> 1  # the first bit is the sign
+        theirs = tl.where((infinite != 0) & is_plus, LAST >> 1, LAST)
         code -= tl.where(code == LAST, given_up, 0)
         code -= tl.where(code == LAST >> 1, infinite, 0)
     else:
