@@ -75,7 +75,7 @@ def _keep_all(codec: Codec) -> Codec:
     def unpack(parts: tuple[Tensor, ...], options: Any, numel: Any, dtype: torch.dtype) -> Tensor:
         return parts[0].clone()
 
-    return replace(codec, pack=pack, unpack=unpack)
+    return replace(codec, pack=pack, unpack=unpack, pack_channels=None, unpack_channels=None)
 
 
 @contextmanager
