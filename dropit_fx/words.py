@@ -89,7 +89,8 @@ _BOUNDS: dict[str, Callable[[Any, Any], bool]] = {
 def shortened(message: str) -> str:
     """The message without the middle of words and of lists that are longer than a person reads."""
     short = re.sub(rf"\S{{{LONGEST},}}", lambda word: f"{word[0][:40]}...{word[0][-20:]}", message)
-    return re.sub(rf"(?:[^,]+, ){{{MOST},}}", _ends_of, short)
+    # from where an item begins: from each character on, it would take the square of the time
+    return re.sub(rf"(?<![^,])(?:[^,]++, ){{{MOST},}}", _ends_of, short)
 
 
 def _ends_of(items: re.Match[str]) -> str:

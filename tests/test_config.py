@@ -16,6 +16,7 @@ import dropit_fx
 from dropit_fx.codecs import CODEC
 from dropit_fx.config import Config, ConfigError, Rule, load_config, make_config, presets
 from dropit_fx.ops.table import OP_RULES, RULES
+from dropit_fx.words import shortened
 
 LINEAR = RULES["linear"].reads[0]
 RELU = RULES["relu"].reads[0]
@@ -465,6 +466,11 @@ def test_long_lists_stay_out_of_messages(config: Any) -> None:
     assert len(message) < 2000
     assert "layers.0.mlp" in message
     assert " more), " in message
+
+
+def test_a_message_of_a_megabyte_is_shortened_in_one_pass() -> None:
+    words = "a " * 500_000  # minutes, where each character is a place to begin from
+    assert shortened(words) == words
 
 
 def test_a_long_list_stays_out_of_a_reports_reasons() -> None:
