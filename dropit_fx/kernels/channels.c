@@ -9,19 +9,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(_WIN32)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT
-#endif
+#include "common.h"
 
-#if defined(__GNUC__)
-#define INLINE static inline __attribute__((always_inline))
-#else
-#define INLINE static inline
-#endif
-
-enum { F32 = 0, BF16 = 1, LANES = 16, CHUNK = 4096, PARTS = 16 };
+enum { LANES = 16, CHUNK = 4096, PARTS = 16 };
 
 typedef struct {
     const void *x;
@@ -33,15 +23,7 @@ typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
-INLINE float value_at(const void *x, int dtype, int64_t i) {
-    if (dtype == F32) return ((const float *)x)[i];
-    uint32_t u = (uint32_t)((const uint16_t *)x)[i] << 16;
-    float f;
-    memcpy(&f, &u, 4);
-    return f;
-}
-
-INLINE floats values_at(const void *x, int dtype, int64_t i) {
+INLINE floats values_at(const void *x, int64_t i, int dtype) {
     if (dtype == F32) return *(const floats *)((const float *)x + i);
     return (floats)(__builtin_convertvector(*(const halves *)((const uint16_t *)x + i), words) << 16);
 }
@@ -55,7 +37,7 @@ INLINE double sum_of(floats v) {
 /* Adds the sums over runs of one channel, the first at `at`. */
 INLINE void add_runs(const Job *job, int dtype, int64_t at, double *sum, double *square) {
     const void *x = job->x;
-    float shift = value_at(x, dtype, at);
+    float shift = value_at(x, at, dtype);
     floats s[2] = {{0}}, q[2] = {{0}};
     int64_t taken = 0;
     for (int64_t o = 0; o < job->outer; o++, at += job->channels * job->inner)
@@ -63,11 +45,11 @@ INLINE void add_runs(const Job *job, int dtype, int64_t at, double *sum, double 
             int64_t m = end - from < CHUNK ? end - from : CHUNK, i = from;
             for (from += m; i + 2 * LANES <= from; i += 2 * LANES)
                 for (int j = 0; j < 2; j++) {
-                    floats d = values_at(x, dtype, i + j * LANES) - shift;
+                    floats d = values_at(x, i + j * LANES, dtype) - shift;
                     s[j] += d, q[j] += d * d;
                 }
             for (; i < from; i++) {
-                float d = value_at(x, dtype, i) - shift;
+                float d = value_at(x, i, dtype) - shift;
                 s[0][i % LANES] += d, q[0][i % LANES] += d * d;
             }
             taken += m;
@@ -89,7 +71,7 @@ INLINE void add_rows(const Job *job, int dtype, int64_t from, int64_t to, float 
         memset(room, 0, sizeof(float) * (size_t)(2 * n));
         for (int64_t r = from; r < end; r++)
             for (int64_t c = 0; c < n; c++) {
-                float d = value_at(x, dtype, r * n + c) - value_at(x, dtype, c);
+                float d = value_at(x, r * n + c, dtype) - value_at(x, c, dtype);
                 s[c] += d, q[c] += d * d;
             }
         for (int64_t c = 0; c < n; c++) sum[c] += s[c], square[c] += q[c];
@@ -112,11 +94,8 @@ INLINE void add_rows(const Job *job, int dtype, int64_t from, int64_t to, float 
     }
 
 WORKER(plain, )
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef X86
 WORKER(avx2, __attribute__((target("avx2"))))
-#define BEST(name) (__builtin_cpu_supports("avx2") ? name##_avx2 : name##_plain)
-#else
-#define BEST(name) name##_plain
 #endif
 
 static void sum_channels(const Job *job, double *sum, double *square, int threads) {
@@ -148,7 +127,7 @@ EXPORT int dropit_statistics(const void *x, float *mean, float *inverse, int64_t
     double count = (double)outer * (double)inner;
     for (int64_t c = 0; c < channels; c++) {
         double from_first = sum[c] / count, variance = square[c] / count - from_first * from_first;
-        mean[c] = (float)((double)value_at(x, dtype, c * inner) + from_first);
+        mean[c] = (float)((double)value_at(x, c * inner, dtype) + from_first);
         inverse[c] = (float)(1 / sqrt((variance < 0 ? 0 : variance) + (double)eps));
         if (!(inverse[c] > 0) || !isfinite(mean[c])) mean[c] = 0, inverse[c] = 1;
     }

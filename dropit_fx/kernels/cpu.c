@@ -19,20 +19,15 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define X86 1
-#include <immintrin.h>
-#endif
+#include "common.h"
 
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
 #endif
 
 #if defined(__GNUC__)
-#define INLINE static inline __attribute__((always_inline))
 #define LOWEST_BIT(v) __builtin_ctzll(v)
 #else
-#define INLINE static inline
 INLINE int LOWEST_BIT(uint64_t v) {
     int i = 0;
     while (!(v >> i & 1)) i++;
@@ -40,13 +35,6 @@ INLINE int LOWEST_BIT(uint64_t v) {
 }
 #endif
 
-#define EXPORT
-#if defined(_WIN32)
-#undef EXPORT
-#define EXPORT __declspec(dllexport)
-#endif
-
-enum { F32 = 0, BF16 = 1, F16 = 2 };
 enum { SYMMETRIC = 0, AFFINE = 1, UNIFORM = 2 };
 enum { INFINITY_BITS = 0x7F800000, TOP_BITS = 0x7F7F0000, CHUNK = 16384 };
 enum { SLICE = 1 << 15, STRIP = 512 }; /* codes: multiples of 8, so that each slice of a stream is whole bytes */

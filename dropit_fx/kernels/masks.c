@@ -3,31 +3,11 @@
  * Same bits as masks.py. One pass over memory each way: eight elements to a byte, least significant bit first.
  */
 
-#include <math.h>
 #include <stdint.h>
-#include <string.h>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define X86 1
-#include <immintrin.h>
-#endif
+#include "common.h"
 
-#if defined(_WIN32)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT
-#endif
-
-enum { F32 = 0, BF16 = 1, SLICE = 1 << 16 };
-
-static float value_at(const void *x, int64_t i, int dtype) {
-    float f;
-    uint32_t u;
-    if (dtype == F32) return ((const float *)x)[i];
-    u = (uint32_t)((const uint16_t *)x)[i] << 16;
-    memcpy(&f, &u, 4);
-    return f;
-}
+enum { SLICE = 1 << 16 };
 
 static uint8_t byte_at(const void *x, int64_t i, int count, int dtype, float low, float high) {
     unsigned byte = 0;
@@ -92,10 +72,6 @@ VECTOR void apply16_avx2(const uint8_t *bits, const uint16_t *grad, uint16_t *ou
     }
     apply16_plain(bits, grad, out, i, last);
 }
-
-#define BEST(name) (__builtin_cpu_supports("avx2") ? name##_avx2 : name##_plain)
-#else
-#define BEST(name) name##_plain
 #endif
 
 EXPORT void dropit_between(const void *x, uint8_t *out, int64_t numel, int dtype, float low, float high, int threads) {

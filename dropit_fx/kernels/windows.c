@@ -6,17 +6,7 @@
 
 #include <stdint.h>
 
-#if defined(_WIN32)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT
-#endif
-
-#if defined(__GNUC__)
-#define INLINE static inline __attribute__((always_inline))
-#else
-#define INLINE static inline
-#endif
+#include "common.h"
 
 typedef struct {
     int64_t outer, out[3], inner;                                       /* the outputs */
@@ -92,11 +82,8 @@ INLINE void decode_row(const Job *job, const uint8_t *codes, int64_t *indices, i
     }
 
 WORKER(plain, )
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef X86
 WORKER(avx2, __attribute__((target("avx2"))))
-#define BEST(name) (__builtin_cpu_supports("avx2") ? name##_avx2 : name##_plain)
-#else
-#define BEST(name) name##_plain
 #endif
 
 /* Where the first line of the windows of row r of all rows begins, its columns not counted. */

@@ -345,7 +345,9 @@ def _cache_version() -> str:
     root = Path(__file__).parent.parent
     files = [root / "private_names.py"]
     for room in ("codecs", "kernels", "ops", "runtime"):
-        files += sorted(p for p in (root / room).rglob("*") if p.suffix in (".py", ".c", ".json"))
+        files += sorted(
+            p for p in (root / room).rglob("*") if p.suffix in (".py", ".c", ".h", ".json")
+        )
     digest = hashlib.sha256()
     for file in files:
         if file.is_file():
