@@ -34,6 +34,7 @@ HUNDREDTHS = 3  # of the dense bytes of all that is not kept: no more is kept fo
 MASKED = "a mask's {:g} stands among its values: beside it few bits tell no others apart"
 FIXED = "made of weights or constants alone, it stays exact"
 LOST = "made of what stays exact and is written to later: it cannot be made again"
+_OF_INPUT = ("log_probs",)  # what an op makes inside that has the extremes of its input
 REASON = "small beside what is packed, it is kept exactly"
 BESIDE = "its op packs nothing, and keeps it: another input of it is small"
 
@@ -126,9 +127,6 @@ def _masked(plan: Plan) -> dict[str, str]:
             if large and _is_lossy(d) and not d.own and not CODEC[d.codec].slope:
                 found[site.name] = MASKED.format(max(large, key=abs))
     return found
-
-
-_OF_INPUT = ("log_probs",)  # what an op makes inside that has the extremes of its input
 
 
 def _small(plan: Plan) -> set[str]:

@@ -11,11 +11,12 @@ masks and such a number alone. What comes with the input is not.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor, fx, nn
 
+from dropit_fx.ops.table import is_inplace, operands_of
 from dropit_fx.passes.plan import Plan
 from dropit_fx.private import pytree
 from dropit_fx.runtime.regions import name_of
@@ -58,7 +59,7 @@ def mask_constants(plan: Plan) -> dict[str, float]:
                 trained.add(n)
             continue
         if n.op == "get_attr":
-            value = _attribute(plan.module, str(n.target))
+            value = operator.attrgetter(str(n.target))(plan.module)
             if isinstance(value, nn.Parameter):
                 trained.add(n)
             elif (number := _number_of(value)) is not None:
@@ -68,7 +69,7 @@ def mask_constants(plan: Plan) -> dict[str, float]:
             trained.add(n)
         if (constant := _constant(n, found, n in trained)) is not None:
             found[n] = constant
-            if _is_in_place(n):
+            if is_inplace(n, {}) or name_of(n) == "setitem":
                 found[n.all_input_nodes[0]] = constant
     return {n.name: c for n, c in found.items() if n.op not in ("placeholder", "get_attr")}
 
@@ -77,9 +78,12 @@ def _constant(n: fx.Node, found: dict[fx.Node, float], trained: bool) -> float |
     name = name_of(n).rstrip("_").removeprefix("_")
     given = [found[m] for m in n.all_input_nodes if m in found]
     if name in _CLAMPS:
-        low, high = _bounds(n)
-        ends = [c for c in (low, high) if abs(c) != math.inf and not trained]
-        given = [min(max(c, low), high) for c in given] + ends
+        bounds = operands_of(n)
+        low, high = (bounds.get(end) for end in ("min", "max"))
+        low = low if isinstance(low, int | float) else -math.inf
+        high = high if isinstance(high, int | float) else math.inf
+        given = [min(max(c, low), high) for c in given]
+        given += [] if trained else [low, high]
     elif name in _FILLS or (name in _SUMS and not trained):
         given += _numbers(n)
     elif name not in _SUMS | _MOVES:
@@ -97,31 +101,9 @@ def _numbers(n: fx.Node) -> Iterator[float]:
             yield float(value)
 
 
-def _bounds(n: fx.Node) -> tuple[float, float]:
-    name, numbers = name_of(n).rstrip("_"), [*n.args[1:], None, None]
-    low = n.kwargs.get("min", None if name == "clamp_max" else numbers[0])
-    high = n.kwargs.get("max", numbers[0] if name == "clamp_max" else numbers[1])
-    ends = ((low, -math.inf), (high, math.inf))
-    low, high = (float(c) if isinstance(c, int | float) else none for c, none in ends)
-    return low, high
-
-
-def _attribute(module: fx.GraphModule, target: str) -> Any:
-    owner: Any = module
-    for part in target.split("."):
-        owner = getattr(owner, part, None)
-    return owner
-
-
-def _number_of(value: Any) -> float | None:
+def _number_of(value: object) -> float | None:
     """What a constant of one element holds."""
     known = isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()
     if not known or type(value) is not Tensor or value.device.type == "meta":
         return None
     return float(value.detach())
-
-
-def _is_in_place(n: fx.Node) -> bool:
-    name = name_of(n)
-    written = name == "setitem" or (name.endswith("_") and not name.endswith("__"))
-    return written and bool(n.all_input_nodes) and name != "requires_grad_"

@@ -12,7 +12,6 @@ Needs extra ``test``; the picture, matplotlib.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from os import PathLike
@@ -23,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from dropit_fx.bench.gpu import sources, write
+from dropit_fx.bench.gpu import begun, sources, write
 from dropit_fx.bench.gradients import Gradients, compared, gradients
 from dropit_fx.bench.trained import MODELS, Trained, trained
 from dropit_fx.codecs import CODEC
@@ -145,14 +144,14 @@ def bench_codecs(
     if plot_path is not None:
         figure_class()
     part = None if json_path is None else Path(f"{json_path}.part")
-    begun = _begun(part, {"loss": loss, "sources": sources()})
+    known = begun(part, {"loss": loss, "sources": sources()}, {"rows": {}})
     found: dict[str, Any] = {}
     for model in models:
-        run, rows = trained(model, loss), begun["rows"].setdefault(model, [])
+        run, rows = trained(model, loss), known["rows"].setdefault(model, [])
         for row in measure(run, known=rows):
             rows.append(row)
             if part is not None:
-                write(begun, [part])
+                write(known, [part])
         found[model] = {"title": run.title, "rows": front(rows)}
         for reads in READS:
             Console().print(
@@ -164,15 +163,6 @@ def bench_codecs(
     if plot_path is not None:
         draw(found, plot_path)
     return found
-
-
-def _begun(part: Path | None, about: dict[str, Any]) -> dict[str, Any]:
-    """What a run that was cut has written, if it was about the same; else nothing yet."""
-    found: dict[str, Any] = {}
-    if part is not None and part.exists():
-        found = json.loads(part.read_text())
-    same = all(found.get(k) == v for k, v in about.items())
-    return found if same else about | {"rows": {}}
 
 
 def measure(

@@ -240,6 +240,13 @@ def write(result: Row, paths: Sequence[Path]) -> None:
         temporary.replace(path)
 
 
+def begun(path: Path | None, about: Row, nothing: Row) -> Row:
+    """What a run that was cut has written, if it was about the same; else ``nothing`` yet."""
+    found = json.loads(path.read_text()) if path is not None and path.exists() else {}
+    same = all(found.get(k) == v for k, v in about.items())
+    return found if same else about | nothing
+
+
 def _draw(result: Row, paths: Sequence[Path]) -> None:
     """A picture beside each file, where matplotlib is installed and there is something to draw."""
     from dropit_fx.bench import plot

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import fnmatch
 import importlib
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -24,7 +23,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
-from dropit_fx.bench.gpu import sources, write
+from dropit_fx.bench.gpu import begun, sources, write
 from dropit_fx.bench.model_spec import SpecError, build_step
 from dropit_fx.bench.pareto import Variant
 from dropit_fx.capture.provenance import first_line
@@ -119,10 +118,7 @@ def bench_peaks(
     if path is not None and not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder to write {path} into")
     about = {"torch": torch.__version__, "inner": inner, "sources": sources()}
-    found: Row = about | {"models": list(MODELS), "rows": []}
-    if path is not None and path.exists():
-        before = json.loads(path.read_text())
-        found = before if all(before.get(k) == v for k, v in about.items()) else found
+    found = begun(path, about, {"models": list(MODELS), "rows": []})
     done = {(row["model"], row["way"], row["share"]) for row in found["rows"]}
     wanted = [(n, way) for n in names for way in ways]
     todo = [(n, w) for n, w in wanted if any((n, w, share) not in done for share in SHARES)]

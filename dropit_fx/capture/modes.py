@@ -304,11 +304,10 @@ def _level(mine: fx.GraphModule, other: fx.GraphModule, training: bool) -> None:
     while a.op != "output" and b.op != "output":
         if str(a.target) != str(b.target):
             for node, ahead in ((a, b), (b, a)):
-                graph = ahead.graph
                 if (laid := blocks.lay_in(node, ahead, twins)) is not None:
                     a, b = laid if node is a else laid[::-1]
                     break
-                added = _copy_of_no_effect(node, graph, ahead, twins)
+                added = _copy_of_no_effect(node, ahead, twins)
                 if added is not None:
                     a, b = (a, added) if node is a else (added, b)
                     break
@@ -360,9 +359,10 @@ def _dropout_of(node: fx.Node) -> dict[str, Any]:
 
 
 def _copy_of_no_effect(
-    node: fx.Node, graph: fx.Graph, ahead: fx.Node, twins: dict[fx.Node, fx.Node]
+    node: fx.Node, ahead: fx.Node, twins: dict[fx.Node, fx.Node]
 ) -> fx.Node | None:
     """A copy of ``node`` in the other graph, before ``ahead``; None where it would do something."""
+    graph = ahead.graph
     if node.target is torch.ops.aten.contiguous.default:
         source = ahead.prev
         with graph.inserting_after(source):
@@ -372,7 +372,7 @@ def _copy_of_no_effect(
         added.meta = dict(source.meta)
         return added
     if bound := _dropout_of(node):
-        return _idle_dropout(node, bound, graph, ahead, twins)
+        return _idle_dropout(node, bound, ahead, twins)
     counter = counted = node.args[0] if node.args else node
     while isinstance(counted, fx.Node) and str(counted.target) in _COUNTS:  # once more
         counted = counted.args[0]
@@ -396,7 +396,6 @@ def _copy_of_no_effect(
 def _idle_dropout(
     node: fx.Node,
     bound: dict[str, Any],
-    graph: fx.Graph,
     ahead: fx.Node,
     twins: dict[fx.Node, fx.Node],
 ) -> fx.Node | None:
@@ -407,8 +406,8 @@ def _idle_dropout(
     order = DROPOUT.orders.get(node.target, DROPOUT.inputs)
     node.args, node.kwargs = tuple(bound[name] for name in order), {}
     idle = bound | {"input": source, "training": False}
-    with graph.inserting_before(ahead):
-        added = graph.create_node(node.op, node.target, tuple(idle[name] for name in order))
+    with ahead.graph.inserting_before(ahead):
+        added = ahead.graph.create_node(node.op, node.target, tuple(idle[name] for name in order))
     added.meta = dict(source.meta)
     return added
 

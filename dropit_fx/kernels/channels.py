@@ -8,12 +8,12 @@ import functools
 import torch
 from torch import Tensor
 
-from dropit_fx.kernels.cpu import INT, INT64, Data, load
+from dropit_fx.kernels.cpu import FLOAT, INT, INT64, Data, load
 from dropit_fx.kernels.dtypes import NUMBER
 
 TINY = torch.finfo(torch.float32).tiny  # in the place of a norm's epsilon
 _DTYPES = (torch.float32, torch.bfloat16)  # that channels.c knows
-_SIGNATURES = {"dropit_statistics": [Data] * 3 + [INT64] * 3 + [INT, ctypes.c_float, INT]}
+_SIGNATURES = {"dropit_statistics": [Data] * 3 + [INT64] * 3 + [INT, FLOAT, INT]}
 
 
 @functools.cache

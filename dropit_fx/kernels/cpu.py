@@ -43,23 +43,27 @@ class Data:
         return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
-class Floats:
-    """An argument of a C function: an array of float32."""
+INT64, INT, FLOAT = ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
-    @staticmethod
-    def from_param(values: Sequence[float]) -> ctypes.Array[ctypes.c_float]:
+
+class Array:
+    """An argument of a C function: an array of numbers of a kind."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+
+    def from_param(self, values: Sequence[float]) -> Any:
         """As ctypes asks."""
-        return (ctypes.c_float * len(values))(*values)
+        return (self.kind * len(values))(*values)
 
 
-INT64, INT = ctypes.c_int64, ctypes.c_int
 _SIGNATURES: dict[str, list[Any]] = {
     "dropit_sparsify": [Data] * 7 + [INT64] * 5 + [INT] * 5,
     "dropit_unsparsify": [Data] * 6 + [INT64] * 5 + [INT] * 4,
     "dropit_pack": [Data] * 2 + [INT64, INT, INT],
     "dropit_unpack": [Data] * 2 + [INT64, INT, INT],
-    "dropit_encode_steps": [Data, Data, Floats, INT64] + [INT] * 4,
-    "dropit_decode_steps": [Data, Data, Floats, INT64] + [INT] * 4,
+    "dropit_encode_steps": [Data, Data, Array(FLOAT), INT64] + [INT] * 4,
+    "dropit_decode_steps": [Data, Data, Array(FLOAT), INT64] + [INT] * 4,
     "dropit_level": [INT],  # 0 plain C, 1 AVX2, 2 AVX-512, -1 the best; gives what is used now
 }
 

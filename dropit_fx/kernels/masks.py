@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 
 from dropit_fx.kernels import reference
-from dropit_fx.kernels.cpu import INT, INT64, Data, load
+from dropit_fx.kernels.cpu import FLOAT, INT, INT64, Data, load
 from dropit_fx.kernels.dispatch import define
 from dropit_fx.kernels.dtypes import NUMBER
 from dropit_fx.kernels.format import uint_nbytes
 
 _DTYPES = (torch.float32, torch.bfloat16)  # that masks.c knows
-_FLOAT = ctypes.c_float
 _SIGNATURES = {
-    "dropit_between": [Data, Data, INT64, INT, _FLOAT, _FLOAT, INT],
-    "dropit_apply": [Data, Data, Data, INT64, INT, _FLOAT, INT],
+    "dropit_between": [Data, Data, INT64, INT, FLOAT, FLOAT, INT],
+    "dropit_apply": [Data, Data, Data, INT64, INT, FLOAT, INT],
 }
 
 

@@ -11,28 +11,20 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from dropit_fx.kernels.cpu import INT, Data, load
+from dropit_fx.kernels.cpu import INT, INT64, Array, Data, load
 from dropit_fx.kernels.dispatch import define
 
 Sizes = list[int]
 
 
-class _Numbers:
-    """An argument of a C function: an array of int64."""
-
-    @staticmethod
-    def from_param(values: Sizes) -> ctypes.Array[ctypes.c_int64]:
-        """As ctypes asks."""
-        return (ctypes.c_int64 * len(values))(*values)
-
-
 _SIGNATURES = {
-    "dropit_encode_window": [Data, Data, _Numbers, INT],
-    "dropit_decode_window": [Data, Data, _Numbers, INT],
+    "dropit_encode_window": [Data, Data, Array(INT64), INT],
+    "dropit_decode_window": [Data, Data, Array(INT64), INT],
 }
 
 
@@ -108,20 +100,26 @@ def _numbers(x: Tensor, window: tuple[Sizes, ...]) -> Sizes | None:
 
 
 def _encode_window(indices: Tensor, *window: Sizes) -> Tensor:
-    lib, numbers = library(), _numbers(indices, window)
-    if lib is None or numbers is None:
-        return encode_window_reference(indices, *window)
-    out = torch.empty_like(indices, dtype=torch.uint8)
-    lib.dropit_encode_window(indices, out, numbers, torch.get_num_threads())
-    return out
+    return _in_c("dropit_encode_window", encode_window_reference, torch.uint8, indices, window)
 
 
 def _decode_window(codes: Tensor, *window: Sizes) -> Tensor:
-    lib, numbers = library(), _numbers(codes, window)
+    return _in_c("dropit_decode_window", decode_window_reference, torch.int64, codes, window)
+
+
+def _in_c(
+    name: str,
+    formula: Callable[..., Tensor],
+    dtype: torch.dtype,
+    x: Tensor,
+    window: tuple[Sizes, ...],
+) -> Tensor:
+    """What a C function makes of ``x``; the formula, where there is none, or for other layouts."""
+    lib, numbers = library(), _numbers(x, window)
     if lib is None or numbers is None:
-        return decode_window_reference(codes, *window)
-    out = torch.empty_like(codes, dtype=torch.int64)
-    lib.dropit_decode_window(codes, out, numbers, torch.get_num_threads())
+        return formula(x, *window)
+    out = torch.empty_like(x, dtype=dtype)
+    getattr(lib, name)(x, out, numbers, torch.get_num_threads())
     return out
 
 

@@ -141,8 +141,7 @@ def _pack_by_channel(
     In eager mode, and on CUDA, what is standardised never lies in memory: a kernel makes the
     statistics; for a compiler on CUDA they are those that it computes for the norm behind.
     """
-    made = has_kernel(x) if _is_plain(x) else x.is_cuda
-    if not made or codec.pack_channels is None or is_empty(x.numel()):
+    if not _in_one(x) or codec.pack_channels is None or is_empty(x.numel()):
         standard, mean, inverse = standardise(x)
         with _marked(x):
             parts = codec.pack(flatten(standard), options)
@@ -153,6 +152,11 @@ def _pack_by_channel(
             parts = codec.pack_channels(flat, mean, inverse, inner, options)
     shape = _along_channels(x)
     return parts, mean.view(shape), inverse.reciprocal().view(shape)
+
+
+def _in_one(x: Tensor) -> bool:
+    """Whether one kernel standardises and packs, or unpacks and puts the channels back."""
+    return has_kernel(x) if _is_plain(x) else x.is_cuda
 
 
 def _run(shape: Sequence[int], order: list[int]) -> Any:
@@ -176,8 +180,8 @@ def parts_of(
         with _marked(x):
             parts = CODEC[codec].pack(in_order(x, order), options)
     else:
-        codes, *statistics = _pack_by_channel(x, CODEC[codec], options)
-        parts = (*codes, *statistics)
+        codes, mean, deviation = _pack_by_channel(x, CODEC[codec], options)
+        parts = (*codes, mean, deviation)
     return offloaded(parts, options[OFFLOAD]) if OFFLOAD in options and _is_plain(x) else parts
 
 
@@ -200,8 +204,7 @@ def read_back(kept: Kept, parts: tuple[Tensor, ...], spec: TensorSpec) -> Tensor
     if not options.get("by_channel"):
         return unflatten(codec.unpack(parts, options, numel, dtype), shape, order)
     *codes, mean, deviation = parts
-    in_one = has_kernel(mean) if _is_plain(mean) else mean.is_cuda
-    if in_one and codec.unpack_channels is not None:
+    if _in_one(mean) and codec.unpack_channels is not None:
         given = tuple(codes), mean.view(-1), deviation.view(-1), _run(shape, order)
         return unflatten(codec.unpack_channels(*given, options, numel, dtype), shape, order)
     value = unflatten(codec.unpack(tuple(codes), options, numel, dtype), shape, order)
