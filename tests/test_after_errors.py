@@ -44,6 +44,7 @@ def _undone() -> Iterator[None]:
     kernels = torch.backends.cuda.flash_sdp_enabled()
     yield
     torch.set_grad_enabled(True)
+    torch.set_autocast_enabled("cpu", False)
     torch.backends.cuda.enable_flash_sdp(kernels)
     with disable_saved_tensors_hooks(""):
         pass
@@ -64,6 +65,16 @@ def modes() -> tuple[bool, ...]:
     )
 
 
+def _stock_leaves(block: str, x: Tensor) -> bool:
+    """Whether PyTorch's own eager backend leaves a mode of a block that failed."""
+    before = modes()
+    with pytest.raises(RuntimeError, match="cholesky"):
+        torch.compile(Model(block), backend="eager")(-x)
+    left = modes() != before
+    torch.set_autocast_enabled("cpu", False)
+    return left
+
+
 WAYS = {
     "transform": lambda model, x: dropit_fx.transform(model, example_args=(x,)),
     "plug-in": lambda model, x: torch.compile(model, backend="dropit_eager"),
@@ -77,6 +88,8 @@ ALL = [(way, block) for way in WAYS for block in BLOCKS]
 def test_a_block_that_fails_leaves_all_modes_as_they_were(way: str, block: str) -> None:
     torch._dynamo.reset()
     x = torch.eye(4)
+    if (way, block) == ("plug-in", "autocast") and _stock_leaves(block, x):
+        pytest.skip("Dynamo of this PyTorch leaves autocast on, with its own backend too")
     packed = WAYS[way](Model(block), x)
     with torch.set_grad_enabled(block != "enable_grad"):
         before = modes()
