@@ -26,7 +26,7 @@ from dropit_fx.private import storage_id
 from dropit_fx.runtime.copies import width_of
 from dropit_fx.runtime.decisions import REASON
 from dropit_fx.runtime.overrides import is_complex
-from dropit_fx.runtime.regions import COMPUTED, DECIDES, WRITTEN, name_of
+from dropit_fx.runtime.regions import COMPUTED, DECIDES, EACH_TIME, WRITTEN, name_of
 from dropit_fx.runtime.tensor_spec import ascends, memory_order
 
 NUMBER = "a Python number, which autograd keeps as a tensor"
@@ -205,7 +205,7 @@ class Explainer:
         if [region_of(m) for m in self.module.graph.nodes if is_checkpoint(m)].count(name) > 1:
             return "its region is called more than once"
         body: Any = self.module.get_submodule(name)
-        if not n.kwargs.get("once", True) and body.meta[WRITTEN]:
+        if EACH_TIME in body.meta and body.meta[WRITTEN]:
             return "its region writes into a buffer again when it is made again"
         if any(map(sized_by_values, body.graph.nodes)):  # of rounded inputs they might be others
             return "sizes in its region depend on values"

@@ -21,7 +21,7 @@ from torch.fx.traceback import annotate
 from dropit_fx.capture.graph_module import RewrittenModule
 from dropit_fx.private import CUSTOM, MODULES, TRACE, tag_activation_checkpoint
 from dropit_fx.private_hooks import checkpoints_run_by
-from dropit_fx.runtime.regions import run_regions
+from dropit_fx.runtime.regions import EACH_TIME, run_regions
 
 REGION = "dropit_region"  # in the metadata of a node: the regions that it is in, outermost first
 
@@ -137,10 +137,10 @@ def _nest(
     graph = graph_module.graph
     inputs, body = body_of(graph, span, outputs)
     graph_module.add_submodule(name, body)
-    options = dict(region.options) | {"once": False}
+    body.meta[EACH_TIME] = True
     with graph.inserting_before(next(iter(span))):
         args = (graph.get_attr(name), *inputs)
-        call = graph.call_function(tag_activation_checkpoint, args, options)
+        call = graph.call_function(tag_activation_checkpoint, args, dict(region.options))
         call.meta = _meta(list(span))
         for i, output in enumerate(outputs):
             item = graph.call_function(operator.getitem, (call, i))

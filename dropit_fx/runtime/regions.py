@@ -77,7 +77,6 @@ def checkpointed(
     body: fx.GraphModule,
     *inputs: Any,
     packed: Mapping[str, Packed | None] | None = None,
-    once: bool = True,
     **options: Any,
 ) -> Any:
     """As ``packed_checkpoint``, for graphs that run as they are.
@@ -91,8 +90,6 @@ def checkpointed(
         body: As for ``packed_checkpoint``, which has the next two as well.
         inputs: Its inputs.
         packed: The packed forms of some.
-        once: What it writes into is written by the forward alone, as in compiled code; in eager
-            mode a norm in a checkpointed region counts its batch twice.
         options: Of ``torch.utils.checkpoint.checkpoint``.
     """
     if torch.compiler.is_dynamo_compiling():  # made again from what it was given, packed or not
@@ -110,14 +107,14 @@ def checkpointed(
             in_forward[at], handed_on[at] = inputs[at], None
             copies[at] = kept_as(operand, copy), spec_of(inputs[at])
             parts += copy.parts
-    # what the region writes into (a norm's statistics, an average) is written once, and read again
-    # as it was
+    # what the region writes into (a norm's statistics, an average) is read again as it was, and
+    # written by the forward alone, as in compiled code; or as eager mode does, which counts twice
     before = {
         at: inputs[at]
         for at in body.meta.get(WRITTEN, range(len(inputs)))  # not known yet: any of them
         if isinstance(inputs[at], Tensor) and not inputs[at].requires_grad
     }
-    copied = _copies if once else dict
+    copied = dict if EACH_TIME in body.meta else _copies
     before = copied(before)
     for at in before:
         in_forward[at], handed_on[at] = inputs[at], None
@@ -255,4 +252,5 @@ def written_unseen(node: fx.Node) -> list[Any]:
 
 
 WRITTEN = "dropit_written"  # in a region's meta: the inputs that it writes into, by their place
+EACH_TIME = "dropit_each_time"  # in a region's meta: it writes when it is made again, too
 DECIDES = "dropit_decides"  # in a region's meta: whether it keeps indices made of such inputs

@@ -95,6 +95,17 @@ def test_the_gradients_are_those_of_dense_from_exact_inputs(name: str) -> None:
             assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("name", [name for name in MODELS if "Cell" in name])
+@pytest.mark.parametrize("inner", ["aot_eager", "aot_eager_decomp_partition"])
+def test_cells_run_again_in_compiled_graphs_too(name: str, inner: str) -> None:
+    """A call of a region of ours is PyTorch's own for AOTAutograd: it takes no options but its."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x = MODELS[name](), torch.randn(4, 5, 8)
+    compiled = torch.compile(model, backend="dropit", options={"config": EXACT, "inner": inner})
+    torch.testing.assert_close(step(compiled, model, x), step(model, model, x))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_kept_is_what_is_told_and_little(name: str) -> None:
     model, x = MODELS[name](), torch.randn(16, 24, 8)
